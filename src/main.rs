@@ -1,0 +1,3 @@
+//! The `drctl` command.
+
+fn main() {}

@@ -1,0 +1,14 @@
+//! Floor 0, the words: ids, positions, records and errors that every other floor speaks.
+//!
+//! Nothing here does I/O, reads a clock or draws a random number; the seams for those ([`Clock`], [`Rng`]) are traits
+//! so that tests and simulations own time and chance.
+
+pub mod clock;
+pub mod error;
+pub mod id;
+pub mod position;
+
+pub use clock::{Clock, Rng};
+pub use error::{Error, Kind, Result, ResultExt};
+pub use id::{BackupId, EpochId, HolderId, KeysetId, RegionName, RepositoryId, SignerId, SystemId, TargetName};
+pub use position::{Branch, Lsn, SegmentName, Timeline, WalSegmentSize};

@@ -1,0 +1,14 @@
+//! Floor 1a, PostgreSQL's own words: wire protocol, SQL connections, WAL records, control file, scratch servers.
+//!
+//! This room knows PostgreSQL and nothing of drctl's repository.
+
+pub mod backup_manifest;
+pub mod conninfo;
+pub mod control;
+pub mod history;
+pub mod instance;
+pub mod label;
+pub mod page;
+pub mod replication;
+pub mod sql;
+pub mod wal;

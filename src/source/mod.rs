@@ -1,0 +1,153 @@
+//! Floor 1b, what is protected: readers of targets.
+//!
+//! A source yields typed items and its own recovery point. It never seals, uploads or decides what a backup is; and it
+//! never writes to what it reads.
+
+use async_trait::async_trait;
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
+
+use crate::model::{Lsn, Result, SystemId, Timeline, WalSegmentSize};
+
+pub mod postgres;
+
+/// PostgreSQL's page size; servers built with another one are refused.
+pub const PAGE_SIZE: usize = 8192;
+
+/// Pages covered by one map chunk, and the most that one batch carries: 8 MiB.
+pub const BATCH_PAGES: usize = 1024;
+
+/// A physical backup of one cluster in progress: `begin`, then `copy`, then `finish`, each once.
+///
+/// # Contract
+/// - `begin` returns once the server is in backup mode; nothing is read from its data directory before.
+/// - `copy` sends every directory before the files in it, every page of every file exactly once, and then
+///   [`Item::FileDone`]; it ends when the receiver is gone.
+/// - `finish` ends backup mode. Dropping the source at any point ends it too, without a backup.
+#[async_trait]
+pub trait PhysicalSource: Send {
+    /// Puts the server in backup mode.
+    async fn begin(&mut self) -> Result<Begun>;
+    /// Reads everything.
+    async fn copy(&mut self, items: mpsc::Sender<Item>) -> Result<()>;
+    /// Ends backup mode.
+    async fn finish(&mut self) -> Result<Finished>;
+}
+
+/// The start of a backup as the server knows it.
+#[derive(Debug, Clone)]
+pub struct Begun {
+    /// Where replay begins.
+    pub start_lsn: Lsn,
+    /// The timeline at the start.
+    pub timeline: Timeline,
+    /// The cluster.
+    pub cluster: Cluster,
+    /// Bytes that will be read, as far as known: for progress only.
+    pub estimated_bytes: u64,
+}
+
+/// Fixed properties of a cluster.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cluster {
+    /// The system identifier.
+    pub system_id: SystemId,
+    /// `server_version_num`, as in 150018.
+    pub version: u32,
+    /// Bytes per WAL segment.
+    pub wal_segment_size: WalSegmentSize,
+    /// Whether pages carry checksums.
+    pub checksums: bool,
+}
+
+/// The end of a backup as the server knows it.
+#[derive(Debug, Clone)]
+pub struct Finished {
+    /// The backup is consistent once replay has reached this position.
+    pub stop_lsn: Lsn,
+    /// The timeline at the stop; another one than at the start is an error of `finish`.
+    pub timeline: Timeline,
+    /// `backup_label` (always) and `tablespace_map` (if the server gave one), to be restored into the data directory
+    /// and never written into the live one.
+    pub files: Vec<SmallFile>,
+    /// The server's clock at the stop.
+    pub finished_at: DateTime<Utc>,
+}
+
+/// A whole small file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SmallFile {
+    /// Relative to the data directory.
+    pub path: String,
+    /// Contents.
+    pub bytes: Vec<u8>,
+}
+
+/// A file of this backup, numbered by the source from 0 without holes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FileId(pub u32);
+
+/// What a physical source yields.
+#[derive(Debug)]
+pub enum Item {
+    /// A directory below the data directory (`base/5`) or a tablespace (`pg_tblspc/16384`), also if empty.
+    Directory {
+        /// Relative, `/`-separated.
+        path: String,
+        /// Permission bits.
+        mode: u32,
+    },
+    /// A tablespace outside the data directory; `pg_tblspc/<oid>` is a link to `location` there.
+    Tablespace {
+        /// Its oid.
+        oid: u32,
+        /// The absolute path on the source.
+        location: String,
+    },
+    /// A file begins; its pages follow in batches, in ascending order but interleaved with those of other files.
+    File {
+        /// Its number.
+        id: FileId,
+        /// Relative, `/`-separated; files of tablespaces begin with `pg_tblspc/<oid>/`.
+        path: String,
+        /// Permission bits.
+        mode: u32,
+    },
+    /// Pages of one large or several small files.
+    Batch(Batch),
+    /// A file is complete. `size` is what was read; pages sent beyond it do not exist.
+    FileDone {
+        /// Its number.
+        id: FileId,
+        /// Bytes.
+        size: u64,
+        /// Block numbers whose page checksum was wrong on both reads. The bytes are stored all the same.
+        damaged_blocks: Vec<u32>,
+    },
+    /// A file listed in the directory was gone when it was opened: PostgreSQL dropped it, and WAL replay does the same.
+    FileVanished {
+        /// Its number, if it had been announced.
+        id: FileId,
+    },
+}
+
+/// Up to [`BATCH_PAGES`] pages. A large file sends batches of one piece, aligned to [`BATCH_PAGES`]; small files share one.
+#[derive(Debug)]
+pub struct Batch {
+    /// What the pages are, in order.
+    pub pieces: Vec<Piece>,
+    /// The pages back to back; a short last page of a file is filled up with zeros.
+    pub data: Vec<u8>,
+}
+
+/// A run of pages of one file inside a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Piece {
+    /// The file.
+    pub file: FileId,
+    /// Its first page.
+    pub first_page: u32,
+    /// How many.
+    pub pages: u32,
+}

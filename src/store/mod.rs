@@ -1,0 +1,279 @@
+//! Floor 1b, one copy of the repository: a bucket or a directory that keeps objects.
+//!
+//! This room knows nothing of what the objects mean. It maps each server's errors to [`StoreError`] once, here at the
+//! edge. Retries, limits and metrics are wrappers, stacked in `app`, never code in an adapter.
+
+use std::fmt;
+use std::ops::Range;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use chrono::{DateTime, Utc};
+
+use crate::model::{Error, Kind};
+
+/// SHA-256 of an object's stored bytes.
+///
+/// Computed once per object and used as S3 checksum, as settlement of lost replies and as inventory digest.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Digest(pub [u8; 32]);
+
+impl Digest {
+    /// Hashes stored bytes.
+    pub fn of(bytes: &[u8]) -> Self {
+        use sha2::Digest as _;
+        Self(sha2::Sha256::digest(bytes).into())
+    }
+}
+
+impl fmt::Display for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&hex::encode(self.0))
+    }
+}
+
+impl fmt::Debug for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Digest({self})")
+    }
+}
+
+/// A place that keeps objects under create-only names.
+///
+/// # Contract
+/// - **Names** are `/`-separated, relative, made of `[a-z0-9._/-]`, never empty, without `.` or `..` parts. The store
+///   prepends its own prefix and never shows it.
+/// - **Create-only.** [`put`](Self::put) never replaces bytes. If the name exists with the same digest the outcome is
+///   [`Put::AlreadyThere`] (a reply was lost, or another writer wrote the same bytes); with another digest it is
+///   [`StoreError::Conflict`], and the stored bytes are untouched. Of several concurrent puts of different bytes exactly
+///   one succeeds.
+/// - **Durable and whole.** When `put` returns, the object survives a crash of this host and (S3) of the server. A put
+///   that failed or was dropped leaves the whole object or nothing, never a part.
+/// - **Read your writes.** After `put` returns, `head`, `get` and `list` see the object.
+/// - **No trust in the reply.** Lengths are checked by the adapter; contents are checked by the caller.
+/// - **Cancel.** Dropping any future leaves the store consistent; a dropped `put` may or may not have happened.
+/// - Implementations do not retry and set no deadline of their own beyond their client's attempt timeouts.
+#[async_trait]
+pub trait ObjectStore: Send + Sync + fmt::Debug {
+    /// The address for people, without credentials: `s3://bucket/prefix` or `dir:/path`.
+    fn address(&self) -> String;
+
+    /// What this store can do beyond the required methods.
+    fn capabilities(&self) -> Capabilities;
+
+    /// Stores `body`, whose SHA-256 is `digest`, under a name that does not exist yet.
+    ///
+    /// # Errors
+    /// [`StoreError::Conflict`] if the name exists with other bytes; any other error leaves the outcome unknown.
+    async fn put(&self, key: &str, body: Bytes, digest: Digest, options: &PutOptions) -> Result<Put, StoreError>;
+
+    /// Size of an object, and its digest if the server kept one.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`] if there is no such object.
+    async fn head(&self, key: &str) -> Result<ObjectInfo, StoreError>;
+
+    /// The whole object, or exactly the bytes of `range`.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`]; [`StoreError::Truncated`] if fewer bytes came than the object or the range holds.
+    async fn get(&self, key: &str, range: Option<Range<u64>>) -> Result<Bytes, StoreError>;
+
+    /// One page of names that begin with `prefix`, in ascending byte order. With `Depth::Level`, names that contain a
+    /// further `/` after the prefix are folded into [`ListPage::prefixes`]. Follow [`ListPage::next`] to the end: a page
+    /// may hold fewer entries than exist, even none.
+    ///
+    /// # Errors
+    /// Only failures to answer; an unknown prefix is an empty page.
+    async fn list(&self, prefix: &str, depth: Depth, after: Option<&ListToken>) -> Result<ListPage, StoreError>;
+
+    /// The server's own clock, if it tells it.
+    ///
+    /// # Errors
+    /// Failures to answer.
+    async fn server_time(&self) -> Result<Option<DateTime<Utc>>, StoreError>;
+
+    /// Removes one object's bytes for good. Only the two-phase prune calls this, and tests that damage a region.
+    ///
+    /// # Errors
+    /// [`StoreError::Retained`] while an object lock holds; [`StoreError::NotFound`] if it is gone already.
+    async fn delete(&self, key: &str) -> Result<(), StoreError>;
+}
+
+/// What a store can do beyond the required methods.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Capabilities {
+    /// A second put of a name is refused by the server itself, proven by a probe or by construction.
+    pub create_only: bool,
+    /// Old versions of a name can be listed and read.
+    pub versions: bool,
+    /// Objects can be locked until a time.
+    pub retention: bool,
+}
+
+/// How an object is to be kept.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PutOptions {
+    /// Lock the object until then, where the store can.
+    pub retain_until: Option<DateTime<Utc>>,
+}
+
+/// What a successful put found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Put {
+    /// The object is new.
+    Created,
+    /// The same bytes were there already.
+    AlreadyThere,
+}
+
+/// What is known of an object without reading it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ObjectInfo {
+    /// Stored bytes.
+    pub size: u64,
+    /// When the server says it was stored.
+    pub modified: Option<DateTime<Utc>>,
+    /// The SHA-256 that the server kept, if it keeps one; it is the uploader's claim, checked by the server then.
+    pub digest: Option<Digest>,
+}
+
+/// How deep a listing goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Depth {
+    /// Every name below the prefix.
+    All,
+    /// This level only; deeper names are folded into prefixes.
+    Level,
+}
+
+/// Where the next page begins; opaque, valid for the same prefix and depth only.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ListToken(pub String);
+
+/// One page of a listing.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ListPage {
+    /// Objects in ascending order of their names.
+    pub objects: Vec<ListedObject>,
+    /// Folded names, each ending in `/`, ascending; only with `Depth::Level`.
+    pub prefixes: Vec<String>,
+    /// The next page, `None` at the end.
+    pub next: Option<ListToken>,
+}
+
+/// An object as a listing shows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ListedObject {
+    /// Its name, without the store's own prefix.
+    pub key: String,
+    /// Stored bytes.
+    pub size: u64,
+    /// When the server says it was stored.
+    pub modified: Option<DateTime<Utc>>,
+}
+
+/// What went wrong, by meaning.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// There is no such object (or bucket, or directory).
+    #[error("{key} is not in {address}")]
+    NotFound {
+        /// The name.
+        key: String,
+        /// The store.
+        address: String,
+    },
+    /// The name holds other bytes.
+    #[error("{key} exists in {address} with other bytes")]
+    Conflict {
+        /// The name.
+        key: String,
+        /// The store.
+        address: String,
+    },
+    /// Credentials are missing, wrong or not allowed to do this.
+    #[error("{address} refuses {operation} of {key}: {reason}")]
+    Denied {
+        /// What was tried.
+        operation: &'static str,
+        /// The name.
+        key: String,
+        /// The store.
+        address: String,
+        /// The server's words.
+        reason: String,
+    },
+    /// An object lock holds.
+    #[error("{key} in {address} is locked")]
+    Retained {
+        /// The name.
+        key: String,
+        /// The store.
+        address: String,
+    },
+    /// Fewer bytes came than the object or the range holds.
+    #[error("{key} from {address} ends after {got} of {expected} bytes")]
+    Truncated {
+        /// The name.
+        key: String,
+        /// The store.
+        address: String,
+        /// Bytes received.
+        got: u64,
+        /// Bytes promised.
+        expected: u64,
+    },
+    /// Full disk or exhausted quota.
+    #[error("{address} has no room for {key}")]
+    Full {
+        /// The name.
+        key: String,
+        /// The store.
+        address: String,
+    },
+    /// No answer, a broken answer, or an answer that asks to come again.
+    #[error("{operation} of {key} in {address}: {reason}")]
+    Unavailable {
+        /// What was tried.
+        operation: &'static str,
+        /// The name.
+        key: String,
+        /// The store.
+        address: String,
+        /// What happened.
+        reason: String,
+    },
+    /// The name or the request breaks this contract; never retried.
+    #[error("{address}: {reason}")]
+    Invalid {
+        /// The store.
+        address: String,
+        /// What is wrong.
+        reason: String,
+    },
+}
+
+impl StoreError {
+    /// Whether the same call may succeed later.
+    pub const fn is_transient(&self) -> bool {
+        matches!(self, Self::Unavailable { .. } | Self::Truncated { .. } | Self::Full { .. })
+    }
+
+    /// Whether the store answered that there is no such object.
+    pub const fn is_not_found(&self) -> bool {
+        matches!(self, Self::NotFound { .. })
+    }
+}
+
+impl From<StoreError> for Error {
+    fn from(error: StoreError) -> Self {
+        let kind = match &error {
+            StoreError::NotFound { .. } => Kind::NotFound,
+            StoreError::Conflict { .. } | StoreError::Truncated { .. } => Kind::Damaged,
+            StoreError::Unavailable { .. } | StoreError::Full { .. } => Kind::Unavailable,
+            StoreError::Denied { .. } | StoreError::Retained { .. } | StoreError::Invalid { .. } => Kind::Failed,
+        };
+        Self::new(kind, error.to_string()).transient(error.is_transient())
+    }
+}

@@ -4,8 +4,10 @@
 //! so that tests and simulations own time and chance.
 
 pub mod clock;
+pub mod commit;
 pub mod error;
 pub mod id;
+pub mod pages;
 pub mod position;
 
 pub use clock::{Clock, Rng};

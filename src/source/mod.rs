@@ -12,11 +12,7 @@ use crate::model::{Lsn, Result, SystemId, Timeline, WalSegmentSize};
 
 pub mod postgres;
 
-/// PostgreSQL's page size; servers built with another one are refused.
-pub const PAGE_SIZE: usize = 8192;
-
-/// Pages covered by one map chunk, and the most that one batch carries: 8 MiB.
-pub const BATCH_PAGES: usize = 1024;
+pub use crate::model::pages::{BATCH_PAGES, Batch, FileId, PAGE_SIZE, Piece};
 
 /// A physical backup of one cluster in progress: `begin`, then `copy`, then `finish`, each once.
 ///
@@ -84,10 +80,6 @@ pub struct SmallFile {
     pub bytes: Vec<u8>,
 }
 
-/// A file of this backup, numbered by the source from 0 without holes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct FileId(pub u32);
-
 /// What a physical source yields.
 #[derive(Debug)]
 pub enum Item {
@@ -130,24 +122,4 @@ pub enum Item {
         /// Its number, if it had been announced.
         id: FileId,
     },
-}
-
-/// Up to [`BATCH_PAGES`] pages. A large file sends batches of one piece, aligned to [`BATCH_PAGES`]; small files share one.
-#[derive(Debug)]
-pub struct Batch {
-    /// What the pages are, in order.
-    pub pieces: Vec<Piece>,
-    /// The pages back to back; a short last page of a file is filled up with zeros.
-    pub data: Vec<u8>,
-}
-
-/// A run of pages of one file inside a batch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Piece {
-    /// The file.
-    pub file: FileId,
-    /// Its first page.
-    pub first_page: u32,
-    /// How many.
-    pub pages: u32,
 }

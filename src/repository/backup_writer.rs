@@ -1,0 +1,379 @@
+//! Writing one backup: intent, keyset, packs, manifest, inventory, and COMMIT last.
+//!
+//! Until COMMIT is in `write_quorum` regions there is no backup, whatever else was written; what a killed run leaves is
+//! orphaned packs that `verify` lists and prune removes.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use chrono::{DateTime, TimeDelta, Utc};
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+
+use crate::codec::fingerprint::PageFingerprinter;
+use crate::codec::sign::sign_text;
+use crate::keys::keyset::Keyset;
+use crate::model::commit::{BackupKind, Commit, Provenance, WalNeed};
+use crate::model::pages::{Batch, FileId, PAGE_SIZE};
+use crate::model::{BackupId, Error, HolderId, RepositoryId, Result, ResultExt, TargetName};
+use crate::repository::FORMAT;
+use crate::repository::fan_out::{FanOut, LaneOutcome, Patience};
+use crate::repository::handle::{Repository, Writer};
+use crate::repository::inventory::{self, InventoryLine};
+use crate::repository::keysets;
+use crate::repository::layout;
+use crate::repository::manifest::{self, ChunkUse, Line, ManifestSeal, ManifestWriter, PartsSummary};
+use crate::repository::pack::FrameSeal;
+use crate::repository::packer::{PackSettings, Packer, Placed, Sealed};
+use crate::repository::tree::{CompleteFile, Tree};
+use crate::store::Digest;
+
+/// A backup under way, so that prune leaves its objects and its parent alone.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Intent {
+    /// Version of the repository format.
+    pub format: u32,
+    /// The backup.
+    pub backup: BackupId,
+    /// The backup whose pages it may refer to.
+    pub parent: Option<BackupId>,
+    /// The writer's clock.
+    pub created_at: DateTime<Utc>,
+    /// After this the backup is given up: it must not commit, and prune may take its objects.
+    pub expires_at: DateTime<Utc>,
+}
+
+/// How a backup is written.
+#[derive(Debug, Clone)]
+pub struct BackupOptions {
+    /// What is backed up.
+    pub target: TargetName,
+    /// The kind of the target, for COMMIT.
+    pub source: &'static str,
+    /// How it is read, for COMMIT.
+    pub method: String,
+    /// zstd level of pages.
+    pub level: i32,
+    /// Worker threads.
+    pub workers: usize,
+    /// Whether the source's pages carry checksums.
+    pub page_checksums: bool,
+}
+
+/// An intent holds for a week: longer than any backup that is still alive.
+const INTENT_DAYS: i64 = 7;
+
+/// Packs on their way at the same time, beyond those that the lanes hold.
+const UPLOADS: usize = 2;
+
+/// A backup that is being written.
+#[derive(Debug)]
+pub struct BackupWriter {
+    id: BackupId,
+    started_at: DateTime<Utc>,
+    expires_at: DateTime<Utc>,
+    repository: Repository,
+    writer: Writer,
+    options: BackupOptions,
+    out: Arc<FanOut>,
+    keyset: Arc<Keyset>,
+    wrap_debts: Vec<(HolderId, String)>,
+    inventory: Vec<InventoryLine>,
+    manifest: ManifestWriter,
+    manifest_parts: PartsSummary,
+    tree: Tree,
+    batches: Option<mpsc::Sender<Batch>>,
+    placed: mpsc::UnboundedReceiver<Placed>,
+    uploads: JoinHandle<Result<Vec<InventoryLine>>>,
+    damaged_pages: u64,
+}
+
+/// A backup that exists.
+#[derive(Debug, Clone, Serialize)]
+pub struct Written {
+    /// Its COMMIT.
+    pub commit: Commit,
+    /// What each region owes.
+    pub regions: Vec<LaneOutcome>,
+    /// Key holders that could not wrap the keyset.
+    pub wrap_debts: Vec<(HolderId, String)>,
+}
+
+impl BackupWriter {
+    /// Announces the backup and makes its keyset.
+    ///
+    /// # Errors
+    /// Intent or keyset did not reach the quorum; too few key holders answered.
+    pub async fn begin(repository: &Repository, writer: &Writer, options: BackupOptions) -> Result<Self> {
+        let out = Arc::new(FanOut::new(&repository.regions, Patience::BACKUP));
+        let started_at = writer.clock.now();
+        let id = BackupId::new(&options.target, started_at, writer.rng.as_ref())?;
+        repository.enroll(writer, &out).await.during(|| "enrol the signer")?;
+        let expires_at = started_at + TimeDelta::days(INTENT_DAYS);
+        let intent = Intent { format: FORMAT, backup: id.clone(), parent: None, created_at: started_at, expires_at };
+        put_signed(&out, writer, layout::intent(&id), &intent_context(&repository.id, &id), &intent).await?;
+        let stored = keysets::create(&repository.id, &options.target, &writer.holders, writer.rng.as_ref(), &out).await?;
+        let fingerprints = Arc::new(PageFingerprinter::generate(writer.rng.as_ref())?);
+        let seal = FrameSeal { repository: repository.id.clone(), keyset: stored.keyset.id.clone(), backup: id.clone() };
+        let keyset = Arc::clone(&stored.keyset);
+        let settings = PackSettings { seal, keyset, fingerprints: Arc::clone(&fingerprints), level: options.level };
+        let Packer { batches, packs, placed } = Packer::start(&settings, options.workers);
+        let uploads = spawn_uploads(Arc::clone(&out), options.target.clone(), packs);
+        let mut backup = Self {
+            id,
+            started_at,
+            expires_at,
+            repository: repository.clone(),
+            writer: writer.clone(),
+            out,
+            keyset: stored.keyset,
+            wrap_debts: stored.missing,
+            inventory: stored.wraps,
+            manifest: ManifestWriter::default(),
+            manifest_parts: PartsSummary::default(),
+            tree: Tree::default(),
+            batches: Some(batches),
+            placed,
+            uploads,
+            damaged_pages: 0,
+            options,
+        };
+        let begin = backup.begin_line(&fingerprints);
+        backup.line(&begin).await?;
+        Ok(backup)
+    }
+
+    /// The backup's id.
+    pub const fn id(&self) -> &BackupId {
+        &self.id
+    }
+
+    fn begin_line(&self, fingerprints: &PageFingerprinter) -> Line {
+        Line::Begin(manifest::Begin {
+            format: FORMAT,
+            backup: self.id.clone(),
+            page_size: PAGE_SIZE as u32,
+            fingerprint_secret: hex::encode(fingerprints.secret()),
+            page_checksums: self.options.page_checksums,
+            sources: vec![(self.id.clone(), self.keyset.id.clone())],
+        })
+    }
+
+    /// Adds a line to the manifest.
+    ///
+    /// # Errors
+    /// A part that became full did not reach the quorum.
+    pub async fn line(&mut self, line: &Line) -> Result<()> {
+        let part = self.manifest.add(line, &manifest_seal(&self.repository.id, &self.keyset, &self.id))?;
+        match part {
+            Some(part) => self.put_manifest_part(part).await,
+            None => Ok(()),
+        }
+    }
+
+    /// A file begins.
+    ///
+    /// # Errors
+    /// The source contradicts itself.
+    pub fn file(&mut self, id: FileId, path: String, mode: u32) -> Result<()> {
+        self.tree.begin(id, path, mode)
+    }
+
+    /// A file was dropped by PostgreSQL before it could be read; replay drops it as well.
+    pub fn vanished(&mut self, id: FileId) {
+        self.tree.forget(id);
+    }
+
+    /// Pages; waits while the workers are busy.
+    ///
+    /// # Errors
+    /// Packing or uploading failed.
+    pub async fn batch(&mut self, batch: Batch) -> Result<()> {
+        let sent = match &self.batches {
+            Some(batches) => batches.send(batch).await.is_ok(),
+            None => false,
+        };
+        if !sent {
+            return Err(self.upload_error().await);
+        }
+        while let Ok(placed) = self.placed.try_recv() {
+            self.place(&placed).await?;
+        }
+        Ok(())
+    }
+
+    /// A file was read to its end.
+    ///
+    /// # Errors
+    /// The source contradicts itself, or a manifest part did not reach the quorum.
+    pub async fn file_done(&mut self, id: FileId, size: u64, damaged: Vec<u32>) -> Result<()> {
+        self.damaged_pages += damaged.len() as u64;
+        let complete = self.tree.done(id, size, damaged)?;
+        self.complete(complete).await
+    }
+
+    /// Waits until every page is durable at quorum.
+    ///
+    /// # Errors
+    /// Packing or uploading failed, or a file is incomplete.
+    pub async fn flush(&mut self) -> Result<()> {
+        self.batches = None;
+        while let Some(placed) = self.placed.recv().await {
+            self.place(&placed).await?;
+        }
+        let packs = (&mut self.uploads).await.map_err(|error| Error::failed("the upload task died").because(error))??;
+        self.inventory.extend(packs);
+        std::mem::take(&mut self.tree).finish()
+    }
+
+    /// Writes the rest of the manifest, the inventory and COMMIT. Call [`flush`](Self::flush) first.
+    ///
+    /// # Errors
+    /// Something did not reach the quorum, or the intent has expired.
+    pub async fn commit(mut self, wal: Option<WalNeed>) -> Result<Written> {
+        let seal = manifest_seal(&self.repository.id, &self.keyset, &self.id);
+        let (parts, size_bytes) = std::mem::take(&mut self.manifest).finish(&seal)?;
+        for part in parts {
+            self.put_manifest_part(part).await?;
+        }
+        let inventory = self.put_inventory().await?;
+        let now = self.writer.clock.now();
+        if now >= self.expires_at {
+            let text = format!("backup {} took longer than its intent allows", self.id);
+            return Err(Error::failed(text).hint("its objects may be pruned already: take a new backup"));
+        }
+        let stored: u64 = self.inventory.iter().map(|line| line.size).sum();
+        let commit = Commit {
+            format: FORMAT,
+            repository: self.repository.id.clone(),
+            id: self.id.clone(),
+            target: self.options.target.clone(),
+            source: self.options.source.to_owned(),
+            kind: BackupKind::Full,
+            parent: None,
+            started_at: self.started_at,
+            finished_at: now,
+            size_bytes,
+            stored_bytes: stored + inventory.bytes,
+            damaged_pages: self.damaged_pages,
+            keyset: self.keyset.id.clone(),
+            wal,
+            manifest: self.manifest_parts.finish(),
+            inventory,
+            quorum: u8::try_from(self.repository.regions.quorum()).unwrap_or(u8::MAX),
+            provenance: self.provenance(),
+        };
+        let key = layout::commit(&self.options.target, &self.id);
+        put_signed(&self.out, &self.writer, key, &commit_context(&self.repository.id, &self.id), &commit).await?;
+        let out = Arc::into_inner(self.out).ok_or_else(|| Error::failed("an upload is still running"))?;
+        Ok(Written { commit, regions: out.drain().await, wrap_debts: self.wrap_debts })
+    }
+
+    fn provenance(&self) -> Provenance {
+        let drctl = env!("CARGO_PKG_VERSION").to_owned();
+        Provenance { host: self.writer.host.clone(), drctl, method: self.options.method.clone() }
+    }
+
+    async fn place(&mut self, placed: &Placed) -> Result<()> {
+        let complete = self.tree.placed(placed)?;
+        self.complete(complete).await
+    }
+
+    async fn complete(&mut self, files: impl IntoIterator<Item = CompleteFile>) -> Result<()> {
+        for CompleteFile { mut line, chunks } in files {
+            // A full backup's chunks are all its own: source 0.
+            let uses = chunks.iter().map(|(frame, first, pages)| ChunkUse::new(frame, |_| 0, *first, *pages));
+            line.chunks = uses.collect();
+            self.line(&Line::File(line)).await?;
+        }
+        Ok(())
+    }
+
+    async fn put_manifest_part(&mut self, (part, bytes): (u32, Vec<u8>)) -> Result<()> {
+        let key = layout::manifest(&self.options.target, &self.id, part);
+        let line = put_object(&self.out, key, bytes).await?;
+        self.manifest_parts.add(line.size, line.digest());
+        self.inventory.push(line);
+        Ok(())
+    }
+
+    async fn put_inventory(&self) -> Result<crate::model::commit::Parts> {
+        let mut summary = PartsSummary::default();
+        let parts = inventory::encode(&self.inventory, &self.repository.id, &self.id, &self.writer.signer)?;
+        for (part, bytes) in parts.into_iter().enumerate() {
+            let part = u32::try_from(part).unwrap_or(u32::MAX);
+            let line = put_object(&self.out, layout::inventory(&self.options.target, &self.id, part), bytes).await?;
+            summary.add(line.size, line.digest());
+        }
+        Ok(summary.finish())
+    }
+
+    async fn upload_error(&mut self) -> Error {
+        match (&mut self.uploads).await {
+            Ok(Err(error)) => error,
+            _ => Error::failed("the workers stopped"),
+        }
+    }
+}
+
+fn manifest_seal<'a>(repository: &'a RepositoryId, keyset: &'a Keyset, backup: &'a BackupId) -> ManifestSeal<'a> {
+    ManifestSeal { repository, keyset: &keyset.id, backup, key: &keyset.meta }
+}
+
+/// What a COMMIT's signature is bound to.
+pub fn commit_context(repository: &RepositoryId, id: &BackupId) -> String {
+    format!("commit {repository} {id}")
+}
+
+fn intent_context(repository: &RepositoryId, id: &BackupId) -> String {
+    format!("intent {repository} {id}")
+}
+
+async fn put_signed<T: Serialize>(out: &FanOut, writer: &Writer, key: String, context: &str, record: &T) -> Result<()> {
+    let mut body = serde_json::to_vec(record).map_err(|error| Error::failed("a record is not JSON").because(error))?;
+    body.push(b'\n');
+    let text = sign_text(&writer.signer, context, &body);
+    put_object(out, key, text).await.map(|_| ())
+}
+
+async fn put_object(out: &FanOut, key: String, bytes: Vec<u8>) -> Result<InventoryLine> {
+    let (size, digest) = (bytes.len() as u64, Digest::of(&bytes));
+    out.put(key.clone(), Bytes::from(bytes), digest).await?;
+    Ok(InventoryLine { key, size, sha256: digest.0 })
+}
+
+/// Uploads packs, a few at a time; ends with their inventory or with the first error, which also stops the workers.
+fn spawn_uploads(
+    out: Arc<FanOut>,
+    target: TargetName,
+    mut packs: mpsc::Receiver<Result<Sealed>>,
+) -> JoinHandle<Result<Vec<InventoryLine>>> {
+    crate::observe::task::spawn("backup uploads", async move {
+        let mut lines = Vec::new();
+        let mut running = tokio::task::JoinSet::new();
+        loop {
+            tokio::select! {
+                Some(uploaded) = running.join_next() => {
+                    lines.push(uploaded.map_err(|error| Error::failed("an upload died").because(error))??);
+                }
+                sealed = packs.recv(), if running.len() < UPLOADS => {
+                    let Some(sealed) = sealed else { break };
+                    let Sealed { pack, digest } = sealed?;
+                    let (out, key) = (Arc::clone(&out), layout::pack(&target, &pack.id.backup, pack.id.ordinal));
+                    running.spawn(async move {
+                        let size = pack.bytes.len() as u64;
+                        out.put(key.clone(), pack.bytes, digest).await.during(|| "upload a pack")?;
+                        Ok::<_, Error>(InventoryLine { key, size, sha256: digest.0 })
+                    });
+                }
+            }
+        }
+        while let Some(uploaded) = running.join_next().await {
+            lines.push(uploaded.map_err(|error| Error::failed("an upload died").because(error))??);
+        }
+        lines.sort_by(|a, b| a.key.cmp(&b.key));
+        Ok(lines)
+    })
+}

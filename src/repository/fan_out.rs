@@ -1,0 +1,309 @@
+//! Writing one object to every region at once, acknowledged at the write quorum.
+//!
+//! All regions share one buffer. A region that fails or hangs keeps trying for as long as the object needs it to reach
+//! the quorum; once the quorum holds without it, it has [`Patience::laggard`] left and then owes the object: a debt that
+//! `repair` derives from inventories and pays later. Nothing here acknowledges below the quorum.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::{Semaphore, mpsc, watch};
+use tokio_util::task::TaskTracker;
+
+use crate::model::{Error, Kind, RegionName, Result};
+use crate::repository::regions::{Region, Regions};
+use crate::store::{Digest, PutOptions, StoreError};
+
+/// How long the parties wait for each other.
+#[derive(Debug, Clone, Copy)]
+pub struct Patience {
+    /// How long a region may lag behind the quorum (its queue full, or an object still missing) before it is left behind.
+    pub laggard: Duration,
+    /// How long a write waits for its quorum before the job fails; `None` = for ever, as WAL does: the server keeps it.
+    pub quorum: Option<Duration>,
+    /// Whether a region left behind is tried again, after this pause, for later objects.
+    pub retry_after: Option<Duration>,
+}
+
+impl Patience {
+    /// A backup leaves a region behind for its whole run, and gives up when the quorum is away for ten minutes.
+    pub const BACKUP: Self =
+        Self { laggard: Duration::from_secs(30), quorum: Some(Duration::from_secs(600)), retry_after: None };
+    /// WAL waits for ever and tries lost regions again.
+    pub const WAL: Self = Self {
+        laggard: Duration::from_secs(10),
+        quorum: None,
+        retry_after: Some(Duration::from_secs(5)),
+    };
+}
+
+/// Objects in flight per region. With packs of 16 MiB this bounds what a slow region can hold in memory.
+const IN_FLIGHT: usize = 4;
+
+/// Writes objects to all regions.
+#[derive(Debug)]
+pub struct FanOut {
+    lanes: Vec<Arc<Lane>>,
+    quorum: usize,
+    patience: Patience,
+    tasks: TaskTracker,
+    cancelled: watch::Sender<bool>,
+}
+
+#[derive(Debug)]
+struct Lane {
+    region: Region,
+    slots: Arc<Semaphore>,
+    /// One object at a time finds out whether a lane that is behind works again.
+    probe: Arc<Semaphore>,
+    behind: AtomicBool,
+    /// When, on tokio's clock in milliseconds since `born`, a lane that is behind may be tried again.
+    retry_at: AtomicU64,
+    born: tokio::time::Instant,
+    missing: AtomicU64,
+    last_error: std::sync::Mutex<Option<String>>,
+}
+
+/// What became of a region during a job.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct LaneOutcome {
+    /// The region.
+    pub region: RegionName,
+    /// Objects that it does not hold.
+    pub missing_objects: u64,
+    /// The last thing that went wrong there.
+    pub last_error: Option<String>,
+}
+
+struct Object {
+    key: String,
+    body: Bytes,
+    digest: Digest,
+}
+
+enum Delivery {
+    Stored,
+    LeftBehind,
+    Fatal(Error),
+}
+
+impl FanOut {
+    /// Lanes to all `regions`.
+    pub fn new(regions: &Regions, patience: Patience) -> Self {
+        let lane = |region: &Region| {
+            Arc::new(Lane {
+                region: region.clone(),
+                slots: Arc::new(Semaphore::new(IN_FLIGHT)),
+                probe: Arc::new(Semaphore::new(1)),
+                behind: AtomicBool::new(false),
+                retry_at: AtomicU64::new(0),
+                born: tokio::time::Instant::now(),
+                missing: AtomicU64::new(0),
+                last_error: std::sync::Mutex::default(),
+            })
+        };
+        let lanes = regions.all().iter().map(lane).collect();
+        let (cancelled, _) = watch::channel(false);
+        Self { lanes, quorum: regions.quorum(), patience, tasks: TaskTracker::new(), cancelled }
+    }
+
+    /// Stores `body` under `key`; returns once the write quorum holds it. The other regions go on in the background.
+    ///
+    /// # Errors
+    /// A region holds other bytes under this name (never retried: two writers, or damage); the quorum was not reached in
+    /// time; or too many regions refuse for good.
+    pub async fn put(&self, key: String, body: Bytes, digest: Digest) -> Result<()> {
+        let object = Arc::new(Object { key, body, digest });
+        let (reached, at_quorum) = watch::channel(false);
+        let (report, mut deliveries) = mpsc::channel(self.lanes.len());
+        let enter_by = tokio::time::Instant::now() + self.patience.laggard;
+        for lane in &self.lanes {
+            let slot = self.enter(lane, enter_by).await;
+            let (lane, object, report) = (Arc::clone(lane), Arc::clone(&object), report.clone());
+            let (at_quorum, cancelled) = (at_quorum.clone(), self.cancelled.subscribe());
+            let patience = self.patience;
+            self.tasks.spawn(async move {
+                let extra = if slot.is_some() { patience.laggard } else { Duration::ZERO };
+                let delivery = lane.deliver(&object, at_quorum, cancelled, (patience, extra)).await;
+                drop(slot);
+                // The receiver is gone once the quorum is reached.
+                let _ = report.send((lane.region.name.clone(), delivery)).await;
+            });
+        }
+        drop(report);
+        let waiting = self.wait_for_quorum(&object.key, &mut deliveries);
+        let outcome = match self.patience.quorum {
+            Some(limit) => match tokio::time::timeout(limit, waiting).await {
+                Ok(outcome) => outcome,
+                Err(_) => Err(self.no_quorum(&object.key)),
+            },
+            None => waiting.await,
+        };
+        if outcome.is_ok() {
+            reached.send_replace(true);
+        }
+        outcome
+    }
+
+    /// Waits until every region has what it was given or is left behind, and says which owe what.
+    pub async fn drain(self) -> Vec<LaneOutcome> {
+        self.tasks.close();
+        let limit = self.patience.laggard * 2;
+        if tokio::time::timeout(limit, self.tasks.wait()).await.is_err() {
+            self.cancelled.send_replace(true);
+            self.tasks.wait().await;
+        }
+        self.outcomes()
+    }
+
+    /// What each region owes so far.
+    pub fn outcomes(&self) -> Vec<LaneOutcome> {
+        self.lanes.iter().map(|lane| lane.outcome()).collect()
+    }
+
+    /// Takes a place in the lane's queue. A queue that stays full while others keep up is left behind. A lane without
+    /// a place is a reserve: it is used only as long as the object lacks its quorum.
+    async fn enter(&self, lane: &Lane, by: tokio::time::Instant) -> Option<tokio::sync::OwnedSemaphorePermit> {
+        if lane.behind.load(Ordering::Relaxed) {
+            let due = self.patience.retry_after.is_some() && tokio::time::Instant::now() >= lane.retry_at();
+            return due.then(|| Arc::clone(&lane.probe).try_acquire_owned().ok()).flatten();
+        }
+        let slot = Arc::clone(&lane.slots).acquire_owned();
+        match tokio::time::timeout_at(by, slot).await {
+            Ok(Ok(permit)) => Some(permit),
+            _ => {
+                lane.leave_behind("its queue stayed full", self.patience);
+                None
+            }
+        }
+    }
+
+    async fn wait_for_quorum(&self, key: &str, deliveries: &mut mpsc::Receiver<(RegionName, Delivery)>) -> Result<()> {
+        let mut stored = 0;
+        while let Some((region, delivery)) = deliveries.recv().await {
+            match delivery {
+                Delivery::Stored => stored += 1,
+                Delivery::LeftBehind => {}
+                Delivery::Fatal(error) => return Err(error.during(format!("write {key} to {region}"))),
+            }
+            if stored >= self.quorum {
+                return Ok(());
+            }
+        }
+        Err(self.no_quorum(key))
+    }
+
+    fn no_quorum(&self, key: &str) -> Error {
+        let (quorum, count) = (self.quorum, self.lanes.len());
+        let error = Error::new(Kind::Unavailable, format!("{key} did not reach {quorum} of {count} regions"));
+        let outcomes = self.outcomes().into_iter().filter_map(|lane| Some((lane.region, lane.last_error?)));
+        outcomes.fold(error.transient(true), |error, (region, reason)| error.because(format!("{region}: {reason}")))
+    }
+}
+
+impl Drop for FanOut {
+    fn drop(&mut self) {
+        self.cancelled.send_replace(true);
+    }
+}
+
+impl Lane {
+    async fn deliver(
+        &self,
+        object: &Object,
+        mut at_quorum: watch::Receiver<bool>,
+        mut cancelled: watch::Receiver<bool>,
+        (patience, extra): (Patience, Duration),
+    ) -> Delivery {
+        let seen = at_quorum.clone();
+        let work = self.until_stored(object, &seen, patience);
+        // Left behind: the quorum holds the object, and this region has had its extra time. When the put itself is
+        // given up, the sender is dropped and the error of `changed` ends the wait just as well.
+        let laggard = async {
+            if at_quorum.wait_for(|reached| *reached).await.is_ok() {
+                tokio::time::sleep(extra).await;
+            }
+        };
+        tokio::select! {
+            delivery = work => delivery,
+            () = laggard => self.owe("it lags behind the others", patience),
+            _ = cancelled.wait_for(|cancelled| *cancelled) => self.owe("the job ended first", patience),
+        }
+    }
+
+    async fn until_stored(&self, object: &Object, at_quorum: &watch::Receiver<bool>, patience: Patience) -> Delivery {
+        let mut pause = Duration::from_millis(100);
+        loop {
+            self.wait_out_the_pause().await;
+            let options = PutOptions::default();
+            let put = self.region.store.put(&object.key, object.body.clone(), object.digest, &options);
+            let error = match put.await {
+                Ok(_) => {
+                    self.behind.store(false, Ordering::Relaxed);
+                    return Delivery::Stored;
+                }
+                Err(error) => error,
+            };
+            self.note(&error);
+            match error {
+                StoreError::Conflict { .. } => return Delivery::Fatal(error.into()),
+                ref error if !error.is_transient() && patience.quorum.is_some() => {
+                    self.leave_behind(&error.to_string(), patience);
+                    self.missing.fetch_add(1, Ordering::Relaxed);
+                    return Delivery::LeftBehind;
+                }
+                _ if *at_quorum.borrow() && self.behind.load(Ordering::Relaxed) => {
+                    self.missing.fetch_add(1, Ordering::Relaxed);
+                    return Delivery::LeftBehind;
+                }
+                _ => {}
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_secs(5));
+        }
+    }
+
+    /// A lane that is behind is not tried before its pause is over.
+    async fn wait_out_the_pause(&self) {
+        if self.behind.load(Ordering::Relaxed) {
+            tokio::time::sleep_until(self.retry_at()).await;
+        }
+    }
+
+    fn retry_at(&self) -> tokio::time::Instant {
+        self.born + Duration::from_millis(self.retry_at.load(Ordering::Relaxed))
+    }
+
+    fn owe(&self, reason: &str, patience: Patience) -> Delivery {
+        self.leave_behind(reason, patience);
+        self.missing.fetch_add(1, Ordering::Relaxed);
+        Delivery::LeftBehind
+    }
+
+    fn leave_behind(&self, reason: &str, patience: Patience) {
+        // Without a retry the lane still serves an object that cannot reach its quorum otherwise, at a slow pace.
+        let pause = patience.retry_after.unwrap_or(Duration::from_secs(15));
+        let at = self.born.elapsed() + pause;
+        self.retry_at.store(u64::try_from(at.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        let mut last = self.last_error.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        last.get_or_insert_with(|| reason.to_owned());
+        if !self.behind.swap(true, Ordering::Relaxed) {
+            tracing::warn!(region = %self.region.name, reason, "region is left behind; repair brings it back");
+        }
+    }
+
+    fn note(&self, error: &StoreError) {
+        tracing::debug!(region = %self.region.name, %error, "put did not succeed");
+        *self.last_error.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(error.to_string());
+    }
+
+    fn outcome(&self) -> LaneOutcome {
+        LaneOutcome {
+            region: self.region.name.clone(),
+            missing_objects: self.missing.load(Ordering::Relaxed),
+            last_error: self.last_error.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone(),
+        }
+    }
+}

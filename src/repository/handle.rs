@@ -1,0 +1,216 @@
+//! The repository itself: its record, its regions, its signers.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use chrono::{DateTime, Utc};
+use futures::future::join_all;
+use serde::{Deserialize, Serialize};
+
+use crate::codec::sign::Signer;
+use crate::model::{Clock, Error, Kind, RegionName, RepositoryId, Result, ResultExt, Rng, SignerId};
+use crate::repository::FORMAT;
+use crate::repository::fan_out::FanOut;
+use crate::repository::keysets::Holders;
+use crate::repository::layout;
+use crate::repository::regions::{Region, Regions};
+use crate::repository::trust::{SignerRecord, Trust};
+use crate::store::{Digest, PutOptions};
+
+/// The first object of every region.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RepositoryRecord {
+    /// Version of the format; a reader that does not know it stops.
+    pub format: u32,
+    /// The repository.
+    pub repository: RepositoryId,
+    /// When it was made.
+    pub created_at: DateTime<Utc>,
+}
+
+/// Where one region is, for a machine that knows only a sibling.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RegionRecord {
+    /// Its name.
+    pub name: RegionName,
+    /// `s3://bucket/prefix` or `dir:///path`.
+    pub url: String,
+    /// The endpoint, if it is not AWS itself.
+    pub endpoint: Option<String>,
+    /// The AWS region.
+    pub aws_region: Option<String>,
+    /// Whether the bucket is in the path.
+    pub path_style: bool,
+}
+
+/// An open repository.
+#[derive(Debug, Clone)]
+pub struct Repository {
+    /// Its identity, the same in every region.
+    pub id: RepositoryId,
+    /// Its copies.
+    pub regions: Regions,
+    /// Whose signatures count.
+    pub trust: Arc<Trust>,
+}
+
+/// What a writer needs beyond the repository.
+#[derive(Debug, Clone)]
+pub struct Writer {
+    /// Signs.
+    pub signer: Arc<Signer>,
+    /// Wrap keysets.
+    pub holders: Holders,
+    /// Time.
+    pub clock: Arc<dyn Clock>,
+    /// Chance.
+    pub rng: Arc<dyn Rng>,
+    /// This host's name, for provenance.
+    pub host: String,
+}
+
+impl Repository {
+    /// Opens the repository that `regions` hold together.
+    ///
+    /// # Errors
+    /// No region answers; none holds a repository; two hold different ones; or its format is newer than this program.
+    pub async fn open(regions: Regions, listed_signers: BTreeSet<SignerId>) -> Result<Self> {
+        let id = Self::identify(&regions).await?;
+        let trust = Trust::load(&regions, listed_signers).await.during(|| "read the signers' public keys")?;
+        Ok(Self { id, regions, trust: Arc::new(trust) })
+    }
+
+    async fn identify(regions: &Regions) -> Result<RepositoryId> {
+        let mut found: Option<(RepositoryId, RegionName)> = None;
+        let mut errors = Vec::new();
+        for (region, record) in join_all(regions.all().iter().map(read_record)).await {
+            match record {
+                Ok(record) => match &found {
+                    Some((id, other)) if *id != record.repository => {
+                        let text = format!("regions {other} and {region} hold different repositories");
+                        return Err(Error::usage(text).because(format!("{id} and {}", record.repository)));
+                    }
+                    Some(_) => {}
+                    None => found = Some((record.repository, region)),
+                },
+                Err(error) => errors.push((region, error)),
+            }
+        }
+        if let Some((id, _)) = found {
+            return Ok(id);
+        }
+        let all_empty = errors.iter().all(|(_, error)| error.kind() == Kind::NotFound);
+        let error = match all_empty {
+            true => Error::not_found("there is no repository yet").hint("make one: drctl init"),
+            false => Error::new(Kind::Unavailable, "no region could be opened"),
+        };
+        Err(errors.into_iter().fold(error, |error, (region, why)| error.because(format!("{region}: {why}"))))
+    }
+
+    /// Makes a repository in every region that has none yet. Running it again finishes what an earlier run began.
+    ///
+    /// # Errors
+    /// A region cannot be written: init wants all of them, so that no region begins its life in debt.
+    pub async fn init(regions: &Regions, writer: &Writer, siblings: &[RegionRecord], escape: &[(&str, &[u8])]) -> Result<RepositoryId> {
+        let id = match Self::identify(regions).await {
+            Ok(id) => id,
+            Err(error) if error.kind() == Kind::NotFound => RepositoryId::new(writer.rng.as_ref())?,
+            Err(error) => return Err(error),
+        };
+        let record = RepositoryRecord { format: FORMAT, repository: id.clone(), created_at: writer.clock.now() };
+        for region in regions.all() {
+            if !matches!(read_record(region).await.1, Ok(found) if found.repository == id) {
+                put_json(region, layout::REPOSITORY, &record).await?;
+            }
+            for (name, bytes) in escape {
+                put_unless_there(region, &format!("{}{name}", layout::ESCAPE), bytes).await?;
+            }
+            for sibling in siblings {
+                let body = to_json(sibling)?;
+                let digest = Digest::of(&body).to_string();
+                put_unless_there(region, &layout::region(&sibling.name, &digest[..8]), &body).await?;
+            }
+            enroll_at(region, writer).await?;
+        }
+        // Two inits at once may have won one region each; the loser learns it here, before anything is sealed.
+        Self::identify(regions).await
+    }
+
+    /// Publishes the writer's public key, create-only, at the write quorum.
+    ///
+    /// # Errors
+    /// The quorum was not reached.
+    pub async fn enroll(&self, writer: &Writer, out: &FanOut) -> Result<()> {
+        if !self.trust.knows(&writer.signer.id()) {
+            let body = signer_record(writer)?;
+            let digest = Digest::of(&body);
+            out.put(layout::signer(&writer.signer.id()), Bytes::from(body), digest).await?;
+            self.trust.refresh(&self.regions).await?;
+        }
+        Ok(())
+    }
+}
+
+async fn enroll_at(region: &Region, writer: &Writer) -> Result<()> {
+    put_unless_there(region, &layout::signer(&writer.signer.id()), &signer_record(writer)?).await
+}
+
+fn signer_record(writer: &Writer) -> Result<Vec<u8>> {
+    let public_key = hex::encode(writer.signer.public_key().as_bytes());
+    to_json(&SignerRecord { public_key, host: writer.host.clone() })
+}
+
+/// The record of one region.
+async fn read_record(region: &Region) -> (RegionName, Result<RepositoryRecord>) {
+    let read = async {
+        let bytes = region.store.get(layout::REPOSITORY, None).await?;
+        let wrong = |error| Error::damaged(format!("{} of {} is not readable", layout::REPOSITORY, region.name)).because(error);
+        let record: RepositoryRecord = serde_json::from_slice(&bytes).map_err(wrong)?;
+        if record.format != FORMAT {
+            let format = record.format;
+            return Err(Error::failed(format!("repository format {format} is newer than this drctl, which knows {FORMAT}")));
+        }
+        Ok(record)
+    };
+    (region.name.clone(), read.await)
+}
+
+/// The addresses that the regions know of each other.
+///
+/// # Errors
+/// No region answers.
+pub async fn siblings(regions: &Regions) -> Result<Vec<RegionRecord>> {
+    let mut records = Vec::new();
+    for key in regions.list_union(layout::REGIONS).await? {
+        let parse = |bytes: Bytes| {
+            serde_json::from_slice::<RegionRecord>(&bytes).map_err(|error| Error::damaged(key.clone()).because(error))
+        };
+        match regions.read(&key, None, parse).await {
+            Ok((record, _)) => records.push(record),
+            Err(error) => tracing::warn!(%error, "sibling address is not readable"),
+        }
+    }
+    Ok(records)
+}
+
+fn to_json<T: Serialize>(value: &T) -> Result<Vec<u8>> {
+    let mut body = serde_json::to_vec(value).map_err(|error| Error::failed("a record is not JSON").because(error))?;
+    body.push(b'\n');
+    Ok(body)
+}
+
+async fn put_json<T: Serialize>(region: &Region, key: &str, value: &T) -> Result<()> {
+    put_unless_there(region, key, &to_json(value)?).await
+}
+
+/// For records that say the same whoever writes them: one that is there already stays.
+async fn put_unless_there(region: &Region, key: &str, body: &[u8]) -> Result<()> {
+    let put = region.store.put(key, Bytes::copy_from_slice(body), Digest::of(body), &PutOptions::default()).await;
+    match put {
+        Ok(_) | Err(crate::store::StoreError::Conflict { .. }) => Ok(()),
+        Err(error) => Err(Error::from(error).during(format!("write {key} to {}", region.name))),
+    }
+}

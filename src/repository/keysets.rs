@@ -1,0 +1,142 @@
+//! Keysets in the repository: drawn, wrapped by every holder, stored everywhere, opened again by any one of them.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use tokio::sync::Mutex;
+
+use crate::keys::keyset::Keyset;
+use crate::keys::{KeyHolder, KeyOpener, Wrap, WrapContext, open_any, wrap_everywhere};
+use crate::model::{Error, HolderId, KeysetId, Kind, RepositoryId, Result, ResultExt, Rng, TargetName};
+use crate::repository::fan_out::FanOut;
+use crate::repository::inventory::InventoryLine;
+use crate::repository::layout;
+use crate::repository::regions::Regions;
+use crate::store::Digest;
+
+/// Who wraps, and how many wraps make a keyset safe.
+#[derive(Debug, Clone)]
+pub struct Holders {
+    /// Every configured holder.
+    pub list: Vec<Arc<dyn KeyHolder>>,
+    /// With fewer wraps a keyset is not used.
+    pub min_wraps: usize,
+}
+
+/// A keyset that the repository holds.
+#[derive(Debug)]
+pub struct StoredKeyset {
+    /// Its secrets.
+    pub keyset: Arc<Keyset>,
+    /// Its wraps as objects.
+    pub wraps: Vec<InventoryLine>,
+    /// Holders that could not wrap it now: debts.
+    pub missing: Vec<(HolderId, String)>,
+}
+
+/// Draws a keyset and stores its wraps at the write quorum, before anything is sealed with it.
+///
+/// # Errors
+/// Fewer than `min_wraps` holders could wrap it, or the wraps did not reach the quorum.
+pub async fn create(
+    repository: &RepositoryId,
+    target: &TargetName,
+    holders: &Holders,
+    rng: &dyn Rng,
+    out: &FanOut,
+) -> Result<StoredKeyset> {
+    let keyset = Keyset::generate(target.clone(), rng)?;
+    let mut stored = StoredKeyset { keyset: Arc::new(keyset), wraps: Vec::new(), missing: Vec::new() };
+    for (holder, wrap) in wrap_everywhere(&holders.list, repository, &stored.keyset).await {
+        match wrap {
+            Ok(wrap) => stored.wraps.push(store_wrap(&wrap, out).await?),
+            Err(error) => {
+                tracing::warn!(%holder, %error, "keyset is not wrapped by this holder; the wrap is owed");
+                stored.missing.push((holder, error.to_string()));
+            }
+        }
+    }
+    if stored.wraps.len() < holders.min_wraps {
+        let (got, wanted) = (stored.wraps.len(), holders.min_wraps);
+        let error = Error::new(Kind::Unavailable, format!("only {got} of at least {wanted} key holders wrapped a keyset"));
+        return Err(stored.missing.iter().fold(error, |error, (holder, reason)| error.because(format!("{holder}: {reason}"))));
+    }
+    Ok(stored)
+}
+
+async fn store_wrap(wrap: &Wrap, out: &FanOut) -> Result<InventoryLine> {
+    let key = layout::wrap(&wrap.context.target, &wrap.context.keyset, &wrap.holder);
+    let body = serde_json::to_vec(wrap).map_err(|error| Error::failed("a key wrap is not JSON").because(error))?;
+    let (size, digest) = (body.len() as u64, Digest::of(&body));
+    out.put(key.clone(), Bytes::from(body), digest).await?;
+    Ok(InventoryLine { key, size, sha256: digest.0 })
+}
+
+/// The wraps of one keyset, from any region that holds them intact.
+///
+/// # Errors
+/// No region answers.
+pub async fn wraps(
+    regions: &Regions,
+    repository: &RepositoryId,
+    target: &TargetName,
+    id: &KeysetId,
+) -> Result<(WrapContext, Vec<Wrap>)> {
+    let context = WrapContext { repository: repository.clone(), target: target.clone(), keyset: id.clone() };
+    let mut wraps = Vec::new();
+    for key in regions.list_union(&layout::keyset(target, id)).await? {
+        let parse = |bytes: Bytes| {
+            let wrap = Wrap::parse(&bytes)?;
+            let belongs = wrap.context == context && key.ends_with(wrap.holder.as_str());
+            if belongs { Ok(wrap) } else { Err(Error::damaged("the wrap belongs to another keyset or holder")) }
+        };
+        match regions.read(&key, None, parse).await {
+            Ok((wrap, _)) => wraps.push(wrap),
+            // Another wrap may still open; if none does, the reader says which are missing.
+            Err(error) => tracing::warn!(%error, "key wrap is not readable"),
+        }
+    }
+    Ok((context, wraps))
+}
+
+/// Opens keysets once and keeps them for the job.
+#[derive(Debug)]
+pub struct KeyRing {
+    repository: RepositoryId,
+    regions: Regions,
+    openers: Vec<Arc<dyn KeyOpener>>,
+    opened: Mutex<BTreeMap<KeysetId, Arc<Keyset>>>,
+}
+
+impl KeyRing {
+    /// A ring that asks `openers`.
+    pub fn new(repository: RepositoryId, regions: Regions, openers: Vec<Arc<dyn KeyOpener>>) -> Self {
+        Self { repository, regions, openers, opened: Mutex::default() }
+    }
+
+    /// A keyset's secrets.
+    ///
+    /// # Errors
+    /// No opener could open any of its wraps; the error says what each said.
+    pub async fn open(&self, target: &TargetName, id: &KeysetId) -> Result<Arc<Keyset>> {
+        let mut opened = self.opened.lock().await;
+        if let Some(keyset) = opened.get(id) {
+            return Ok(Arc::clone(keyset));
+        }
+        let (keyset, _) = self.try_open(target, id).await?;
+        opened.insert(id.clone(), Arc::clone(&keyset));
+        Ok(keyset)
+    }
+
+    /// Opens a keyset and says by whom; the plan of a restore prints it.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub async fn try_open(&self, target: &TargetName, id: &KeysetId) -> Result<(Arc<Keyset>, String)> {
+        let (context, wraps) = wraps(&self.regions, &self.repository, target, id).await?;
+        let opened = open_any(&self.openers, &context, &wraps).await;
+        let (keyset, by) = opened.during(|| format!("keyset {id} of {target} cannot be opened"))?;
+        Ok((Arc::new(keyset), by))
+    }
+}

@@ -1,0 +1,183 @@
+//! Names of objects. Pure; the only place that spells a key.
+//!
+//! Every name is create-only. Nothing that a reader needs is found through a pointer that moves: readers list.
+
+use crate::model::{BackupId, Branch, EpochId, HolderId, KeysetId, Lsn, RegionName, SignerId, SystemId, TargetName, Timeline};
+
+/// The record that names the repository; the first object of every region.
+pub const REPOSITORY: &str = "drctl.json";
+
+/// Everything below is one region's own copy of the escape hatch.
+pub const ESCAPE: &str = "escape/1/";
+
+/// Where sibling regions are: one record per address that a region ever had.
+pub const REGIONS: &str = "regions/";
+
+/// Public keys of the signers.
+pub const SIGNERS: &str = "signers/";
+
+/// Every COMMIT of every target.
+pub const COMMITS: &str = "commits/";
+
+/// WAL frames.
+pub const WAL: &str = "wal/";
+
+/// Timeline history files.
+pub const HISTORY: &str = "history/";
+
+/// Recorded gaps in the WAL.
+pub const GAPS: &str = "gaps/";
+
+/// Backups in progress.
+pub const INTENTS: &str = "intents/";
+
+/// The kinds of top-level names that repair copies from region to region, COMMIT last: a backup exists in a region only
+/// when all of it is there.
+pub const REPAIR_ORDER: [&str; 12] = [
+    REPOSITORY,
+    ESCAPE,
+    REGIONS,
+    SIGNERS,
+    "keysets/",
+    HISTORY,
+    WAL,
+    GAPS,
+    "packs/",
+    "manifests/",
+    "inventories/",
+    COMMITS,
+];
+
+/// One sibling's address; `digest` tells its successive addresses apart.
+pub fn region(name: &RegionName, digest: &str) -> String {
+    format!("{REGIONS}{name}/{digest}")
+}
+
+/// A signer's public key.
+pub fn signer(id: &SignerId) -> String {
+    format!("{SIGNERS}{id}")
+}
+
+/// All wraps of one keyset.
+pub fn keyset(target: &TargetName, keyset: &KeysetId) -> String {
+    format!("keysets/{target}/{keyset}/")
+}
+
+/// One holder's wrap of a keyset.
+pub fn wrap(target: &TargetName, id: &KeysetId, holder: &HolderId) -> String {
+    format!("{}{holder}", keyset(target, id))
+}
+
+/// The commits of one target.
+pub fn commits(target: &TargetName) -> String {
+    format!("{COMMITS}{target}/")
+}
+
+/// A backup's COMMIT.
+pub fn commit(target: &TargetName, id: &BackupId) -> String {
+    format!("{COMMITS}{target}/{id}")
+}
+
+/// A part of a backup's manifest.
+pub fn manifest(target: &TargetName, id: &BackupId, part: u32) -> String {
+    format!("manifests/{target}/{id}/{part:06}")
+}
+
+/// A part of a backup's inventory.
+pub fn inventory(target: &TargetName, id: &BackupId, part: u32) -> String {
+    format!("inventories/{target}/{id}/{part:06}")
+}
+
+/// The packs of one target, also those of backups that never finished.
+pub fn packs(target: &TargetName) -> String {
+    format!("packs/{target}/")
+}
+
+/// A pack.
+pub fn pack(target: &TargetName, id: &BackupId, ordinal: u32) -> String {
+    format!("packs/{target}/{id}/{ordinal:06}")
+}
+
+/// The record that a backup is under way.
+pub fn intent(id: &BackupId) -> String {
+    format!("{INTENTS}{id}")
+}
+
+/// Everything that a cluster ever wrote.
+pub fn wal_system(system: SystemId) -> String {
+    format!("{WAL}{system}/")
+}
+
+/// One branch of one timeline.
+pub fn wal_branch(system: SystemId, timeline: Timeline, branch: &Branch) -> String {
+    format!("{WAL}{system}/{:08x}-{branch}/", timeline.0)
+}
+
+/// Reads the last part of [`wal_branch`] (`0000000a-5f0c11aa/`).
+pub fn parse_branch(part: &str) -> Option<(Timeline, Branch)> {
+    let (timeline, branch) = part.trim_end_matches('/').split_once('-')?;
+    let digits = timeline.len() == 8 && timeline.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
+    let timeline = digits.then(|| u32::from_str_radix(timeline, 16).ok()).flatten()?;
+    Some((Timeline(timeline), Branch::try_from(branch.to_owned()).ok()?))
+}
+
+/// One epoch's frames.
+pub fn wal_epoch(system: SystemId, timeline: Timeline, branch: &Branch, epoch: &EpochId) -> String {
+    format!("{}{epoch}/", wal_branch(system, timeline, branch))
+}
+
+/// A frame. The key is the sequence number alone: a name that carried the LSN or the writer would let two writers both
+/// succeed at one position of the log.
+pub fn wal_frame(epoch_prefix: &str, seq: u64) -> String {
+    format!("{epoch_prefix}{seq:010}")
+}
+
+/// Reads the last part of [`wal_frame`].
+pub fn parse_seq(part: &str) -> Option<u64> {
+    let digits = part.len() == 10 && part.bytes().all(|byte| byte.is_ascii_digit());
+    digits.then(|| part.parse().ok()).flatten()
+}
+
+/// A timeline's history file.
+pub fn history(system: SystemId, timeline: Timeline, branch: &Branch) -> String {
+    format!("{HISTORY}{system}/{:08x}-{branch}", timeline.0)
+}
+
+/// The histories of one cluster.
+pub fn histories(system: SystemId) -> String {
+    format!("{HISTORY}{system}/")
+}
+
+/// The recorded gaps of one branch.
+pub fn gaps(system: SystemId, timeline: Timeline, branch: &Branch) -> String {
+    format!("{GAPS}{system}/{:08x}-{branch}/", timeline.0)
+}
+
+/// A recorded gap `[from, to)`.
+pub fn gap(prefix: &str, from: Lsn, to: Lsn) -> String {
+    format!("{prefix}{:016x}-{:016x}", from.0, to.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::{prop_assert_eq, proptest};
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn names_read_back(timeline: u32, seq in 0u64..10_000_000_000) {
+            let branch = Branch::root();
+            let key = wal_branch(SystemId(7), Timeline(timeline), &branch);
+            let part = key.strip_prefix("wal/7/").unwrap();
+            prop_assert_eq!(parse_branch(part), Some((Timeline(timeline), branch)));
+            let frame = wal_frame("e/", seq);
+            prop_assert_eq!(parse_seq(frame.strip_prefix("e/").unwrap()), Some(seq));
+        }
+
+        #[test]
+        fn frames_sort_by_sequence(a in 0u64..10_000_000_000, b in 0u64..10_000_000_000) {
+            prop_assert_eq!(a.cmp(&b), wal_frame("e/", a).cmp(&wal_frame("e/", b)));
+        }
+    }
+}

@@ -1,0 +1,307 @@
+//! The regions of a repository, and reading from whichever of them has good bytes.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::Bytes;
+use futures::future::join_all;
+use serde::Serialize;
+
+use crate::model::{Error, Kind, RegionName, Result};
+use crate::store::{Depth, Digest, ListedObject, ObjectStore, StoreError};
+
+/// One independent copy of the repository.
+#[derive(Debug, Clone)]
+pub struct Region {
+    /// Its name in the configuration.
+    pub name: RegionName,
+    /// Its bytes.
+    pub store: Arc<dyn ObjectStore>,
+}
+
+/// All regions, in the order of the configuration: restores prefer the first, drills the last.
+#[derive(Debug, Clone)]
+pub struct Regions {
+    list: Vec<Region>,
+    quorum: usize,
+    lowest: usize,
+    trouble: Arc<Trouble>,
+}
+
+/// Objects that had to be taken from another region than the preferred one, and how often each region failed.
+#[derive(Debug, Default)]
+struct Trouble {
+    incidents: Mutex<Vec<Incident>>,
+    failures: Mutex<BTreeMap<RegionName, Arc<AtomicU32>>>,
+}
+
+/// One object that a region could not give.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Incident {
+    /// The region that failed.
+    pub region: RegionName,
+    /// The object.
+    pub key: String,
+    /// Why.
+    pub reason: String,
+    /// Whether the region holds wrong bytes or none (repair mends it), as opposed to not answering.
+    pub damaged: bool,
+}
+
+/// After this many failures to answer, a region is asked last for the rest of the job: a hanging region costs a full
+/// timeout at each request.
+const SUSPECT_AFTER: u32 = 2;
+
+impl Regions {
+    /// `quorum` of `list` must hold a write before it is acknowledged; `lowest` is what the configuration may degrade to.
+    ///
+    /// # Errors
+    /// No region, a name twice, or a quorum out of range.
+    pub fn new(list: Vec<Region>, quorum: usize, lowest: usize) -> Result<Self> {
+        let names: BTreeSet<_> = list.iter().map(|region| &region.name).collect();
+        if names.len() != list.len() {
+            return Err(Error::usage("two regions have the same name"));
+        }
+        if quorum == 0 || quorum > list.len() || lowest == 0 || lowest > quorum {
+            let count = list.len();
+            return Err(Error::usage(format!("a write quorum of {quorum} (lowest {lowest}) does not fit {count} regions")));
+        }
+        Ok(Self { list, quorum, lowest, trouble: Arc::default() })
+    }
+
+    /// All of them, in order.
+    pub fn all(&self) -> &[Region] {
+        &self.list
+    }
+
+    /// How many must hold a write.
+    pub const fn quorum(&self) -> usize {
+        self.quorum
+    }
+
+    /// The lowest quorum that the configuration allows.
+    pub const fn lowest_quorum(&self) -> usize {
+        self.lowest
+    }
+
+    /// One region by name.
+    ///
+    /// # Errors
+    /// There is none of that name; the error lists those that exist.
+    pub fn named(&self, name: &RegionName) -> Result<&Region> {
+        let known = || self.list.iter().map(|region| region.name.as_str()).collect::<Vec<_>>().join(", ");
+        let missing = || Error::usage(format!("there is no region `{name}`")).hint(format!("regions: {}", known()));
+        self.list.iter().find(|region| region.name == *name).ok_or_else(missing)
+    }
+
+    /// The same regions with `name` asked first.
+    ///
+    /// # Errors
+    /// There is none of that name.
+    pub fn preferring(&self, name: &RegionName) -> Result<Self> {
+        self.named(name)?;
+        let mut preferred = self.clone();
+        preferred.list.sort_by_key(|region| region.name != *name);
+        Ok(preferred)
+    }
+
+    /// Only these regions; reads go nowhere else.
+    pub fn only(&self, name: &RegionName) -> Result<Self> {
+        let region = self.named(name)?.clone();
+        Ok(Self { list: vec![region], quorum: 1, lowest: 1, trouble: Arc::clone(&self.trouble) })
+    }
+
+    /// What went wrong so far, each object of a region once.
+    pub fn incidents(&self) -> Vec<Incident> {
+        self.trouble.incidents.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Reads an object, or a range of it, from the first region whose bytes `check` accepts.
+    ///
+    /// # Errors
+    /// No region gave acceptable bytes; the error names each region and its reason. It is `NotFound` only if every region
+    /// answered that the object does not exist.
+    pub async fn read<T>(
+        &self,
+        key: &str,
+        range: Option<Range<u64>>,
+        check: impl Fn(Bytes) -> Result<T>,
+    ) -> Result<(T, RegionName)> {
+        let mut reasons = Vec::new();
+        for region in self.by_health() {
+            match region.store.get(key, range.clone()).await {
+                Ok(bytes) => match check(bytes) {
+                    Ok(value) => {
+                        self.record(reasons);
+                        return Ok((value, region.name.clone()));
+                    }
+                    Err(error) => reasons.push(Failure::damaged(region, key, error.to_string())),
+                },
+                Err(error) => {
+                    if error.is_transient() {
+                        self.failures(&region.name).fetch_add(1, Ordering::Relaxed);
+                    }
+                    reasons.push(Failure::of(region, key, &error));
+                }
+            }
+        }
+        Err(unreadable(key, &reasons))
+    }
+
+    /// Reads a whole object and checks its size and digest.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub async fn read_exact(&self, key: &str, size: u64, digest: Digest) -> Result<(Bytes, RegionName)> {
+        let check = |bytes: Bytes| {
+            if bytes.len() as u64 != size {
+                return Err(Error::damaged(format!("{} of {size} bytes are stored", bytes.len())));
+            }
+            if Digest::of(&bytes) != digest {
+                return Err(Error::damaged("the object's digest is not the one in its inventory"));
+            }
+            Ok(bytes)
+        };
+        self.read(key, None, check).await
+    }
+
+    /// Everything below `prefix` in each region; a region that does not answer is an error in its place.
+    pub async fn list_each(&self, prefix: &str) -> Vec<(RegionName, Result<Vec<ListedObject>>)> {
+        let lists = self.list.iter().map(|region| async {
+            let listed = list_all(region.store.as_ref(), prefix).await;
+            (region.name.clone(), listed)
+        });
+        join_all(lists).await
+    }
+
+    /// The names below `prefix` in any region that answers, sorted.
+    ///
+    /// # Errors
+    /// No region answers.
+    pub async fn list_union(&self, prefix: &str) -> Result<BTreeSet<String>> {
+        let lists = self.list_each(prefix).await.into_iter().map(|(_, list)| list);
+        first_error_if_none(lists, |list, union: &mut BTreeSet<String>| {
+            union.extend(list.into_iter().map(|object| object.key));
+        })
+    }
+
+    /// The names folded one level below `prefix` (each ends in `/`) in any region that answers.
+    ///
+    /// # Errors
+    /// No region answers.
+    pub async fn prefixes_union(&self, prefix: &str) -> Result<BTreeSet<String>> {
+        let lists = self.list.iter().map(|region| list_prefixes(region.store.as_ref(), prefix));
+        first_error_if_none(join_all(lists).await, |list, union: &mut BTreeSet<String>| union.extend(list))
+    }
+
+    fn by_health(&self) -> Vec<&Region> {
+        let mut order: Vec<_> = self.list.iter().collect();
+        order.sort_by_key(|region| self.failures(&region.name).load(Ordering::Relaxed) >= SUSPECT_AFTER);
+        order
+    }
+
+    fn failures(&self, name: &RegionName) -> Arc<AtomicU32> {
+        let mut failures = self.trouble.failures.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(failures.entry(name.clone()).or_default())
+    }
+
+    fn record(&self, failures: Vec<Failure>) {
+        let mut incidents = self.trouble.incidents.lock().unwrap_or_else(PoisonError::into_inner);
+        for Failure { incident, .. } in failures {
+            tracing::warn!(region = %incident.region, key = incident.key, reason = incident.reason, "taken from another region");
+            let known = incidents.iter().any(|known| known.region == incident.region && known.key == incident.key);
+            if !known {
+                incidents.push(incident);
+            }
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Failure {
+    incident: Incident,
+    kind: Kind,
+}
+
+impl Failure {
+    fn of(region: &Region, key: &str, error: &StoreError) -> Self {
+        let damaged = error.is_not_found();
+        let kind = if damaged { Kind::NotFound } else { Kind::Unavailable };
+        let (region, key, reason) = (region.name.clone(), key.to_owned(), error.to_string());
+        Self { incident: Incident { region, key, reason, damaged }, kind }
+    }
+
+    fn damaged(region: &Region, key: &str, reason: String) -> Self {
+        let (region, key) = (region.name.clone(), key.to_owned());
+        Self { incident: Incident { region, key, reason, damaged: true }, kind: Kind::Damaged }
+    }
+}
+
+fn unreadable(key: &str, failures: &[Failure]) -> Error {
+    let all = |kind| failures.iter().all(|failure| failure.kind == kind);
+    let any = |kind| failures.iter().any(|failure| failure.kind == kind);
+    let (kind, what) = match () {
+        () if all(Kind::NotFound) => (Kind::NotFound, "is in no region"),
+        () if any(Kind::Damaged) => (Kind::Damaged, "is damaged in every region that has it"),
+        () => (Kind::Unavailable, "cannot be read from any region"),
+    };
+    let error = Error::new(kind, format!("{key} {what}"));
+    failures.iter().fold(error, |error, Failure { incident, .. }| {
+        error.because(format!("{}: {}", incident.region, incident.reason))
+    })
+}
+
+fn first_error_if_none<L, U: Default>(
+    lists: impl IntoIterator<Item = Result<L>>,
+    mut add: impl FnMut(L, &mut U),
+) -> Result<U> {
+    let mut union = U::default();
+    let (mut answered, mut first_error) = (false, None);
+    for list in lists {
+        match list {
+            Ok(list) => {
+                answered = true;
+                add(list, &mut union);
+            }
+            Err(error) => first_error = first_error.or(Some(error)),
+        }
+    }
+    match first_error {
+        Some(error) if !answered => Err(error),
+        _ => Ok(union),
+    }
+}
+
+/// Every object below `prefix`, all pages.
+///
+/// # Errors
+/// The store does not answer.
+pub async fn list_all(store: &dyn ObjectStore, prefix: &str) -> Result<Vec<ListedObject>> {
+    let (mut objects, mut after) = (Vec::new(), None);
+    loop {
+        let page = store.list(prefix, Depth::All, after.as_ref()).await?;
+        objects.extend(page.objects);
+        match page.next {
+            Some(next) => after = Some(next),
+            None => return Ok(objects),
+        }
+    }
+}
+
+/// The names folded one level below `prefix`, all pages; each ends in `/`.
+///
+/// # Errors
+/// The store does not answer.
+pub async fn list_prefixes(store: &dyn ObjectStore, prefix: &str) -> Result<Vec<String>> {
+    let (mut prefixes, mut after) = (Vec::new(), None);
+    loop {
+        let page = store.list(prefix, Depth::Level, after.as_ref()).await?;
+        prefixes.extend(page.prefixes);
+        match page.next {
+            Some(next) => after = Some(next),
+            None => return Ok(prefixes),
+        }
+    }
+}

@@ -1,0 +1,128 @@
+//! Whose signatures count.
+//!
+//! A signer is named by the fingerprint of its public key, and the key itself is an object of the repository, so anyone
+//! who may write can add one. What makes a signer *known* is the list in the configuration or on the command line. With a
+//! list, anything signed by another is refused; without one it is read, and the fingerprints are shown.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Mutex, PoisonError};
+
+use serde::{Deserialize, Serialize};
+
+use crate::codec::sign::{PublicKey, Signer, split_text};
+use crate::model::{Error, Kind, Result, SignerId};
+use crate::repository::layout;
+use crate::repository::regions::Regions;
+
+/// A signer's public key as it is stored.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SignerRecord {
+    /// Ed25519 public key, hex.
+    pub public_key: String,
+    /// The host that enrolled it.
+    pub host: String,
+}
+
+/// The signers of a repository.
+#[derive(Debug)]
+pub struct Trust {
+    listed: BTreeSet<SignerId>,
+    keys: Mutex<BTreeMap<SignerId, PublicKey>>,
+    unlisted: Mutex<BTreeSet<SignerId>>,
+}
+
+impl Trust {
+    /// Reads every public key that any region holds. An empty `listed` trusts all of them, and says so in
+    /// [`unlisted`](Self::unlisted).
+    ///
+    /// # Errors
+    /// No region answers.
+    pub async fn load(regions: &Regions, listed: BTreeSet<SignerId>) -> Result<Self> {
+        let trust = Self { listed, keys: Mutex::default(), unlisted: Mutex::default() };
+        trust.refresh(regions).await?;
+        Ok(trust)
+    }
+
+    /// Trust in one signer, for a writer that reads back its own records.
+    pub fn in_signer(signer: &Signer) -> Self {
+        let keys = BTreeMap::from([(signer.id(), signer.public_key())]);
+        Self { listed: BTreeSet::new(), keys: Mutex::new(keys), unlisted: Mutex::default() }
+    }
+
+    /// Reads keys that were enrolled since.
+    ///
+    /// # Errors
+    /// No region answers.
+    pub async fn refresh(&self, regions: &Regions) -> Result<()> {
+        for key in regions.list_union(layout::SIGNERS).await? {
+            let Some(id) = key.strip_prefix(layout::SIGNERS).and_then(|id| id.parse::<SignerId>().ok()) else { continue };
+            if self.lock().contains_key(&id) {
+                continue;
+            }
+            // The name is the hash of the key: a damaged or forged record fails here and is taken from another region.
+            let read = regions.read(&key, None, |bytes| parse_signer(&id, &bytes)).await;
+            match read {
+                Ok((public, _)) => {
+                    self.lock().insert(id, public);
+                }
+                Err(error) => tracing::warn!(%error, "signer is not readable"),
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether this signer's key is at hand.
+    pub fn knows(&self, id: &SignerId) -> bool {
+        self.lock().contains_key(id)
+    }
+
+    /// Signers that were met without being on any list; restore prints them.
+    pub fn unlisted(&self) -> Vec<SignerId> {
+        self.unlisted.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
+    }
+
+    /// Checks a signature over raw bytes.
+    ///
+    /// # Errors
+    /// The signer is not trusted or unknown, or the signature is wrong.
+    pub fn verify_bytes(&self, id: &SignerId, context: &str, bytes: &[u8], signature: &[u8]) -> Result<()> {
+        let key = self.key(id)?;
+        key.verify_bytes(context, bytes, signature).map_err(Error::from)
+    }
+
+    /// Checks a signed text and returns its body.
+    ///
+    /// # Errors
+    /// As [`verify_bytes`](Self::verify_bytes), or the text is not a signed one.
+    pub fn verify_text<'a>(&self, context: &str, bytes: &'a [u8]) -> Result<&'a [u8]> {
+        let text = split_text(bytes)?;
+        let key = self.key(&text.signer)?;
+        text.verify(context, &key)?;
+        Ok(text.body)
+    }
+
+    fn key(&self, id: &SignerId) -> Result<PublicKey> {
+        if !self.listed.is_empty() && !self.listed.contains(id) {
+            let error = Error::new(Kind::Damaged, format!("signer {id} is not trusted"));
+            return Err(error.hint(format!("if you know it: add it to `signers`, or pass --trust-signer {id}")));
+        }
+        if self.listed.is_empty() {
+            self.unlisted.lock().unwrap_or_else(PoisonError::into_inner).insert(id.clone());
+        }
+        let missing = || Error::damaged(format!("the public key of signer {id} is in no region"));
+        self.lock().get(id).cloned().ok_or_else(missing)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<SignerId, PublicKey>> {
+        self.keys.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn parse_signer(id: &SignerId, bytes: &[u8]) -> Result<PublicKey> {
+    let wrong = || Error::damaged(format!("the record of signer {id} is not its public key"));
+    let record: SignerRecord = serde_json::from_slice(bytes).map_err(|error| wrong().because(error))?;
+    let key = hex::decode(&record.public_key).map_err(|error| wrong().because(error))?;
+    let key = PublicKey::from_bytes(&key)?;
+    if key.id() == *id { Ok(key) } else { Err(wrong()) }
+}

@@ -1,1 +1,4 @@
-//! To be furnished.
+//! The seams' contracts, each proven on every real implementation.
+
+mod floe;
+mod keys;

@@ -334,7 +334,7 @@ fn intent_context(repository: &RepositoryId, id: &BackupId) -> String {
 async fn put_signed<T: Serialize>(out: &FanOut, writer: &Writer, key: String, context: &str, record: &T) -> Result<()> {
     let mut body = serde_json::to_vec(record).map_err(|error| Error::failed("a record is not JSON").because(error))?;
     body.push(b'\n');
-    let text = sign_text(&writer.signer, context, &body);
+    let text = sign_text(&writer.signer, context, &body)?;
     put_object(out, key, text).await.map(|_| ())
 }
 

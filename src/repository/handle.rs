@@ -144,10 +144,10 @@ impl Repository {
     /// # Errors
     /// The quorum was not reached.
     pub async fn enroll(&self, writer: &Writer, out: &FanOut) -> Result<()> {
-        if !self.trust.knows(&writer.signer.id()) {
+        if !self.trust.knows(writer.signer.id()) {
             let body = signer_record(writer)?;
             let digest = Digest::of(&body);
-            out.put(layout::signer(&writer.signer.id()), Bytes::from(body), digest).await?;
+            out.put(layout::signer(writer.signer.id()), Bytes::from(body), digest).await?;
             self.trust.refresh(&self.regions).await?;
         }
         Ok(())
@@ -155,7 +155,7 @@ impl Repository {
 }
 
 async fn enroll_at(region: &Region, writer: &Writer) -> Result<()> {
-    put_unless_there(region, &layout::signer(&writer.signer.id()), &signer_record(writer)?).await
+    put_unless_there(region, &layout::signer(writer.signer.id()), &signer_record(writer)?).await
 }
 
 fn signer_record(writer: &Writer) -> Result<Vec<u8>> {

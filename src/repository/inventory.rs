@@ -46,7 +46,7 @@ pub fn encode(lines: &[InventoryLine], repository: &RepositoryId, backup: &Backu
             serde_json::to_writer(&mut body, line).map_err(|error| Error::failed("encode inventory").because(error))?;
             body.push(b'\n');
         }
-        Ok(sign_text(signer, &context(repository, backup, number), &body))
+        Ok(sign_text(signer, &context(repository, backup, number), &body)?)
     };
     chunks.into_iter().enumerate().map(part).collect()
 }

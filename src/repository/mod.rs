@@ -3,7 +3,23 @@
 //! Writer and reader of the same bytes live in the same file. Nothing here knows what a PostgreSQL server is beyond the
 //! positions in its WAL, and nothing decides when to run: jobs do.
 
+pub mod backup_writer;
+pub mod catalog;
 pub mod fan_out;
+pub mod handle;
+pub mod inventory;
+pub mod keysets;
 pub mod layout;
+pub mod manifest;
+pub mod pack;
+pub mod packer;
 pub mod page_map;
 pub mod regions;
+pub mod tree;
+pub mod trust;
+pub mod wal_frame;
+pub mod wal_index;
+pub mod wal_log;
+
+/// The version of the repository format that this program writes and reads.
+pub const FORMAT: u32 = 1;

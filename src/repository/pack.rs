@@ -7,7 +7,7 @@ use bytes::Bytes;
 
 use crate::codec::compress::{Compressor, Decompressor};
 use crate::codec::seal::{Aad, SealingKey, Unit, open, seal_into};
-use crate::model::{BackupId, KeysetId, RepositoryId, Result, ResultExt};
+use crate::model::{BackupId, Error, KeysetId, RepositoryId, Result, ResultExt};
 use crate::repository::page_map::{FrameId, FrameRef, PackId};
 
 /// The most that one object holds.
@@ -78,7 +78,7 @@ impl PackBuilder {
         let id = FrameId { pack: self.id.clone(), ordinal: self.frames };
         let payload = compressor.pack_payload(plain)?;
         let start = self.bytes.len();
-        seal_into(&mut self.bytes, key, &seal.aad(unit, &id.to_string()), &payload)?;
+        seal_into(key, &seal.aad(unit, &id.to_string()), &payload, &mut self.bytes)?;
         self.frames += 1;
         let offset = u32::try_from(start).unwrap_or(u32::MAX);
         let length = u32::try_from(self.bytes.len() - start).unwrap_or(u32::MAX);
@@ -110,5 +110,9 @@ pub fn open_frame(
     let id = frame.id.to_string();
     let aad = Aad { repository, keyset: &frame.keyset, kind: unit, id: &id };
     let payload = open(key, &aad, sealed).during(|| format!("open frame {id} of pack {}", frame.pack))?;
-    decompressor.unpack_payload(&payload, limit).during(|| format!("unpack frame {id}"))
+    let plain = decompressor.unpack_payload(&payload, None).during(|| format!("unpack frame {id}"))?;
+    if plain.len() > limit {
+        return Err(Error::damaged(format!("frame {id} holds {} bytes, more than {limit}", plain.len())));
+    }
+    Ok(plain)
 }

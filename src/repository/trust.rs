@@ -9,7 +9,7 @@ use std::sync::{Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
-use crate::codec::sign::{PublicKey, Signer, split_text};
+use crate::codec::sign::{PublicKey, Signature, Signer, split_text};
 use crate::model::{Error, Kind, Result, SignerId};
 use crate::repository::layout;
 use crate::repository::regions::Regions;
@@ -46,7 +46,7 @@ impl Trust {
 
     /// Trust in one signer, for a writer that reads back its own records.
     pub fn in_signer(signer: &Signer) -> Self {
-        let keys = BTreeMap::from([(signer.id(), signer.public_key())]);
+        let keys = BTreeMap::from([(signer.id().clone(), signer.public_key().clone())]);
         Self { listed: BTreeSet::new(), keys: Mutex::new(keys), unlisted: Mutex::default() }
     }
 
@@ -86,7 +86,7 @@ impl Trust {
     ///
     /// # Errors
     /// The signer is not trusted or unknown, or the signature is wrong.
-    pub fn verify_bytes(&self, id: &SignerId, context: &str, bytes: &[u8], signature: &[u8]) -> Result<()> {
+    pub fn verify_bytes(&self, id: &SignerId, context: &str, bytes: &[u8], signature: &Signature) -> Result<()> {
         let key = self.key(id)?;
         key.verify_bytes(context, bytes, signature).map_err(Error::from)
     }
@@ -124,5 +124,5 @@ fn parse_signer(id: &SignerId, bytes: &[u8]) -> Result<PublicKey> {
     let record: SignerRecord = serde_json::from_slice(bytes).map_err(|error| wrong().because(error))?;
     let key = hex::decode(&record.public_key).map_err(|error| wrong().because(error))?;
     let key = PublicKey::from_bytes(&key)?;
-    if key.id() == *id { Ok(key) } else { Err(wrong()) }
+    if key.id() == id { Ok(key) } else { Err(wrong()) }
 }

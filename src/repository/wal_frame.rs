@@ -146,18 +146,18 @@ impl FrameSealer<'_> {
     ///
     /// # Errors
     /// No randomness for the seal.
-    pub fn encode(&self, header: &mut FrameHeader, wal: &[u8]) -> Result<Vec<u8>> {
+    pub fn encode(&self, mut header: FrameHeader, wal: &[u8]) -> Result<Vec<u8>> {
         let id = header.place.logical_id();
         let body = match header.kind {
-            FrameKind::Data => seal(self.key, &body_aad(header, &id), &pack_payload(self.level, wal)?)?,
+            FrameKind::Data => seal(self.key, &body_aad(&header, &id), &pack_payload(self.level, wal)?)?,
             FrameKind::End | FrameKind::Seal => Vec::new(),
         };
-        header.signer = self.signer.id();
+        header.signer = self.signer.id().clone();
         header.body_bytes = body.len() as u64;
         header.body_sha256 = Digest::of(&body).0;
-        let head = serde_json::to_vec(header).map_err(|error| Error::failed("a WAL header is not JSON").because(error))?;
+        let head = serde_json::to_vec(&header).map_err(|error| Error::failed("a WAL header is not JSON").because(error))?;
         let length = u32::try_from(head.len()).unwrap_or(u32::MAX);
-        let signature = self.signer.sign_bytes(&context(header), &head);
+        let signature = self.signer.sign_bytes(&context(&header), &head)?;
         Ok([MAGIC.as_slice(), &length.to_le_bytes(), &head, &signature, &body].concat())
     }
 }
@@ -217,7 +217,8 @@ impl Frame {
     fn split(bytes: &[u8], repository: &RepositoryId, place: &FramePlace, trust: &Trust) -> Result<(FrameHeader, usize)> {
         let wrong = |why: &str| Error::damaged(format!("WAL frame {}: {why}", place.key()));
         let (head, after_head) = split_head(bytes).ok_or_else(|| wrong("not a frame"))?;
-        let signature = bytes.get(after_head..after_head + SIGNATURE_BYTES).ok_or_else(|| wrong("cut short"))?;
+        let signature = bytes.get(after_head..).and_then(<[u8]>::first_chunk::<SIGNATURE_BYTES>);
+        let signature = signature.ok_or_else(|| wrong("cut short"))?;
         let header: FrameHeader = serde_json::from_slice(head).map_err(|error| wrong("unreadable header").because(error))?;
         if header.format != FORMAT {
             return Err(wrong("written by a newer drctl"));

@@ -1,0 +1,216 @@
+//! Which backups exist, and in which regions they are whole.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use bytes::Bytes;
+use futures::{StreamExt, stream};
+
+use crate::model::commit::Commit;
+use crate::model::{BackupId, Error, RegionName, Result, TargetName};
+use crate::repository::backup_writer::commit_context;
+use crate::repository::handle::Repository;
+use crate::repository::inventory::{self, InventoryLine};
+use crate::repository::layout;
+use crate::repository::manifest::PartsSummary;
+use crate::repository::regions::list_all;
+use crate::repository::{FORMAT, regions::Region};
+use crate::store::Digest;
+
+/// A backup that exists: its COMMIT is readable in at least one region.
+#[derive(Debug, Clone)]
+pub struct Backup {
+    /// What it says of itself.
+    pub commit: Commit,
+}
+
+/// What a region lacks of a backup.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Debt {
+    /// Objects that are not there.
+    pub missing: Vec<String>,
+    /// Objects whose size is wrong.
+    pub damaged: Vec<String>,
+    /// Whether the region could be read at all.
+    pub unreadable: Option<String>,
+}
+
+impl Debt {
+    /// Whether the region holds the whole backup, as far as names and sizes tell.
+    pub const fn is_none(&self) -> bool {
+        self.missing.is_empty() && self.damaged.is_empty() && self.unreadable.is_none()
+    }
+}
+
+/// Requests in flight when many small records are read.
+const READS: usize = 16;
+
+/// All backups of `target`, or of every target, oldest first. A COMMIT that no region holds intact is an error in the
+/// second list, never a backup that is quietly missing.
+///
+/// # Errors
+/// No region answers.
+pub async fn backups(repository: &Repository, target: Option<&TargetName>) -> Result<(Vec<Backup>, Vec<Error>)> {
+    let prefix = target.map_or_else(|| layout::COMMITS.to_owned(), layout::commits);
+    let keys = repository.regions.list_union(&prefix).await?;
+    let reads = stream::iter(keys).map(|key| async move { read_commit(repository, &key).await });
+    let (mut backups, mut errors) = (Vec::new(), Vec::new());
+    for read in reads.buffered(READS).collect::<Vec<_>>().await {
+        match read {
+            Ok(commit) => backups.push(Backup { commit }),
+            Err(error) => errors.push(error),
+        }
+    }
+    backups.sort_by(|a, b| (a.commit.started_at, &a.commit.id).cmp(&(b.commit.started_at, &b.commit.id)));
+    Ok((backups, errors))
+}
+
+async fn read_commit(repository: &Repository, key: &str) -> Result<Commit> {
+    let parse = |bytes: Bytes| parse_commit(repository, key, &bytes);
+    repository.regions.read(key, None, parse).await.map(|(commit, _)| commit)
+}
+
+/// Reads a COMMIT object and checks signature and name.
+///
+/// # Errors
+/// It is not a COMMIT of this repository under this name, or not signed by a trusted signer.
+pub fn parse_commit(repository: &Repository, key: &str, bytes: &[u8]) -> Result<Commit> {
+    let wrong = |why: &str| Error::damaged(format!("{key} {why}"));
+    let id: BackupId = key.rsplit('/').next().unwrap_or_default().parse().map_err(|_| wrong("is not named as a backup"))?;
+    let body = repository.trust.verify_text(&commit_context(&repository.id, &id), bytes)?;
+    let commit: Commit = serde_json::from_slice(body).map_err(|error| wrong("is not readable").because(error))?;
+    if commit.format != FORMAT {
+        return Err(wrong("was written by a newer drctl"));
+    }
+    if commit.id != id || layout::commit(&commit.target, &id) != key {
+        return Err(wrong("belongs elsewhere"));
+    }
+    Ok(commit)
+}
+
+/// Finds the one backup that `text` names: a whole id, an unambiguous prefix, a target (its newest) or `latest`.
+///
+/// # Errors
+/// Nothing fits, or several do; the error lists them.
+pub fn select<'a>(backups: &'a [Backup], text: &str) -> Result<&'a Backup> {
+    let newest = |target: Option<&str>| {
+        let of_target = |backup: &&Backup| target.is_none_or(|target| backup.commit.target.as_str() == target);
+        backups.iter().rfind(of_target)
+    };
+    if let Some(exact) = backups.iter().find(|backup| backup.commit.id.as_str() == text) {
+        return Ok(exact);
+    }
+    if text == "latest" {
+        let targets: BTreeSet<_> = backups.iter().map(|backup| backup.commit.target.as_str()).collect();
+        if targets.len() > 1 {
+            let names = targets.into_iter().collect::<Vec<_>>().join(", ");
+            return Err(Error::usage("`latest` fits several targets").hint(format!("name one of: {names}")));
+        }
+        return newest(None).ok_or_else(|| Error::not_found("there is no backup yet"));
+    }
+    if let Some(backup) = newest(Some(text)) {
+        return Ok(backup);
+    }
+    let fitting: Vec<_> = backups.iter().filter(|backup| backup.commit.id.as_str().starts_with(text)).collect();
+    match fitting.as_slice() {
+        [one] => Ok(one),
+        [] => Err(Error::not_found(format!("no backup and no target is named `{text}`")).hint("see: drctl list")),
+        several => {
+            let ids = several.iter().map(|backup| backup.commit.id.as_str()).collect::<Vec<_>>().join(", ");
+            Err(Error::usage(format!("`{text}` fits {} backups", several.len())).hint(format!("one of: {ids}")))
+        }
+    }
+}
+
+/// Every object that a backup needs, except its COMMIT, the inventory itself and WAL.
+///
+/// # Errors
+/// A part is in no region intact, or the parts are not those that COMMIT signed.
+pub async fn inventory(repository: &Repository, commit: &Commit) -> Result<Vec<InventoryLine>> {
+    let (mut lines, mut summary) = (Vec::new(), PartsSummary::default());
+    for part in 0..commit.inventory.count {
+        let key = layout::inventory(&commit.target, &commit.id, part);
+        let parse = |bytes: Bytes| {
+            let lines = inventory::decode_part(&bytes, &repository.id, (&commit.id, part), &repository.trust)?;
+            Ok((lines, bytes.len() as u64, Digest::of(&bytes)))
+        };
+        let ((part, size, digest), _) = repository.regions.read(&key, None, parse).await?;
+        summary.add(size, digest);
+        lines.extend(part);
+    }
+    if summary.finish() != commit.inventory {
+        return Err(Error::damaged(format!("the inventory of {} is not the one that its COMMIT signed", commit.id)));
+    }
+    Ok(lines)
+}
+
+/// The objects of a backup beyond its inventory: the inventory's own parts and COMMIT. Their sizes are not listed
+/// anywhere; they authenticate themselves.
+pub fn own_records(commit: &Commit) -> Vec<String> {
+    let parts = (0..commit.inventory.count).map(|part| layout::inventory(&commit.target, &commit.id, part));
+    parts.chain([layout::commit(&commit.target, &commit.id)]).collect()
+}
+
+/// The names and sizes that one region holds of one target, read once for many backups.
+#[derive(Debug)]
+pub struct Held {
+    objects: Result<BTreeMap<String, u64>>,
+}
+
+impl Held {
+    /// Lists a region.
+    pub async fn list(region: &Region, target: &TargetName) -> Self {
+        let mut objects = BTreeMap::new();
+        for kind in ["commits", "inventories", "keysets", "manifests", "packs"] {
+            match list_all(region.store.as_ref(), &format!("{kind}/{target}/")).await {
+                Ok(list) => objects.extend(list.into_iter().map(|object| (object.key, object.size))),
+                Err(error) => return Self { objects: Err(error) },
+            }
+        }
+        Self { objects: Ok(objects) }
+    }
+
+    /// What the region lacks of a backup.
+    pub fn debt(&self, commit: &Commit, inventory: &[InventoryLine]) -> Debt {
+        let objects = match &self.objects {
+            Ok(objects) => objects,
+            Err(error) => return Debt { unreadable: Some(error.to_string()), ..Debt::default() },
+        };
+        let mut debt = Debt::default();
+        for line in inventory {
+            match objects.get(&line.key) {
+                None => debt.missing.push(line.key.clone()),
+                Some(size) if *size != line.size => debt.damaged.push(line.key.clone()),
+                Some(_) => {}
+            }
+        }
+        debt.missing.extend(own_records(commit).into_iter().filter(|key| !objects.contains_key(key)));
+        debt
+    }
+
+    /// The names it holds below `prefix`.
+    pub fn below<'a>(&'a self, prefix: &'a str) -> impl Iterator<Item = &'a str> {
+        let keys = self.objects.iter().flat_map(BTreeMap::keys);
+        keys.map(String::as_str).filter(move |key| key.starts_with(prefix))
+    }
+}
+
+/// What each region lacks of each backup of one target.
+///
+/// # Errors
+/// An inventory is in no region intact.
+pub async fn debts(repository: &Repository, backups: &[Backup]) -> Result<BTreeMap<BackupId, Vec<(RegionName, Debt)>>> {
+    let targets: BTreeSet<_> = backups.iter().map(|backup| &backup.commit.target).collect();
+    let mut debts = BTreeMap::new();
+    for target in targets {
+        let held = repository.regions.all().iter().map(|region| async move {
+            (region.name.clone(), Held::list(region, target).await)
+        });
+        let held = futures::future::join_all(held).await;
+        for backup in backups.iter().filter(|backup| backup.commit.target == *target) {
+            let lines = inventory(repository, &backup.commit).await?;
+            let of_region = |(name, held): &(RegionName, Held)| (name.clone(), held.debt(&backup.commit, &lines));
+            debts.insert(backup.commit.id.clone(), held.iter().map(of_region).collect());
+        }
+    }
+    Ok(debts)
+}

@@ -1,0 +1,322 @@
+//! Which WAL there is: epochs, runs of frames, recoverable windows. Needs no key.
+//!
+//! Inside an epoch frames follow each other without a hole, so the two ends of an unbroken run of sequence numbers tell
+//! its WAL range, and two header reads describe thousands of frames.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Mutex;
+
+use bytes::Bytes;
+use chrono::{DateTime, Utc};
+use futures::future::join_all;
+use serde::Serialize;
+
+use crate::model::{Branch, EpochId, Lsn, RegionName, Result, SystemId, Timeline};
+use crate::repository::handle::Repository;
+use crate::repository::layout;
+use crate::repository::regions::{Regions, list_all};
+use crate::repository::wal_frame::{Frame, FrameHeader, FrameKind, FramePlace, HEADER_LIMIT};
+
+/// One branch of one timeline of one cluster.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct BranchId {
+    /// The cluster.
+    pub system_id: SystemId,
+    /// Its timeline.
+    pub timeline: Timeline,
+    /// The branch.
+    pub branch: Branch,
+}
+
+/// An unbroken run of frames of one epoch.
+#[derive(Debug, Clone)]
+pub struct Run {
+    /// The first frame.
+    pub first: FrameHeader,
+    /// The last frame; END counts.
+    pub last: FrameHeader,
+}
+
+impl Run {
+    /// Position of its first byte.
+    pub const fn start(&self) -> Lsn {
+        self.first.span.start
+    }
+
+    /// Position after its last byte.
+    pub const fn end(&self) -> Lsn {
+        self.last.span.end
+    }
+}
+
+/// A range of WAL without a hole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Window {
+    /// Position of its first byte.
+    pub start: Lsn,
+    /// Position after its last byte.
+    pub end: Lsn,
+    /// Start of its last complete record: what recovery aims at to reach the end.
+    pub last_record: Option<Lsn>,
+    /// End of that record.
+    pub last_record_end: Option<Lsn>,
+    /// Newest commit time that its last run is known to hold.
+    pub last_commit: Option<DateTime<Utc>>,
+    /// When its last frame was written.
+    pub written_at: DateTime<Utc>,
+}
+
+/// The frames of one branch, by region.
+#[derive(Debug)]
+pub struct WalIndex {
+    branch: BranchId,
+    /// Epoch → sequence number → regions that list it.
+    frames: BTreeMap<EpochId, BTreeMap<u64, BTreeSet<RegionName>>>,
+    unreadable: Vec<(RegionName, String)>,
+    headers: Mutex<BTreeMap<(EpochId, u64), FrameHeader>>,
+}
+
+/// The branches of a cluster that any region holds WAL of, oldest timeline first.
+///
+/// # Errors
+/// No region answers.
+pub async fn branches(regions: &Regions, system_id: SystemId) -> Result<Vec<BranchId>> {
+    let prefix = layout::wal_system(system_id);
+    let parts = regions.prefixes_union(&prefix).await?;
+    let parse = |key: &String| {
+        let (timeline, branch) = layout::parse_branch(key.strip_prefix(&prefix)?)?;
+        Some(BranchId { system_id, timeline, branch })
+    };
+    Ok(parts.iter().filter_map(parse).collect())
+}
+
+impl WalIndex {
+    /// Lists one branch in every region.
+    pub async fn load(regions: &Regions, branch: BranchId) -> Self {
+        let prefix = layout::wal_branch(branch.system_id, branch.timeline, &branch.branch);
+        let lists = regions.all().iter().map(|region| async {
+            (region.name.clone(), list_all(region.store.as_ref(), &prefix).await)
+        });
+        let mut index = Self { branch, frames: BTreeMap::new(), unreadable: Vec::new(), headers: Mutex::default() };
+        for (region, list) in join_all(lists).await {
+            match list {
+                Ok(objects) => {
+                    for object in objects {
+                        let Some((epoch, seq)) = object.key.strip_prefix(&prefix).and_then(parse_frame) else { continue };
+                        let seqs = index.frames.entry(epoch).or_default();
+                        seqs.entry(seq).or_default().insert(region.clone());
+                    }
+                }
+                Err(error) => index.unreadable.push((region, error.to_string())),
+            }
+        }
+        index
+    }
+
+    /// The branch.
+    pub const fn branch(&self) -> &BranchId {
+        &self.branch
+    }
+
+    /// Regions that could not be listed.
+    pub fn unreadable(&self) -> &[(RegionName, String)] {
+        &self.unreadable
+    }
+
+    /// Every frame and the regions that list it.
+    pub fn frames(&self) -> impl Iterator<Item = (FramePlace, &BTreeSet<RegionName>)> {
+        let place = |epoch: &EpochId, seq: u64| self.place(epoch, seq);
+        self.frames.iter().flat_map(move |(epoch, seqs)| seqs.iter().map(move |(seq, held)| (place(epoch, *seq), held)))
+    }
+
+    /// The epochs and their sequence numbers.
+    pub const fn epochs(&self) -> &BTreeMap<EpochId, BTreeMap<u64, BTreeSet<RegionName>>> {
+        &self.frames
+    }
+
+    /// Where a frame stands.
+    pub fn place(&self, epoch: &EpochId, seq: u64) -> FramePlace {
+        let BranchId { system_id, timeline, branch } = self.branch.clone();
+        FramePlace { system_id, timeline, branch, epoch: epoch.clone(), seq }
+    }
+
+    /// A frame's header, from any region that has it intact.
+    ///
+    /// # Errors
+    /// No region has it intact.
+    pub async fn header(&self, repository: &Repository, epoch: &EpochId, seq: u64) -> Result<FrameHeader> {
+        let cached = |headers: &Mutex<BTreeMap<(EpochId, u64), FrameHeader>>| {
+            let headers = headers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            headers.get(&(epoch.clone(), seq)).cloned()
+        };
+        if let Some(header) = cached(&self.headers) {
+            return Ok(header);
+        }
+        let place = self.place(epoch, seq);
+        let check = |bytes: Bytes| Frame::header(&bytes, &repository.id, &place, &repository.trust);
+        let (header, _) = repository.regions.read(&place.key(), Some(0..HEADER_LIMIT), check).await?;
+        let mut headers = self.headers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        headers.insert((epoch.clone(), seq), header.clone());
+        Ok(header)
+    }
+
+    /// The unbroken runs in one region, or (`None`) in all of them together, ascending by start. A frame whose header is
+    /// nowhere intact breaks its run and is reported beside it.
+    pub async fn runs(&self, repository: &Repository, region: Option<&RegionName>) -> (Vec<Run>, Vec<crate::model::Error>) {
+        let (mut runs, mut errors) = (Vec::new(), Vec::new());
+        for (epoch, seqs) in &self.frames {
+            let held = seqs.iter().filter(|(_, regions)| region.is_none_or(|region| regions.contains(region)));
+            for (first, last) in unbroken(held.map(|(seq, _)| *seq)) {
+                match self.run(repository, epoch, (first, last)).await {
+                    Ok(run) => runs.push(run),
+                    Err(error) => errors.push(error),
+                }
+            }
+        }
+        runs.sort_by_key(|run| (run.start(), run.end()));
+        (runs, errors)
+    }
+
+    async fn run(&self, repository: &Repository, epoch: &EpochId, (first, last): (u64, u64)) -> Result<Run> {
+        let first = self.header(repository, epoch, first).await?;
+        let mut last = self.header(repository, epoch, last).await?;
+        if last.kind == FrameKind::Seal && last.place.seq > first.place.seq {
+            // A SEAL was written by another owner and says nothing of the WAL before it.
+            last = self.header(repository, epoch, last.place.seq - 1).await?;
+        }
+        Ok(Run { first, last })
+    }
+
+    /// The frame of a run that holds the byte at `at`.
+    ///
+    /// # Errors
+    /// A header on the way is nowhere intact.
+    pub async fn locate(&self, repository: &Repository, run: &Run, at: Lsn) -> Result<u64> {
+        let epoch = &run.first.place.epoch;
+        let (mut low, mut high) = (run.first.place.seq, run.last.place.seq);
+        while low < high {
+            let middle = low + (high - low) / 2;
+            let header = self.header(repository, epoch, middle).await?;
+            if header.span.end <= at { low = middle + 1 } else { high = middle }
+        }
+        Ok(low)
+    }
+}
+
+fn parse_frame(key: &str) -> Option<(EpochId, u64)> {
+    let (epoch, seq) = key.split_once('/')?;
+    Some((epoch.parse().ok()?, layout::parse_seq(seq)?))
+}
+
+/// Cuts ascending numbers into unbroken runs.
+fn unbroken(numbers: impl IntoIterator<Item = u64>) -> Vec<(u64, u64)> {
+    let mut runs: Vec<(u64, u64)> = Vec::new();
+    for number in numbers {
+        match runs.last_mut() {
+            Some((_, last)) if *last + 1 == number => *last = number,
+            _ => runs.push((number, number)),
+        }
+    }
+    runs
+}
+
+/// Joins runs into windows. Where one run ends inside another, or exactly where another starts, there is no hole.
+pub fn windows(runs: &[Run]) -> Vec<Window> {
+    let mut windows: Vec<Window> = Vec::new();
+    for run in runs.iter().filter(|run| run.end() > run.start()) {
+        let span = &run.last.span;
+        let window = Window {
+            start: run.start(),
+            end: run.end(),
+            last_record: span.last_record,
+            last_record_end: span.last_record_end,
+            last_commit: span.last_commit,
+            written_at: run.last.written_at,
+        };
+        match windows.last_mut() {
+            Some(open) if window.start <= open.end => open.absorb(window),
+            _ => windows.push(window),
+        }
+    }
+    windows
+}
+
+impl Window {
+    fn absorb(&mut self, next: Self) {
+        self.last_commit = self.last_commit.max(next.last_commit);
+        if next.end > self.end {
+            let last_record = next.last_record.or(self.last_record);
+            let last_record_end = next.last_record_end.or(self.last_record_end);
+            *self = Self { start: self.start, last_record, last_record_end, last_commit: self.last_commit, ..next };
+        }
+    }
+
+    /// Whether the whole range `[from, to)` lies in it.
+    pub fn covers(&self, from: Lsn, to: Lsn) -> bool {
+        self.start <= from && to <= self.end
+    }
+}
+
+/// A step of reading: these frames of one epoch, of which only the bytes in `[from, to)` count.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stretch {
+    /// The epoch.
+    pub epoch: EpochId,
+    /// First frame.
+    pub first_seq: u64,
+    /// Last frame of the run; reading stops earlier, at `to`.
+    pub last_seq: u64,
+    /// First byte wanted.
+    pub from: Lsn,
+    /// Byte after the last one wanted.
+    pub to: Lsn,
+}
+
+/// Chooses runs that cover `[from, to)` together, as few as possible.
+///
+/// At the end of a run the next one takes over at the last complete record: what stands behind it is the torso of a
+/// record that a crashed server may have written differently afterwards.
+///
+/// # Errors
+/// Where the first hole is.
+pub async fn cover(
+    index: &WalIndex,
+    repository: &Repository,
+    runs: &[Run],
+    (from, to): (Lsn, Lsn),
+) -> Result<std::result::Result<Vec<Stretch>, Lsn>> {
+    let mut stretches: Vec<Stretch> = Vec::new();
+    let mut at = from;
+    loop {
+        let candidates = runs.iter().filter(|run| run.start() <= at && run.end() > at);
+        let Some(run) = candidates.max_by_key(|run| run.end()) else { return Ok(Err(at)) };
+        let first_seq = index.locate(repository, run, at).await?;
+        let reaches = run.end().min(to);
+        let (epoch, last_seq) = (run.first.place.epoch.clone(), run.last.place.seq);
+        stretches.push(Stretch { epoch, first_seq, last_seq, from: at, to: reaches });
+        if reaches >= to {
+            return Ok(Ok(stretches));
+        }
+        let safe = run.last.span.last_record_end.filter(|end| *end > at).unwrap_or(run.end());
+        let goes_on = |position: Lsn| runs.iter().any(|next| next.start() <= position && next.end() > run.end());
+        at = match () {
+            () if goes_on(safe) => safe,
+            () if goes_on(run.end()) => run.end(),
+            () => return Ok(Err(run.end())),
+        };
+        if let Some(last) = stretches.last_mut() {
+            last.to = at;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_cut_where_one_is_missing() {
+        assert_eq!(unbroken([0, 1, 2, 5, 6, 9]), [(0, 2), (5, 6), (9, 9)]);
+        assert_eq!(unbroken([]), []);
+    }
+}

@@ -1,0 +1,243 @@
+//! Writing the WAL log: one epoch is one connection of one writer, with a keyset of its own and frames numbered from 0.
+//!
+//! An epoch's frames follow each other without a hole, and [`Epoch::append`] returns only when the frame is durable at
+//! the write quorum. So the end of the last appended frame is a position that may be reported to PostgreSQL as flushed.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use crate::keys::keyset::Keyset;
+use crate::model::{Branch, EpochId, Error, Lsn, Result, ResultExt, SystemId, TargetName, Timeline, WalSegmentSize};
+use crate::repository::FORMAT;
+use crate::repository::fan_out::FanOut;
+use crate::repository::handle::{Repository, Writer};
+use crate::repository::keysets;
+use crate::repository::layout;
+use crate::repository::wal_frame::{EpochKind, FrameHeader, FrameKind, FramePlace, FrameSealer, WalSpan};
+use crate::store::Digest;
+
+/// The most WAL in one frame: it must fit an object even if it does not compress.
+pub const FRAME_LIMIT: usize = 15 * 1024 * 1024;
+
+/// Which log an epoch belongs to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Log {
+    /// Whose keys seal it.
+    pub target: TargetName,
+    /// The cluster.
+    pub system_id: SystemId,
+    /// Its timeline.
+    pub timeline: Timeline,
+    /// The branch of that timeline.
+    pub branch: Branch,
+    /// Bytes per WAL segment.
+    pub wal_segment_size: WalSegmentSize,
+}
+
+/// What the walker found in the WAL of one frame.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Marks {
+    /// Start of the first record that became complete.
+    pub first_record: Option<Lsn>,
+    /// Start and end of the last record that became complete.
+    pub last_record: Option<(Lsn, Lsn)>,
+    /// Oldest and newest commit time.
+    pub commits: Option<(chrono::DateTime<chrono::Utc>, chrono::DateTime<chrono::Utc>)>,
+}
+
+/// An open epoch.
+#[derive(Debug)]
+pub struct Epoch {
+    log: Log,
+    id: EpochId,
+    kind: EpochKind,
+    repository: Repository,
+    writer: Writer,
+    out: Arc<FanOut>,
+    keyset: Arc<Keyset>,
+    level: i32,
+    next_seq: u64,
+    position: Lsn,
+    last_record: Option<(Lsn, Lsn)>,
+    stored_bytes: u64,
+}
+
+impl Epoch {
+    /// Opens an epoch that begins at `start`: draws its id, makes its keyset. No frame is written yet.
+    ///
+    /// # Errors
+    /// The keyset did not reach the quorum, or too few key holders answered.
+    pub async fn open(
+        repository: &Repository,
+        writer: &Writer,
+        (log, kind, start): (Log, EpochKind, Lsn),
+        level: i32,
+        out: Arc<FanOut>,
+    ) -> Result<Self> {
+        repository.enroll(writer, &out).await.during(|| "enrol the signer")?;
+        let rng = writer.rng.as_ref();
+        let stored = keysets::create(&repository.id, &log.target, &writer.holders, rng, &out).await?;
+        let id = EpochId::new(writer.clock.now(), rng)?;
+        Ok(Self {
+            log,
+            id,
+            kind,
+            repository: repository.clone(),
+            writer: writer.clone(),
+            out,
+            keyset: stored.keyset,
+            level,
+            next_seq: 0,
+            position: start,
+            last_record: None,
+            stored_bytes: 0,
+        })
+    }
+
+    /// The end of what is durable at the write quorum.
+    pub const fn durable(&self) -> Lsn {
+        self.position
+    }
+
+    /// Start and end of the last complete record that is durable.
+    pub const fn last_record(&self) -> Option<(Lsn, Lsn)> {
+        self.last_record
+    }
+
+    /// The log.
+    pub const fn log(&self) -> &Log {
+        &self.log
+    }
+
+    /// Its id.
+    pub const fn id(&self) -> &EpochId {
+        &self.id
+    }
+
+    /// Bytes that each region was given so far.
+    pub const fn stored_bytes(&self) -> u64 {
+        self.stored_bytes
+    }
+
+    /// Stores the next WAL bytes as one frame; returns once they are durable at the write quorum.
+    ///
+    /// # Errors
+    /// `start` is not where the last frame ended, or the quorum was not reached within the fan-out's patience. The epoch
+    /// must not be used after an error: whether the frame exists is unknown.
+    pub async fn append(&mut self, start: Lsn, wal: Vec<u8>, marks: Marks) -> Result<Lsn> {
+        if start != self.position {
+            let text = format!("WAL is not contiguous: expected {}, got {start}", self.position);
+            return Err(Error::failed(text));
+        }
+        let length = wal.len() as u64;
+        let end = start.checked_add(length).ok_or_else(|| Error::failed("WAL position overflow"))?;
+        self.last_record = marks.last_record.or(self.last_record);
+        let span = WalSpan {
+            start,
+            end,
+            first_record: marks.first_record,
+            last_record: self.last_record.map(|(start, _)| start),
+            last_record_end: self.last_record.map(|(_, end)| end),
+            first_commit: marks.commits.map(|(first, _)| first),
+            last_commit: marks.commits.map(|(_, last)| last),
+        };
+        self.put(FrameKind::Data, span, wal).await?;
+        self.position = end;
+        Ok(end)
+    }
+
+    /// Closes the epoch: nobody needs to take it over.
+    ///
+    /// # Errors
+    /// The quorum was not reached; the frames before are durable all the same.
+    pub async fn close(mut self) -> Result<()> {
+        let span = WalSpan {
+            start: self.position,
+            end: self.position,
+            first_record: None,
+            last_record: self.last_record.map(|(start, _)| start),
+            last_record_end: self.last_record.map(|(_, end)| end),
+            first_commit: None,
+            last_commit: None,
+        };
+        self.put(FrameKind::End, span, Vec::new()).await
+    }
+
+    async fn put(&mut self, kind: FrameKind, span: WalSpan, wal: Vec<u8>) -> Result<()> {
+        let header = self.header(kind, span);
+        let key = header.place.key();
+        let (signer, keyset, level) = (Arc::clone(&self.writer.signer), Arc::clone(&self.keyset), self.level);
+        // Compressing 15 MiB takes tens of milliseconds: not on a thread that also answers the server.
+        let encoded = tokio::task::spawn_blocking(move || {
+            let key = keyset.data.as_ref().ok_or_else(|| Error::failed("the epoch's keyset lacks its data secret"))?;
+            let object = FrameSealer { signer: &signer, key, level }.encode(header, &wal)?;
+            let digest = Digest::of(&object);
+            Ok::<_, Error>((Bytes::from(object), digest))
+        });
+        let (object, digest) = encoded.await.map_err(|error| Error::failed("sealing died").because(error))??;
+        self.stored_bytes += object.len() as u64;
+        self.out.put(key, object, digest).await?;
+        self.next_seq += 1;
+        Ok(())
+    }
+
+    fn header(&self, kind: FrameKind, span: WalSpan) -> FrameHeader {
+        let log = &self.log;
+        let place = FramePlace {
+            system_id: log.system_id,
+            timeline: log.timeline,
+            branch: log.branch.clone(),
+            epoch: self.id.clone(),
+            seq: self.next_seq,
+        };
+        FrameHeader {
+            format: FORMAT,
+            repository: self.repository.id.clone(),
+            target: log.target.clone(),
+            place,
+            epoch_kind: self.kind,
+            kind,
+            keyset: self.keyset.id.clone(),
+            wal_segment_size: log.wal_segment_size,
+            span,
+            quorum: u8::try_from(self.repository.regions.quorum()).unwrap_or(u8::MAX),
+            written_at: self.writer.clock.now(),
+            signer: self.writer.signer.id().clone(),
+            body_bytes: 0,
+            body_sha256: [0; 32],
+        }
+    }
+}
+
+/// Stores a timeline's history file once. Its content decides its name (see [`Branch`]), so whoever stores it stores the
+/// same; what is there already stays.
+///
+/// # Errors
+/// The quorum was not reached.
+pub async fn store_history(
+    repository: &Repository,
+    (system_id, timeline): (SystemId, Timeline),
+    content: &[u8],
+    out: &FanOut,
+) -> Result<Branch> {
+    let branch = Branch::from_history_digest(&Digest::of(content).0);
+    let key = layout::history(system_id, timeline, &branch);
+    out.put(key, Bytes::copy_from_slice(content), Digest::of(content)).await.during(|| {
+        format!("store the history of timeline {timeline} in repository {}", repository.id)
+    })?;
+    Ok(branch)
+}
+
+/// Reads a timeline's history file; its name proves 32 bits of its content, the walk of the WAL the rest.
+///
+/// # Errors
+/// No region has it intact.
+pub async fn read_history(repository: &Repository, system_id: SystemId, timeline: Timeline, branch: &Branch) -> Result<Bytes> {
+    let key = layout::history(system_id, timeline, branch);
+    let check = |bytes: Bytes| {
+        let genuine = Branch::from_history_digest(&Digest::of(&bytes).0) == *branch;
+        if genuine { Ok(bytes) } else { Err(Error::damaged("the history file is not the one that its name promises")) }
+    };
+    repository.regions.read(&key, None, check).await.map(|(bytes, _)| bytes)
+}

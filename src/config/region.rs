@@ -1,0 +1,111 @@
+//! `[regions.NAME]`.
+
+use std::path::Path;
+
+use crate::config::file::Section;
+use crate::config::place::Place;
+use crate::config::settings::{AwsAccess, Checksum, Credentials, KmsKey, Region, S3Settings, Store};
+use crate::model::{Error, RegionName, Result};
+
+pub(super) fn region(name: &str, section: &Section<'_>, directory: &Path) -> Result<Region> {
+    let name: RegionName = name.parse().map_err(|error| section.wrong_here(&error))?;
+    let place = section.converted("url", |url| Place::parse(url, directory))?;
+    let endpoint = section.converted("endpoint", checked_endpoint)?;
+    let aws_region = section.string("aws_region")?.map(str::to_owned);
+    let path_style = section.boolean("path_style")?;
+    let single_writer = section.boolean("single_writer")?;
+    let checksum = section.choice(
+        "checksum",
+        &[("when-supported", Checksum::WhenSupported), ("when-required", Checksum::WhenRequired)],
+    )?;
+    let roles = section.section("credentials")?;
+    let credentials = credentials(&roles)?;
+    let kms = kms(&section.section("kms")?, aws_region.as_deref())?;
+    section.finish()?;
+
+    let store = match place.ok_or_else(|| section.missing("url"))? {
+        Place::Bucket(bucket) => Store::S3(Box::new(S3Settings {
+            bucket,
+            endpoint,
+            aws_region,
+            path_style: path_style.unwrap_or(false),
+            single_writer: single_writer.unwrap_or(false),
+            checksum: checksum.unwrap_or(Checksum::WhenSupported),
+            credentials,
+        })),
+        Place::Directory(path) => {
+            let meaningless = [
+                ("endpoint", endpoint.is_some()),
+                ("aws_region", aws_region.is_some()),
+                ("path_style", path_style.is_some()),
+                ("single_writer", single_writer.is_some()),
+                ("checksum", checksum.is_some()),
+                ("credentials", roles.is_present()),
+            ];
+            if let Some((key, _)) = meaningless.into_iter().find(|(_, present)| *present) {
+                return Err(section.wrong(key, &Error::usage("it means nothing for a directory")));
+            }
+            Store::Directory { path }
+        }
+    };
+    Ok(Region { name, store, kms })
+}
+
+/// A server's URL. One with a user part would carry a password into every log line.
+pub(super) fn checked_endpoint(url: &str) -> Result<String> {
+    let rest = url.strip_prefix("http://").or_else(|| url.strip_prefix("https://"));
+    match rest.filter(|rest| !rest.is_empty() && !rest.starts_with('/')) {
+        None => Err(Error::usage("it is not the URL of a server").hint("write http://host:port or https://host")),
+        Some(rest) if rest.contains('@') => Err(Error::usage("a URL must not carry credentials")),
+        Some(_) => Ok(url.trim_end_matches('/').to_owned()),
+    }
+}
+
+pub(super) const fn chain_for_all() -> Credentials {
+    Credentials { write: AwsAccess::Chain {}, restore: AwsAccess::Chain {}, prune: AwsAccess::Chain {} }
+}
+
+fn credentials(section: &Section<'_>) -> Result<Credentials> {
+    let credentials = Credentials {
+        write: aws_access(&section.section("write")?)?,
+        restore: aws_access(&section.section("restore")?)?,
+        prune: aws_access(&section.section("prune")?)?,
+    };
+    section.finish()?;
+    Ok(credentials)
+}
+
+fn aws_access(section: &Section<'_>) -> Result<AwsAccess> {
+    let profile = section.string("profile")?;
+    let access_key_id = section.secret("access_key_id")?;
+    let secret_access_key = section.secret("secret_access_key")?;
+    let session_token = section.secret("session_token")?;
+    section.finish()?;
+    match (profile, access_key_id, secret_access_key) {
+        (None, None, None) if session_token.is_none() => Ok(AwsAccess::Chain {}),
+        (Some(profile), None, None) if session_token.is_none() => {
+            Ok(AwsAccess::Profile { profile: profile.to_owned() })
+        }
+        (None, Some(access_key_id), Some(secret_access_key)) => {
+            Ok(AwsAccess::Keys { access_key_id, secret_access_key, session_token })
+        }
+        (None, None, _) => Err(section.missing("access_key_id")),
+        (None, Some(_), None) => Err(section.missing("secret_access_key")),
+        (Some(_), ..) => Err(section.wrong("profile", &Error::usage("it excludes the other keys of its role"))),
+    }
+}
+
+fn kms(section: &Section<'_>, aws_region: Option<&str>) -> Result<Option<KmsKey>> {
+    let key = section.string("key")?;
+    let own_region = section.string("aws_region")?;
+    let endpoint = section.converted("endpoint", checked_endpoint)?;
+    section.finish()?;
+    if !section.is_present() {
+        return Ok(None);
+    }
+    let key = key.filter(|key| !key.is_empty()).ok_or_else(|| section.missing("key"))?;
+    // An ARN names its region: arn:aws:kms:eu-west-1:123456789012:key/…
+    let in_arn = key.starts_with("arn:").then(|| key.split(':').nth(3)).flatten().filter(|region| !region.is_empty());
+    let region = own_region.or(in_arn).or(aws_region).ok_or_else(|| section.missing("aws_region"))?;
+    Ok(Some(KmsKey { key: key.to_owned(), aws_region: region.to_owned(), endpoint }))
+}

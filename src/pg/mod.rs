@@ -8,6 +8,7 @@ pub mod control;
 pub mod history;
 pub mod instance;
 pub mod label;
+mod le;
 pub mod page;
 pub mod replication;
 pub mod sql;

@@ -159,10 +159,7 @@ mod tests {
     fn ancestry_covers_the_whole_history() {
         let history = History::parse(Timeline(5), FILE).unwrap();
         let reigns: Vec<_> = history.ancestry().map(|r| (r.timeline.0, r.begin.0, r.end.map(|end| end.0))).collect();
-        assert_eq!(
-            reigns,
-            [(1, 0, Some(0x300_0000)), (2, 0x300_0000, Some(0x500_01A8)), (5, 0x500_01A8, None)]
-        );
+        assert_eq!(reigns, [(1, 0, Some(0x300_0000)), (2, 0x300_0000, Some(0x500_01A8)), (5, 0x500_01A8, None)]);
         assert_eq!(history.timeline_at(Lsn(0x2FF_FFFF)), Timeline(1));
         assert_eq!(history.timeline_at(Lsn(0x300_0000)), Timeline(2));
         assert_eq!(history.timeline_at(Lsn(0x500_01A8)), Timeline(5));

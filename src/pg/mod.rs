@@ -13,3 +13,6 @@ pub mod page;
 pub mod replication;
 pub mod sql;
 pub mod wal;
+
+#[cfg(test)]
+mod testing;

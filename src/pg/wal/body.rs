@@ -59,8 +59,8 @@ enum Step {
 pub(super) struct Body {
     rmgr: u8,
     info: u8,
-    /// Bytes of one dropped-statistics item: 12, from version 18 on 16.
-    stats_item: u64,
+    /// Bytes of one dropped-statistics item; `None` if the version is unknown.
+    stats_item: Option<u64>,
     step: Step,
     /// The field being collected; 72 bytes at most.
     field: Vec<u8>,
@@ -79,7 +79,7 @@ struct Found {
 
 impl Body {
     /// A reader for the body of a record with this header, written by a server with this page magic.
-    pub(super) fn new(rmgr: u8, info: u8, magic: u16) -> Self {
+    pub(super) fn new(rmgr: u8, info: u8, magic: Option<u16>) -> Self {
         let operation = info & XACT_OPERATION;
         let wanted = match rmgr {
             RM_XACT => matches!(operation, XACT_COMMIT | XACT_ABORT | XACT_COMMIT_PREPARED | XACT_ABORT_PREPARED),
@@ -87,7 +87,8 @@ impl Body {
             _ => false,
         };
         let step = if wanted { Step::Tag } else { Step::Done };
-        let stats_item = if magic >= 0xD118 { 16 } else { 12 };
+        // Version 18 widened the object's id from four bytes to eight.
+        let stats_item = magic.map(|magic| if magic >= 0xD118 { 16 } else { 12 });
         Self { rmgr, info, stats_item, step, field: Vec::new(), skip: 0, xinfo: 0, found: Found::default() }
     }
 
@@ -150,7 +151,7 @@ impl Body {
                 let item = match section {
                     HAS_SUBXACTS => 4,
                     HAS_RELATIONS => 12,
-                    HAS_DROPPED_STATS => self.stats_item,
+                    HAS_DROPPED_STATS => self.stats_item?,
                     _ => 16,
                 };
                 self.skip = u64::from(u32_at(&self.field, 0)?) * item;

@@ -184,3 +184,8 @@ const POSTGRES_EPOCH_MICROS: i64 = 946_684_800_000_000;
 pub fn timestamp(micros: i64) -> Option<DateTime<Utc>> {
     DateTime::from_timestamp_micros(micros.checked_add(POSTGRES_EPOCH_MICROS)?)
 }
+
+#[cfg(test)]
+mod oracle;
+#[cfg(test)]
+mod tests;

@@ -18,8 +18,7 @@ const FIRST_IS_OVERWRITE_CONTRECORD: u16 = 0x0008;
 const ALL_FLAGS: u16 = 0x000F;
 
 /// `XLOG_PAGE_MAGIC` by major version.
-const MAGICS: [(u32, u16); 6] =
-    [(13, 0xD106), (14, 0xD10D), (15, 0xD110), (16, 0xD113), (17, 0xD116), (18, 0xD118)];
+const MAGICS: [(u32, u16); 6] = [(13, 0xD106), (14, 0xD10D), (15, 0xD110), (16, 0xD113), (17, 0xD116), (18, 0xD118)];
 
 /// The magic number of WAL pages of a major version.
 pub fn magic_of(major: u32) -> Option<u16> {

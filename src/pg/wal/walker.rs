@@ -4,7 +4,7 @@ use chrono::{DateTime, Utc};
 
 use super::body::{Body, is_switch};
 use super::page::{LONG_HEADER, PageHeader, SHORT_HEADER, WAL_PAGE_SIZE};
-use super::{Record, RecordKind, WalError};
+use super::{Record, WalError};
 use crate::model::{Lsn, SystemId, Timeline, WalSegmentSize};
 use crate::pg::history::History;
 use crate::pg::le::{u32_at, u64_at};
@@ -23,7 +23,8 @@ const MAX_START: u64 = 1 << 62;
 /// What is known beforehand about the WAL to be walked. The more is given, the more damage is told from data.
 #[derive(Debug, Clone, Default)]
 pub struct Expect {
-    /// The magic number of the server's version, see [`super::magic_of`]; without it that of the first page.
+    /// The magic number of the server's version, see [`super::magic_of`]; without it that of the first page. A walk
+    /// that begins with [`RecordWalker::at_record`] should be given it: the format of commits depends on it.
     pub magic: Option<u16>,
     /// The cluster; without it that of the first segment seen.
     pub system_id: Option<SystemId>,
@@ -106,7 +107,9 @@ struct Overwrites {
 #[derive(Debug, Clone)]
 enum State {
     /// In a record that began before the walk; how much is left is unknown before the first page header.
-    Skip { left: Option<u64> },
+    Skip {
+        left: Option<u64>,
+    },
     Boundary,
     Header(Head),
     Body(Open),
@@ -114,7 +117,10 @@ enum State {
     Tail(Record),
     /// Behind the end of WAL. PostgreSQL fills a page with zeros before it writes records there, but pages further on
     /// may hold what the file was recycled from.
-    Zeros { from: Lsn, until: Lsn },
+    Zeros {
+        from: Lsn,
+        until: Lsn,
+    },
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -228,7 +234,6 @@ impl RecordWalker {
         }
         let mut pushed = Pushed::default();
         let mut data = data;
-        // A record without a body ends before any further byte comes.
         while !data.is_empty() {
             let taken = if self.in_page_header() { self.page_header(data)? } else { self.step(data)? };
             self.position.0 += taken as u64;
@@ -385,8 +390,7 @@ impl RecordWalker {
         if !linked {
             return Err(WalError::Record { at, what: "it does not link to the record before" });
         }
-        let magic = self.expect.magic.unwrap_or_default();
-        let body = Body::new(head.bytes[17], head.bytes[16], magic);
+        let body = Body::new(head.bytes[17], head.bytes[16], self.expect.magic);
         let left = u64::from(head.length()) - RECORD_HEADER as u64;
         self.state = State::Body(Open { head, left, crc: 0, body });
         Ok(())
@@ -454,6 +458,5 @@ fn finish(open: &Open, position: Lsn, segment_size: WalSegmentSize) -> Result<Re
     let alignment = if is_switch(rmgr, info) { segment_size.bytes() } else { ALIGNMENT };
     let kind = open.body.kind().ok_or_else(|| wrong("its body is not of its kind"))?;
     let xid = u32_at(&bytes, 4).unwrap_or_default();
-    debug_assert!(kind != RecordKind::Switch || alignment > ALIGNMENT);
     Ok(Record { start, end: Lsn(position.0.next_multiple_of(alignment)), xid, rmgr, info, kind })
 }

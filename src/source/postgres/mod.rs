@@ -20,6 +20,7 @@ use crate::model::{Clock, Result};
 use crate::pg::conninfo::ConnInfo;
 use crate::source::PhysicalSource;
 
+mod archive;
 pub mod error;
 pub mod listing;
 pub mod local;

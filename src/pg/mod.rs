@@ -8,7 +8,11 @@ pub mod control;
 pub mod history;
 pub mod instance;
 pub mod label;
+mod le;
 pub mod page;
 pub mod replication;
 pub mod sql;
 pub mod wal;
+
+#[cfg(test)]
+mod testing;

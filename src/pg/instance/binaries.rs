@@ -1,0 +1,117 @@
+//! Where the programs of a PostgreSQL version are, and who runs them.
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+
+use tokio::process::Command;
+
+use super::InstanceError;
+
+/// What a server needs of the environment; credentials of the parent are not among it.
+const ENVIRONMENT: [&str; 6] = ["PATH", "TZ", "LANG", "LC_ALL", "HOME", "TMPDIR"];
+
+/// The programs of one major version.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PgBinaries {
+    /// The major version.
+    pub major: u32,
+    /// Where they are.
+    pub directory: PathBuf,
+    /// Their libraries, if the system's loader does not look there.
+    pub libraries: Option<PathBuf>,
+}
+
+impl PgBinaries {
+    /// Looks in `explicit` only, or else in `DRCTL_PG_BIN_<major>` only, or else in the packages' usual places and PATH.
+    ///
+    /// # Errors
+    /// [`InstanceError::NoBinaries`] if no `postgres` of this version is there.
+    pub async fn find(major: u32, explicit: Option<&Path>) -> Result<Self, InstanceError> {
+        let named = explicit.map(Path::to_owned).or_else(|| {
+            let value = std::env::var_os(format!("DRCTL_PG_BIN_{major}"))?;
+            Some(PathBuf::from(value)).filter(|path| !path.as_os_str().is_empty())
+        });
+        let candidates = match named {
+            Some(directory) => vec![directory],
+            None => usual_places(major),
+        };
+        for directory in &candidates {
+            let binaries = Self::in_directory(major, directory.clone());
+            if binaries.reports_version().await == Some(major) {
+                return Ok(binaries);
+            }
+        }
+        Err(InstanceError::NoBinaries { major, tried: candidates })
+    }
+
+    fn in_directory(major: u32, directory: PathBuf) -> Self {
+        let libraries = directory.parent().map(|parent| parent.join("lib"));
+        let libraries = libraries.filter(|path| {
+            let is_system = ["/lib", "/usr/lib", "/usr/local/lib"].iter().any(|known| path == Path::new(known));
+            path.is_dir() && !is_system
+        });
+        Self { major, directory, libraries }
+    }
+
+    /// The version that `postgres` prints: another one in a directory of this name would not read the cluster.
+    async fn reports_version(&self) -> Option<u32> {
+        let output = self.command("postgres").arg("--version").stderr(Stdio::null()).output().await.ok()?;
+        let text = String::from_utf8(output.stdout).ok()?;
+        let number = text.strip_prefix("postgres (PostgreSQL) ")?;
+        let digits = number.find(|character: char| !character.is_ascii_digit()).unwrap_or(number.len());
+        number.get(..digits)?.parse().ok()
+    }
+
+    /// A command for one of the programs, with a bare environment and no standard input.
+    pub fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(self.directory.join(program));
+        command.env_clear().stdin(Stdio::null());
+        command.envs(ENVIRONMENT.iter().filter_map(|name| Some((*name, std::env::var_os(name)?))));
+        if let Some(libraries) = &self.libraries {
+            command.env("LD_LIBRARY_PATH", libraries);
+        }
+        command
+    }
+}
+
+fn usual_places(major: u32) -> Vec<PathBuf> {
+    let packaged = [format!("/usr/lib/postgresql/{major}/bin"), format!("/usr/pgsql-{major}/bin")];
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    packaged.iter().map(PathBuf::from).chain(std::env::split_paths(&path).collect::<Vec<_>>()).collect()
+}
+
+/// The account that servers run as when drctl itself is root.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct User {
+    /// User id.
+    pub uid: u32,
+    /// Primary group id.
+    pub gid: u32,
+}
+
+impl User {
+    /// Looks the account up in `/etc/passwd`.
+    ///
+    /// # Errors
+    /// No such account there.
+    pub fn named(name: &str) -> Result<Self, InstanceError> {
+        let passwd = std::fs::read_to_string("/etc/passwd")
+            .map_err(|source| InstanceError::Io { what: "read /etc/passwd".to_owned(), source })?;
+        Self::find(&passwd, name).ok_or_else(|| InstanceError::NoUser(name.to_owned()))
+    }
+
+    fn find(passwd: &str, name: &str) -> Option<Self> {
+        passwd.lines().find_map(|line| {
+            let mut fields = line.split(':');
+            if fields.next() != Some(name) {
+                return None;
+            }
+            Some(Self { uid: fields.nth(1)?.parse().ok()?, gid: fields.next()?.parse().ok()? })
+        })
+    }
+
+    /// Makes the command run as this account, without any supplementary group.
+    pub fn apply(self, command: &mut Command) {
+        command.uid(self.uid).gid(self.gid);
+    }
+}

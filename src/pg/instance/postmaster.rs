@@ -1,0 +1,83 @@
+//! `postmaster.pid`: which server owns a data directory, and how far it is.
+
+use std::io;
+use std::path::Path;
+
+use rustix::process::Pid;
+
+use super::InstanceError;
+
+/// How far a server is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Readiness {
+    /// It does not accept connections yet: it starts, or replays and is not consistent.
+    Starting,
+    /// It replays, and accepts read-only connections.
+    Standby,
+    /// It accepts connections.
+    Ready,
+    /// It shuts down.
+    Stopping,
+}
+
+/// Whether a server owns a data directory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Postmaster {
+    /// There is no `postmaster.pid`.
+    None,
+    /// The process in `postmaster.pid` exists. It may be another program that was given the same id after a crash;
+    /// nobody can tell for certain, and nothing may be written in either case.
+    Alive {
+        /// Its id.
+        pid: u32,
+    },
+    /// `postmaster.pid` was left behind. A server in another container (PID namespace) looks like this too.
+    Stale {
+        /// The id in the file.
+        pid: u32,
+    },
+}
+
+/// Looks for a server that owns `data_dir`.
+///
+/// # Errors
+/// `postmaster.pid` cannot be read or makes no sense.
+pub fn postmaster_of(data_dir: &Path) -> Result<Postmaster, InstanceError> {
+    let Some(PidFile { pid, .. }) = PidFile::read(data_dir)? else { return Ok(Postmaster::None) };
+    let process = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    let exists = process.is_some_and(|process| {
+        // Not permitted means that it exists and belongs to somebody else.
+        !matches!(rustix::process::test_kill_process(process), Err(rustix::io::Errno::SRCH))
+    });
+    Ok(if exists { Postmaster::Alive { pid } } else { Postmaster::Stale { pid } })
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct PidFile {
+    pub(super) pid: u32,
+    pub(super) readiness: Readiness,
+}
+
+impl PidFile {
+    pub(super) fn read(data_dir: &Path) -> Result<Option<Self>, InstanceError> {
+        let path = data_dir.join("postmaster.pid");
+        let io = |source| InstanceError::Io { what: format!("read `{}`", path.display()), source };
+        match std::fs::read_to_string(&path) {
+            Ok(text) => Self::parse(&text).map(Some).ok_or_else(|| io(io::Error::other("it names no process"))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(io(error)),
+        }
+    }
+
+    /// Line 1 is the process (negative for a single-user backend), line 8 the state once it is known.
+    fn parse(text: &str) -> Option<Self> {
+        let pid: i32 = text.lines().next()?.trim().parse().ok()?;
+        let readiness = match text.lines().nth(7).map(str::trim) {
+            Some("ready") => Readiness::Ready,
+            Some("standby") => Readiness::Standby,
+            Some("stopping") => Readiness::Stopping,
+            _ => Readiness::Starting,
+        };
+        (pid != 0).then_some(Self { pid: pid.unsigned_abs(), readiness })
+    }
+}

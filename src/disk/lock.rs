@@ -1,0 +1,67 @@
+//! One process at a time.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Seek, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use rustix::fs::FlockOperation;
+use rustix::io::Errno;
+
+use super::{At, DiskError};
+
+/// An exclusive lock, held until it is dropped or the process ends in whatever way.
+///
+/// The file stays when the lock goes: unlinking it would let two processes lock two files of one name.
+#[derive(Debug)]
+pub struct Lock {
+    _file: File,
+}
+
+impl Lock {
+    /// Takes the lock or says who has it; never waits.
+    ///
+    /// # Errors
+    /// [`DiskError::Locked`] if it is taken.
+    pub fn acquire(path: &Path) -> Result<Self, DiskError> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false).mode(0o600);
+        let mut file = options.open(path).at("open", path)?;
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(Errno::WOULDBLOCK) => {
+                return Err(DiskError::Locked { path: path.to_owned(), holder: read_holder(&mut file) });
+            }
+            Err(error) => return Err(DiskError::new("lock", path, error.into())),
+        }
+        // For people and for the message above only; the kernel's lock is what counts.
+        file.set_len(0).at("truncate", path)?;
+        file.rewind().at("seek", path)?;
+        writeln!(file, "{}", std::process::id()).at("write", path)?;
+        Ok(Self { _file: file })
+    }
+}
+
+fn read_holder(file: &mut File) -> Option<u32> {
+    let mut text = String::new();
+    file.take(32).read_to_string(&mut text).ok()?;
+    text.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_second_is_told_who_holds_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lock");
+        let lock = Lock::acquire(&path).unwrap();
+        match Lock::acquire(&path) {
+            Err(DiskError::Locked { holder, .. }) => assert_eq!(holder, Some(std::process::id())),
+            other => panic!("{other:?}"),
+        }
+        drop(lock);
+        Lock::acquire(&path).unwrap();
+    }
+}

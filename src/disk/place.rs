@@ -1,0 +1,124 @@
+//! Whole files that are either all there or not there, also after a power failure.
+
+use std::fs::{File, Permissions};
+use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use tempfile::NamedTempFile;
+
+use super::{At, DiskError};
+
+/// Writes a whole file durably, replacing what was there: readers see the old bytes or the new ones, never a mixture.
+///
+/// # Errors
+/// The file could not be written; what was there before is untouched, unless only the last fsync of the directory failed.
+pub fn place(path: &Path, bytes: &[u8], mode: u32) -> Result<(), DiskError> {
+    let temporary = write_beside(path, bytes, mode)?;
+    temporary.persist(path).map_err(|error| error.error).at("rename into", path)?;
+    sync_dir(parent(path))
+}
+
+/// Writes a whole file durably where nothing is yet.
+///
+/// # Errors
+/// [`DiskError::Exists`] if something is, also if it appeared meanwhile; it is left as it is.
+pub fn place_new(path: &Path, bytes: &[u8], mode: u32) -> Result<(), DiskError> {
+    let temporary = write_beside(path, bytes, mode)?;
+    temporary.persist_noclobber(path).map_err(|error| error.error).at("create", path)?;
+    sync_dir(parent(path))
+}
+
+/// A rename that survives a power failure: the contents first, then the name, then both directories.
+///
+/// # Errors
+/// The file system refused; after an error of the last step the new name may or may not survive a crash.
+pub fn rename(from: &Path, to: &Path) -> Result<(), DiskError> {
+    File::open(from).and_then(|file| file.sync_all()).at("fsync", from)?;
+    rustix::fs::rename(from, to).at("rename", from)?;
+    sync_dir(parent(to))?;
+    if parent(from) == parent(to) { Ok(()) } else { sync_dir(parent(from)) }
+}
+
+/// Makes the names in a directory durable.
+///
+/// # Errors
+/// The directory cannot be opened or flushed.
+pub fn sync_dir(path: &Path) -> Result<(), DiskError> {
+    File::open(path).and_then(|directory| directory.sync_all()).at("fsync directory", path)
+}
+
+/// Makes everything on the file system that holds `path` durable: one call instead of an fsync per file.
+///
+/// # Errors
+/// The file system reported a failed write, perhaps of somebody else's file: nothing written there may be trusted.
+pub fn sync_filesystem(path: &Path) -> Result<(), DiskError> {
+    let handle = File::open(path).at("open", path)?;
+    rustix::fs::syncfs(&handle).at("sync the file system of", path)
+}
+
+fn write_beside(path: &Path, bytes: &[u8], mode: u32) -> Result<NamedTempFile, DiskError> {
+    // The same directory, because a rename across file systems is a copy.
+    let mut file =
+        tempfile::Builder::new().prefix(".drctl-").suffix(".tmp").tempfile_in(parent(path)).at("create", path)?;
+    file.write_all(bytes).at("write", path)?;
+    file.as_file().set_permissions(Permissions::from_mode(mode)).at("chmod", path)?;
+    file.as_file().sync_all().at("fsync", path)?;
+    Ok(file)
+}
+
+/// The directory of `path`; a bare name stands in the current one.
+fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(directory) if !directory.as_os_str().is_empty() => directory,
+        _ => Path::new("."),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn a_file_is_replaced_whole_with_its_mode() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state");
+        place(&path, b"one", 0o600).unwrap();
+        place(&path, b"two", 0o640).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"two");
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o640);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file stays behind");
+    }
+
+    #[test]
+    fn create_only_never_replaces() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("once");
+        place_new(&path, b"one", 0o600).unwrap();
+        assert!(matches!(place_new(&path, b"two", 0o600), Err(DiskError::Exists { .. })));
+        assert_eq!(fs::read(&path).unwrap(), b"one");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file stays behind");
+    }
+
+    #[test]
+    fn a_rename_moves_between_directories() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("sub")).unwrap();
+        let (from, to) = (dir.path().join("a"), dir.path().join("sub/b"));
+        place(&from, b"x", 0o600).unwrap();
+        rename(&from, &to).unwrap();
+        assert!(!from.exists());
+        assert_eq!(fs::read(&to).unwrap(), b"x");
+        sync_filesystem(&to).unwrap();
+    }
+
+    #[test]
+    fn a_missing_directory_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("absent/file");
+        let error = place(&path, b"", 0o600).unwrap_err();
+        assert!(error.to_string().contains("absent/file"), "{error}");
+    }
+}

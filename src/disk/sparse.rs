@@ -1,0 +1,203 @@
+//! Files written piece by piece at offsets, by several threads, with a bound on open handles.
+
+use std::collections::HashMap;
+use std::fs::{File, OpenOptions, Permissions};
+use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rustix::fs::OFlags;
+
+use super::{At, DiskError};
+
+/// A file that is written at offsets. What is never written reads as zeros and takes no space.
+#[derive(Debug)]
+pub struct TargetFile {
+    file: File,
+    path: PathBuf,
+}
+
+impl TargetFile {
+    /// Creates a file where nothing is, not even a dangling link.
+    ///
+    /// # Errors
+    /// [`DiskError::Exists`] if something is there.
+    pub fn create(path: &Path, mode: u32) -> Result<Self, DiskError> {
+        let mut options = OpenOptions::new();
+        // O_EXCL does not follow a link in the last component.
+        options.read(true).write(true).create_new(true).mode(0o600);
+        let file = options.open(path).at("create", path)?;
+        // After the fact: the umask must not decide whether PostgreSQL can read its files.
+        file.set_permissions(Permissions::from_mode(mode)).at("chmod", path)?;
+        Ok(Self { file, path: path.to_owned() })
+    }
+
+    /// Opens an existing regular file for reading and writing; a link is an error.
+    ///
+    /// # Errors
+    /// [`DiskError::Missing`] if nothing is there.
+    pub fn open(path: &Path) -> Result<Self, DiskError> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).custom_flags(OFlags::NOFOLLOW.bits().cast_signed());
+        let file = options.open(path).at("open", path)?;
+        Ok(Self { file, path: path.to_owned() })
+    }
+
+    /// Sets the size; new bytes are zeros that take no space.
+    ///
+    /// # Errors
+    /// The file system refused.
+    pub fn set_len(&self, size: u64) -> Result<(), DiskError> {
+        self.file.set_len(size).at("set the size of", &self.path)
+    }
+
+    /// The size now.
+    ///
+    /// # Errors
+    /// The file system refused.
+    pub fn size(&self) -> Result<u64, DiskError> {
+        self.file.metadata().at("stat", &self.path).map(|metadata| metadata.len())
+    }
+
+    /// Writes everything at an offset.
+    ///
+    /// # Errors
+    /// [`DiskError::Full`] and others; some of the bytes may have been written.
+    pub fn write_all_at(&self, bytes: &[u8], offset: u64) -> Result<(), DiskError> {
+        self.file.write_all_at(bytes, offset).at("write", &self.path)
+    }
+
+    /// Fills the whole buffer from an offset.
+    ///
+    /// # Errors
+    /// Also if the file ends before the buffer is full.
+    pub fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> Result<(), DiskError> {
+        self.file.read_exact_at(buffer, offset).at("read", &self.path)
+    }
+
+    /// Makes contents and size durable; the name needs [`super::place::sync_dir`].
+    ///
+    /// # Errors
+    /// A write that was accepted earlier was lost: the contents must not be trusted.
+    pub fn sync(&self) -> Result<(), DiskError> {
+        self.file.sync_all().at("fsync", &self.path)
+    }
+}
+
+/// Open handles of many files, at most `limit` of them kept; the one unused for longest is closed first.
+///
+/// A handle in use stays valid after it left the pool. Closing does not flush: the writer ends with
+/// [`super::place::sync_filesystem`].
+#[derive(Debug)]
+pub struct FilePool {
+    limit: usize,
+    open: Mutex<Open>,
+}
+
+#[derive(Debug, Default)]
+struct Open {
+    uses: u64,
+    files: HashMap<PathBuf, (u64, Arc<TargetFile>)>,
+}
+
+impl FilePool {
+    /// A pool that keeps up to `limit` handles.
+    pub fn new(limit: usize) -> Self {
+        Self { limit: limit.max(1), open: Mutex::default() }
+    }
+
+    /// Creates a file and keeps its handle.
+    ///
+    /// # Errors
+    /// As [`TargetFile::create`].
+    pub fn create(&self, path: &Path, mode: u32) -> Result<Arc<TargetFile>, DiskError> {
+        TargetFile::create(path, mode).map(|file| self.keep(Arc::new(file)))
+    }
+
+    /// The handle of an existing file, opened again if it was closed.
+    ///
+    /// # Errors
+    /// As [`TargetFile::open`].
+    pub fn get(&self, path: &Path) -> Result<Arc<TargetFile>, DiskError> {
+        if let Some(file) = self.kept(path) {
+            return Ok(file);
+        }
+        // Outside the lock: an open may wait for a slow disk. Two threads may open the same file; both handles are good.
+        TargetFile::open(path).map(|file| self.keep(Arc::new(file)))
+    }
+
+    fn kept(&self, path: &Path) -> Option<Arc<TargetFile>> {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        open.uses += 1;
+        let now = open.uses;
+        let (used, file) = open.files.get_mut(path)?;
+        *used = now;
+        Some(Arc::clone(file))
+    }
+
+    fn keep(&self, file: Arc<TargetFile>) -> Arc<TargetFile> {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        if open.files.len() >= self.limit {
+            let oldest = open.files.iter().min_by_key(|(_, (used, _))| *used).map(|(path, _)| path.clone());
+            oldest.and_then(|path| open.files.remove(&path));
+        }
+        open.uses += 1;
+        let now = open.uses;
+        open.files.insert(file.path.clone(), (now, Arc::clone(&file)));
+        file
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn holes_read_as_zeros_and_offsets_hold() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("16384");
+        let file = TargetFile::create(&path, 0o640).unwrap();
+        file.set_len(1 << 20).unwrap();
+        file.write_all_at(b"page", 8192).unwrap();
+        let mut read = [1; 6];
+        file.read_exact_at(&mut read, 8190).unwrap();
+        assert_eq!(&read, b"\0\0page");
+        assert!(file.read_exact_at(&mut read, (1 << 20) - 3).is_err());
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o640);
+        assert_eq!(file.size().unwrap(), 1 << 20);
+    }
+
+    #[test]
+    fn links_are_never_written_through() {
+        let dir = tempfile::tempdir().unwrap();
+        let (victim, link, dangling) =
+            (dir.path().join("victim"), dir.path().join("link"), dir.path().join("dangling"));
+        drop(TargetFile::create(&victim, 0o600).unwrap());
+        symlink(&victim, &link).unwrap();
+        symlink(dir.path().join("absent"), &dangling).unwrap();
+        assert!(matches!(TargetFile::create(&link, 0o600), Err(DiskError::Exists { .. })));
+        assert!(matches!(TargetFile::create(&dangling, 0o600), Err(DiskError::Exists { .. })));
+        assert!(TargetFile::open(&link).is_err());
+        assert!(!dir.path().join("absent").exists());
+    }
+
+    #[test]
+    fn the_pool_stays_within_its_bound_and_loses_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let pool = FilePool::new(3);
+        let path = |number: u8| dir.path().join(number.to_string());
+        for number in 0..10 {
+            pool.create(&path(number), 0o600).unwrap();
+        }
+        for number in 0..10 {
+            pool.get(&path(number)).unwrap().write_all_at(&[number; 4], 2).unwrap();
+        }
+        assert_eq!(pool.open.lock().unwrap().files.len(), 3);
+        for number in 0..10 {
+            assert_eq!(fs::read(path(number)).unwrap(), [0, 0, number, number, number, number]);
+        }
+    }
+}

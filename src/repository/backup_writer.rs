@@ -116,7 +116,7 @@ impl BackupWriter {
         put_signed(&out, writer, layout::intent(&id), &intent_context(&repository.id, &id), &intent).await?;
         let stored = keysets::create(&repository.id, &options.target, &writer.holders, writer.rng.as_ref(), &out).await?;
         let fingerprints = Arc::new(PageFingerprinter::generate(writer.rng.as_ref())?);
-        let seal = FrameSeal { repository: repository.id.clone(), keyset: stored.keyset.id.clone(), backup: id.clone() };
+        let seal = FrameSeal { repository: repository.id.clone(), keyset: stored.keyset.id().clone(), backup: id.clone() };
         let keyset = Arc::clone(&stored.keyset);
         let settings = PackSettings { seal, keyset, fingerprints: Arc::clone(&fingerprints), level: options.level };
         let Packer { batches, packs, placed } = Packer::start(&settings, options.workers);
@@ -157,7 +157,7 @@ impl BackupWriter {
             page_size: PAGE_SIZE as u32,
             fingerprint_secret: hex::encode(fingerprints.secret()),
             page_checksums: self.options.page_checksums,
-            sources: vec![(self.id.clone(), self.keyset.id.clone())],
+            sources: vec![(self.id.clone(), self.keyset.id().clone())],
         })
     }
 
@@ -258,7 +258,7 @@ impl BackupWriter {
             size_bytes,
             stored_bytes: stored + inventory.bytes,
             damaged_pages: self.damaged_pages,
-            keyset: self.keyset.id.clone(),
+            keyset: self.keyset.id().clone(),
             wal,
             manifest: self.manifest_parts.finish(),
             inventory,
@@ -319,7 +319,7 @@ impl BackupWriter {
 }
 
 fn manifest_seal<'a>(repository: &'a RepositoryId, keyset: &'a Keyset, backup: &'a BackupId) -> ManifestSeal<'a> {
-    ManifestSeal { repository, keyset: &keyset.id, backup, key: &keyset.meta }
+    ManifestSeal { repository, keyset: keyset.id(), backup, key: keyset.meta() }
 }
 
 /// What a COMMIT's signature is bound to.

@@ -2,18 +2,22 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::Mutex;
 
 use crate::keys::keyset::Keyset;
-use crate::keys::{KeyHolder, KeyOpener, Wrap, WrapContext, open_any, wrap_everywhere};
+use crate::keys::{KeyHolder, KeyOpener, Opened, Wrap, WrapContext, open_any, wrap_everywhere};
 use crate::model::{Error, HolderId, KeysetId, Kind, RepositoryId, Result, ResultExt, Rng, TargetName};
 use crate::repository::fan_out::FanOut;
 use crate::repository::inventory::InventoryLine;
 use crate::repository::layout;
 use crate::repository::regions::Regions;
 use crate::store::Digest;
+
+/// How long one key holder may take; the others do not wait for it longer than this.
+const HOLDER_DEADLINE: Duration = Duration::from_secs(15);
 
 /// Who wraps, and how many wraps make a keyset safe.
 #[derive(Debug, Clone)]
@@ -46,9 +50,9 @@ pub async fn create(
     rng: &dyn Rng,
     out: &FanOut,
 ) -> Result<StoredKeyset> {
-    let keyset = Keyset::generate(target.clone(), rng)?;
+    let keyset = Keyset::generate(repository, target, rng)?;
     let mut stored = StoredKeyset { keyset: Arc::new(keyset), wraps: Vec::new(), missing: Vec::new() };
-    for (holder, wrap) in wrap_everywhere(&holders.list, repository, &stored.keyset).await {
+    for (holder, wrap) in wrap_everywhere(&holders.list, &stored.keyset, HOLDER_DEADLINE).await {
         match wrap {
             Ok(wrap) => stored.wraps.push(store_wrap(&wrap, out).await?),
             Err(error) => {
@@ -67,7 +71,7 @@ pub async fn create(
 
 async fn store_wrap(wrap: &Wrap, out: &FanOut) -> Result<InventoryLine> {
     let key = layout::wrap(&wrap.context.target, &wrap.context.keyset, &wrap.holder);
-    let body = serde_json::to_vec(wrap).map_err(|error| Error::failed("a key wrap is not JSON").because(error))?;
+    let body = wrap.to_bytes()?;
     let (size, digest) = (body.len() as u64, Digest::of(&body));
     out.put(key.clone(), Bytes::from(body), digest).await?;
     Ok(InventoryLine { key, size, sha256: digest.0 })
@@ -86,10 +90,10 @@ pub async fn wraps(
     let context = WrapContext { repository: repository.clone(), target: target.clone(), keyset: id.clone() };
     let mut wraps = Vec::new();
     for key in regions.list_union(&layout::keyset(target, id)).await? {
+        let Some(holder) = key.rsplit('/').next().and_then(|holder| holder.parse::<HolderId>().ok()) else { continue };
         let parse = |bytes: Bytes| {
-            let wrap = Wrap::parse(&bytes)?;
-            let belongs = wrap.context == context && key.ends_with(wrap.holder.as_str());
-            if belongs { Ok(wrap) } else { Err(Error::damaged("the wrap belongs to another keyset or holder")) }
+            let wrap = Wrap::from_bytes(&holder, &bytes)?;
+            if wrap.context == context { Ok(wrap) } else { Err(Error::damaged("the wrap belongs to another keyset")) }
         };
         match regions.read(&key, None, parse).await {
             Ok((wrap, _)) => wraps.push(wrap),
@@ -135,8 +139,9 @@ impl KeyRing {
     /// As [`open`](Self::open).
     pub async fn try_open(&self, target: &TargetName, id: &KeysetId) -> Result<(Arc<Keyset>, String)> {
         let (context, wraps) = wraps(&self.regions, &self.repository, target, id).await?;
-        let opened = open_any(&self.openers, &context, &wraps).await;
-        let (keyset, by) = opened.during(|| format!("keyset {id} of {target} cannot be opened"))?;
-        Ok((Arc::new(keyset), by))
+        let opened = open_any(&self.openers, &context, &wraps, HOLDER_DEADLINE).await;
+        let Opened { keyset, opened_by, .. } = opened.during(|| format!("open keyset {id} of {target}"))?;
+        let key = wraps.iter().find(|wrap| wrap.holder == opened_by).map(|wrap| wrap.key.clone());
+        Ok((Arc::new(keyset), key.unwrap_or_else(|| opened_by.to_string())))
     }
 }

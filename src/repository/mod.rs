@@ -15,6 +15,7 @@ pub mod pack;
 pub mod packer;
 pub mod page_map;
 pub mod regions;
+pub mod restore;
 pub mod tree;
 pub mod trust;
 pub mod wal_frame;

@@ -7,7 +7,7 @@ use bytes::Bytes;
 
 use crate::codec::compress::{Compressor, Decompressor};
 use crate::codec::seal::{Aad, SealingKey, Unit, open, seal_into};
-use crate::model::{BackupId, Error, KeysetId, RepositoryId, Result, ResultExt};
+use crate::model::{BackupId, KeysetId, RepositoryId, Result, ResultExt};
 use crate::repository::page_map::{FrameId, FrameRef, PackId};
 
 /// The most that one object holds.
@@ -96,23 +96,25 @@ impl PackBuilder {
     }
 }
 
-/// Opens a frame that was cut out of a pack.
+/// Authenticates a frame that was cut out of a pack; what comes back is still compressed.
 ///
 /// # Errors
-/// It does not authenticate as the frame that it is said to be, or unpacks to more than `limit` bytes.
+/// It is not the frame that it is said to be.
 pub fn open_frame(
     repository: &RepositoryId,
     frame: &FrameRef,
     (unit, key): (Unit, &SealingKey),
-    (sealed, limit): (&[u8], usize),
-    decompressor: &mut Decompressor,
+    sealed: &[u8],
 ) -> Result<Vec<u8>> {
     let id = frame.id.to_string();
     let aad = Aad { repository, keyset: &frame.keyset, kind: unit, id: &id };
-    let payload = open(key, &aad, sealed).during(|| format!("open frame {id} of pack {}", frame.pack))?;
-    let plain = decompressor.unpack_payload(&payload, None).during(|| format!("unpack frame {id}"))?;
-    if plain.len() > limit {
-        return Err(Error::damaged(format!("frame {id} holds {} bytes, more than {limit}", plain.len())));
-    }
-    Ok(plain)
+    open(key, &aad, sealed).during(|| format!("open frame {id} of pack {}", frame.pack))
+}
+
+/// Unpacks what [`open_frame`] gave.
+///
+/// # Errors
+/// It does not unpack.
+pub fn unpack_frame(frame: &FrameRef, payload: &[u8], decompressor: &mut Decompressor) -> Result<Vec<u8>> {
+    decompressor.unpack_payload(payload, None).during(|| format!("unpack frame {}", frame.id))
 }

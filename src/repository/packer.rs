@@ -157,8 +157,8 @@ impl Worker {
         });
         let keyset = &self.settings.keyset;
         let key = match unit {
-            Unit::Map => &keyset.meta,
-            _ => keyset.data.as_ref().ok_or_else(|| Error::failed("the writer's keyset lacks its data secret"))?,
+            Unit::Map => keyset.meta(),
+            _ => keyset.data().ok_or_else(|| Error::failed("the writer's keyset lacks its data secret"))?,
         };
         pack.add(&self.settings.seal, (unit, key), compressor, plain)
     }

@@ -170,7 +170,7 @@ impl Epoch {
         let (signer, keyset, level) = (Arc::clone(&self.writer.signer), Arc::clone(&self.keyset), self.level);
         // Compressing 15 MiB takes tens of milliseconds: not on a thread that also answers the server.
         let encoded = tokio::task::spawn_blocking(move || {
-            let key = keyset.data.as_ref().ok_or_else(|| Error::failed("the epoch's keyset lacks its data secret"))?;
+            let key = keyset.data().ok_or_else(|| Error::failed("the epoch's keyset lacks its data secret"))?;
             let object = FrameSealer { signer: &signer, key, level }.encode(header, &wal)?;
             let digest = Digest::of(&object);
             Ok::<_, Error>((Bytes::from(object), digest))
@@ -198,7 +198,7 @@ impl Epoch {
             place,
             epoch_kind: self.kind,
             kind,
-            keyset: self.keyset.id.clone(),
+            keyset: self.keyset.id().clone(),
             wal_segment_size: log.wal_segment_size,
             span,
             quorum: u8::try_from(self.repository.regions.quorum()).unwrap_or(u8::MAX),

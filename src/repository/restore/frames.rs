@@ -1,0 +1,134 @@
+//! Fetching frames: neighbours in one request, many requests in flight, every frame authenticated before it is used.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt, stream};
+
+use crate::codec::seal::{SealingKey, Unit};
+use crate::keys::keyset::Keyset;
+use crate::model::{Error, KeysetId, Result, TargetName};
+use crate::repository::handle::Repository;
+use crate::repository::keysets::KeyRing;
+use crate::repository::layout;
+use crate::repository::pack::open_frame;
+use crate::repository::page_map::{FrameRef, PackId};
+
+/// Requests in flight.
+const REQUESTS: usize = 8;
+/// The most that one request asks for: requests in flight times this, twice (sealed and opened), is held in memory.
+const RANGE_LIMIT: u32 = 4 * 1024 * 1024;
+/// A hole of this size between two frames is read over: cheaper than another request.
+const READ_OVER: u32 = 64 * 1024;
+
+/// An authenticated frame, still compressed.
+#[derive(Debug)]
+pub struct Fetched<T> {
+    /// Which.
+    pub frame: FrameRef,
+    /// What the caller attached to it.
+    pub note: T,
+    /// Its payload.
+    pub payload: Vec<u8>,
+}
+
+struct Request<T> {
+    pack: PackId,
+    range: Range<u64>,
+    frames: Vec<(FrameRef, T)>,
+}
+
+/// Fetches `frames` and hands them to `use_them` on a blocking thread, a request's worth at a time, in no particular
+/// order. Returns the bytes fetched.
+///
+/// # Errors
+/// A frame is in no region intact, no key opens its keyset, or `use_them` failed.
+pub async fn fetch_frames<T: Send + 'static>(
+    repository: &Repository,
+    ring: &KeyRing,
+    unit: Unit,
+    frames: Vec<(FrameRef, T)>,
+    use_them: impl Fn(Vec<Fetched<T>>) -> Result<()> + Send + Sync + 'static,
+) -> Result<u64> {
+    let keys = Arc::new(open_keysets(ring, &frames).await?);
+    let use_them = Arc::new(use_them);
+    let requests = stream::iter(coalesce(frames)).map(|request| {
+        let (keys, use_them) = (Arc::clone(&keys), Arc::clone(&use_them));
+        async move {
+            let (frames, bytes) = fetch(repository, &keys, unit, request).await?;
+            let used = tokio::task::spawn_blocking(move || use_them(frames)).await;
+            used.map_err(|error| Error::failed("a restore worker died").because(error))??;
+            Ok::<_, Error>(bytes)
+        }
+    });
+    requests.buffer_unordered(REQUESTS).try_fold(0, |sum, bytes| async move { Ok(sum + bytes) }).await
+}
+
+async fn open_keysets<T>(ring: &KeyRing, frames: &[(FrameRef, T)]) -> Result<BTreeMap<KeysetId, Arc<Keyset>>> {
+    let mut wanted: BTreeMap<&KeysetId, TargetName> = BTreeMap::new();
+    for (frame, _) in frames {
+        if !wanted.contains_key(&frame.keyset) {
+            wanted.insert(&frame.keyset, frame.id.pack.backup.target()?);
+        }
+    }
+    let mut keys = BTreeMap::new();
+    for (id, target) in wanted {
+        keys.insert(id.clone(), ring.open(&target, id).await?);
+    }
+    Ok(keys)
+}
+
+fn coalesce<T>(mut frames: Vec<(FrameRef, T)>) -> Vec<Request<T>> {
+    frames.sort_by(|(a, _), (b, _)| (&a.pack, a.offset).cmp(&(&b.pack, b.offset)));
+    let mut requests: Vec<Request<T>> = Vec::new();
+    for (frame, note) in frames {
+        let (start, end) = (u64::from(frame.offset), u64::from(frame.offset) + u64::from(frame.length));
+        let joins = requests.last().is_some_and(|last| {
+            let near = start <= last.range.end + u64::from(READ_OVER);
+            let small = end.saturating_sub(last.range.start) <= u64::from(RANGE_LIMIT);
+            last.pack == frame.pack && near && small
+        });
+        match requests.last_mut() {
+            Some(last) if joins => {
+                last.range.end = last.range.end.max(end);
+                last.frames.push((frame, note));
+            }
+            _ => requests.push(Request { pack: frame.pack.clone(), range: start..end, frames: vec![(frame, note)] }),
+        }
+    }
+    requests
+}
+
+async fn fetch<T>(
+    repository: &Repository,
+    keys: &BTreeMap<KeysetId, Arc<Keyset>>,
+    unit: Unit,
+    request: Request<T>,
+) -> Result<(Vec<Fetched<T>>, u64)> {
+    let target = request.pack.backup.target()?;
+    let key = layout::pack(&target, &request.pack.backup, request.pack.ordinal);
+    let start = request.range.start;
+    let check = |bytes: Bytes| {
+        let open = |(frame, _): &(FrameRef, T)| {
+            let at = usize::try_from(u64::from(frame.offset) - start).unwrap_or(usize::MAX);
+            let sealed = bytes.get(at..at.saturating_add(frame.length as usize));
+            let sealed = sealed.ok_or_else(|| Error::damaged(format!("pack {} ends inside frame {}", frame.pack, frame.id)))?;
+            open_frame(&repository.id, frame, (unit, secret(keys, unit, &frame.keyset)?), sealed)
+        };
+        request.frames.iter().map(open).collect::<Result<Vec<_>>>()
+    };
+    let (payloads, _) = repository.regions.read(&key, Some(request.range.clone()), check).await?;
+    let frames = request.frames.into_iter().zip(payloads);
+    let frames = frames.map(|((frame, note), payload)| Fetched { frame, note, payload }).collect();
+    Ok((frames, request.range.end - request.range.start))
+}
+
+fn secret<'a>(keys: &'a BTreeMap<KeysetId, Arc<Keyset>>, unit: Unit, id: &KeysetId) -> Result<&'a SealingKey> {
+    let keyset = keys.get(id).ok_or_else(|| Error::failed(format!("keyset {id} is not open")))?;
+    match unit {
+        Unit::Map => Ok(keyset.meta()),
+        _ => keyset.data().ok_or_else(|| Error::failed(format!("keyset {id} was opened without its data secret"))),
+    }
+}

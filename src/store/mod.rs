@@ -12,6 +12,13 @@ use chrono::{DateTime, Utc};
 
 use crate::model::{Error, Kind};
 
+pub mod dir;
+pub mod memory;
+pub mod s3;
+pub mod wrap;
+
+mod name;
+
 /// SHA-256 of an object's stored bytes.
 ///
 /// Computed once per object and used as S3 checksum, as settlement of lost replies and as inventory digest.
@@ -41,8 +48,9 @@ impl fmt::Debug for Digest {
 /// A place that keeps objects under create-only names.
 ///
 /// # Contract
-/// - **Names** are `/`-separated, relative, made of `[a-z0-9._/-]`, never empty, without `.` or `..` parts. The store
-///   prepends its own prefix and never shows it.
+/// - **Names** are `/`-separated, relative, made of `[a-z0-9._/-]`, never empty, without `.` or `..` parts, at most 512
+///   bytes and 255 per part. The store prepends its own prefix and never shows it, and lists no name that breaks these
+///   rules. No name is also the directory of another: a file system cannot hold both.
 /// - **Create-only.** [`put`](Self::put) never replaces bytes. If the name exists with the same digest the outcome is
 ///   [`Put::AlreadyThere`] (a reply was lost, or another writer wrote the same bytes); with another digest it is
 ///   [`StoreError::Conflict`], and the stored bytes are untouched. Of several concurrent puts of different bytes exactly

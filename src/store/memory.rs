@@ -1,0 +1,175 @@
+//! Objects in memory, for tests and simulation only; the same conformance suite holds it to the contract.
+
+use std::collections::BTreeMap;
+use std::ops::{Bound, Range};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use chrono::{DateTime, Utc};
+
+use super::name;
+use super::{
+    Capabilities, Depth, Digest, ListPage, ListToken, ListedObject, ObjectInfo, ObjectStore, Put, PutOptions, StoreError,
+};
+use crate::model::Clock;
+
+const PAGE: usize = 1000;
+
+/// A region that is gone with the process.
+#[derive(Debug)]
+pub struct MemoryStore {
+    address: String,
+    clock: Arc<dyn Clock>,
+    objects: Mutex<BTreeMap<String, Stored>>,
+}
+
+#[derive(Debug)]
+struct Stored {
+    body: Bytes,
+    digest: Digest,
+    modified: DateTime<Utc>,
+    retain_until: Option<DateTime<Utc>>,
+}
+
+impl MemoryStore {
+    /// An empty store whose address is `memory:name`.
+    pub fn new(name: &str, clock: Arc<dyn Clock>) -> Self {
+        Self { address: format!("memory:{name}"), clock, objects: Mutex::default() }
+    }
+
+    fn objects(&self) -> MutexGuard<'_, BTreeMap<String, Stored>> {
+        // Every change is one map operation: a panic elsewhere cannot leave half of one behind.
+        self.objects.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn not_found(&self, key: &str) -> StoreError {
+        StoreError::NotFound { key: key.to_owned(), address: self.address.clone() }
+    }
+
+    fn invalid(&self, reason: String) -> StoreError {
+        StoreError::Invalid { address: self.address.clone(), reason }
+    }
+
+    fn truncated(&self, key: &str, got: u64, expected: u64) -> StoreError {
+        StoreError::Truncated { key: key.to_owned(), address: self.address.clone(), got, expected }
+    }
+}
+
+#[async_trait]
+impl ObjectStore for MemoryStore {
+    fn address(&self) -> String {
+        self.address.clone()
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { create_only: true, versions: false, retention: true }
+    }
+
+    async fn put(&self, key: &str, body: Bytes, digest: Digest, options: &PutOptions) -> Result<Put, StoreError> {
+        name::check(&self.address, key)?;
+        if Digest::of(&body) != digest {
+            return Err(self.invalid(format!("{key} was given a digest of other bytes")));
+        }
+        let mut objects = self.objects();
+        if let Some(stored) = objects.get(key) {
+            return if stored.digest == digest {
+                Ok(Put::AlreadyThere)
+            } else {
+                Err(StoreError::Conflict { key: key.to_owned(), address: self.address.clone() })
+            };
+        }
+        if is_or_has_a_directory(&objects, key) {
+            return Err(self.invalid(format!("{key} cannot be both an object and a directory")));
+        }
+        let stored = Stored { body, digest, modified: self.clock.now(), retain_until: options.retain_until };
+        objects.insert(key.to_owned(), stored);
+        Ok(Put::Created)
+    }
+
+    async fn head(&self, key: &str) -> Result<ObjectInfo, StoreError> {
+        name::check(&self.address, key)?;
+        let objects = self.objects();
+        let stored = objects.get(key).ok_or_else(|| self.not_found(key))?;
+        Ok(ObjectInfo {
+            size: stored.body.len() as u64,
+            modified: Some(stored.modified),
+            digest: Some(stored.digest),
+        })
+    }
+
+    async fn get(&self, key: &str, range: Option<Range<u64>>) -> Result<Bytes, StoreError> {
+        name::check(&self.address, key)?;
+        name::check_range(&self.address, range.as_ref())?;
+        let body = self.objects().get(key).ok_or_else(|| self.not_found(key))?.body.clone();
+        let Some(range) = range else { return Ok(body) };
+        let size = body.len() as u64;
+        let inside = range.start.min(size)..range.end.min(size);
+        if inside != range {
+            return Err(self.truncated(key, inside.end - inside.start, range.end - range.start));
+        }
+        let bound = |at: u64| usize::try_from(at).unwrap_or(usize::MAX);
+        Ok(body.slice(bound(range.start)..bound(range.end)))
+    }
+
+    async fn list(&self, prefix: &str, depth: Depth, after: Option<&ListToken>) -> Result<ListPage, StoreError> {
+        name::check_prefix(&self.address, prefix)?;
+        let objects = self.objects();
+        let mut page = ListPage::default();
+        let mut last = after.map_or_else(String::new, |token| token.0.clone());
+        let first = if last.is_empty() { Bound::Included(prefix) } else { Bound::Excluded(last.as_str()) };
+        let names = objects.range::<str, _>((first, Bound::Unbounded));
+        for (key, stored) in names.take_while(|(key, _)| key.starts_with(prefix)) {
+            let folded = fold(key, prefix, depth);
+            // The token of a folded name ends in `/`, so every name that it stands for comes after it.
+            if folded.is_some_and(|folded| folded == last) {
+                continue;
+            }
+            if page.objects.len() + page.prefixes.len() == PAGE {
+                page.next = Some(ListToken(last));
+                break;
+            }
+            match folded {
+                Some(folded) => page.prefixes.push(folded.to_owned()),
+                None => page.objects.push(ListedObject {
+                    key: key.clone(),
+                    size: stored.body.len() as u64,
+                    modified: Some(stored.modified),
+                }),
+            }
+            last = folded.unwrap_or(key).to_owned();
+        }
+        Ok(page)
+    }
+
+    async fn server_time(&self) -> Result<Option<DateTime<Utc>>, StoreError> {
+        Ok(Some(self.clock.now()))
+    }
+
+    async fn delete(&self, key: &str) -> Result<(), StoreError> {
+        name::check(&self.address, key)?;
+        let mut objects = self.objects();
+        let stored = objects.get(key).ok_or_else(|| self.not_found(key))?;
+        if stored.retain_until.is_some_and(|until| until > self.clock.now()) {
+            return Err(StoreError::Retained { key: key.to_owned(), address: self.address.clone() });
+        }
+        objects.remove(key);
+        Ok(())
+    }
+}
+
+/// The part of `key` up to the first `/` after the prefix, if this listing folds it.
+fn fold<'a>(key: &'a str, prefix: &str, depth: Depth) -> Option<&'a str> {
+    let slash = key.get(prefix.len()..)?.find('/')?;
+    (depth == Depth::Level).then(|| key.get(..prefix.len() + slash + 1)).flatten()
+}
+
+fn is_or_has_a_directory(objects: &BTreeMap<String, Stored>, key: &str) -> bool {
+    let below = format!("{key}/");
+    let is_directory = objects
+        .range::<str, _>((Bound::Included(below.as_str()), Bound::Unbounded))
+        .next()
+        .is_some_and(|(name, _)| name.starts_with(&below));
+    let under_object = key.match_indices('/').any(|(at, _)| key.get(..at).is_some_and(|part| objects.contains_key(part)));
+    is_directory || under_object
+}

@@ -1,0 +1,88 @@
+//! The conditional put and what its refusals mean.
+
+use aws_sdk_s3::error::SdkError;
+use aws_sdk_s3::operation::put_object::PutObjectError;
+use aws_sdk_s3::primitives::{ByteStream, DateTime as S3Time};
+use aws_sdk_s3::types::ObjectLockMode;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use bytes::Bytes;
+
+use super::error::reply;
+use super::{S3Checksum, S3Store};
+use crate::store::{Digest, Put, PutOptions, StoreError};
+
+impl S3Store {
+    /// One `PutObject` that the server refuses if the name exists.
+    ///
+    /// The body lies in memory, so the signature covers its SHA-256 also on servers that know no checksum headers.
+    pub(super) async fn put_if_absent(
+        &self,
+        key: &str,
+        body: Bytes,
+        digest: Digest,
+        options: &PutOptions,
+    ) -> Result<Put, StoreError> {
+        let mut request = self
+            .client
+            .put_object()
+            .bucket(&self.bucket)
+            .key(self.full(key))
+            .if_none_match("*")
+            .body(ByteStream::from(body.clone()));
+        // S3 refuses a locked object without a checksum.
+        if self.options.checksum == S3Checksum::WhenSupported || options.retain_until.is_some() {
+            request = request.checksum_sha256(BASE64.encode(digest.0));
+        }
+        if let Some(until) = options.retain_until {
+            request = request
+                .object_lock_mode(ObjectLockMode::Compliance)
+                .object_lock_retain_until_date(S3Time::from_secs(until.timestamp()));
+        }
+        match request.send().await {
+            Ok(_) => Ok(Put::Created),
+            Err(error) if is_taken(&error) => self.settle(key, digest, &body).await,
+            Err(error) => Err(self.call("put", key).failed(&error)),
+        }
+    }
+
+    /// For a server that does not honour the condition: the outcome of a put if the name exists, `None` if it is free.
+    pub(super) async fn look_before_put(
+        &self,
+        key: &str,
+        digest: Digest,
+        body: &Bytes,
+    ) -> Result<Option<Put>, StoreError> {
+        match self.head_object(key).await {
+            Err(error) if error.is_not_found() => Ok(None),
+            Err(error) => Err(error),
+            Ok(_) => self.settle(key, digest, body).await.map(Some),
+        }
+    }
+
+    /// The name exists: are they our bytes? The digest that the server kept decides, or else the bytes themselves.
+    async fn settle(&self, key: &str, digest: Digest, body: &Bytes) -> Result<Put, StoreError> {
+        let call = self.call("put", key);
+        let vanished = |error: StoreError| {
+            if error.is_not_found() { call.unavailable("the name was taken and is free again".to_owned()) } else { error }
+        };
+        let info = self.head_object(key).await.map_err(vanished)?;
+        let same = if info.size != body.len() as u64 {
+            false
+        } else if let Some(stored) = info.digest {
+            stored == digest
+        } else {
+            let stored = self.in_time(call, self.get_object(key, None)).await.map_err(vanished)?;
+            Digest::of(&stored) == digest
+        };
+        if same {
+            return Ok(Put::AlreadyThere);
+        }
+        Err(StoreError::Conflict { key: key.to_owned(), address: self.address.clone() })
+    }
+}
+
+/// Whether the server refused the precondition, the only refusal that says something of the name.
+fn is_taken(error: &SdkError<PutObjectError>) -> bool {
+    reply(error).is_some_and(|reply| reply.status == 412)
+}

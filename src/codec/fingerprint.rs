@@ -74,7 +74,7 @@ mod tests {
     /// Pins the stored form: a map written today is compared by every later version.
     #[test]
     fn the_stored_form_is_fixed() {
-        let fingerprinter = PageFingerprinter::new(std::array::from_fn(|i| i as u8));
+        let fingerprinter = PageFingerprinter::new(std::array::from_fn(|i| u8::try_from(i).unwrap()));
         assert_eq!(hex::encode(fingerprinter.of(&[0; 8192])), "470d9d2f9e752dcb6e1d53078805a163");
     }
 }

@@ -260,7 +260,7 @@ mod tests {
     fn messages_of_all_lengths_around_a_segment_open() {
         let (key, ids) = (SealingKey::generate(&SystemRng).unwrap(), ids());
         for len in [0, 1, SEGMENT - 1, SEGMENT, SEGMENT + 1, 2 * SEGMENT, 2 * SEGMENT + 9] {
-            let plain: Vec<u8> = (0..len).map(|i| (i % 251) as u8).collect();
+            let plain: Vec<u8> = (0..len).map(|i| u8::try_from(i % 251).unwrap()).collect();
             let sealed = seal(&key, &aad(&ids, "a"), &plain).unwrap();
             assert_eq!(sealed.len(), sealed_len(len), "{len}");
             assert_eq!(open(&key, &aad(&ids, "a"), &sealed).unwrap(), plain, "{len}");

@@ -3,6 +3,17 @@
 //! A writer needs only [`KeyHolder::wrap`]; it can do its whole job with the right to encrypt. Opening is a separate
 //! seam, [`KeyOpener`], held by restore and drill.
 
+pub mod age;
+pub mod all;
+pub mod keyset;
+pub mod kms;
+mod wrap;
+
+pub use age::{AgeHolder, AgeOpener, generate_identity};
+pub use all::{NotOpened, Opened, Refusal, open_any, wrap_everywhere};
+pub use keyset::{Keyset, KeysetError};
+pub use kms::{AwsCredentials, KmsAccess, KmsHolder, KmsOpener};
+
 use std::fmt;
 
 use async_trait::async_trait;

@@ -1,1 +1,317 @@
-//! To be furnished.
+//! The composition root: from settings to the hands of a job. The one place that knows every adapter, and the one
+//! function that stacks the wrappers around a store.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::codec::random::SystemRng;
+use crate::codec::sign::Signer;
+use crate::config::settings::{AwsAccess, Checksum, Method, OnPressure, Region as RegionSettings, S3Settings, Settings, Source, Store};
+use crate::disk::place;
+use crate::jobs::{Context, Levels, Objectives, Target};
+use crate::keys::{AgeHolder, AgeOpener, AwsCredentials, KeyHolder, KeyOpener, KmsAccess, KmsHolder, KmsOpener};
+use crate::model::{Clock, Error, Result, ResultExt, Rng};
+use crate::observe::clock::SystemClock;
+use crate::observe::progress::Progress;
+use crate::pg::conninfo::ConnInfo;
+use crate::repository::handle::{RegionRecord, Repository, Writer};
+use crate::repository::keysets::{Holders, KeyRing};
+use crate::repository::regions::{Region, Regions};
+use crate::source::postgres;
+use crate::store::absent::AbsentStore;
+use crate::store::dir::DirStore;
+use crate::store::s3::{S3Checksum, S3Credentials, S3Options, S3Store};
+use crate::store::wrap::retry::{Retry, RetryPolicy};
+use crate::store::{ObjectStore, StoreError};
+
+/// On whose behalf stores and keys are used; each has credentials of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// Backup, WAL, repair, init.
+    Write,
+    /// Restore, verify, list.
+    Restore,
+}
+
+/// The real clock and the real source of chance.
+#[derive(Debug, Clone)]
+pub struct World {
+    /// Time.
+    pub clock: Arc<dyn Clock>,
+    /// Chance.
+    pub rng: Arc<dyn Rng>,
+}
+
+impl World {
+    /// The world outside of simulations.
+    pub fn real() -> Self {
+        Self { clock: Arc::new(SystemClock::default()), rng: Arc::new(SystemRng) }
+    }
+}
+
+/// Opens the repository and everything around it.
+///
+/// # Errors
+/// The settings do not fit together, or no region answers. A region or key holder that is down is not an error here.
+pub async fn context(settings: &Settings, role: Role, world: &World) -> Result<Context> {
+    let regions = regions(settings, role, world).await?;
+    let listed = settings.repository.signers.iter().cloned().collect();
+    let repository = Repository::open(regions, listed).await.during(|| "open the repository")?;
+    let openers = openers(settings)?;
+    let ring = KeyRing::new(repository.id.clone(), repository.regions.clone(), openers);
+    let writer = match role {
+        Role::Write => Some(writer(settings, world).await?),
+        Role::Restore => None,
+    };
+    Ok(Context {
+        ring: Arc::new(ring),
+        repository,
+        writer,
+        targets: targets(settings)?,
+        levels: levels(settings),
+        state_dir: settings.repository.state_dir.clone(),
+        progress: Progress::new(Arc::clone(&world.clock)),
+        clock: Arc::clone(&world.clock),
+        rng: Arc::clone(&world.rng),
+    })
+}
+
+/// All regions; one that cannot be opened stands in its place and says why.
+///
+/// # Errors
+/// The settings contradict themselves.
+pub async fn regions(settings: &Settings, role: Role, world: &World) -> Result<Regions> {
+    let mut list = Vec::new();
+    for region in &settings.regions {
+        let name = region.name.clone();
+        let store = match connect(region, role, world).await? {
+            Ok(store) => stacked(store, settings.regions.len(), world),
+            Err(error) => Arc::new(AbsentStore::new(region.place().to_string(), &error)),
+        };
+        list.push(Region { name, store });
+    }
+    Regions::new(list, settings.repository.write_quorum, settings.repository.lowest_quorum())
+}
+
+/// The wrappers around a store, in their order.
+fn stacked(store: Arc<dyn ObjectStore>, regions: usize, world: &World) -> Arc<dyn ObjectStore> {
+    // With several regions the next one is asked sooner than the same one a third time; alone, patience is all there is.
+    let policy = match regions {
+        1 => RetryPolicy::default(),
+        _ => RetryPolicy { attempts: 2, deadline: Duration::from_secs(30), ..RetryPolicy::default() },
+    };
+    Arc::new(Retry::new(store, policy, Arc::clone(&world.rng)))
+}
+
+/// One store: configuration errors are outside, a store that does not open is inside.
+async fn connect(region: &RegionSettings, role: Role, world: &World) -> Result<Result<Arc<dyn ObjectStore>, StoreError>> {
+    Ok(match &region.store {
+        Store::Directory { path } => DirStore::open(path).await.map(|store| Arc::new(store) as Arc<dyn ObjectStore>),
+        Store::S3(s3) => {
+            let (clock, rng) = (Arc::clone(&world.clock), Arc::clone(&world.rng));
+            let store = S3Store::connect(s3_options(s3, role)?, clock, rng).await;
+            store.map(|store| Arc::new(store) as Arc<dyn ObjectStore>)
+        }
+    })
+}
+
+/// Makes the directories of directory regions; buckets must exist.
+///
+/// # Errors
+/// A directory cannot be made.
+pub async fn create_directories(settings: &Settings) -> Result<()> {
+    for region in &settings.regions {
+        if let Store::Directory { path } = &region.store {
+            DirStore::create(path).await.map_err(Error::from).during(|| format!("create region {}", region.name))?;
+        }
+    }
+    Ok(())
+}
+
+/// The regions' addresses, which every region stores.
+pub fn siblings(settings: &Settings) -> Vec<RegionRecord> {
+    let record = |region: &RegionSettings| {
+        let (endpoint, aws_region, path_style) = match &region.store {
+            Store::S3(s3) => (s3.endpoint.clone(), s3.aws_region.clone(), s3.path_style),
+            Store::Directory { .. } => (None, None, false),
+        };
+        RegionRecord { name: region.name.clone(), url: region.place().to_string(), endpoint, aws_region, path_style }
+    };
+    settings.regions.iter().map(record).collect()
+}
+
+/// Signer and key holders of this machine.
+///
+/// # Errors
+/// The signer's key cannot be read or made, or a key holder is not usable as configured.
+pub async fn writer(settings: &Settings, world: &World) -> Result<Writer> {
+    let signer = signer(&settings.repository.state_dir, world.rng.as_ref())?;
+    let mut list: Vec<Arc<dyn KeyHolder>> = Vec::new();
+    for region in &settings.regions {
+        if let Some(kms) = &region.kms {
+            let access = KmsAccess { endpoint: kms.endpoint.clone(), ..kms_access(region, Role::Write)? };
+            list.push(Arc::new(KmsHolder::connect(&region.name, &kms.key, &kms.aws_region, &access).await?));
+        }
+    }
+    for key in &settings.keys {
+        list.push(Arc::new(AgeHolder::new(&key.recipient)?));
+    }
+    let holders = Holders { list, min_wraps: settings.repository.min_wraps };
+    let (clock, rng) = (Arc::clone(&world.clock), Arc::clone(&world.rng));
+    Ok(Writer { signer: Arc::new(signer), holders, clock, rng, host: host_name() })
+}
+
+/// The machine's name, for provenance.
+fn host_name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
+/// The signing key is made on first use and stays in the state directory. Losing it costs an enrolment, not a backup.
+fn signer(state_dir: &Path, rng: &dyn Rng) -> Result<Signer> {
+    use std::os::unix::fs::DirBuilderExt;
+    let path = state_dir.join("signer.p8");
+    match std::fs::read(&path) {
+        Ok(bytes) => return Signer::from_pkcs8(&bytes).map_err(Error::from).during(|| format!("read {}", path.display())),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) => return Err(Error::failed(format!("read {}", path.display())).because(error)),
+    }
+    let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(state_dir);
+    made.map_err(|error| {
+        let error = Error::failed(format!("create the state directory {}", state_dir.display())).because(error);
+        error.hint("set [repository] state_dir to a directory that drctl may write")
+    })?;
+    let signer = Signer::generate(rng)?;
+    match place::place_new(&path, &signer.to_pkcs8()?, 0o600) {
+        Ok(()) => Ok(signer),
+        // Another process made one at the same moment: that one counts.
+        Err(error) => match std::fs::read(&path) {
+            Ok(bytes) => Ok(Signer::from_pkcs8(&bytes)?),
+            Err(_) => Err(error.into()),
+        },
+    }
+}
+
+/// Everyone who may open keysets here.
+fn openers(settings: &Settings) -> Result<Vec<Arc<dyn KeyOpener>>> {
+    let mut openers: Vec<Arc<dyn KeyOpener>> = Vec::new();
+    let configured = settings.keys.iter().filter_map(|key| key.identity.as_ref());
+    let files: Vec<_> = settings.openers.age_identities.iter().chain(configured).filter_map(|secret| secret.file()).collect();
+    let mut by_region = BTreeMap::new();
+    for region in &settings.regions {
+        if let Some(kms) = &region.kms {
+            let access = KmsAccess { endpoint: kms.endpoint.clone(), ..kms_access(region, Role::Restore)? };
+            by_region.insert(kms.aws_region.clone(), access);
+        }
+    }
+    for endpoint in &settings.openers.kms_endpoints {
+        let known: &mut KmsAccess = by_region.entry(endpoint.aws_region.clone()).or_default();
+        known.endpoint = Some(endpoint.endpoint.clone());
+    }
+    openers.push(Arc::new(KmsOpener::new(KmsAccess::default(), by_region)));
+    for file in files {
+        // An identity that was moved away, as it should be, is no reason to refuse the KMS.
+        match AgeOpener::from_files(std::slice::from_ref(file)) {
+            Ok(opener) => openers.push(Arc::new(opener)),
+            Err(error) if file.exists() => return Err(error.into()),
+            Err(error) => tracing::info!(%error, "offline identity is not here"),
+        }
+    }
+    Ok(openers)
+}
+
+fn kms_access(region: &RegionSettings, role: Role) -> Result<KmsAccess> {
+    let credentials = match &region.store {
+        Store::S3(s3) => match resolve(access_of(s3, role))? {
+            None => AwsCredentials::Chain,
+            Some(S3Credentials::Profile(name)) => AwsCredentials::Profile(name),
+            Some(S3Credentials::Static { access_key_id, secret_access_key, session_token }) => {
+                AwsCredentials::Static { access_key_id, secret_access_key, session_token }
+            }
+        },
+        Store::Directory { .. } => AwsCredentials::Chain,
+    };
+    Ok(KmsAccess { credentials, ..KmsAccess::default() })
+}
+
+fn s3_options(s3: &S3Settings, role: Role) -> Result<S3Options> {
+    let checksum = match s3.checksum {
+        Checksum::WhenSupported => S3Checksum::WhenSupported,
+        Checksum::WhenRequired => S3Checksum::WhenRequired,
+    };
+    Ok(S3Options {
+        prefix: s3.bucket.prefix.clone(),
+        endpoint: s3.endpoint.clone(),
+        region: s3.aws_region.clone(),
+        path_style: s3.path_style,
+        credentials: resolve(access_of(s3, role))?,
+        checksum,
+        attempt_timeout: Duration::from_secs(20),
+        single_writer: s3.single_writer,
+        ..S3Options::new(s3.bucket.bucket.clone())
+    })
+}
+
+const fn access_of(s3: &S3Settings, role: Role) -> &AwsAccess {
+    match role {
+        Role::Write => &s3.credentials.write,
+        Role::Restore => &s3.credentials.restore,
+    }
+}
+
+fn resolve(access: &AwsAccess) -> Result<Option<S3Credentials>> {
+    Ok(match access {
+        AwsAccess::Chain {} => None,
+        AwsAccess::Profile { profile } => Some(S3Credentials::Profile(profile.clone())),
+        AwsAccess::Keys { access_key_id, secret_access_key, session_token } => Some(S3Credentials::Static {
+            access_key_id: access_key_id.read()?.expose().to_owned(),
+            secret_access_key: secret_access_key.read()?.expose().to_owned(),
+            session_token: session_token.as_ref().map(|token| token.read()).transpose()?.map(|text| text.expose().to_owned()),
+        }),
+    })
+}
+
+fn levels(settings: &Settings) -> Levels {
+    let levels = &settings.repository.compression_level;
+    Levels { pages: levels.pages, dumps: levels.dumps, wal: levels.wal }
+}
+
+fn targets(settings: &Settings) -> Result<Vec<Target>> {
+    let target = |target: &crate::config::settings::Target| {
+        let Source::Postgres(pg) = &target.source;
+        let mut conninfo: ConnInfo = pg.conninfo.parse().map_err(Error::from).during(|| format!("target {}", target.name))?;
+        if let Some(password) = &pg.password {
+            conninfo = conninfo.with_password(password.read()?.expose());
+        }
+        let method = match pg.method {
+            Method::Local => postgres::Method::Local,
+            Method::Stream => postgres::Method::Stream,
+            Method::Auto => postgres::Method::Auto,
+        };
+        let on_pressure = pg.on_pressure.as_ref().map(|policy| match policy {
+            OnPressure::Keep => "keep".to_owned(),
+            OnPressure::DropSlot => "drop-slot".to_owned(),
+        });
+        let objectives = &target.objectives;
+        Ok(Target {
+            name: target.name.clone(),
+            objectives: Objectives {
+                rpo: objectives.rpo,
+                rto_restore: objectives.rto_restore,
+                rto_failover: objectives.rto_failover,
+            },
+            conninfo,
+            method,
+            data_dir: pg.data_dir.clone(),
+            slot: pg.slot.clone(),
+            ship_interval: pg.ship_interval,
+            max_read_rate: pg.max_read_rate,
+            on_pressure,
+            wal_disk_bytes: pg.wal_disk_bytes,
+            control_socket: pg.control_socket.clone(),
+            config_files: pg.config_files.clone(),
+        })
+    };
+    settings.targets.iter().map(target).collect()
+}

@@ -1,1 +1,8 @@
-//! To be furnished.
+//! Floor 3, the stories: what drctl does, one folder per job, each told on one page.
+//!
+//! A job knows the repository, the sources and PostgreSQL; it sees no bucket and no key. It prints nothing: progress is
+//! events, results are values.
+
+pub mod context;
+
+pub use context::{Context, Levels, Objectives, Target};

@@ -12,6 +12,7 @@ use chrono::{DateTime, Utc};
 
 use crate::model::{Error, Kind};
 
+pub mod absent;
 pub mod dir;
 pub mod memory;
 pub mod s3;

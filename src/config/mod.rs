@@ -58,10 +58,10 @@ mod tests {
             if let Some(heading) = line.strip_prefix("## ") {
                 let section = heading.strip_prefix("`[").and_then(|rest| rest.strip_suffix("]`"));
                 sections.push((section.unwrap_or_default().to_owned(), BTreeSet::new()));
-            } else if let Some(key) = line.strip_prefix("| `").and_then(|rest| rest.split_once('`')) {
-                if let Some((_, keys)) = sections.last_mut() {
-                    keys.insert(key.0.to_owned());
-                }
+            }
+            let key = line.strip_prefix("| `").and_then(|rest| rest.split_once('`'));
+            if let (Some((key, _)), Some((_, keys))) = (key, sections.last_mut()) {
+                keys.insert(key.to_owned());
             }
         }
         sections.retain(|(_, keys)| !keys.is_empty());

@@ -47,8 +47,8 @@ pub struct Globals {
     /// What to log on stderr: error, warn, info, debug, trace, or directives as in RUST_LOG
     #[arg(long, global = true, value_name = "LEVEL")]
     pub log_level: Option<String>,
-    /// How log lines look
-    #[arg(long, global = true, value_name = "FORMAT", default_value = "text")]
+    /// How log lines look: text or json
+    #[arg(long, global = true, value_name = "FORMAT", default_value = "text", hide_possible_values = true)]
     pub log_format: LogFormat,
     /// `repo` with the options that follow each.
     #[arg(skip)]
@@ -156,7 +156,8 @@ impl Globals {
 
     /// The settings that the command line asks for.
     pub(super) fn settings(&self) -> Result<Settings> {
-        let mut settings = match (self.repositories.as_slice(), &self.config) {
+        let file = self.config.as_deref().filter(|file| !file.as_os_str().is_empty());
+        let mut settings = match (self.repositories.as_slice(), file) {
             ([], Some(file)) => config::load(file)?,
             ([], None) => config::load(default_file()?)?,
             (repositories, _) => Settings::for_adhoc(repositories)?,

@@ -110,10 +110,11 @@ fn told_by_clap(told: &clap::Error, output: &Output) -> Result<Exit> {
         return Ok(Exit::Usage);
     }
     let text = told.render().to_string();
-    let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
-    let message = lines.next().unwrap_or_default();
-    let hint = lines.find_map(|line| line.strip_prefix("tip: ")).unwrap_or("drctl --help lists every verb and option");
-    Err(Error::usage(message.strip_prefix("error: ").unwrap_or(message)).hint(hint))
+    let (message, rest) = text.split_once("\n\n").unwrap_or((&text, ""));
+    let message = message.split_whitespace().collect::<Vec<_>>().join(" ");
+    let tip = rest.lines().find_map(|line| line.trim().strip_prefix("tip: "));
+    let hint = tip.unwrap_or("drctl --help lists every verb and option");
+    Err(Error::usage(message.strip_prefix("error: ").unwrap_or(&message)).hint(hint))
 }
 
 #[cfg(test)]

@@ -82,11 +82,10 @@ impl Screen {
         let Snapshot { at, phases } = progress.snapshot();
         for (index, phase) in phases.iter().enumerate() {
             if self.lines.len() == index {
-                let bar = ProgressBar::no_length().with_style(style());
+                let bar = ProgressBar::hidden().with_style(style());
+                let shown = self.terminal && phase.ended.is_none();
+                let bar = if shown { self.output.bars.add(bar) } else { bar };
                 self.lines.push(Line { bar, meter: Meter::default() });
-                if let Some(line) = self.lines.last_mut().filter(|_| self.terminal && phase.ended.is_none()) {
-                    line.bar = self.output.bars.add(line.bar.clone());
-                }
             }
             let Some(line) = self.lines.get_mut(index) else { continue };
             let rate = line.meter.rate(at, phase.done);
@@ -195,6 +194,21 @@ mod tests {
     fn nothing_shows_as_complete_before_it_is() {
         assert_eq!(share(u64::MAX - 1, u64::MAX, 100), 99);
         assert_eq!(share(10, 10, 100), 100);
+    }
+
+    #[tokio::test]
+    async fn what_is_shown_ends_when_it_is_told_to() {
+        let progress = Progress::new(std::sync::Arc::new(crate::observe::SystemClock::new()));
+        for json in [false, true] {
+            let shown = show(progress.clone(), &Output::new(json));
+            let phase = progress.begin("fetch", Some(100));
+            phase.advance(42);
+            progress.note("a note");
+            tokio::time::sleep(2 * REDRAW).await;
+            phase.finish();
+            tokio::time::timeout(Duration::from_secs(5), shown.end()).await.unwrap();
+        }
+        assert_eq!(progress.take_notes(), ["a note"]);
     }
 
     #[test]

@@ -13,7 +13,6 @@ use crate::model::{Error, Lsn, RegionName, Result};
 
 /// Arguments.
 #[derive(Debug, clap::Args)]
-#[command(next_help_heading = "What and where to")]
 pub struct Args {
     /// A backup id or the beginning of one, a target, or `latest`
     #[arg(value_name = "ID|TARGET|latest")]

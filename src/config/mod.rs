@@ -1,6 +1,6 @@
 //! Floor 4, the configuration: text of `drctl.toml` in, [`Settings`] out.
 //!
-//! [`file`] reads TOML and knows lines and unknown keys, [`resolve`] knows what the keys mean and applies every default,
+//! `file` reads TOML and knows lines and unknown keys, `resolve` knows what the keys mean and applies every default,
 //! [`Settings`] is what the rest of drctl sees: typed, complete, with absolute paths. Secrets are references until the
 //! moment of their use, so settings may be printed, logged and compared.
 //!

@@ -1,3 +1,7 @@
 //! The `drctl` command.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    drctl::cli::main(std::env::args_os().collect())
+}

@@ -1,1 +1,159 @@
-//! To be furnished.
+//! Floor 4, the command line: arguments in, one verb run, its result or its error out, an exit code at the end.
+//!
+//! This is the only room that prints, and it prints in [`render`] alone: results on stdout, everything else on stderr.
+//! Each file in [`verbs`] holds the arguments of one verb and the function that runs it.
+
+use std::ffi::OsString;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::{CommandFactory, FromArgMatches, Parser};
+
+use crate::cli::exit::{Exit, Reader};
+use crate::cli::globals::Globals;
+use crate::cli::render::Output;
+use crate::cli::verbs::Verb;
+use crate::config::Settings;
+use crate::model::{Clock, Error, Result};
+use crate::observe::{SystemClock, log, task};
+
+pub mod exit;
+pub mod figures;
+pub mod globals;
+pub mod progress;
+pub mod render;
+pub mod time;
+pub mod verbs;
+
+/// Keep PostgreSQL recoverable in several regions, and prove it.
+#[derive(Debug, Parser)]
+#[command(name = "drctl", version, max_term_width = 100, subcommand_required = true, arg_required_else_help = true)]
+struct Arguments {
+    #[command(flatten)]
+    globals: Globals,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+/// What every verb has at hand.
+#[derive(Debug)]
+pub struct Session {
+    /// Where results go.
+    pub output: Output,
+    /// The clock of this process.
+    pub clock: Arc<dyn Clock>,
+    globals: Globals,
+}
+
+impl Session {
+    /// The settings: from the regions named with `--repo`, else from the configuration file.
+    ///
+    /// # Errors
+    /// There is no configuration, or it is wrong.
+    pub fn settings(&self) -> Result<Settings> {
+        self.globals.settings()
+    }
+}
+
+/// Runs drctl with the arguments of a process, the first of which is its name.
+pub fn main(arguments: Vec<OsString>) -> ExitCode {
+    let reader = reader_of(&arguments);
+    let output = Output::new(arguments.iter().any(|argument| argument == "--json"));
+    // A panic ends with 101, which PostgreSQL would take for the end of the archive.
+    let caught = catch_unwind(AssertUnwindSafe(|| parse_and_run(&arguments, &output)));
+    let result = caught.unwrap_or_else(|panic| {
+        let cause = task::panic_text(panic.as_ref()).to_owned();
+        Err(Error::failed("drctl stopped at a fault of its own").because(cause).hint("please report it"))
+    });
+    if let Err(error) = &result {
+        output.tell(error, reader);
+    }
+    ExitCode::from(reader.code(&result))
+}
+
+/// Any mention of the verb counts, so that a command line that cannot be parsed is not answered with 2: recovery would
+/// take it for the end of the archive.
+fn reader_of(arguments: &[OsString]) -> Reader {
+    let recovery = arguments.iter().any(|argument| argument == verbs::recovery_fetch::NAME);
+    if recovery { Reader::Recovery } else { Reader::Script }
+}
+
+fn parse_and_run(arguments: &[OsString], output: &Output) -> Result<Exit> {
+    let arguments = match parse(arguments) {
+        Ok(arguments) => arguments?,
+        Err(told) => return told_by_clap(&told, output),
+    };
+    let Arguments { globals, verb } = arguments;
+    log::init_with(globals.log_level.as_deref(), globals.log_format.into(), output.clone())?;
+    let session = Session { output: output.clone(), clock: Arc::new(SystemClock::new()), globals };
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| Error::failed("no thread could be started").because(error))?;
+    runtime.block_on(verbs::run(verb, &session))
+}
+
+/// The outer error is what clap tells in its own words: help, the version, wrong usage.
+fn parse(arguments: &[OsString]) -> std::result::Result<Result<Arguments>, clap::Error> {
+    let mut command = Arguments::command();
+    let matches = command.try_get_matches_from_mut(globals::hoist(arguments))?;
+    let arguments = Arguments::from_arg_matches(&matches).map_err(|error| error.format(&mut command))?;
+    let Arguments { mut globals, verb } = arguments;
+    Ok(globals.pair_repositories(&matches).map(|()| Arguments { globals, verb }))
+}
+
+fn told_by_clap(told: &clap::Error, output: &Output) -> Result<Exit> {
+    if !told.use_stderr() {
+        output.print(&told.render().to_string())?;
+        return Ok(Exit::Ok);
+    }
+    if !output.json && told.print().is_ok() {
+        return Ok(Exit::Usage);
+    }
+    let text = told.render().to_string();
+    let (message, rest) = text.split_once("\n\n").unwrap_or((&text, ""));
+    let message = message.split_whitespace().collect::<Vec<_>>().join(" ");
+    let tip = rest.lines().find_map(|line| line.trim().strip_prefix("tip: "));
+    let hint = tip.unwrap_or("drctl --help lists every verb and option");
+    Err(Error::usage(message.strip_prefix("error: ").unwrap_or(&message)).hint(hint))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn told(line: &[&str]) -> String {
+        let arguments: Vec<OsString> = line.iter().map(OsString::from).collect();
+        match parse(&arguments) {
+            Ok(Ok(arguments)) => format!("{arguments:?}"),
+            Ok(Err(error)) => format!("{error}"),
+            Err(error) => format!("{error}"),
+        }
+    }
+
+    #[test]
+    fn the_command_tree_is_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn a_slip_gets_the_nearest_verb() {
+        assert!(told(&["drctl", "restor"]).contains("restore"));
+    }
+
+    #[test]
+    fn json_hears_of_wrong_usage_too() {
+        let output = Output::new(true);
+        let arguments: Vec<OsString> = ["drctl", "lost", "--json"].map(OsString::from).into();
+        let error = parse_and_run(&arguments, &output).unwrap_err();
+        assert_eq!(Exit::of(&error), Exit::Usage);
+        assert!(error.message().contains("lost"), "{error}");
+    }
+
+    #[test]
+    fn recovery_hears_255_whatever_was_wrong() {
+        for line in [&["drctl", "recovery-fetch"][..], &["drctl", "--nonsense", "recovery-fetch", "a", "b"]] {
+            let arguments: Vec<OsString> = line.iter().map(OsString::from).collect();
+            assert_eq!(main(arguments), ExitCode::from(255));
+        }
+    }
+}

@@ -154,7 +154,7 @@ impl<'d> Section<'d> {
     pub(super) fn named(&self, key: &'static str) -> Result<Vec<(&'d str, Section<'d>)>> {
         let outer = self.section(key)?;
         let mut entries: Vec<_> = outer.table.iter().flat_map(|table| table.iter()).collect();
-        entries.sort_by_key(|(name, _)| name.span().start);
+        entries.sort_by_key(|(name, value)| first_mention(name.span().start, value));
         let named = entries.into_iter().map(|(name, value)| {
             let path = format!("{}.{}", outer.path, name.get_ref());
             Ok((name.get_ref().as_ref(), self.as_section(value, path, name.get_ref())?))
@@ -252,6 +252,12 @@ impl<'d> Section<'d> {
         Error::usage(format!("`{key}` in {} is wrong", self.place()))
             .because(format!("line {line}: expected {expected}, found {found}"))
     }
+}
+
+/// Where a table is mentioned first: `[regions.a.kms]` may stand before `[regions.a]`, whose span begins at the latter.
+fn first_mention(key: usize, value: &Spanned<DeValue<'_>>) -> usize {
+    let inner = value.get_ref().as_table().into_iter().flat_map(|table| table.iter());
+    inner.map(|(name, value)| first_mention(name.span().start, value)).fold(key, usize::min)
 }
 
 /// The known name that `name` is most likely a misspelling of.

@@ -1,6 +1,6 @@
 //! Floor 4, the configuration: text of `drctl.toml` in, [`Settings`] out.
 //!
-//! [`file`] reads TOML and knows lines and unknown keys, [`resolve`] knows what the keys mean and applies every default,
+//! `file` reads TOML and knows lines and unknown keys, `resolve` knows what the keys mean and applies every default,
 //! [`Settings`] is what the rest of drctl sees: typed, complete, with absolute paths. Secrets are references until the
 //! moment of their use, so settings may be printed, logged and compared.
 //!
@@ -58,10 +58,10 @@ mod tests {
             if let Some(heading) = line.strip_prefix("## ") {
                 let section = heading.strip_prefix("`[").and_then(|rest| rest.strip_suffix("]`"));
                 sections.push((section.unwrap_or_default().to_owned(), BTreeSet::new()));
-            } else if let Some(key) = line.strip_prefix("| `").and_then(|rest| rest.split_once('`')) {
-                if let Some((_, keys)) = sections.last_mut() {
-                    keys.insert(key.0.to_owned());
-                }
+            }
+            let key = line.strip_prefix("| `").and_then(|rest| rest.split_once('`'));
+            if let (Some((key, _)), Some((_, keys))) = (key, sections.last_mut()) {
+                keys.insert(key.to_owned());
             }
         }
         sections.retain(|(_, keys)| !keys.is_empty());

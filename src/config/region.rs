@@ -62,7 +62,7 @@ pub(super) fn checked_endpoint(url: &str) -> Result<String> {
 }
 
 pub(super) const fn chain_for_all() -> Credentials {
-    Credentials { write: AwsAccess::Chain {}, restore: AwsAccess::Chain {}, prune: AwsAccess::Chain {} }
+    Credentials { write: AwsAccess::Chain, restore: AwsAccess::Chain, prune: AwsAccess::Chain }
 }
 
 fn credentials(section: &Section<'_>) -> Result<Credentials> {
@@ -82,7 +82,7 @@ fn aws_access(section: &Section<'_>) -> Result<AwsAccess> {
     let session_token = section.secret("session_token")?;
     section.finish()?;
     match (profile, access_key_id, secret_access_key) {
-        (None, None, None) if session_token.is_none() => Ok(AwsAccess::Chain {}),
+        (None, None, None) if session_token.is_none() => Ok(AwsAccess::Chain),
         (Some(profile), None, None) if session_token.is_none() => {
             Ok(AwsAccess::Profile { profile: profile.to_owned() })
         }

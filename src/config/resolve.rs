@@ -295,7 +295,7 @@ mod tests {
         let text = "[regions.a]\nurl = \"s3://b\"\ncredentials.prune = { profile = \"prune\" }\n";
         let settings = read(text).unwrap();
         let Store::S3(s3) = &settings.regions[0].store else { panic!("not a bucket") };
-        assert_eq!(s3.credentials.write, AwsAccess::Chain {});
+        assert_eq!(s3.credentials.write, AwsAccess::Chain);
         assert_eq!(s3.credentials.prune, AwsAccess::Profile { profile: "prune".into() });
     }
 

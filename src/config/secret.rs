@@ -21,7 +21,7 @@ pub enum Secret {
 }
 
 /// Larger files are no secrets but mistakes.
-const MAX_BYTES: u64 = 64 * 1024;
+const MAX_BYTES: usize = 64 * 1024;
 
 impl Secret {
     /// Reads a reference; a relative path is taken from `directory`.
@@ -86,9 +86,9 @@ impl Secret {
         // The mode of the open file, not of the path: the path may be replaced in between.
         self.check_mode(path, &file.metadata().map_err(unreadable)?)?;
         // The whole buffer is allocated first: one that grows leaves copies of the secret behind.
-        let mut text = Zeroizing::new(String::with_capacity(MAX_BYTES as usize + 1));
-        file.take(MAX_BYTES + 1).read_to_string(&mut text).map_err(unreadable)?;
-        if text.len() as u64 > MAX_BYTES {
+        let mut text = Zeroizing::new(String::with_capacity(MAX_BYTES + 1));
+        file.take(MAX_BYTES as u64 + 1).read_to_string(&mut text).map_err(unreadable)?;
+        if text.len() > MAX_BYTES {
             return Err(Error::usage(format!("the secret {self} is larger than {MAX_BYTES} bytes")));
         }
         Ok(text)

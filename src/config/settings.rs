@@ -184,6 +184,7 @@ pub struct S3Settings {
     /// When request checksums are sent.
     pub checksum: Checksum,
     /// Who we are, per role.
+    #[serde(skip_serializing_if = "Credentials::is_chain")]
     pub credentials: Credentials,
 }
 
@@ -201,11 +202,20 @@ pub enum Checksum {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Credentials {
     /// Backup, WAL, reports, repair.
+    #[serde(skip_serializing_if = "AwsAccess::is_chain")]
     pub write: AwsAccess,
     /// Restore, verify, drill.
+    #[serde(skip_serializing_if = "AwsAccess::is_chain")]
     pub restore: AwsAccess,
     /// Prune.
+    #[serde(skip_serializing_if = "AwsAccess::is_chain")]
     pub prune: AwsAccess,
+}
+
+impl Credentials {
+    fn is_chain(&self) -> bool {
+        [&self.write, &self.restore, &self.prune].into_iter().all(AwsAccess::is_chain)
+    }
 }
 
 /// Where AWS credentials come from.
@@ -213,7 +223,7 @@ pub struct Credentials {
 #[serde(untagged)]
 pub enum AwsAccess {
     /// The AWS chain: environment, default profile, instance or container role.
-    Chain {},
+    Chain,
     /// A named profile.
     Profile {
         /// Its name.
@@ -232,9 +242,13 @@ pub enum AwsAccess {
 }
 
 impl AwsAccess {
+    fn is_chain(&self) -> bool {
+        *self == Self::Chain
+    }
+
     fn secrets(&self) -> impl Iterator<Item = &Secret> {
         let keys = match self {
-            Self::Chain {} | Self::Profile { .. } => [None, None, None],
+            Self::Chain | Self::Profile { .. } => [None, None, None],
             Self::Keys { access_key_id, secret_access_key, session_token } => {
                 [Some(access_key_id), Some(secret_access_key), session_token.as_ref()]
             }

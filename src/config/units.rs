@@ -71,7 +71,7 @@ pub fn format_size(bytes: u64) -> String {
 
 /// The largest unit that divides the value; each table is sorted by falling factor and ends with 1.
 fn shortest(value: u64, units: &[(&str, u64)]) -> String {
-    let unit = units.iter().find(|(_, factor)| value % factor == 0);
+    let unit = units.iter().find(|(_, factor)| value.is_multiple_of(*factor));
     unit.map_or_else(String::new, |(name, factor)| format!("{}{name}", value / factor))
 }
 

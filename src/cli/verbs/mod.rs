@@ -1,0 +1,79 @@
+//! One file per verb: its arguments, and the function that runs it and renders what came of it.
+
+use clap::Subcommand;
+
+use crate::cli::Session;
+use crate::cli::exit::Exit;
+use crate::model::{Error, Result};
+
+pub mod backup;
+pub mod check;
+pub mod completions;
+pub mod config;
+pub mod init;
+pub mod list;
+pub mod recovery_fetch;
+pub mod repair;
+pub mod restore;
+pub mod show;
+pub mod status;
+pub mod verify;
+pub mod wal;
+
+/// The verbs, in the order in which people meet them.
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Create the repository in every region; with DIR, write a first configuration there
+    Init(init::Args),
+    /// Look for what would stop a backup or a restore, with the fix for each finding
+    Check(check::Args),
+    /// Back up a target into every region
+    Backup(backup::Args),
+    /// Stream a target's WAL, or look at what was streamed
+    Wal(wal::Args),
+    /// List backups and the time that can be restored
+    List(list::Args),
+    /// Show one backup
+    Show(show::Args),
+    /// Show the worst first: is the data safe, what is wrong, what to type next
+    Status(status::Args),
+    /// Plan a restore, and run it with --execute
+    Restore(Box<restore::Args>),
+    /// Check stored backups in every region
+    Verify(verify::Args),
+    /// Bring a lagging or damaged region back from a healthy one
+    Repair(repair::Args),
+    /// Look at the configuration
+    Config(config::Args),
+    /// Print the completion script of a shell
+    Completions(completions::Args),
+    /// Hand a staged WAL file to PostgreSQL
+    #[command(name = recovery_fetch::NAME, hide = true)]
+    RecoveryFetch(recovery_fetch::Args),
+}
+
+/// Runs one verb.
+///
+/// # Errors
+/// What stopped it.
+pub async fn run(verb: Verb, session: &Session) -> Result<Exit> {
+    match verb {
+        Verb::Init(args) => init::run(args, session).await,
+        Verb::Check(args) => check::run(args, session).await,
+        Verb::Backup(args) => backup::run(args, session).await,
+        Verb::Wal(args) => wal::run(args, session).await,
+        Verb::List(args) => list::run(args, session).await,
+        Verb::Show(args) => show::run(args, session).await,
+        Verb::Status(args) => status::run(args, session).await,
+        Verb::Restore(args) => restore::run(*args, session).await,
+        Verb::Verify(args) => verify::run(args, session).await,
+        Verb::Repair(args) => repair::run(args, session).await,
+        Verb::Config(args) => config::run(&args, session),
+        Verb::Completions(args) => completions::run(&args, session),
+        Verb::RecoveryFetch(args) => recovery_fetch::run(args),
+    }
+}
+
+fn not_built_yet(verb: &str) -> Error {
+    Error::failed(format!("`drctl {verb}` is not built yet"))
+}

@@ -40,7 +40,8 @@ impl Cluster {
         }
         let cluster = Self { binaries: binaries.clone(), directory, user };
         let data = cluster.data().display().to_string();
-        let mut arguments = vec!["-D", &data, "--no-sync", "-A", "trust", "-U", "postgres", "--no-locale", "-E", "UTF8"];
+        let mut arguments =
+            vec!["-D", &data, "--no-sync", "-A", "trust", "-U", "postgres", "--no-locale", "-E", "UTF8"];
         arguments.extend(initdb);
         cluster.run("initdb", &arguments).await;
         cluster

@@ -80,7 +80,8 @@ pub enum WalkState {
 /// - Memory does not depend on the size of records.
 /// - After an error the walk is over: records emitted before it stand, the walker is of no further use.
 /// - Bits that PostgreSQL never reads are not checked: alignment padding (behind records, and bytes 20 to 24 of a page
-///   header), the page flag `XLP_BKP_REMOVABLE`, and the void rest of a segment behind a switch.
+///   header), the page flag `XLP_BKP_REMOVABLE`, and the void rest of a segment behind a switch. A skipped rest of a
+///   record is not checked either, except that it cannot end anywhere but at the first record of the page.
 #[derive(Debug, Clone)]
 pub struct RecordWalker {
     segment_size: WalSegmentSize,

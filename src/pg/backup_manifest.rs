@@ -52,9 +52,9 @@ impl<W: Write> ManifestWriter<W> {
     pub fn new(out: W, major: u32, system_id: SystemId) -> io::Result<Self> {
         let mut out = Hashing { out, digest: Sha256::new() };
         if major >= SYSTEM_ID_SINCE {
-            write!(out, "{{ \"PostgreSQL-Backup-Manifest-Version\": 2,\n\"System-Identifier\": {system_id},\n")?;
+            writeln!(out, "{{ \"PostgreSQL-Backup-Manifest-Version\": 2,\n\"System-Identifier\": {system_id},")?;
         } else {
-            write!(out, "{{ \"PostgreSQL-Backup-Manifest-Version\": 1,\n")?;
+            writeln!(out, "{{ \"PostgreSQL-Backup-Manifest-Version\": 1,")?;
         }
         write!(out, "\"Files\": [")?;
         Ok(Self { out, is_first: true })

@@ -233,8 +233,11 @@ impl Instance {
     /// How far the server is now, by its own `postmaster.pid`.
     ///
     /// # Errors
-    /// [`InstanceError::Exited`].
+    /// [`InstanceError::Exited`], unless it was stopped.
     pub fn readiness(&mut self) -> Result<Readiness, InstanceError> {
+        if self.child.is_none() {
+            return Ok(Readiness::Stopping);
+        }
         if let Some(status) = self.exit_status()? {
             return Err(InstanceError::Exited { status, log: self.log_tail() });
         }
@@ -267,7 +270,7 @@ impl Instance {
     /// # Errors
     /// It did not end in time, or not in order; in the first case it still runs and can be stopped in another mode.
     pub async fn stop(&mut self, mode: StopMode, limit: Duration) -> Result<(), InstanceError> {
-        if self.exit_status()?.is_none() {
+        if self.child.is_some() && self.exit_status()?.is_none() {
             self.signal(mode.signal());
         }
         let Some(child) = &mut self.child else { return Ok(()) };

@@ -107,17 +107,22 @@ fn line_of(record: &Record) -> Line {
 
 /// Pushes everything in pieces of changing sizes.
 fn walk(mut walker: RecordWalker, wal: &[u8], sizes: &[usize]) -> (Vec<Record>, RecordWalker) {
-    let (mut records, mut rest) = (Vec::new(), wal);
+    let (mut records, mut total, mut rest) = (Vec::new(), Pushed::default(), wal);
     for size in sizes.iter().cycle() {
         let (piece, behind) = rest.split_at((*size).min(rest.len()));
         let pushed = walker.push(walker.position(), piece, |record| records.push(record.clone())).unwrap();
         assert_eq!(pushed.last.is_some(), pushed.records > 0);
+        total.merge(&pushed);
         assert!(walker.last_complete().is_none_or(|(_, end)| end <= walker.position()));
         rest = behind;
         if rest.is_empty() {
             break;
         }
     }
+    assert_eq!((total.records, total.last), (records.len() as u64, walker.last_complete()));
+    assert_eq!(total.first, records.first().map(|record| record.start));
+    let times = || records.iter().filter_map(|record| record.kind.commit_time());
+    assert_eq!(total.commits, times().min().zip(times().max()));
     (records, walker)
 }
 
@@ -194,6 +199,13 @@ async fn compare(cluster: &Cluster, timeline: Timeline, history: &History) -> us
         assert_eq!(found, expected);
     }
     assert_eq!(found.len(), expected.len());
+
+    let times = || records.iter().filter_map(|record| record.kind.commit_time());
+    for record in &records {
+        if let RecordKind::RestorePoint { time, .. } = &record.kind {
+            assert!(times().min().unwrap() < *time && *time < times().max().unwrap());
+        }
+    }
 
     // Every segment is a place to begin, and so is the end of any record.
     for offset in (0..wal.len()).step_by(1 << 20) {

@@ -38,7 +38,7 @@ impl Writer {
 
     fn page_header(&mut self, remaining: usize, flags: u16) {
         let at = self.position();
-        let is_long = at.0 % segment_size().bytes() == 0;
+        let is_long = at.0.is_multiple_of(segment_size().bytes());
         let begin = self.bytes.len() * 8;
         let flags = flags | u16::from(remaining > 0) | u16::from(is_long) << 1;
         self.bytes.extend(MAGIC.to_le_bytes());

@@ -52,9 +52,9 @@ impl<W: Write> ManifestWriter<W> {
     pub fn new(out: W, major: u32, system_id: SystemId) -> io::Result<Self> {
         let mut out = Hashing { out, digest: Sha256::new() };
         if major >= SYSTEM_ID_SINCE {
-            write!(out, "{{ \"PostgreSQL-Backup-Manifest-Version\": 2,\n\"System-Identifier\": {system_id},\n")?;
+            writeln!(out, "{{ \"PostgreSQL-Backup-Manifest-Version\": 2,\n\"System-Identifier\": {system_id},")?;
         } else {
-            write!(out, "{{ \"PostgreSQL-Backup-Manifest-Version\": 1,\n")?;
+            writeln!(out, "{{ \"PostgreSQL-Backup-Manifest-Version\": 1,")?;
         }
         write!(out, "\"Files\": [")?;
         Ok(Self { out, is_first: true })
@@ -126,7 +126,11 @@ impl<W: Write> Write for Hashing<W> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+    use std::path::Path;
+
     use super::*;
+    use crate::pg::testing::{Cluster, block_on, installed};
 
     fn entry(path: &[u8]) -> FileEntry<'_> {
         FileEntry { path, size: 3, modified: DateTime::from_timestamp(1_795_000_000, 0).unwrap(), crc32c: 0x364B_3FB7 }
@@ -148,7 +152,7 @@ mod tests {
         assert_eq!(json["Files"][0]["Path"], "base/5/\"quoted\"\n");
         assert_eq!(json["Files"][0]["Checksum"], "b73f4b36");
         assert_eq!(json["Files"][1]["Encoded-Path"], "6c6174696ee9");
-        assert_eq!(json["Files"][1]["Last-Modified"], "2026-11-18 10:26:40 GMT");
+        assert_eq!(json["Files"][1]["Last-Modified"], "2026-11-18 11:06:40 GMT");
         assert_eq!(json["WAL-Ranges"][0]["End-LSN"], "1/100");
         let old: serde_json::Value = serde_json::from_str(&manifest(16)).unwrap();
         assert_eq!(old["PostgreSQL-Backup-Manifest-Version"], 1);
@@ -160,5 +164,51 @@ mod tests {
         let text = manifest(18);
         let body = &text[..text.find("\"Manifest-Checksum\"").unwrap()];
         assert!(text.ends_with(&format!("\"Manifest-Checksum\": \"{}\"}}\n", hex::encode(Sha256::digest(body)))));
+    }
+
+    /// Writes the manifest of a backup anew, from what the files contain.
+    fn rewrite(backup: &Path, major: u32, old: &serde_json::Value) {
+        let system_id = old["System-Identifier"].as_u64().unwrap_or_default();
+        let out = File::create(backup.join(FILE_NAME)).unwrap();
+        let mut writer = ManifestWriter::new(out, major, SystemId(system_id)).unwrap();
+        for file in old["Files"].as_array().unwrap() {
+            let path = file["Path"].as_str().unwrap();
+            let bytes = std::fs::read(backup.join(path)).unwrap();
+            let (path, crc32c) = (path.as_bytes(), crc32c::crc32c(&bytes));
+            let modified = DateTime::UNIX_EPOCH;
+            writer.file(&FileEntry { path, size: bytes.len() as u64, modified, crc32c }).unwrap();
+        }
+        let ranges = old["WAL-Ranges"].as_array().unwrap().iter().map(|range| {
+            let position = |key: &str| range[key].as_str().unwrap().parse().unwrap();
+            let timeline = Timeline(u32::try_from(range["Timeline"].as_u64().unwrap()).unwrap());
+            WalRange { timeline, start: position("Start-LSN"), end: position("End-LSN") }
+        });
+        writer.finish(&ranges.collect::<Vec<_>>()).unwrap();
+    }
+
+    #[test]
+    fn pg_verifybackup_accepts_it_and_sees_a_flipped_bit() {
+        block_on(async {
+            for binaries in installed().await {
+                let cluster = Cluster::create(&binaries, &[]).await;
+                let instance = cluster.start(&[]).await;
+                let host = cluster.directory.path().display().to_string();
+                let arguments = ["-h", &host, "-U", "postgres", "-D", "backup", "-c", "fast", "--no-sync"];
+                cluster.run("pg_basebackup", &arguments).await;
+                cluster.stop(instance).await;
+                let backup = cluster.path("backup");
+                let old = std::fs::read(backup.join(FILE_NAME)).unwrap();
+                rewrite(&backup, binaries.major, &serde_json::from_slice(&old).unwrap());
+                let text = cluster.run("pg_verifybackup", &["backup"]).await;
+                assert!(text.contains("successfully verified"), "{text}");
+
+                let path = backup.join("PG_VERSION");
+                let mut bytes = std::fs::read(&path).unwrap();
+                bytes[0] ^= 1;
+                File::options().write(true).open(&path).unwrap().write_all(&bytes).unwrap();
+                let (succeeded, text) = cluster.try_run("pg_verifybackup", &["backup"]).await;
+                assert!(!succeeded && text.contains("PG_VERSION"), "{text}");
+            }
+        });
     }
 }

@@ -204,3 +204,100 @@ impl ControlFile {
 fn time_at(bytes: &[u8], offset: usize) -> Option<DateTime<Utc>> {
     DateTime::from_timestamp(i64_at(bytes, offset)?, 0)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pg::testing::{Cluster, block_on, installed};
+
+    /// The value behind a label of `pg_controldata`.
+    fn value<'a>(text: &'a str, label: &str) -> &'a str {
+        let line = text.lines().find_map(|line| line.strip_prefix(label)?.strip_prefix(':'));
+        line.unwrap_or_else(|| panic!("no {label:?} in {text}")).trim()
+    }
+
+    fn assert_like_controldata(control: &ControlFile, text: &str) {
+        let limits = control.limits;
+        let state = match control.state {
+            State::Startup => "starting up",
+            State::ShutDown => "shut down",
+            State::ShutDownInRecovery => "shut down in recovery",
+            State::ShuttingDown => "shutting down",
+            State::InCrashRecovery => "in crash recovery",
+            State::InArchiveRecovery => "in archive recovery",
+            State::InProduction => "in production",
+        };
+        let time = |time: DateTime<Utc>| time.format("%a %b %e %H:%M:%S %Y").to_string();
+        for (label, expected) in [
+            ("pg_control version number", control.control_version.to_string()),
+            ("Catalog version number", control.catalog_version.to_string()),
+            ("Database system identifier", control.system_id.to_string()),
+            ("Database cluster state", state.to_owned()),
+            ("pg_control last modified", time(control.modified)),
+            ("Latest checkpoint's TimeLineID", control.timeline.to_string()),
+            ("Time of latest checkpoint", time(control.checkpoint_time)),
+            ("Min recovery ending loc's timeline", control.min_recovery_timeline.to_string()),
+            ("End-of-backup record required", if control.backup_end_required { "yes" } else { "no" }.to_owned()),
+            ("max_connections setting", limits.max_connections.to_string()),
+            ("max_worker_processes setting", limits.max_worker_processes.to_string()),
+            ("max_wal_senders setting", limits.max_wal_senders.to_string()),
+            ("max_prepared_xacts setting", limits.max_prepared_transactions.to_string()),
+            ("max_locks_per_xact setting", limits.max_locks_per_transaction.to_string()),
+            ("Database block size", control.block_size.to_string()),
+            ("Blocks per segment of large relation", control.relation_segment_pages.to_string()),
+            ("Bytes per WAL segment", control.wal_segment_size.bytes().to_string()),
+            ("Data page checksum version", control.data_checksum_version.to_string()),
+        ] {
+            assert_eq!(value(text, label), expected, "{label}");
+        }
+        // Some versions print the lower half with leading zeros.
+        for (label, expected) in [
+            ("Latest checkpoint location", control.checkpoint),
+            ("Latest checkpoint's REDO location", control.redo),
+            ("Minimum recovery ending location", control.min_recovery_end),
+            ("Backup start location", control.backup_start),
+            ("Backup end location", control.backup_end),
+        ] {
+            assert_eq!(value(text, label).parse::<Lsn>().unwrap(), expected, "{label}");
+        }
+    }
+
+    #[test]
+    fn every_version_is_read_as_pg_controldata_reads_it() {
+        block_on(async {
+            for binaries in installed().await {
+                let cluster = Cluster::create(&binaries, &["--data-checksums", "--wal-segsize=4"]).await;
+                let data = cluster.data().display().to_string();
+                let settings =
+                    [("max_connections", "33"), ("max_prepared_transactions", "7"), ("max_wal_senders", "4")];
+                for signal in [None, Some("standby.signal")] {
+                    signal.map(|name| std::fs::File::create(cluster.data().join(name)).unwrap());
+                    let instance = cluster.start(&settings).await;
+                    let running = std::fs::read(cluster.data().join(PATH)).unwrap();
+                    assert_like_controldata(
+                        &ControlFile::parse(&running).unwrap(),
+                        &cluster.run("pg_controldata", &[&data]).await,
+                    );
+                    cluster.stop(instance).await;
+                    let stopped = std::fs::read(cluster.data().join(PATH)).unwrap();
+                    assert_like_controldata(
+                        &ControlFile::parse(&stopped).unwrap(),
+                        &cluster.run("pg_controldata", &[&data]).await,
+                    );
+                    every_flipped_bit_is_an_error(stopped);
+                }
+            }
+        });
+    }
+
+    fn every_flipped_bit_is_an_error(mut bytes: Vec<u8>) {
+        for bit in 0..bytes.len() * 8 {
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            assert!(ControlFile::parse(&bytes).is_err(), "bit {bit}");
+            bytes[bit / 8] ^= 1 << (bit % 8);
+        }
+        for length in [0, 8, 300, FILE_SIZE - 1] {
+            assert!(ControlFile::parse(&bytes[..length]).is_err(), "{length} bytes");
+        }
+    }
+}

@@ -156,9 +156,47 @@ pub fn print_tablespace_map(tablespaces: &[Tablespace]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read;
+
     use proptest::prelude::*;
 
     use super::*;
+    use crate::pg::testing::{Cluster, block_on, installed};
+
+    fn file_in_tar(path: &std::path::Path, name: &str) -> String {
+        let mut archive = tar::Archive::new(std::fs::File::open(path).unwrap());
+        let mut entries = archive.entries().unwrap().map(Result::unwrap);
+        let mut entry = entries.find(|entry| entry.path().unwrap().to_str() == Some(name)).unwrap();
+        let mut text = String::new();
+        entry.read_to_string(&mut text).unwrap();
+        text
+    }
+
+    #[test]
+    fn labels_and_maps_of_real_backups_are_understood() {
+        block_on(async {
+            for binaries in installed().await {
+                let cluster = Cluster::create(&binaries, &[]).await;
+                let instance = cluster.start(&[]).await;
+                let location = cluster.path("a b\\c\nd").display().to_string();
+                cluster.make_directory(&location);
+                cluster.sql(&[&format!("create tablespace odd location '{location}'")]).await;
+                let oid = cluster.sql(&["select oid from pg_tablespace where spcname = 'odd'"]).await;
+                let host = cluster.directory.path().display().to_string();
+                let arguments = ["-h", &host, "-U", "postgres", "-D", "backup", "-Ft", "-c", "fast", "-l", "night: 1"];
+                cluster.run("pg_basebackup", &arguments).await;
+                cluster.stop(instance).await;
+                let tar = cluster.path("backup/base.tar");
+                let label = parse(&file_in_tar(&tar, "backup_label")).unwrap();
+                assert_eq!((label.timeline, label.from_standby), (Timeline(1), false));
+                assert_eq!((label.method.as_str(), label.label.as_str()), ("streamed", "night: 1"));
+                let map = file_in_tar(&tar, "tablespace_map");
+                let tablespaces = parse_tablespace_map(&map).unwrap();
+                assert_eq!(tablespaces, [Tablespace { oid: oid.trim().parse().unwrap(), location }]);
+                assert_eq!(print_tablespace_map(&tablespaces), map);
+            }
+        });
+    }
 
     const LABEL: &str = "START WAL LOCATION: 16/B3000028 (file 0000000200000016000000B3)\n\
         CHECKPOINT LOCATION: 16/B3000060\nBACKUP METHOD: streamed\nBACKUP FROM: primary\n\

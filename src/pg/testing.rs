@@ -16,7 +16,13 @@ pub(super) fn block_on<T>(future: impl Future<Output = T>) -> T {
 pub(super) async fn installed() -> Vec<PgBinaries> {
     let mut found = Vec::new();
     for major in 13..=18 {
-        found.extend(PgBinaries::find(major, None).await.ok());
+        match PgBinaries::find(major, None).await {
+            Ok(binaries) => found.push(binaries),
+            Err(error) => {
+                let is_named = std::env::var_os(format!("DRCTL_PG_BIN_{major}")).is_some();
+                assert!(!is_named, "{error}");
+            }
+        }
     }
     assert!(!found.is_empty(), "these tests need PostgreSQL: install it or set DRCTL_PG_BIN_<major>");
     found
@@ -35,15 +41,26 @@ impl Cluster {
         let directory = tempfile::tempdir().unwrap();
         let root = rustix::process::geteuid().is_root();
         let user = root.then(|| User::named("postgres").unwrap());
-        if let Some(User { uid, gid }) = user {
-            std::os::unix::fs::chown(directory.path(), Some(uid), Some(gid)).unwrap();
-        }
         let cluster = Self { binaries: binaries.clone(), directory, user };
+        cluster.own(cluster.directory.path());
         let data = cluster.data().display().to_string();
-        let mut arguments = vec!["-D", &data, "--no-sync", "-A", "trust", "-U", "postgres", "--no-locale", "-E", "UTF8"];
+        let mut arguments =
+            vec!["-D", &data, "--no-sync", "-A", "trust", "-U", "postgres", "--no-locale", "-E", "UTF8"];
         arguments.extend(initdb);
         cluster.run("initdb", &arguments).await;
         cluster
+    }
+
+    /// Makes a directory that the server may write to.
+    pub(super) fn make_directory(&self, path: &str) {
+        std::fs::create_dir(path).unwrap();
+        self.own(Path::new(path));
+    }
+
+    fn own(&self, path: &Path) {
+        if let Some(User { uid, gid }) = self.user {
+            std::os::unix::fs::chown(path, Some(uid), Some(gid)).unwrap();
+        }
     }
 
     pub(super) fn data(&self) -> PathBuf {

@@ -115,3 +115,15 @@ impl User {
         command.uid(self.uid).gid(self.gid);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_account_is_found_by_its_whole_name() {
+        let passwd = "root:x:0:0:root:/root:/bin/sh\npostgres2:x:1:2::/:/\npostgres:x:104:110:PG:/var/lib:/bin/sh\n";
+        assert_eq!(User::find(passwd, "postgres"), Some(User { uid: 104, gid: 110 }));
+        assert_eq!(User::find(passwd, "post"), None);
+    }
+}

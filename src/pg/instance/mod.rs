@@ -233,8 +233,11 @@ impl Instance {
     /// How far the server is now, by its own `postmaster.pid`.
     ///
     /// # Errors
-    /// [`InstanceError::Exited`].
+    /// [`InstanceError::Exited`], unless it was stopped.
     pub fn readiness(&mut self) -> Result<Readiness, InstanceError> {
+        if self.child.is_none() {
+            return Ok(Readiness::Stopping);
+        }
         if let Some(status) = self.exit_status()? {
             return Err(InstanceError::Exited { status, log: self.log_tail() });
         }
@@ -267,7 +270,7 @@ impl Instance {
     /// # Errors
     /// It did not end in time, or not in order; in the first case it still runs and can be stopped in another mode.
     pub async fn stop(&mut self, mode: StopMode, limit: Duration) -> Result<(), InstanceError> {
-        if self.exit_status()?.is_none() {
+        if self.child.is_some() && self.exit_status()?.is_none() {
             self.signal(mode.signal());
         }
         let Some(child) = &mut self.child else { return Ok(()) };
@@ -336,4 +339,72 @@ fn read_tail(path: &Path, from: u64) -> io::Result<String> {
     let text = String::from_utf8_lossy(&bytes);
     let lines: Vec<_> = text.lines().collect();
     Ok(lines.get(lines.len().saturating_sub(LOG_TAIL_LINES)..).unwrap_or_default().join("\n"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pg::testing::{Cluster, block_on, installed};
+
+    const LIMIT: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn a_server_lives_and_ends_in_order() {
+        block_on(async {
+            for binaries in installed().await {
+                let cluster = Cluster::create(&binaries, &[]).await;
+                assert_eq!(postmaster_of(&cluster.data()).unwrap(), Postmaster::None);
+                let mut instance = cluster.start(&[("work_mem", "5MB")]).await;
+                let pid = instance.pid();
+                assert_eq!(postmaster_of(&cluster.data()).unwrap(), Postmaster::Alive { pid });
+                assert_eq!(cluster.sql(&["show work_mem", "show listen_addresses"]).await, "5MB\n\n");
+                let second = Instance::start(&binaries, cluster.options(&[]));
+                assert!(matches!(second, Err(InstanceError::AlreadyRunning { .. })), "{second:?}");
+                instance.stop(StopMode::Fast, LIMIT).await.unwrap();
+                instance.stop(StopMode::Fast, LIMIT).await.unwrap();
+                assert!(instance.log_tail().contains("database system is shut down"), "{}", instance.log_tail());
+                assert_eq!(postmaster_of(&cluster.data()).unwrap(), Postmaster::None);
+            }
+        });
+    }
+
+    #[test]
+    fn a_dropped_server_is_gone() {
+        block_on(async {
+            let cluster = Cluster::create(&installed().await[0], &[]).await;
+            let instance = cluster.start(&[]).await;
+            drop(instance);
+            assert_eq!(postmaster_of(&cluster.data()).unwrap(), Postmaster::None);
+        });
+    }
+
+    #[test]
+    fn a_server_that_cannot_start_says_why() {
+        block_on(async {
+            let cluster = Cluster::create(&installed().await[0], &[]).await;
+            let settings = [("shared_preload_libraries", "no_such_library")];
+            let mut instance = Instance::start(&cluster.binaries, cluster.options(&settings)).unwrap();
+            let error = instance.wait_ready(LIMIT).await.unwrap_err();
+            assert!(error.to_string().contains("no_such_library"), "{error}");
+            let mut options = cluster.options(&[]);
+            options.socket_dir = PathBuf::from("/".repeat(120));
+            let refused = Instance::start(&cluster.binaries, options);
+            assert!(matches!(refused, Err(InstanceError::SocketPath(_))));
+            if rustix::process::geteuid().is_root() {
+                let mut options = cluster.options(&[]);
+                options.as_user = None;
+                assert!(matches!(Instance::start(&cluster.binaries, options), Err(InstanceError::Root)));
+            }
+        });
+    }
+
+    #[test]
+    fn missing_binaries_are_named() {
+        block_on(async {
+            let error = PgBinaries::find(15, Some(Path::new("/nonexistent"))).await.unwrap_err();
+            let error = Error::from(error);
+            assert_eq!(error.kind(), crate::model::Kind::NotFound);
+            assert!(error.hint_text().unwrap().contains("DRCTL_PG_BIN_15"));
+        });
+    }
 }

@@ -16,7 +16,7 @@ pub enum Readiness {
     Standby,
     /// It accepts connections.
     Ready,
-    /// It shuts down.
+    /// It shuts down, or was stopped.
     Stopping,
 }
 
@@ -79,5 +79,42 @@ impl PidFile {
             _ => Readiness::Starting,
         };
         (pid != 0).then_some(Self { pid: pid.unsigned_abs(), readiness })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_state_is_in_line_eight() {
+        let file = |state: &str| format!("4711\n/data\n1795000000\n5432\n/tmp\n\n  123 456\n{state}\n");
+        for (state, readiness) in [
+            ("ready   ", Readiness::Ready),
+            ("standby ", Readiness::Standby),
+            ("starting", Readiness::Starting),
+            ("stopping", Readiness::Stopping),
+        ] {
+            assert_eq!(PidFile::parse(&file(state)), Some(PidFile { pid: 4711, readiness }));
+        }
+        assert_eq!(PidFile::parse("-4711\n").map(|file| file.pid), Some(4711));
+        for text in ["", "\n", "0\n", "x\n"] {
+            assert_eq!(PidFile::parse(text), None);
+        }
+    }
+
+    #[test]
+    fn a_file_left_behind_is_told_from_a_server() {
+        let directory = tempfile::tempdir().unwrap();
+        let write = |pid: u32| {
+            let mut file = std::fs::File::create(directory.path().join("postmaster.pid")).unwrap();
+            io::Write::write_all(&mut file, format!("{pid}\n").as_bytes()).unwrap();
+        };
+        let own = std::process::id();
+        write(own);
+        assert_eq!(postmaster_of(directory.path()).unwrap(), Postmaster::Alive { pid: own });
+        // Beyond the kernel's largest process id.
+        write(1 << 30);
+        assert_eq!(postmaster_of(directory.path()).unwrap(), Postmaster::Stale { pid: 1 << 30 });
     }
 }

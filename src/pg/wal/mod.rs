@@ -12,7 +12,7 @@ use chrono::{DateTime, Utc};
 pub use page::{PageHeader, SegmentHeader, WAL_PAGE_SIZE, check_segment, magic_of};
 pub use walker::{Expect, Pushed, RecordWalker, WalkState};
 
-use crate::model::{Error, Lsn, SystemId, Timeline};
+use crate::model::{Error, Kind, Lsn, SystemId, Timeline};
 
 /// One complete record.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -173,7 +173,14 @@ pub enum WalError {
 
 impl From<WalError> for Error {
     fn from(error: WalError) -> Self {
-        Self::damaged(error.to_string())
+        let kind = match &error {
+            WalError::NotContiguous { .. } | WalError::BadStart { .. } => Kind::Failed,
+            WalError::OtherSystem { .. } | WalError::OtherTimeline { .. } | WalError::OtherVersion { .. } => {
+                Kind::Refused
+            }
+            _ => Kind::Damaged,
+        };
+        Self::new(kind, error.to_string())
     }
 }
 

@@ -12,12 +12,31 @@ use crate::pg::instance::PgBinaries;
 use crate::pg::testing::{Cluster, block_on, installed};
 
 const RMGRS: [&str; 22] = [
-    "XLOG", "Transaction", "Storage", "CLOG", "Database", "Tablespace", "MultiXact", "RelMap", "Standby", "Heap2",
-    "Heap", "Btree", "Hash", "Gin", "Gist", "Sequence", "SPGist", "BRIN", "CommitTs", "ReplicationOrigin", "Generic",
+    "XLOG",
+    "Transaction",
+    "Storage",
+    "CLOG",
+    "Database",
+    "Tablespace",
+    "MultiXact",
+    "RelMap",
+    "Standby",
+    "Heap2",
+    "Heap",
+    "Btree",
+    "Hash",
+    "Gin",
+    "Gist",
+    "Sequence",
+    "SPGist",
+    "BRIN",
+    "CommitTs",
+    "ReplicationOrigin",
+    "Generic",
     "LogicalMessage",
 ];
 
-/// What both sides say about one record: start, previous record, resource manager, transaction, kind.
+/// What both sides say about one record: start, resource manager, transaction, kind.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Line {
     start: Lsn,
@@ -43,14 +62,13 @@ fn time(text: &str) -> DateTime<Utc> {
 /// `rmgr: Heap len (rec/tot): 59/ 59, tx: 730, lsn: 0/0151A2B8, prev 0/0151A280, desc: INSERT off 3 ...`
 fn parse_line(text: &str) -> Line {
     let rmgr = RMGRS.iter().position(|name| *name == between(text, "rmgr: ", " ")).unwrap();
-    let (operation, rest) = text.split_once("desc: ").unwrap().1.split_once(' ').unwrap_or((text, ""));
-    let operation = if text.ends_with(&format!("desc: {operation}")) { operation } else { operation };
-    let bare = text.split_once("desc: ").unwrap().1.split(' ').next().unwrap();
+    let description = between(text, "desc: ", "\n");
+    let (operation, rest) = description.split_once(' ').unwrap_or((description, ""));
     let prepared = || {
         let (xid, rest) = rest.split_once(": ").unwrap();
         (xid.parse().unwrap(), time(rest))
     };
-    let kind = match (RMGRS[rmgr], bare) {
+    let kind = match (RMGRS[rmgr], operation) {
         ("Transaction", "COMMIT") => RecordKind::Commit { time: time(rest) },
         ("Transaction", "ABORT") => RecordKind::Abort { time: time(rest) },
         ("Transaction", "COMMIT_PREPARED") => {
@@ -71,7 +89,6 @@ fn parse_line(text: &str) -> Line {
         ("Standby", "RUNNING_XACTS") => RecordKind::RunningXacts,
         _ => RecordKind::Other,
     };
-    let _ = operation;
     Line {
         start: between(text, "lsn: ", ",").parse().unwrap(),
         rmgr: u8::try_from(rmgr).unwrap(),
@@ -90,17 +107,22 @@ fn line_of(record: &Record) -> Line {
 
 /// Pushes everything in pieces of changing sizes.
 fn walk(mut walker: RecordWalker, wal: &[u8], sizes: &[usize]) -> (Vec<Record>, RecordWalker) {
-    let (mut records, mut rest) = (Vec::new(), wal);
+    let (mut records, mut total, mut rest) = (Vec::new(), Pushed::default(), wal);
     for size in sizes.iter().cycle() {
         let (piece, behind) = rest.split_at((*size).min(rest.len()));
         let pushed = walker.push(walker.position(), piece, |record| records.push(record.clone())).unwrap();
         assert_eq!(pushed.last.is_some(), pushed.records > 0);
+        total.merge(&pushed);
         assert!(walker.last_complete().is_none_or(|(_, end)| end <= walker.position()));
         rest = behind;
         if rest.is_empty() {
             break;
         }
     }
+    assert_eq!((total.records, total.last), (records.len() as u64, walker.last_complete()));
+    assert_eq!(total.first, records.first().map(|record| record.start));
+    let times = || records.iter().filter_map(|record| record.kind.commit_time());
+    assert_eq!(total.commits, times().min().zip(times().max()));
     (records, walker)
 }
 
@@ -168,8 +190,7 @@ async fn compare(cluster: &Cluster, timeline: Timeline, history: &History) -> us
     let expected: Vec<_> = dump.lines().filter(|line| line.starts_with("rmgr:")).map(parse_line).collect();
     assert!(expected.len() > 20, "{dump}");
 
-    let expect =
-        Expect { magic: magic_of(cluster.binaries.major), system_id: None, history: Some(history.clone()) };
+    let expect = Expect { magic: magic_of(cluster.binaries.major), system_id: None, history: Some(history.clone()) };
     let walker = RecordWalker::new(start, segment_size()).unwrap().of_file().expecting(expect.clone());
     let (records, walker) = walk(walker.clone(), &wal, &[8192, 1, 131_072, 77, 8191]);
     let found: Vec<_> = records.iter().map(line_of).collect();
@@ -178,6 +199,13 @@ async fn compare(cluster: &Cluster, timeline: Timeline, history: &History) -> us
         assert_eq!(found, expected);
     }
     assert_eq!(found.len(), expected.len());
+
+    let times = || records.iter().filter_map(|record| record.kind.commit_time());
+    for record in &records {
+        if let RecordKind::RestorePoint { time, .. } = &record.kind {
+            assert!(times().min().unwrap() < *time && *time < times().max().unwrap());
+        }
+    }
 
     // Every segment is a place to begin, and so is the end of any record.
     for offset in (0..wal.len()).step_by(1 << 20) {

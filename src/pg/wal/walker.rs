@@ -52,8 +52,22 @@ impl Pushed {
         self.first.get_or_insert(record.start);
         self.last = Some((record.start, record.end));
         if let Some(time) = record.kind.commit_time() {
-            let (earliest, latest) = self.commits.unwrap_or((time, time));
-            self.commits = Some((earliest.min(time), latest.max(time)));
+            self.add_commits((time, time));
+        }
+    }
+
+    fn add_commits(&mut self, (from, to): (DateTime<Utc>, DateTime<Utc>)) {
+        let (earliest, latest) = self.commits.unwrap_or((from, to));
+        self.commits = Some((earliest.min(from), latest.max(to)));
+    }
+
+    /// Adds what the next push completed.
+    pub fn merge(&mut self, next: &Self) {
+        self.records += next.records;
+        self.first = self.first.or(next.first);
+        self.last = next.last.or(self.last);
+        if let Some(commits) = next.commits {
+            self.add_commits(commits);
         }
     }
 }
@@ -80,7 +94,8 @@ pub enum WalkState {
 /// - Memory does not depend on the size of records.
 /// - After an error the walk is over: records emitted before it stand, the walker is of no further use.
 /// - Bits that PostgreSQL never reads are not checked: alignment padding (behind records, and bytes 20 to 24 of a page
-///   header), the page flag `XLP_BKP_REMOVABLE`, and the void rest of a segment behind a switch.
+///   header), the page flag `XLP_BKP_REMOVABLE`, and the void rest of a segment behind a switch. A skipped rest of a
+///   record is not checked either, except that it cannot end anywhere but at the first record of the page.
 #[derive(Debug, Clone)]
 pub struct RecordWalker {
     segment_size: WalSegmentSize,

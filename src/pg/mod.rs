@@ -5,10 +5,14 @@
 pub mod backup_manifest;
 pub mod conninfo;
 pub mod control;
+pub mod error;
 pub mod history;
 pub mod instance;
 pub mod label;
 pub mod page;
 pub mod replication;
 pub mod sql;
+pub mod tls;
 pub mod wal;
+
+pub use error::PgError;

@@ -212,7 +212,7 @@ fn openers(settings: &Settings) -> Result<Vec<Arc<dyn KeyOpener>>> {
     openers.push(Arc::new(KmsOpener::new(KmsAccess::default(), by_region)));
     for file in files {
         // An identity that was moved away, as it should be, is no reason to refuse the KMS.
-        match AgeOpener::from_files(std::slice::from_ref(file)) {
+        match AgeOpener::from_files(&[file.to_owned()]) {
             Ok(opener) => openers.push(Arc::new(opener)),
             Err(error) if file.exists() => return Err(error.into()),
             Err(error) => tracing::info!(%error, "offline identity is not here"),
@@ -280,7 +280,8 @@ fn levels(settings: &Settings) -> Levels {
 fn targets(settings: &Settings) -> Result<Vec<Target>> {
     let target = |target: &crate::config::settings::Target| {
         let Source::Postgres(pg) = &target.source;
-        let mut conninfo: ConnInfo = pg.conninfo.parse().map_err(Error::from).during(|| format!("target {}", target.name))?;
+        let conninfo = ConnInfo::from_text(&pg.conninfo);
+        let mut conninfo = conninfo.map_err(Error::from).during(|| format!("target {}", target.name))?;
         if let Some(password) = &pg.password {
             conninfo = conninfo.with_password(password.read()?.expose());
         }

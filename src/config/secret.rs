@@ -41,6 +41,14 @@ impl Secret {
         }
     }
 
+    /// The file, if the secret is in one.
+    pub fn file(&self) -> Option<&Path> {
+        match self {
+            Self::File(path) => Some(path),
+            Self::Env(_) => None,
+        }
+    }
+
     /// Fetches the secret, without line breaks at its end.
     ///
     /// # Errors

@@ -90,12 +90,13 @@ impl Signer {
         Ok(Self::from_pair(pair)?)
     }
 
-    /// From the PKCS#8 bytes of a key file.
+    /// From the bytes that [`Signer::to_pkcs8`] wrote.
     ///
     /// # Errors
-    /// [`SignError::BadKey`].
+    /// [`SignError::BadKey`] for any others: a damaged key would sign as a stranger.
     pub fn from_pkcs8(bytes: &[u8]) -> Result<Self, SignError> {
-        Self::from_pair(Ed25519KeyPair::from_pkcs8(bytes).map_err(bad_key)?)
+        let signer = Self::from_pair(Ed25519KeyPair::from_pkcs8(bytes).map_err(bad_key)?)?;
+        if *signer.to_pkcs8()? == bytes { Ok(signer) } else { Err(bad_key("its halves do not belong together")) }
     }
 
     fn from_pair(pair: Ed25519KeyPair) -> Result<Self, SignError> {
@@ -400,6 +401,12 @@ mod tests {
         assert_eq!(again.public_key(), signer.public_key());
         assert_eq!(signer.public_key().to_string().parse::<PublicKey>().unwrap(), *signer.public_key());
         assert!(signer.public_key().to_string().to_uppercase().parse::<PublicKey>().is_err());
+        let mut damaged = file.to_vec();
+        for bit in 0..damaged.len() * 8 {
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            assert!(Signer::from_pkcs8(&damaged).is_err(), "bit {bit}");
+            damaged[bit / 8] ^= 1 << (bit % 8);
+        }
         assert!(Signer::from_pkcs8(&file[1..]).is_err());
         assert!(Signer::from_pkcs8(b"").is_err());
         assert_eq!(format!("{signer:?}"), format!("Signer({})", signer.id()));

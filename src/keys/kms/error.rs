@@ -43,8 +43,8 @@ where
         // Credentials are fetched within the call; their absence is no outage, though the SDK files both together.
         SdkError::DispatchFailure(failure) if !failure.is_io() && !failure.is_timeout() => {
             let reason = causes(error);
-            if reason.contains("credentials") {
-                return KeyError::Denied { holder, reason };
+            if reason.contains("credential") {
+                return KeyError::Denied { holder, reason: format!("no usable credentials: {reason}") };
             }
             KeyError::Unavailable { holder, reason }
         }

@@ -86,8 +86,11 @@ fn check_aws_region(region: &str) -> Result<(), KeyError> {
 /// The region in `arn:<partition>:kms:<region>:<account>:key/<id>` (or `alias/<name>`).
 fn arn_region(arn: &str) -> Option<&str> {
     let parts: Vec<&str> = arn.splitn(6, ':').collect();
-    let ["arn", _, "kms", region, _, resource] = parts[..] else { return None };
-    (resource.starts_with("key/") || resource.starts_with("alias/")).then_some(region)
+    let ["arn", partition, "kms", region, account, resource] = parts[..] else { return None };
+    let partition = partition == "aws" || partition.starts_with("aws-");
+    let account = account.len() == 12 && account.bytes().all(|byte| byte.is_ascii_digit());
+    let resource = resource.starts_with("key/") || resource.starts_with("alias/");
+    (partition && account && resource).then_some(region)
 }
 
 fn encryption_context(context: &WrapContext) -> HashMap<String, String> {

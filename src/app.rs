@@ -8,7 +8,10 @@ use std::time::Duration;
 
 use crate::codec::random::SystemRng;
 use crate::codec::sign::Signer;
-use crate::config::settings::{AwsAccess, Checksum, Method, OnPressure, Region as RegionSettings, S3Settings, Settings, Source, Store};
+use crate::config::{
+    AwsAccess, Checksum, Method, OnPressure, Region as RegionSettings, S3Settings, Settings, Source, Store,
+    Target as TargetSettings,
+};
 use crate::disk::place;
 use crate::jobs::{Context, Levels, Objectives, Target};
 use crate::keys::{AgeHolder, AgeOpener, AwsCredentials, KeyHolder, KeyOpener, KmsAccess, KmsHolder, KmsOpener};
@@ -278,7 +281,7 @@ fn levels(settings: &Settings) -> Levels {
 }
 
 fn targets(settings: &Settings) -> Result<Vec<Target>> {
-    let target = |target: &crate::config::settings::Target| {
+    let target = |target: &TargetSettings| {
         let Source::Postgres(pg) = &target.source;
         let conninfo = ConnInfo::from_text(&pg.conninfo);
         let mut conninfo = conninfo.map_err(Error::from).during(|| format!("target {}", target.name))?;

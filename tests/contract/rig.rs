@@ -132,7 +132,7 @@ mod postgres {
         assert!(copy.exists(), "a restored directory belongs to the test");
         std::fs::write(copy.join("global/pg_control"), [0; 8192]).unwrap();
         let refused = Cluster::try_start_restored(&copy, 16, &[], Until::Ready).await.unwrap_err();
-        assert!(refused.contains("pg_control"), "{refused}");
+        assert!(refused.contains("does not start"), "{refused}");
     }
 }
 
@@ -266,9 +266,9 @@ mod proxy {
         let mut cut = connect().await.unwrap();
         assert_eq!(ask(&mut cut, 50).await.unwrap(), 50);
         assert!(ask(&mut cut, 50).await.is_err());
+        assert!(ask(&mut open, 10).await.is_err(), "it had carried too much already when the cut began");
 
         proxy.set(Mode::Pass).await;
-        ask(&mut open, 10).await.expect_err("it had carried too much already when the cut began");
         let mut open = connect().await.unwrap();
         ask(&mut open, 10).await.unwrap();
         proxy.set(Mode::Refuse).await;

@@ -129,7 +129,7 @@ impl Cluster {
 
     fn at(major: u32, scratch: Scratch, data: PathBuf) -> Self {
         scratch.postgres_dir("s");
-        Self { major, scratch, data, port: 0, overrides: Vec::new(), postmaster: None }
+        Self { major, scratch, data, port: process::free_ports(1), overrides: Vec::new(), postmaster: None }
     }
 
     /// The major version.
@@ -192,14 +192,13 @@ impl Cluster {
     async fn try_start(&mut self) -> Result<(), String> {
         assert!(self.postmaster.is_none(), "the server runs already");
         for _ in 0..5 {
-            if self.port == 0 {
-                self.port = process::free_ports(1);
-            }
             let logged = self.log().len();
             self.spawn_postmaster();
             match self.wait_ready().await {
                 Ok(()) => return Ok(()),
-                Err(log) if log[logged.min(log.len())..].contains("Address already in use") => self.port = 0,
+                Err(log) if log[logged.min(log.len())..].contains("Address already in use") => {
+                    self.port = process::free_ports(1);
+                }
                 Err(log) => return Err(format!("PostgreSQL {} does not start:\n{log}", self.major)),
             }
         }

@@ -26,7 +26,8 @@ pub fn output(command: &mut Command) -> Output {
 
 /// As [`run`], without holding up the other tasks of the test.
 pub async fn run_async(mut command: Command) -> String {
-    tokio::task::spawn_blocking(move || run(&mut command)).await.unwrap()
+    let ended = tokio::task::spawn_blocking(move || run(&mut command)).await;
+    ended.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
 }
 
 /// Sends a signal; a process that is gone is fine.

@@ -5,6 +5,7 @@
 pub mod backup_manifest;
 pub mod conninfo;
 pub mod control;
+pub mod error;
 pub mod history;
 pub mod instance;
 pub mod label;
@@ -12,7 +13,10 @@ mod le;
 pub mod page;
 pub mod replication;
 pub mod sql;
+pub mod tls;
 pub mod wal;
 
 #[cfg(test)]
 mod testing;
+
+pub use error::PgError;

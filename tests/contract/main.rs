@@ -8,3 +8,4 @@
 )]
 
 mod pg_source;
+mod pg_wire;

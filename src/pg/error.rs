@@ -169,6 +169,9 @@ impl From<tokio_postgres::Error> for PgError {
             "error performing TLS handshake" => Self::Tls { server: server(), reason },
             "authentication error" => Self::Auth(reason),
             "timeout waiting for server" => Self::Timeout(reason),
+            "invalid configuration" if reason == "password missing" => {
+                Self::Auth("the server wants a password and none is configured".to_owned())
+            }
             "invalid configuration" | "invalid connection string" => Self::Config(reason),
             other => Self::Protocol(if reason == other { reason } else { format!("{other}: {reason}") }),
         }

@@ -12,4 +12,6 @@ mod support;
 
 mod floe;
 mod keys;
+mod pg_source;
+mod pg_wire;
 mod rig;

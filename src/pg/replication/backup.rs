@@ -100,8 +100,9 @@ enum Phase {
 }
 
 impl ReplicationClient {
-    /// Starts a base backup. The base archive holds `tablespace_map` rather than links; the server does not wait for its
-    /// own archiving of the WAL, which the caller must secure.
+    /// Starts a base backup. The base archive holds links to the tablespaces rather than `tablespace_map`: with the map
+    /// the server leaves out everything in `pg_tblspc`, and before PostgreSQL 16 in-place tablespaces are nowhere else.
+    /// The server does not wait for its own archiving of the WAL, which the caller must secure.
     ///
     /// # Errors
     /// [`PgError::Unsupported`] before PostgreSQL 15; [`PgError::Config`] for options out of range. What the server has
@@ -256,7 +257,6 @@ fn command(options: &BaseBackupOptions) -> Result<String, PgError> {
         format!("MANIFEST '{}'", if options.manifest { "yes" } else { "no" }),
         format!("VERIFY_CHECKSUMS {}", u8::from(options.verify_checksums)),
         "PROGRESS 1".to_owned(),
-        "TABLESPACE_MAP 1".to_owned(),
         "WAIT 0".to_owned(),
     ];
     match options.max_rate {
@@ -282,7 +282,7 @@ mod tests {
         assert_eq!(
             command(&options("it's", Some(32))).unwrap(),
             "BASE_BACKUP (LABEL 'it''s', CHECKPOINT 'fast', MANIFEST 'yes', VERIFY_CHECKSUMS 0, PROGRESS 1, \
-             TABLESPACE_MAP 1, WAIT 0, MAX_RATE 32)"
+             WAIT 0, MAX_RATE 32)"
         );
         for (label, rate) in [("", None), ("a\nSTART", None), ("a", Some(31)), ("a", Some(1_048_577))] {
             assert!(command(&options(label, rate)).is_err(), "{label:?} {rate:?}");

@@ -200,3 +200,54 @@ impl Login<'_> {
 fn auth(reason: &str) -> PgError {
     PgError::Auth(reason.to_owned())
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    /// What the client says to a server that answers each of its messages with the next of `answers`.
+    async fn against(settings: &str, answers: &[&[u8]]) -> PgError {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let text = format!("host=127.0.0.1 port={port} user=u password=p connect_timeout=5 {settings}");
+        let info = ConnInfo::parse(&text, &|_| None).unwrap();
+        let server = async {
+            let (mut io, _) = listener.accept().await.unwrap();
+            for answer in answers {
+                let mut request = [0; 4096];
+                assert!(io.read(&mut request).await.unwrap() > 0);
+                io.write_all(answer).await.unwrap();
+            }
+            io
+        };
+        let (outcome, _io) = tokio::join!(authenticate(&info, &info.servers()[0]), server);
+        outcome.err().unwrap()
+    }
+
+    #[tokio::test]
+    async fn nothing_in_clear_text_is_believed_where_tls_was_asked_for() {
+        for answer in [&b"SR\0\0\0\x08\0\0\0\0"[..], b"N", b"E\0\0\0\x05\0"] {
+            let error = against("sslmode=require", &[answer]).await;
+            assert!(matches!(error, PgError::Tls { .. }), "{answer:?}: {error:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_server_that_does_not_know_the_password_is_not_let_in() {
+        let offer = b"R\0\0\0\x17\0\0\0\x0aSCRAM-SHA-256\0\0";
+        let welcome = b"R\0\0\0\x08\0\0\0\0";
+        assert!(matches!(against("", &[offer, welcome]).await, PgError::Auth(_)));
+        let foreign_nonce = b"R\0\0\0\x19\0\0\0\x0br=x,s=YWJj,i=4096";
+        assert!(matches!(against("", &[offer, foreign_nonce]).await, PgError::Auth(_)));
+        let clear = b"R\0\0\0\x08\0\0\0\x03";
+        assert!(matches!(against("", &[clear]).await, PgError::Auth(_)));
+    }
+
+    #[tokio::test]
+    async fn a_huge_message_before_authentication_is_refused() {
+        let error = against("", &[b"E\0\x10\0\0"]).await;
+        assert!(matches!(error, PgError::Protocol(_)), "{error:?}");
+    }
+}

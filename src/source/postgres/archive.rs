@@ -27,7 +27,7 @@ pub enum Chunk {
 /// What is known when all archives have been read.
 #[derive(Debug, Default)]
 pub struct Unpacked {
-    /// `backup_label` and `tablespace_map`, which the server puts into the archive.
+    /// `backup_label`, which the server puts into the archive.
     pub files: Vec<SmallFile>,
     /// Files whose damage depends on where the backup ends.
     pub held: Vec<Held>,
@@ -39,10 +39,20 @@ pub struct Unpacked {
 ///
 /// # Errors
 /// The archive ends early or is not one that PostgreSQL writes, or the receiver is gone.
-pub fn unpack(chunks: mpsc::Receiver<Chunk>, items: mpsc::Sender<Item>, check: PageCheck) -> Result<Unpacked, SourceError> {
+pub fn unpack(
+    chunks: mpsc::Receiver<Chunk>,
+    items: mpsc::Sender<Item>,
+    check: PageCheck,
+) -> Result<Unpacked, SourceError> {
     let mut input = Input { chunks, current: Bytes::new(), next: None };
-    let mut unpacker =
-        Unpacker { packer: Packer::new(items), check, next_id: 0, sent: HashSet::new(), control: false, found: Unpacked::default() };
+    let mut unpacker = Unpacker {
+        packer: Packer::new(items),
+        check,
+        next_id: 0,
+        sent: HashSet::new(),
+        control: false,
+        found: Unpacked::default(),
+    };
     while let Some(tablespace) = input.next_archive() {
         unpacker.archive(&mut input, tablespace)?;
     }
@@ -108,14 +118,15 @@ impl Unpacker {
             let verdict = rules::verdict(&path);
             match entry.header().entry_type() {
                 EntryType::Directory if verdict != Verdict::Leave => self.directory(&path, mode)?,
-                EntryType::Regular if matches!(path.as_str(), "backup_label" | "tablespace_map") => {
+                EntryType::Regular if path == "backup_label" => {
                     let mut bytes = Vec::new();
                     entry.read_to_end(&mut bytes).map_err(malformed)?;
                     self.found.files.push(SmallFile { path, bytes });
                 }
                 EntryType::Regular if verdict == Verdict::Take => self.file(&mut entry, path, mode)?,
                 EntryType::Directory | EntryType::Regular => {}
-                // Tablespace links come as rows before the archives, and PostgreSQL sends no others.
+                // The locations of the tablespaces came before the archives.
+                EntryType::Symlink if path.strip_prefix("pg_tblspc/").and_then(rules::parse_oid).is_some() => {}
                 EntryType::Symlink => tracing::warn!("{path} is a link, and PostgreSQL follows none here: left out"),
                 other => return Err(SourceError::Answer(format!("{path} is a {other:?} in the base backup"))),
             }
@@ -140,7 +151,8 @@ impl Unpacker {
 
     fn file<R: Read>(&mut self, entry: &mut Entry<'_, R>, path: String, mode: u32) -> Result<(), SourceError> {
         let id = FileId(self.next_id);
-        self.next_id = id.0.checked_add(1).ok_or_else(|| SourceError::Unsupported("more than 2^32 files".to_owned()))?;
+        self.next_id =
+            id.0.checked_add(1).ok_or_else(|| SourceError::Unsupported("more than 2^32 files".to_owned()))?;
         let (size, is_control) = (entry.size(), path == CONTROL_FILE);
         if is_control {
             // The server reads it after all other files and sends it last; gathered pages must not pass it.

@@ -18,9 +18,9 @@ use super::pace::Pace;
 use super::pages::PageCheck;
 use super::reader::Reading;
 use super::session::{Identity, Session};
-use crate::model::{Lsn, Result, SystemId, Timeline};
+use super::started::Started;
+use crate::model::{Result, SystemId};
 use crate::pg::control::{ControlFile, State};
-use crate::pg::label::BackupLabel;
 use crate::source::{Batch, Begun, FileId, Finished, Item, PAGE_SIZE, PhysicalSource, Piece, SmallFile};
 
 /// The server rewrites its control file in place, and a reader may see half of it. Two seconds are more than any write.
@@ -43,12 +43,6 @@ enum Stage {
     Begun { started: Started, listing: Listing },
     Copied(Started),
     Over,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Started {
-    lsn: Lsn,
-    timeline: Timeline,
 }
 
 impl LocalBackup {
@@ -92,13 +86,27 @@ impl LocalBackup {
     async fn read(&mut self, items: mpsc::Sender<Item>) -> Result<(), SourceError> {
         let (started, listing) = match std::mem::replace(&mut self.stage, Stage::Over) {
             Stage::Begun { started, listing } => (started, listing),
-            _ => return Err(SourceError::OutOfOrder),
+            other => {
+                self.stage = other;
+                return Err(SourceError::OutOfOrder);
+            }
         };
+        self.session.while_alive(self.send_all(listing, started, &items)).await?;
+        self.stage = Stage::Copied(started);
+        Ok(())
+    }
+
+    async fn send_all(
+        &self,
+        listing: Listing,
+        started: Started,
+        items: &mpsc::Sender<Item>,
+    ) -> Result<(), SourceError> {
         for tablespace in listing.tablespaces {
-            send(&items, Item::Tablespace { oid: tablespace.oid, location: tablespace.location }).await?;
+            send(items, Item::Tablespace { oid: tablespace.oid, location: tablespace.location }).await?;
         }
         for directory in listing.directories {
-            send(&items, Item::Directory { path: directory.path, mode: directory.mode }).await?;
+            send(items, Item::Directory { path: directory.path, mode: directory.mode }).await?;
         }
         let control_id = u32::try_from(listing.files.len()).map(FileId);
         let control_id = control_id.map_err(|_| SourceError::Unsupported("more than 2^32 files".to_owned()))?;
@@ -106,17 +114,16 @@ impl LocalBackup {
         let pace = Pace::new(self.options.max_read_rate, Arc::clone(&self.options.clock));
         let reading = Arc::new(Reading::new(self.data_directory.clone(), listing.files, check, pace));
         let _stop = StopOnDrop(Arc::clone(&reading));
-        let answers = reading.start(self.options.threads(), &items)?.into_iter().map(|answer| async {
+        let answers = reading.start(self.options.threads(), items)?.into_iter().map(|answer| async {
             answer.await.unwrap_or_else(|_| Err(SourceError::ReaderDied("it panicked".to_owned())))
         });
-        self.session.while_alive(future::try_join_all(answers)).await?;
+        future::try_join_all(answers).await?;
+        // Every page that was read had reached the log by now.
         let end = self.session.insert_lsn().await?;
         for held in reading.take_held() {
-            send(&items, held.settle(end)).await?;
+            send(items, held.settle(end)).await?;
         }
-        self.control_file(&items, control_id).await?;
-        self.stage = Stage::Copied(started);
-        Ok(())
+        self.control_file(items, control_id).await
     }
 
     /// Last: its checkpoint may be newer than the backup's start, never older than a file that was read before it.
@@ -134,19 +141,16 @@ impl LocalBackup {
     }
 
     async fn stop(&mut self) -> Result<Finished, SourceError> {
-        let Stage::Copied(started) = std::mem::replace(&mut self.stage, Stage::Over) else {
-            return Err(SourceError::OutOfOrder);
-        };
+        let Stage::Copied(started) = self.stage else { return Err(SourceError::OutOfOrder) };
+        self.stage = Stage::Over;
         let stopped = self.session.stop_backup(self.identity.cluster.version).await?;
-        if stopped.timeline != started.timeline {
-            return Err(SourceError::TimelineChanged { start: started.timeline, stop: stopped.timeline });
-        }
-        check_label(&stopped.label, started, &self.identity)?;
+        started.same_timeline(stopped.timeline)?;
         let mut files = vec![SmallFile { path: "backup_label".to_owned(), bytes: stopped.label.into_bytes() }];
         if !stopped.tablespace_map.is_empty() {
             let bytes = stopped.tablespace_map.into_bytes();
             files.push(SmallFile { path: "tablespace_map".to_owned(), bytes });
         }
+        started.check_label(&files, &self.identity.cluster)?;
         Ok(Finished { stop_lsn: stopped.stop_lsn, timeline: stopped.timeline, files, finished_at: stopped.at })
     }
 }
@@ -229,19 +233,6 @@ fn read_control(data_directory: &Path) -> Result<Control, SourceError> {
             Err(error) => return Err(SourceError::ControlFile(error.to_string())),
         }
     }
-}
-
-/// The label decides where recovery starts: it must be the label of this backup.
-fn check_label(text: &str, started: Started, identity: &Identity) -> Result<(), SourceError> {
-    let label = BackupLabel::parse(text, identity.cluster.wal_segment_size);
-    let label = label.map_err(|error| SourceError::Answer(error.to_string()))?;
-    if (label.start, label.timeline) == (started.lsn, started.timeline) && !label.from_standby {
-        return Ok(());
-    }
-    let (lsn, timeline) = (started.lsn, started.timeline);
-    Err(SourceError::Answer(format!(
-        "the label is not that of the backup begun at {lsn} on timeline {timeline}: {text}"
-    )))
 }
 
 async fn send(items: &mpsc::Sender<Item>, item: Item) -> Result<(), SourceError> {

@@ -15,7 +15,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
 
-use self::error::SourceError;
+use self::local::LocalBackup;
+use self::stream::StreamBackup;
 use crate::model::{Clock, Result};
 use crate::pg::conninfo::ConnInfo;
 use crate::source::PhysicalSource;
@@ -30,6 +31,8 @@ mod pages;
 mod reader;
 pub mod rules;
 mod session;
+mod started;
+pub mod stream;
 
 /// How a cluster is read.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -69,4 +72,20 @@ impl Options {
         let half = || thread::available_parallelism().map_or(1, NonZero::get) / 2;
         self.reader_threads.unwrap_or_else(half).max(1)
     }
+}
+
+/// Finds the way to a cluster. Nothing changes on the server before [`PhysicalSource::begin`].
+///
+/// # Errors
+/// The server cannot be reached, or not be backed up this way; with [`Method::Auto`], in neither way.
+pub async fn open(options: Options) -> Result<Box<dyn PhysicalSource>> {
+    let method = options.method;
+    if method != Method::Stream {
+        match LocalBackup::open(options.clone()).await {
+            Ok(local) => return Ok(Box::new(local)),
+            Err(error) if method == Method::Local => return Err(error.into()),
+            Err(error) => tracing::info!(%error, "data directory not readable here: taking the server's base backup"),
+        }
+    }
+    Ok(Box::new(StreamBackup::open(options).await?))
 }

@@ -9,6 +9,7 @@ use tokio::task::JoinHandle;
 use tokio_postgres::SimpleQueryMessage;
 
 use super::error::SourceError;
+use super::started::one_line;
 use crate::model::{Lsn, SystemId, Timeline, WalSegmentSize};
 use crate::observe::task;
 use crate::pg::PgError;
@@ -154,8 +155,6 @@ impl Session {
         let idle = if version >= 140_000 { "SET idle_session_timeout = 0;" } else { "" };
         let settings = format!("SET statement_timeout = 0; SET client_min_messages = warning; {idle}");
         self.client.batch_execute(&settings).await.map_err(PgError::from)?;
-        // PostgreSQL writes the label into a file of lines without quoting it.
-        let label: String = label.chars().filter(|character| !character.is_control()).take(200).collect();
         let (query, grant) = if version >= 150_000 {
             (
                 "SELECT pg_catalog.pg_backup_start($1, $2)::text",
@@ -167,7 +166,7 @@ impl Session {
                 "GRANT EXECUTE ON FUNCTION pg_start_backup(text, boolean, boolean), pg_stop_backup(boolean, boolean) TO <role>;",
             )
         };
-        let row = self.client.query_one(query, &[&label, &fast]).await.map_err(PgError::from);
+        let row = self.client.query_one(query, &[&one_line(label), &fast]).await.map_err(PgError::from);
         let row = row.map_err(|error| needs(error.into(), grant))?;
         let start = row.try_get::<_, &str>(0).map_err(PgError::from)?;
         let start = start.parse().map_err(|_| SourceError::Answer(format!("backup start at `{start}`")))?;

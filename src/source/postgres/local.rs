@@ -165,6 +165,10 @@ impl PhysicalSource for LocalBackup {
         Ok(self.read(items).await?)
     }
 
+    fn method(&self) -> &'static str {
+        "local"
+    }
+
     async fn finish(&mut self) -> Result<Finished> {
         Ok(self.stop().await?)
     }

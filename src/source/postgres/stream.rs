@@ -154,6 +154,10 @@ impl PhysicalSource for StreamBackup {
         Ok(self.read(items).await?)
     }
 
+    fn method(&self) -> &'static str {
+        "stream"
+    }
+
     async fn finish(&mut self) -> Result<Finished> {
         Ok(self.stop()?)
     }

@@ -7,9 +7,9 @@ use bytes::Bytes;
 use chrono::{DateTime, Utc};
 use tokio::sync::mpsc;
 
-use super::Options;
 use super::archive::{self, Chunk, Unpacked};
 use super::error::SourceError;
+use super::options::Options;
 use super::pages::PageCheck;
 use super::session::{check_version, wal_segment_size};
 use super::started::{Started, one_line};

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use bytes::Bytes;
 use chrono::{DateTime, Utc};
 use tokio::sync::mpsc;
 
@@ -229,7 +228,7 @@ async fn forward(stream: &mut BaseBackupStream, chunks: mpsc::Sender<Chunk>) -> 
         let chunk = match (event, end) {
             (None, Some(end)) => return Ok(Arrived { end, complaint: None }),
             (Some(BaseBackupEvent::Archive { name, .. }), None) => Chunk::Archive(archive_of(&name)?),
-            (Some(BaseBackupEvent::Data(data)), None) => Chunk::Data(Bytes::from(data)),
+            (Some(BaseBackupEvent::Data(data)), None) => Chunk::Data(data),
             (Some(BaseBackupEvent::End { lsn, timeline }), None) => {
                 end = Some(End { lsn, timeline });
                 continue;

@@ -24,7 +24,8 @@ pub(super) async fn store(backup: &mut BackupWriter, captured: Result<Captured>)
         Err(error) => return Ok(vec![format!("the configuration: {error}")]),
     };
     let missing = captured.missing.iter().map(|missing| format!("{}; fix: {}", missing.what, missing.grant)).collect();
-    let content = serde_json::to_value(&captured).map_err(|error| Error::failed("encode the configuration").because(error))?;
+    let content =
+        serde_json::to_value(&captured).map_err(|error| Error::failed("encode the configuration").because(error))?;
     backup.line(&Line::Document { name: CONFIGURATION.to_owned(), content }).await?;
     Ok(missing)
 }

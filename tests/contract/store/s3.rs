@@ -309,7 +309,8 @@ where
 /// Passes everything on, with another name of the same length for the condition's header.
 async fn rename_condition(client: TcpStream, upstream: String) {
     let server = TcpStream::connect(upstream).await.unwrap();
-    let ((mut from_client, mut to_client), (mut from_server, mut to_server)) = (client.into_split(), server.into_split());
+    let ((mut from_client, mut to_client), (mut from_server, mut to_server)) =
+        (client.into_split(), server.into_split());
     let back = tokio::spawn(async move { tokio::io::copy(&mut from_server, &mut to_client).await });
     let mut buffer = vec![0; 64 * 1024];
     while let Ok(read @ 1..) = from_client.read(&mut buffer).await {

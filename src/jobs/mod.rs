@@ -3,6 +3,7 @@
 //! A job knows the repository, the sources and PostgreSQL; it sees no bucket and no key. It prints nothing: progress is
 //! events, results are values.
 
+pub mod backup;
 pub mod check;
 pub mod context;
 pub mod init;

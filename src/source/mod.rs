@@ -27,6 +27,8 @@ pub trait PhysicalSource: Send {
     async fn begin(&mut self) -> Result<Begun>;
     /// Reads everything.
     async fn copy(&mut self, items: mpsc::Sender<Item>) -> Result<()>;
+    /// How the cluster is read, for the record: `local`, `stream`.
+    fn method(&self) -> &'static str;
     /// Ends backup mode.
     async fn finish(&mut self) -> Result<Finished>;
 }

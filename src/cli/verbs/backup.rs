@@ -1,8 +1,11 @@
 //! `drctl backup`.
 
+use crate::app::{self, Role, World};
 use crate::cli::Session;
 use crate::cli::exit::Exit;
-use crate::cli::verbs::not_built_yet;
+use crate::cli::figures;
+use crate::cli::progress;
+use crate::jobs::backup::{self, Options, Report};
 use crate::model::{Result, TargetName};
 
 /// Arguments.
@@ -10,6 +13,9 @@ use crate::model::{Result, TargetName};
 pub struct Args {
     /// The target
     pub target: TargetName,
+    /// Ask the server for an immediate checkpoint instead of one spread over minutes
+    #[arg(long)]
+    pub fast: bool,
 }
 
 /// Runs the verb.
@@ -17,6 +23,50 @@ pub struct Args {
 /// # Errors
 /// What stopped it.
 pub async fn run(args: Args, session: &Session) -> Result<Exit> {
-    let _ = (args, session.settings()?);
-    Err(not_built_yet("backup"))
+    let context = app::context(&session.settings()?, Role::Write, &World::real()).await?;
+    let shown = progress::show(context.progress.clone(), &session.output);
+    let report = backup::run(&context, &args.target, Options { fast: args.fast }).await;
+    shown.end().await;
+    let report = report?;
+    if session.output.json {
+        session.output.print_json(&report)?;
+    } else {
+        session.output.print(&text(&report, context.repository.regions.quorum()))?;
+    }
+    Ok(if report.has_debts() { Exit::Debts } else { Exit::Ok })
+}
+
+fn text(report: &Report, quorum: usize) -> String {
+    let commit = &report.backup;
+    let seconds = (commit.finished_at - commit.started_at).to_std().unwrap_or_default();
+    let regions = report.regions.len();
+    let whole = report.regions.iter().filter(|region| region.missing_objects == 0).count();
+    let mut lines = vec![
+        format!("{}  {} of {} is safe in {whole} of {regions} regions (quorum {quorum})", commit.id, commit.kind.as_str(), commit.target),
+        format!(
+            "  size {}, stored {} per region, in {}, read {}",
+            figures::bytes(commit.size_bytes),
+            figures::bytes(commit.stored_bytes),
+            figures::duration(seconds),
+            commit.provenance.method,
+        ),
+    ];
+    if let Some(wal) = &commit.wal {
+        let by = if report.wal_by == "own" { "by its own receiver" } else { "by the running WAL receiver" };
+        lines.push(format!("  WAL {} to {}, timeline {}, {by}", wal.start_lsn, wal.stop_lsn, wal.timeline));
+    }
+    if commit.damaged_pages > 0 {
+        let count = figures::count(commit.damaged_pages);
+        lines.push(format!("  DAMAGED on the source: {count} pages fail their checksum; see: drctl show {}", commit.id));
+    }
+    for region in report.regions.iter().filter(|region| region.missing_objects > 0) {
+        let reason = region.last_error.as_deref().unwrap_or("unknown");
+        lines.push(format!("  debt in {}: {} objects ({reason})", region.region, region.missing_objects));
+    }
+    lines.extend(report.wrap_debts.iter().map(|(holder, reason)| format!("  key holder {holder} owes a wrap: {reason}")));
+    lines.extend(report.not_captured.iter().map(|what| format!("  not captured: {what}")));
+    if report.has_debts() {
+        lines.push(format!("Next: drctl repair {}", commit.target));
+    }
+    lines.join("\n")
 }

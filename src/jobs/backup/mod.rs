@@ -1,0 +1,109 @@
+//! `backup`: one base backup of one target, into every region at once.
+//!
+//! It exists when COMMIT is at the write quorum, and COMMIT is written only when every page and all WAL from the start to
+//! the stop of the backup are durable there.
+
+use serde::Serialize;
+
+use crate::disk::lock::Lock;
+use crate::jobs::context::{Context, Target};
+use crate::model::commit::{Commit, WalNeed};
+use crate::model::{HolderId, Result, ResultExt, TargetName};
+use crate::repository::backup_writer::{BackupOptions, BackupWriter};
+use crate::repository::fan_out::LaneOutcome;
+use crate::source::postgres;
+use crate::source::{Begun, Finished};
+
+mod around;
+mod transfer;
+mod wal;
+
+use wal::WalCover;
+
+/// What a backup came to.
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    /// The COMMIT.
+    pub backup: Commit,
+    /// What each region owes; the backup itself is safe at the quorum.
+    pub regions: Vec<LaneOutcome>,
+    /// Key holders that could not wrap its keyset, and why.
+    pub wrap_debts: Vec<(HolderId, String)>,
+    /// Configuration that could not be captured, and why.
+    pub not_captured: Vec<String>,
+    /// Who made the WAL durable: `receiver` (a running `drctl wal stream`) or `own`.
+    pub wal_by: &'static str,
+}
+
+impl Report {
+    /// Whether something is still owed.
+    pub fn has_debts(&self) -> bool {
+        !self.wrap_debts.is_empty() || self.regions.iter().any(|region| region.missing_objects > 0)
+    }
+}
+
+/// How to take it.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Options {
+    /// Ask for an immediate checkpoint instead of one spread over minutes.
+    pub fast: bool,
+}
+
+/// Takes a base backup of `name`.
+///
+/// # Errors
+/// Whatever stopped it. There is then no backup, and what was written is orphaned.
+pub async fn run(context: &Context, name: &TargetName, options: Options) -> Result<Report> {
+    let target = context.target(name)?;
+    let writer = context.writer()?;
+    let _alone = Lock::acquire(&context.state_dir.join(format!("{name}.backup.lock")))?;
+    let mut source = postgres::open(source_options(context, target, options)).await.during(|| format!("reach {name}"))?;
+    let cover = WalCover::prepare(context, target).await.during(|| "secure the WAL of the backup")?;
+    let begun = source.begin().await.during(|| format!("begin the backup of {name}"))?;
+    let mut backup = BackupWriter::begin(&context.repository, writer, backup_options(context, target, &begun, source.method())).await?;
+    let around = around::capture(target, source.method()).await;
+    transfer::run(context, source.as_mut(), &mut backup, &begun).await.during(|| format!("back up {name}"))?;
+    let finished = source.finish().await.during(|| format!("end the backup of {name}"))?;
+    transfer::small_files(&mut backup, &finished).await?;
+    let not_captured = around::store(&mut backup, around).await?;
+    backup.flush().await.during(|| "store pages")?;
+    let (branch, wal_by) = cover.secure(context, target, &begun, &finished).await.during(|| "secure the WAL of the backup")?;
+    let written = backup.commit(Some(wal_need(&begun, &finished, branch))).await?;
+    Ok(Report { backup: written.commit, regions: written.regions, wrap_debts: written.wrap_debts, not_captured, wal_by })
+}
+
+fn source_options(context: &Context, target: &Target, options: Options) -> postgres::Options {
+    postgres::Options {
+        conninfo: target.conninfo.clone().with_application_name("drctl backup"),
+        method: target.method,
+        data_directory: target.data_dir.clone(),
+        fast: options.fast,
+        label: format!("drctl {}", target.name),
+        max_read_rate: target.max_read_rate,
+        reader_threads: None,
+        clock: std::sync::Arc::clone(&context.clock),
+    }
+}
+
+fn backup_options(context: &Context, target: &Target, begun: &Begun, method: &str) -> BackupOptions {
+    BackupOptions {
+        target: target.name.clone(),
+        source: "postgres",
+        method: method.to_owned(),
+        level: context.levels.pages,
+        workers: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+        page_checksums: begun.cluster.checksums,
+    }
+}
+
+fn wal_need(begun: &Begun, finished: &Finished, branch: crate::model::Branch) -> WalNeed {
+    WalNeed {
+        system_id: begun.cluster.system_id,
+        timeline: begun.timeline,
+        branch,
+        start_lsn: begun.start_lsn,
+        stop_lsn: finished.stop_lsn,
+        wal_segment_size: begun.cluster.wal_segment_size,
+        server_version: begun.cluster.version,
+    }
+}

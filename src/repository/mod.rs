@@ -5,8 +5,10 @@
 
 pub mod backup_writer;
 pub mod catalog;
+pub mod escape;
 pub mod fan_out;
 pub mod handle;
+pub mod health;
 pub mod inventory;
 pub mod keysets;
 pub mod layout;

@@ -4,6 +4,8 @@
 //! events, results are values.
 
 pub mod backup;
+pub mod check;
 pub mod context;
+pub mod init;
 
 pub use context::{Context, Levels, Objectives, Target};

@@ -165,9 +165,8 @@ impl Repository {
                 put_unless_there(region, &format!("{}{name}", layout::ESCAPE), bytes).await?;
             }
             for sibling in siblings {
-                let body = to_json(sibling)?;
-                let digest = Digest::of(&body).to_string();
-                put_unless_there(region, &layout::region(&sibling.name, &digest[..8]), &body).await?;
+                let (key, body) = sibling_object(sibling)?;
+                put_unless_there(region, &key, &body).await?;
             }
             enroll_at(region, writer).await?;
         }
@@ -190,6 +189,13 @@ impl Repository {
     }
 }
 
+/// Name and bytes of a sibling's address.
+pub(super) fn sibling_object(record: &RegionRecord) -> Result<(String, Vec<u8>)> {
+    let body = to_json(record)?;
+    let digest = Digest::of(&body).to_string();
+    Ok((layout::region(&record.name, &digest[..8]), body))
+}
+
 async fn enroll_at(region: &Region, writer: &Writer) -> Result<()> {
     put_unless_there(region, &layout::signer(writer.signer.id()), &signer_record(writer)?).await
 }
@@ -199,7 +205,7 @@ fn signer_record(writer: &Writer) -> Result<Vec<u8>> {
 }
 
 /// The record of one region.
-async fn read_record(region: &Region) -> (RegionName, Result<RepositoryRecord>) {
+pub(super) async fn read_record(region: &Region) -> (RegionName, Result<RepositoryRecord>) {
     let read = async {
         let bytes = region.store.get(layout::REPOSITORY, None).await?;
         RepositoryRecord::parse(&bytes).during(|| format!("read region {}", region.name))

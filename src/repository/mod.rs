@@ -5,17 +5,22 @@
 
 pub mod backup_writer;
 pub mod catalog;
+pub mod escape;
 pub mod fan_out;
 pub mod handle;
+pub mod health;
 pub mod inventory;
 pub mod keysets;
 pub mod layout;
 pub mod manifest;
+pub mod mend;
 pub mod pack;
 pub mod packer;
 pub mod page_map;
 pub mod regions;
 pub mod restore;
+pub mod scrub;
+pub mod survey;
 #[cfg(test)]
 pub mod testing;
 #[cfg(test)]

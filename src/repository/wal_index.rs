@@ -173,7 +173,11 @@ impl WalIndex {
 
     /// The unbroken runs in one region, or (`None`) in all of them together, ascending by start. A frame whose header is
     /// nowhere intact breaks its run and is reported beside it.
-    pub async fn runs(&self, repository: &Repository, region: Option<&RegionName>) -> (Vec<Run>, Vec<crate::model::Error>) {
+    pub async fn runs(
+        &self,
+        repository: &Repository,
+        region: Option<&RegionName>,
+    ) -> (Vec<Run>, Vec<crate::model::Error>) {
         let (mut runs, mut errors) = (Vec::new(), Vec::new());
         for (epoch, seqs) in &self.frames {
             let held = seqs.iter().filter(|(_, regions)| region.is_none_or(|region| regions.contains(region)));

@@ -113,6 +113,42 @@ pub async fn restore_files(
     Ok(leftover)
 }
 
+/// Fetches, opens and compares everything that [`restore_files`] would write, and writes nothing. Returns the bytes of all
+/// files.
+///
+/// # Errors
+/// As [`restore_files`], without those of a disk.
+pub async fn check_files(
+    repository: &Repository,
+    ring: &KeyRing,
+    (commit, inventory): (&Commit, &[InventoryLine]),
+    progress: &Arc<Phase>,
+) -> Result<u64> {
+    let (mut begin, mut window, mut total) = (None, Window::default(), 0);
+    let mut parts = ManifestParts::new(repository, ring, commit, inventory).await?;
+    while let Some(lines) = parts.next().await? {
+        for line in lines {
+            match line {
+                Line::Begin(first) => begin = Some(window::Secrets::new(first)?),
+                Line::File(file) => {
+                    let path = PathBuf::from(&file.path);
+                    window.add_known(file, path)?;
+                }
+                Line::Small { path, mode, base64 } => drop(decode_small(path, mode, &base64)?),
+                Line::End { bytes, .. } => total = bytes,
+                Line::Directory { .. } | Line::Tablespace { .. } | Line::Document { .. } => {}
+            }
+            if let (true, Some(secrets)) = (window.is_full(), &begin) {
+                window.check(repository, ring, secrets, progress).await?;
+            }
+        }
+    }
+    if let Some(secrets) = &begin {
+        window.check(repository, ring, secrets, progress).await?;
+    }
+    Ok(total)
+}
+
 /// Reads a manifest part by part, in order, each checked against the inventory.
 #[derive(Debug)]
 pub struct ManifestParts<'a> {
@@ -160,7 +196,8 @@ impl<'a> ManifestParts<'a> {
             return self.reader.take().map_or(Ok(()), |reader| reader.finish(id)).map(|()| None);
         }
         let key = layout::manifest(&self.commit.target, id, self.next);
-        let line = self.lines.get(key.as_str()).ok_or_else(|| Error::damaged(format!("{key} is not in the inventory")))?;
+        let line =
+            self.lines.get(key.as_str()).ok_or_else(|| Error::damaged(format!("{key} is not in the inventory")))?;
         let (bytes, _) = self.repository.regions.read_exact(&key, line.size, line.digest()).await?;
         let seal = ManifestSeal {
             repository: &self.repository.id,
@@ -206,7 +243,8 @@ pub async fn read_outline(repository: &Repository, ring: &KeyRing, commit: &Comm
 fn decode_small(path: String, mode: u32, base64: &str) -> Result<(String, u32, Vec<u8>)> {
     use base64::Engine as _;
     let bytes = base64::engine::general_purpose::STANDARD.decode(base64);
-    let bytes = bytes.map_err(|error| Error::damaged(format!("{path} in the manifest is not readable")).because(error))?;
+    let bytes =
+        bytes.map_err(|error| Error::damaged(format!("{path} in the manifest is not readable")).because(error))?;
     Ok((path, mode, bytes))
 }
 
@@ -242,7 +280,8 @@ fn link_tablespace(destination: &Destination, oid: u32, location: &str) -> Resul
     let place = destination.tablespaces.get(location).ok_or_else(unmapped)?;
     let link = destination.directory.join("pg_tblspc").join(oid.to_string());
     let parent = destination.directory.join("pg_tblspc");
-    std::fs::create_dir_all(&parent).map_err(|error| Error::failed(format!("create {}", parent.display())).because(error))?;
+    std::fs::create_dir_all(&parent)
+        .map_err(|error| Error::failed(format!("create {}", parent.display())).because(error))?;
     std::os::unix::fs::symlink(place, &link)
         .map_err(|error| Error::failed(format!("link {} to {}", link.display(), place.display())).because(error))
 }

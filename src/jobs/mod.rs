@@ -7,5 +7,13 @@ pub mod backup;
 pub mod check;
 pub mod context;
 pub mod init;
+pub mod list;
+pub mod repair;
+pub mod show;
+pub mod status;
+pub mod verify;
+
+#[cfg(test)]
+mod tests;
 
 pub use context::{Context, Levels, Objectives, Target};

@@ -125,7 +125,9 @@ impl Repository {
                 Ok(record) => match &found {
                     Some((first, other)) if first.repository != record.repository => {
                         let text = format!("regions {other} and {region} hold different repositories");
-                        return Err(Error::usage(text).because(format!("{} and {}", first.repository, record.repository)));
+                        return Err(
+                            Error::usage(text).because(format!("{} and {}", first.repository, record.repository))
+                        );
                     }
                     Some(_) => {}
                     None => found = Some((record, region)),
@@ -148,7 +150,12 @@ impl Repository {
     ///
     /// # Errors
     /// A region cannot be written: init wants all of them, so that no region begins its life in debt.
-    pub async fn init(regions: &Regions, writer: &Writer, siblings: &[RegionRecord], escape: &[(&str, &[u8])]) -> Result<RepositoryId> {
+    pub async fn init(
+        regions: &Regions,
+        writer: &Writer,
+        siblings: &[RegionRecord],
+        escape: &[(&str, &[u8])],
+    ) -> Result<RepositoryId> {
         let record = match Self::identify(regions).await {
             // A region that is added later gets the same bytes.
             Ok(record) => record,

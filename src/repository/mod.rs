@@ -22,8 +22,10 @@ pub mod restore;
 pub mod scrub;
 pub mod survey;
 #[cfg(test)]
+#[allow(clippy::cast_possible_truncation, reason = "made-up data is small")]
 pub mod testing;
 #[cfg(test)]
+#[allow(clippy::cast_possible_truncation, reason = "made-up data is small")]
 mod tests;
 pub mod tree;
 pub mod trust;

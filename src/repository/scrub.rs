@@ -120,7 +120,8 @@ pub async fn check_wraps(ring: &KeyRing, region: &Region, (target, id): (&Target
     match ring.wrong_wraps(target, id).await {
         Ok(wrong) => {
             let wrong = wrong.into_iter();
-            let damaged = |(holder, why)| Problem::new(region, layout::wrap(target, id, &holder), Trouble::Damaged, why);
+            let damaged =
+                |(holder, why)| Problem::new(region, layout::wrap(target, id, &holder), Trouble::Damaged, why);
             wrong.map(damaged).collect()
         }
         Err(error) => problem(layout::keyset(target, id), &error),
@@ -177,7 +178,8 @@ pub async fn scrub_objects(
 
 /// Compares every WAL frame that a region lists with its signed header and the digest in it.
 pub async fn scrub_wal(repository: &Repository, index: &WalIndex, region: &Region) -> (u64, Vec<Problem>) {
-    let places: Vec<_> = index.frames().filter(|(_, held)| held.contains(&region.name)).map(|(place, _)| place).collect();
+    let places: Vec<_> =
+        index.frames().filter(|(_, held)| held.contains(&region.name)).map(|(place, _)| place).collect();
     let frames = places.len() as u64;
     let reads = stream::iter(places).map(|place| async move {
         let error = read_frame(repository, region, &place).await.err()?;
@@ -207,7 +209,8 @@ pub async fn missing_frames(
         return problems;
     }
     for (epoch, seqs) in index.epochs() {
-        let missing: Vec<_> = seqs.iter().filter(|(_, held)| !held.contains(&region.name)).map(|(seq, _)| *seq).collect();
+        let missing: Vec<_> =
+            seqs.iter().filter(|(_, held)| !held.contains(&region.name)).map(|(seq, _)| *seq).collect();
         let (Some(first), Some((last, _))) = (missing.first(), seqs.last_key_value()) else { continue };
         let tail = last + 1 - first == missing.len() as u64;
         let written = index.header(repository, epoch, *last).await.map(|header| header.written_at);
@@ -323,7 +326,8 @@ pub async fn beside(
         }
     }
     let intents = intents(repository).await?;
-    let newest = found.keys().chain(commits).chain(intents.keys().filter(|id| id.target().ok().as_ref() == Some(target))).max();
+    let newest =
+        found.keys().chain(commits).chain(intents.keys().filter(|id| id.target().ok().as_ref() == Some(target))).max();
     let newest = newest.cloned();
     let mut beside = Beside::default();
     for (id, regions) in found {

@@ -85,9 +85,11 @@ pub async fn survey(repository: &Repository, backups: &[Backup]) -> Result<Vec<S
 
 /// What every region lists of a target.
 pub async fn held_everywhere(repository: &Repository, target: &TargetName) -> Vec<(RegionName, Held)> {
-    let held = repository.regions.all().iter().map(|region| async move {
-        (region.name.clone(), Held::list(region, target).await)
-    });
+    let held = repository
+        .regions
+        .all()
+        .iter()
+        .map(|region| async move { (region.name.clone(), Held::list(region, target).await) });
     futures::future::join_all(held).await
 }
 
@@ -159,7 +161,8 @@ impl Survey {
     /// of the window that holds its WAL, and at least the moment at which it began. `None` if its WAL is not whole.
     pub fn recoverable_until(&self, commit: &Commit, region: Option<&RegionName>) -> Option<DateTime<Utc>> {
         let Some(need) = &commit.wal else { return Some(commit.started_at) };
-        let reach = self.reaches(need, region)?.iter().find(|reach| reach.window.covers(need.start_lsn, need.stop_lsn))?;
+        let reach =
+            self.reaches(need, region)?.iter().find(|reach| reach.window.covers(need.start_lsn, need.stop_lsn))?;
         Some(reach.newest_commit.map_or(commit.started_at, |newest| newest.max(commit.started_at)))
     }
 

@@ -96,16 +96,19 @@ impl WalIndex {
     /// Lists one branch in every region.
     pub async fn load(regions: &Regions, branch: BranchId) -> Self {
         let prefix = layout::wal_branch(branch.system_id, branch.timeline, &branch.branch);
-        let lists = regions.all().iter().map(|region| async {
-            (region.name.clone(), list_all(region.store.as_ref(), &prefix).await)
-        });
+        let lists = regions
+            .all()
+            .iter()
+            .map(|region| async { (region.name.clone(), list_all(region.store.as_ref(), &prefix).await) });
         let (frames, sizes, unreadable) = (BTreeMap::new(), BTreeMap::new(), Vec::new());
         let mut index = Self { branch, frames, sizes, unreadable, headers: Mutex::default() };
         for (region, list) in join_all(lists).await {
             match list {
                 Ok(objects) => {
                     for object in objects {
-                        let Some((epoch, seq)) = object.key.strip_prefix(&prefix).and_then(parse_frame) else { continue };
+                        let Some((epoch, seq)) = object.key.strip_prefix(&prefix).and_then(parse_frame) else {
+                            continue;
+                        };
                         let size = index.sizes.entry((epoch.clone(), seq)).or_default();
                         *size = object.size.max(*size);
                         let seqs = index.frames.entry(epoch).or_default();

@@ -6,6 +6,7 @@
 pub mod backup_writer;
 pub mod catalog;
 pub mod fan_out;
+pub mod gaps;
 pub mod handle;
 pub mod inventory;
 pub mod keysets;
@@ -18,6 +19,7 @@ pub mod regions;
 pub mod restore;
 pub mod tree;
 pub mod trust;
+pub mod wal_adopt;
 pub mod wal_frame;
 pub mod wal_index;
 pub mod wal_log;

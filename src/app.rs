@@ -13,9 +13,12 @@ use crate::config::{
     Target as TargetSettings,
 };
 use crate::disk::place;
+use crate::jobs::check::Subject;
 use crate::jobs::{Context, Levels, Objectives, Target};
-use crate::keys::{AgeHolder, AgeOpener, AwsCredentials, KeyHolder, KeyOpener, KmsAccess, KmsHolder, KmsOpener};
-use crate::model::{Clock, Error, Result, ResultExt, Rng};
+use crate::keys::{
+    AgeHolder, AgeOpener, AwsCredentials, KeyHolder, KeyOpener, KmsAccess, KmsHolder, KmsOpener, generate_identity,
+};
+use crate::model::{Clock, Error, RegionName, Result, ResultExt, Rng};
 use crate::observe::clock::SystemClock;
 use crate::observe::progress::Progress;
 use crate::pg::conninfo::ConnInfo;
@@ -109,7 +112,11 @@ fn stacked(store: Arc<dyn ObjectStore>, regions: usize, world: &World) -> Arc<dy
 }
 
 /// One store: configuration errors are outside, a store that does not open is inside.
-async fn connect(region: &RegionSettings, role: Role, world: &World) -> Result<Result<Arc<dyn ObjectStore>, StoreError>> {
+async fn connect(
+    region: &RegionSettings,
+    role: Role,
+    world: &World,
+) -> Result<Result<Arc<dyn ObjectStore>, StoreError>> {
     Ok(match &region.store {
         Store::Directory { path } => DirStore::open(path).await.map(|store| Arc::new(store) as Arc<dyn ObjectStore>),
         Store::S3(s3) => {
@@ -166,6 +173,48 @@ pub async fn writer(settings: &Settings, world: &World) -> Result<Writer> {
     Ok(Writer { signer: Arc::new(signer), holders, clock, rng, host: host_name() })
 }
 
+/// What `check` examines: nothing is opened, since it serves where opening does not work.
+///
+/// # Errors
+/// The settings contradict themselves.
+pub async fn subject(settings: &Settings, world: &World) -> Result<Subject> {
+    let configured = settings.keys.iter().filter_map(|key| key.identity.as_ref());
+    let identities = settings.openers.age_identities.iter().chain(configured);
+    Ok(Subject {
+        regions: regions(settings, Role::Write, world).await?,
+        addresses: siblings(settings),
+        shared_roles: settings.regions.iter().filter_map(shared_roles).collect(),
+        writer: writer(settings, world).await,
+        listed_signers: settings.repository.signers.iter().cloned().collect(),
+        identities: identities.filter_map(|secret| secret.file()).map(Path::to_owned).collect(),
+        secret_files: settings.secrets().filter_map(|secret| secret.file()).map(Path::to_owned).collect(),
+        targets: targets(settings)?,
+        state_dir: settings.repository.state_dir.clone(),
+        clock: Arc::clone(&world.clock),
+        rng: Arc::clone(&world.rng),
+    })
+}
+
+/// The roles beside `write` that its credentials serve as well.
+fn shared_roles(region: &RegionSettings) -> Option<(RegionName, String)> {
+    let Store::S3(s3) = &region.store else { return None };
+    let others = [("restore", &s3.credentials.restore), ("prune", &s3.credentials.prune)];
+    let shared: Vec<_> =
+        others.into_iter().filter(|(_, access)| **access == s3.credentials.write).map(|(role, _)| role).collect();
+    let roles = ["write"].into_iter().chain(shared.iter().copied()).collect::<Vec<_>>().join(" and ");
+    (!shared.is_empty()).then(|| (region.name.clone(), roles))
+}
+
+/// Writes a new age identity to `path`, for its owner only, and answers the recipient.
+///
+/// # Errors
+/// The file exists already or cannot be written.
+pub fn new_recovery_key(path: &Path, world: &World) -> Result<String> {
+    let (identity, recipient) = generate_identity(world.clock.now());
+    place::place_new(path, identity.as_bytes(), 0o600)?;
+    Ok(recipient)
+}
+
 /// The machine's name, for provenance.
 fn host_name() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
@@ -176,7 +225,9 @@ fn signer(state_dir: &Path, rng: &dyn Rng) -> Result<Signer> {
     use std::os::unix::fs::DirBuilderExt;
     let path = state_dir.join("signer.p8");
     match std::fs::read(&path) {
-        Ok(bytes) => return Signer::from_pkcs8(&bytes).map_err(Error::from).during(|| format!("read {}", path.display())),
+        Ok(bytes) => {
+            return Signer::from_pkcs8(&bytes).map_err(Error::from).during(|| format!("read {}", path.display()));
+        }
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
         Err(error) => return Err(Error::failed(format!("read {}", path.display())).because(error)),
     }
@@ -200,7 +251,8 @@ fn signer(state_dir: &Path, rng: &dyn Rng) -> Result<Signer> {
 fn openers(settings: &Settings) -> Result<Vec<Arc<dyn KeyOpener>>> {
     let mut openers: Vec<Arc<dyn KeyOpener>> = Vec::new();
     let configured = settings.keys.iter().filter_map(|key| key.identity.as_ref());
-    let files: Vec<_> = settings.openers.age_identities.iter().chain(configured).filter_map(|secret| secret.file()).collect();
+    let files: Vec<_> =
+        settings.openers.age_identities.iter().chain(configured).filter_map(|secret| secret.file()).collect();
     let mut by_region = BTreeMap::new();
     for region in &settings.regions {
         if let Some(kms) = &region.kms {
@@ -265,12 +317,16 @@ const fn access_of(s3: &S3Settings, role: Role) -> &AwsAccess {
 
 fn resolve(access: &AwsAccess) -> Result<Option<S3Credentials>> {
     Ok(match access {
-        AwsAccess::Chain {} => None,
+        AwsAccess::Chain => None,
         AwsAccess::Profile { profile } => Some(S3Credentials::Profile(profile.clone())),
         AwsAccess::Keys { access_key_id, secret_access_key, session_token } => Some(S3Credentials::Static {
             access_key_id: access_key_id.read()?.expose().to_owned(),
             secret_access_key: secret_access_key.read()?.expose().to_owned(),
-            session_token: session_token.as_ref().map(|token| token.read()).transpose()?.map(|text| text.expose().to_owned()),
+            session_token: session_token
+                .as_ref()
+                .map(|token| token.read())
+                .transpose()?
+                .map(|text| text.expose().to_owned()),
         }),
     })
 }

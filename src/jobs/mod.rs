@@ -4,7 +4,9 @@
 //! events, results are values.
 
 pub mod backup;
+pub mod check;
 pub mod context;
+pub mod init;
 pub mod wal;
 
 pub use context::{Context, Levels, Objectives, Target};

@@ -114,7 +114,12 @@ impl Repository {
     ///
     /// # Errors
     /// A region cannot be written: init wants all of them, so that no region begins its life in debt.
-    pub async fn init(regions: &Regions, writer: &Writer, siblings: &[RegionRecord], escape: &[(&str, &[u8])]) -> Result<RepositoryId> {
+    pub async fn init(
+        regions: &Regions,
+        writer: &Writer,
+        siblings: &[RegionRecord],
+        escape: &[(&str, &[u8])],
+    ) -> Result<RepositoryId> {
         let id = match Self::identify(regions).await {
             Ok(id) => id,
             Err(error) if error.kind() == Kind::NotFound => RepositoryId::new(writer.rng.as_ref())?,
@@ -129,9 +134,8 @@ impl Repository {
                 put_unless_there(region, &format!("{}{name}", layout::ESCAPE), bytes).await?;
             }
             for sibling in siblings {
-                let body = to_json(sibling)?;
-                let digest = Digest::of(&body).to_string();
-                put_unless_there(region, &layout::region(&sibling.name, &digest[..8]), &body).await?;
+                let (key, body) = sibling_object(sibling)?;
+                put_unless_there(region, &key, &body).await?;
             }
             enroll_at(region, writer).await?;
         }
@@ -154,6 +158,13 @@ impl Repository {
     }
 }
 
+/// Name and bytes of a sibling's address.
+pub(super) fn sibling_object(record: &RegionRecord) -> Result<(String, Vec<u8>)> {
+    let body = to_json(record)?;
+    let digest = Digest::of(&body).to_string();
+    Ok((layout::region(&record.name, &digest[..8]), body))
+}
+
 async fn enroll_at(region: &Region, writer: &Writer) -> Result<()> {
     put_unless_there(region, &layout::signer(writer.signer.id()), &signer_record(writer)?).await
 }
@@ -164,14 +175,17 @@ fn signer_record(writer: &Writer) -> Result<Vec<u8>> {
 }
 
 /// The record of one region.
-async fn read_record(region: &Region) -> (RegionName, Result<RepositoryRecord>) {
+pub(super) async fn read_record(region: &Region) -> (RegionName, Result<RepositoryRecord>) {
     let read = async {
         let bytes = region.store.get(layout::REPOSITORY, None).await?;
-        let wrong = |error| Error::damaged(format!("{} of {} is not readable", layout::REPOSITORY, region.name)).because(error);
+        let wrong =
+            |error| Error::damaged(format!("{} of {} is not readable", layout::REPOSITORY, region.name)).because(error);
         let record: RepositoryRecord = serde_json::from_slice(&bytes).map_err(wrong)?;
         if record.format != FORMAT {
             let format = record.format;
-            return Err(Error::failed(format!("repository format {format} is newer than this drctl, which knows {FORMAT}")));
+            return Err(Error::failed(format!(
+                "repository format {format} is newer than this drctl, which knows {FORMAT}"
+            )));
         }
         Ok(record)
     };

@@ -9,7 +9,7 @@ use tokio::sync::Mutex;
 
 use crate::keys::keyset::Keyset;
 use crate::keys::{KeyHolder, KeyOpener, Opened, Wrap, WrapContext, open_any, wrap_everywhere};
-use crate::model::{Error, HolderId, KeysetId, Kind, RepositoryId, Result, ResultExt, Rng, TargetName};
+use crate::model::{Error, HolderId, KeysetId, Kind, RegionName, RepositoryId, Result, ResultExt, Rng, TargetName};
 use crate::repository::fan_out::FanOut;
 use crate::repository::inventory::InventoryLine;
 use crate::repository::layout;
@@ -26,6 +26,23 @@ pub struct Holders {
     pub list: Vec<Arc<dyn KeyHolder>>,
     /// With fewer wraps a keyset is not used.
     pub min_wraps: usize,
+}
+
+impl Holders {
+    /// Each of them, for people.
+    pub fn describe(&self) -> Vec<String> {
+        self.list.iter().map(|holder| holder.describe()).collect()
+    }
+
+    /// Whether one of them belongs to no region.
+    pub fn has_offline(&self) -> bool {
+        self.list.iter().any(|holder| holder.region().is_none())
+    }
+
+    /// How many remain when `lost` is lost together with the holders that belong to it.
+    pub fn left_without(&self, lost: &RegionName) -> usize {
+        self.list.iter().filter(|holder| holder.region() != Some(lost)).count()
+    }
 }
 
 /// A keyset that the repository holds.
@@ -63,8 +80,12 @@ pub async fn create(
     }
     if stored.wraps.len() < holders.min_wraps {
         let (got, wanted) = (stored.wraps.len(), holders.min_wraps);
-        let error = Error::new(Kind::Unavailable, format!("only {got} of at least {wanted} key holders wrapped a keyset"));
-        return Err(stored.missing.iter().fold(error, |error, (holder, reason)| error.because(format!("{holder}: {reason}"))));
+        let error =
+            Error::new(Kind::Unavailable, format!("only {got} of at least {wanted} key holders wrapped a keyset"));
+        return Err(stored
+            .missing
+            .iter()
+            .fold(error, |error, (holder, reason)| error.because(format!("{holder}: {reason}"))));
     }
     Ok(stored)
 }

@@ -5,9 +5,11 @@
 
 pub mod backup_writer;
 pub mod catalog;
+pub mod escape;
 pub mod fan_out;
 pub mod gaps;
 pub mod handle;
+pub mod health;
 pub mod inventory;
 pub mod keysets;
 pub mod layout;

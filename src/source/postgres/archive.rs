@@ -238,3 +238,114 @@ fn entry_name<R: Read>(entry: &Entry<'_, R>) -> Result<Option<String>, SourceErr
 fn malformed(error: io::Error) -> SourceError {
     SourceError::Answer(format!("the base backup is not a whole tar archive: {error}"))
 }
+
+#[cfg(test)]
+mod tests {
+    use tar::{Builder, Header};
+
+    use super::*;
+    use crate::model::Lsn;
+
+    fn archive(entries: &[(&str, EntryType, &[u8])]) -> Vec<u8> {
+        let mut builder = Builder::new(Vec::new());
+        for (name, kind, contents) in entries {
+            let mut header = Header::new_ustar();
+            // Not set_path, which refuses what must be refused here.
+            header.as_old_mut().name[..name.len()].copy_from_slice(name.as_bytes());
+            header.set_entry_type(*kind);
+            header.set_mode(0o100_600);
+            header.set_size(contents.len() as u64);
+            header.set_cksum();
+            builder.append(&header, *contents).unwrap();
+        }
+        builder.into_inner().unwrap()
+    }
+
+    /// Feeds the archives in pieces of `step` bytes.
+    fn unpack_all(archives: &[(Option<u32>, Vec<u8>)], step: usize) -> Result<(Unpacked, Vec<Item>), SourceError> {
+        let (chunks, receiver) = mpsc::channel(10_000);
+        for (tablespace, bytes) in archives {
+            chunks.try_send(Chunk::Archive(*tablespace)).unwrap();
+            for piece in bytes.chunks(step) {
+                chunks.try_send(Chunk::Data(Bytes::copy_from_slice(piece))).unwrap();
+            }
+        }
+        drop(chunks);
+        let (items, mut found) = mpsc::channel(10_000);
+        let unpacked = unpack(receiver, items, PageCheck { checksums: false, start: Lsn(1) })?;
+        Ok((unpacked, std::iter::from_fn(|| found.try_recv().ok()).collect()))
+    }
+
+    fn control() -> Vec<u8> {
+        let mut bytes = vec![0; PAGE_SIZE];
+        bytes[8..12].copy_from_slice(&1300u32.to_le_bytes());
+        for (offset, value) in [(216usize, 8192u32), (220, 131_072), (224, 8192), (228, 16 << 20), (16, 6), (48, 1)] {
+            bytes[offset..offset + 4].copy_from_slice(&value.to_le_bytes());
+        }
+        let sum = crc32c::crc32c(&bytes[..288]);
+        bytes[288..292].copy_from_slice(&sum.to_le_bytes());
+        bytes
+    }
+
+    #[test]
+    fn archives_become_items_whatever_the_pieces() {
+        use EntryType::{Directory, Regular, Symlink};
+        let control = control();
+        let base = archive(&[
+            ("backup_label", Regular, b"label"),
+            ("log/", Directory, b""),
+            ("log/server.log", Regular, b"x"),
+            ("standby.signal", Regular, b""),
+            ("pg_tblspc/", Directory, b""),
+            ("pg_tblspc/16384/", Symlink, b""),
+            ("PG_VERSION", Regular, b"15\n"),
+            ("global/", Directory, b""),
+            ("global/pg_control", Regular, &control),
+        ]);
+        let space = archive(&[("PG_15_202209061/", Directory, b""), ("PG_15_202209061/x", Regular, b"123")]);
+        for step in [1, 511, 512, 1000, 32_768] {
+            if base.len() / step > 9000 {
+                continue;
+            }
+            let (unpacked, items) = unpack_all(&[(Some(16384), space.clone()), (None, base.clone())], step).unwrap();
+            assert_eq!(unpacked.files.len(), 1);
+            let names: Vec<&str> = items
+                .iter()
+                .filter_map(|item| match item {
+                    Item::Directory { path, .. } | Item::File { path, .. } => Some(path.as_str()),
+                    _ => None,
+                })
+                .collect();
+            assert_eq!(
+                names,
+                [
+                    "pg_tblspc",
+                    "pg_tblspc/16384",
+                    "pg_tblspc/16384/PG_15_202209061",
+                    "pg_tblspc/16384/PG_15_202209061/x",
+                    "log",
+                    "PG_VERSION",
+                    "global",
+                    "global/pg_control",
+                ]
+            );
+        }
+    }
+
+    #[test]
+    fn what_is_no_whole_base_backup_is_refused() {
+        let control = control();
+        let whole =
+            archive(&[("a", EntryType::Regular, &[7; 3000]), ("global/pg_control", EntryType::Regular, &control)]);
+        assert!(unpack_all(&[(None, whole.clone())], 4096).is_ok());
+        for end in [0, 100, 512, 1000, 3000, 4000, 5000, 9000] {
+            assert!(unpack_all(&[(None, whole[..end].to_vec())], 4096).is_err(), "cut at {end}");
+        }
+        for name in ["../a", "a/../../b", "/etc/passwd", "a//b", "a/./b"] {
+            let bad = archive(&[(name, EntryType::Regular, b"x"), ("global/pg_control", EntryType::Regular, &control)]);
+            assert!(unpack_all(&[(None, bad)], 4096).is_err(), "{name}");
+        }
+        let device = archive(&[("a", EntryType::Block, b""), ("global/pg_control", EntryType::Regular, &control)]);
+        assert!(unpack_all(&[(None, device)], 4096).is_err());
+    }
+}

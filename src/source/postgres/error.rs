@@ -86,6 +86,11 @@ pub enum SourceError {
 }
 
 impl SourceError {
+    /// Whether the role lacks a privilege.
+    pub fn is_denied(&self) -> bool {
+        matches!(self, Self::Pg(error) if error.sqlstate() == Some("42501"))
+    }
+
     /// Whether a new backup may succeed without anybody changing anything.
     pub fn is_transient(&self) -> bool {
         match self {

@@ -11,9 +11,9 @@ use async_trait::async_trait;
 use futures::future;
 use tokio::sync::mpsc;
 
-use super::Options;
 use super::error::SourceError;
 use super::listing::{self, CONTROL_FILE, Listing};
+use super::options::Options;
 use super::pace::Pace;
 use super::pages::PageCheck;
 use super::reader::Reading;
@@ -223,11 +223,11 @@ struct Control {
 fn read_control(data_directory: &Path) -> Result<Control, SourceError> {
     let path = data_directory.join(CONTROL_FILE);
     let unreadable = |source| SourceError::Read { path: CONTROL_FILE.to_owned(), source };
+    if !data_directory.is_dir() {
+        return Err(SourceError::NoDataDirectory(data_directory.to_owned()));
+    }
     let mut tries = 0;
     loop {
-        if !path.exists() && !data_directory.exists() {
-            return Err(SourceError::NoDataDirectory(data_directory.to_owned()));
-        }
         let mode = fs::metadata(&path).map_err(unreadable)?.permissions().mode() & 0o7777;
         let bytes = fs::read(&path).map_err(unreadable)?;
         tries += 1;

@@ -10,21 +10,19 @@
 //!   (13 and 14: `pg_start_backup(text, boolean, boolean), pg_stop_backup(boolean, boolean)`).
 //! - stream: a role with `REPLICATION`, and a line for it in `pg_hba.conf` (database `replication`).
 
-use std::num::NonZero;
-use std::path::PathBuf;
-use std::sync::Arc;
-use std::thread;
-
 use self::local::LocalBackup;
+pub use self::options::{Method, Options};
 use self::stream::StreamBackup;
-use crate::model::{Clock, Result};
-use crate::pg::conninfo::ConnInfo;
+use crate::model::Result;
 use crate::source::PhysicalSource;
 
 mod archive;
+pub mod capture;
+pub mod conffiles;
 pub mod error;
 pub mod listing;
 pub mod local;
+mod options;
 mod pace;
 mod packer;
 mod pages;
@@ -33,46 +31,6 @@ pub mod rules;
 mod session;
 mod started;
 pub mod stream;
-
-/// How a cluster is read.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Method {
-    /// Local if the server's data directory is readable here, else streamed.
-    #[default]
-    Auto,
-    /// The data directory of this host.
-    Local,
-    /// `BASE_BACKUP`.
-    Stream,
-}
-
-/// How to take a physical backup.
-#[derive(Debug, Clone)]
-pub struct Options {
-    /// The server.
-    pub conninfo: ConnInfo,
-    /// Which way.
-    pub method: Method,
-    /// Where the data directory is on this host, if not where the server says (a container's mount).
-    pub data_directory: Option<PathBuf>,
-    /// An immediate checkpoint instead of one spread over minutes.
-    pub fast: bool,
-    /// For `backup_label`.
-    pub label: String,
-    /// Bytes per second, of all readers together.
-    pub max_read_rate: Option<u64>,
-    /// Reader threads of the local method; half of the cores if not given.
-    pub reader_threads: Option<usize>,
-    /// Time.
-    pub clock: Arc<dyn Clock>,
-}
-
-impl Options {
-    fn threads(&self) -> usize {
-        let half = || thread::available_parallelism().map_or(1, NonZero::get) / 2;
-        self.reader_threads.unwrap_or_else(half).max(1)
-    }
-}
 
 /// Finds the way to a cluster. Nothing changes on the server before [`PhysicalSource::begin`].
 ///

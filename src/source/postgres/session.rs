@@ -88,11 +88,6 @@ impl Session {
         Ok(Self { client, keepalive: None, lost })
     }
 
-    /// For other queries; they may run at the same time.
-    pub fn client(&self) -> &SqlClient {
-        &self.client
-    }
-
     /// Asks the server who it is, and refuses one that cannot be backed up by page.
     ///
     /// # Errors
@@ -323,9 +318,7 @@ fn timeline(segment: &str) -> Result<Timeline, SourceError> {
 /// Turns "permission denied" into what must be granted.
 fn needs(error: SourceError, grant: &str) -> SourceError {
     match error {
-        SourceError::Pg(error) if error.sqlstate() == Some("42501") => {
-            SourceError::NotGranted { message: error.to_string(), grant: grant.to_owned() }
-        }
+        error if error.is_denied() => SourceError::NotGranted { message: error.to_string(), grant: grant.to_owned() },
         other => other,
     }
 }

@@ -3,13 +3,12 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use bytes::Bytes;
 use chrono::{DateTime, Utc};
 use tokio::sync::mpsc;
 
-use super::Options;
 use super::archive::{self, Chunk, Unpacked};
 use super::error::SourceError;
+use super::options::Options;
 use super::pages::PageCheck;
 use super::session::{check_version, wal_segment_size};
 use super::started::{Started, one_line};
@@ -233,7 +232,7 @@ async fn forward(stream: &mut BaseBackupStream, chunks: mpsc::Sender<Chunk>) -> 
         let chunk = match (event, end) {
             (None, Some(end)) => return Ok(Arrived { end, complaint: None }),
             (Some(BaseBackupEvent::Archive { name, .. }), None) => Chunk::Archive(archive_of(&name)?),
-            (Some(BaseBackupEvent::Data(data)), None) => Chunk::Data(Bytes::from(data)),
+            (Some(BaseBackupEvent::Data(data)), None) => Chunk::Data(data),
             (Some(BaseBackupEvent::End { lsn, timeline }), None) => {
                 end = Some(End { lsn, timeline });
                 continue;

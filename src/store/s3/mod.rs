@@ -98,6 +98,10 @@ impl ObjectStore for S3Store {
         self.proven.get().copied().unwrap_or_default()
     }
 
+    async fn probe(&self) -> Result<Capabilities, StoreError> {
+        self.proven.get_or_try_init(|| self.prove()).await.copied()
+    }
+
     async fn put(&self, key: &str, body: Bytes, digest: Digest, options: &PutOptions) -> Result<Put, StoreError> {
         name::check(&self.address, key)?;
         let proven = self.probe().await?;

@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 
 use chrono::{DateTime, Utc};
 use drctl::model::{Clock, Kind};
+use drctl::source::postgres::capture::{CaptureOptions, Captured, CapturedFile, capture};
+use drctl::source::postgres::conffiles::Contents;
 use drctl::source::postgres::{self, Method, Options};
 use drctl::source::{Begun, Finished, PAGE_SIZE, PhysicalSource};
 use tokio::sync::mpsc;
@@ -252,4 +254,61 @@ async fn both_ways_find_the_same_files() {
     let difference: Vec<&String> = local.symmetric_difference(&streamed).collect();
     assert!(difference.is_empty(), "{difference:?}");
     assert!(local.iter().any(|name| name.starts_with("pg_tblspc/")));
+}
+
+async fn captured(cluster: &Cluster, role: &str, local: bool) -> Captured {
+    let client = drctl::pg::sql::connect(&cluster.conninfo(role)).await.unwrap();
+    let captured = capture(&client, &CaptureOptions { local, extra: Vec::new() }).await.unwrap();
+    let text = serde_json::to_string(&captured).unwrap();
+    assert!(!text.contains("SCRAM-SHA-256") && !text.contains("hunter2"), "no password and no digest of one");
+    assert_eq!(serde_json::from_str::<Captured>(&text).unwrap(), captured);
+    captured
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_surroundings_are_captured_as_far_as_the_role_sees() {
+    let source = Cluster::create().await;
+    source.furnish().await;
+    source.least_privilege().await;
+    for statement in [
+        "CREATE ROLE \"o'dd\" LOGIN PASSWORD 'hunter2' CONNECTION LIMIT 3 VALID UNTIL '2030-01-01 00:00:00+00'",
+        "GRANT pg_monitor TO \"o'dd\" WITH ADMIN OPTION",
+        "ALTER ROLE \"o'dd\" SET work_mem TO '5MB'",
+        "ALTER ROLE \"o'dd\" IN DATABASE postgres SET search_path TO \"$user\", public",
+    ] {
+        source.sql().await.batch_execute(statement).await.unwrap();
+    }
+
+    let seen = captured(&source, "local_backup", true).await;
+    assert_eq!(seen.version / 10_000, 15);
+    let names: Vec<&str> = seen.files.iter().map(|file| file.name.as_str()).collect();
+    assert_eq!(names, ["config_file", "hba_file", "ident_file"]);
+    let is_read = |file: &CapturedFile| matches!(file.contents, Contents::Bytes(_));
+    assert!(seen.files.iter().all(is_read));
+    assert!(seen.settings.iter().any(|setting| setting.name == "wal_keep_size" && setting.value == "4GB"));
+    for statement in [
+        "CREATE ROLE \"o'dd\" WITH NOSUPERUSER INHERIT NOCREATEROLE NOCREATEDB LOGIN NOREPLICATION NOBYPASSRLS CONNECTION LIMIT 3 VALID UNTIL '2030-01-01 00:00:00+00';",
+        "GRANT pg_monitor TO \"o'dd\" WITH ADMIN OPTION;",
+        "ALTER ROLE \"o'dd\" SET work_mem TO '5MB';",
+        "ALTER ROLE \"o'dd\" IN DATABASE postgres SET search_path TO \"$user\", public;",
+    ] {
+        assert!(seen.roles.iter().any(|known| known == statement), "{statement} not in {:#?}", seen.roles);
+    }
+    assert!(seen.databases.iter().any(|database| database.name == "postgres" && database.provider == "c"));
+    assert!(seen.extensions.iter().any(|extension| extension.name == "amcheck"));
+    assert!(seen.tablespaces.iter().any(|space| space.name == "outside" && space.location.ends_with("/outside")));
+    assert!(seen.missing.iter().any(|missing| missing.grant.contains("pg_file_settings")));
+
+    let remote = captured(&source, "local_backup", false).await;
+    let is_named = |contents: &Contents| matches!(contents, Contents::Missing { grant: Some(grant), .. } if grant.contains("pg_read_server_files"));
+    assert!(remote.files.iter().all(|file| is_named(&file.contents)), "{:?}", remote.files);
+    let grants = "GRANT EXECUTE ON FUNCTION pg_read_binary_file(text), pg_show_all_file_settings() TO local_backup;
+        GRANT SELECT ON pg_file_settings TO local_backup; GRANT pg_read_server_files TO local_backup";
+    source.sql().await.batch_execute(grants).await.unwrap();
+    let allowed = captured(&source, "local_backup", false).await;
+    assert!(allowed.files.iter().all(is_read) && allowed.missing.is_empty(), "{:?}", allowed.missing);
+    assert_eq!(allowed.files, seen.files);
+
+    let blind = captured(&source, "nobody_special", false).await;
+    assert!(blind.missing.iter().any(|missing| missing.grant.contains("pg_read_all_settings")));
 }

@@ -96,7 +96,7 @@ impl Sunk {
             let open = self.open.get_mut(&piece.file).unwrap();
             assert_eq!(piece.first_page, open.next_page, "{}: pages in order, each once", open.path);
             assert!(batch.pieces.len() == 1 || piece.pages <= 64);
-            assert!(piece.first_page as usize % BATCH_PAGES == 0, "aligned");
+            assert!((piece.first_page as usize).is_multiple_of(BATCH_PAGES), "aligned");
             let (data, after) = rest.split_at(piece.pages as usize * PAGE_SIZE);
             open.file.write_all_at(data, u64::from(piece.first_page) * PAGE_SIZE as u64).unwrap();
             open.next_page += piece.pages;

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use drctl::store::ObjectStore;
 use drctl::store::dir::DirStore;
 use drctl::store::memory::MemoryStore;
-use drctl::store::ObjectStore;
 
 #[allow(dead_code, reason = "other tests use the rest")]
 #[path = "../support/faulty_store.rs"]

@@ -1,6 +1,6 @@
 use std::fs::{self, File};
 use std::os::unix::fs::{PermissionsExt as _, symlink};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use proptest::prelude::*;
 use rustix::io::Errno;
@@ -92,7 +92,8 @@ async fn only_abandoned_writes_are_swept_and_none_is_listed() {
     let own = format!("{}-0", std::process::id());
     for (name, age) in [("1-7", 25), ("1-8", 23), (own.as_str(), 0)] {
         let file = File::create(unfinished.join(name)).unwrap();
-        file.set_modified(SystemTime::now() - Duration::from_secs(age * 3600)).unwrap();
+        let now = file.metadata().unwrap().modified().unwrap();
+        file.set_modified(now - Duration::from_secs(age * 3600)).unwrap();
     }
     put(&store, "a", "x").await.unwrap();
     let mut left: Vec<_> = fs::read_dir(&unfinished).unwrap().map(|entry| entry.unwrap().file_name()).collect();

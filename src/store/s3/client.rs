@@ -1,8 +1,8 @@
 //! How the SDK's client is set up: one attempt, own timeouts, signatures over the whole body.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
-use std::{fmt, mem};
 
 use aws_config::BehaviorVersion;
 use aws_config::profile::ProfileFileCredentialsProvider;
@@ -111,7 +111,7 @@ impl aws_smithy_async::time::TimeSource for SigningClock {
 
 /// Builds the client and proves that there are credentials.
 pub(super) async fn connect(options: &S3Options, address: &str, clock: Arc<dyn Clock>) -> Result<Client, StoreError> {
-    let mut base = Builder::new()
+    let base = Builder::new()
         .behavior_version(BehaviorVersion::latest())
         .force_path_style(options.path_style)
         .time_source(SigningClock(clock))
@@ -127,7 +127,8 @@ pub(super) async fn connect(options: &S3Options, address: &str, clock: Arc<dyn C
         // Readers check contents by their own digests; the SDK would hash everything once more.
         .response_checksum_validation(ResponseChecksumValidation::WhenRequired);
     let (region, provider) = identity(options).await;
-    let denied = |reason| StoreError::Denied { operation: "sign", key: "calls".to_owned(), address: address.to_owned(), reason };
+    let denied =
+        |reason| StoreError::Denied { operation: "sign", key: "calls".to_owned(), address: address.to_owned(), reason };
     let provider = provider.ok_or_else(|| denied("no source of credentials".to_owned()))?;
     // Found out here, a missing key is one; found out later, it looks like a service that is down.
     provider.provide_credentials().await.map_err(|error| denied(causes(&error)))?;
@@ -136,8 +137,9 @@ pub(super) async fn connect(options: &S3Options, address: &str, clock: Arc<dyn C
         address: address.to_owned(),
         reason: "no AWS region is configured".to_owned(),
     })?;
+    let mut base = base.region(region);
     base.set_endpoint_url(options.endpoint.clone());
-    Ok(Client::from_conf(mem::take(&mut base).region(region).credentials_provider(provider).build()))
+    Ok(Client::from_conf(base.credentials_provider(provider).build()))
 }
 
 fn timeouts(options: &S3Options) -> TimeoutConfig {
@@ -155,8 +157,7 @@ async fn identity(options: &S3Options) -> (Option<Region>, Option<SharedCredenti
     let region = options.region.clone().map(Region::new);
     let profile = match &options.credentials {
         Some(S3Credentials::Static { access_key_id, secret_access_key, session_token }) => {
-            let keys =
-                Credentials::new(access_key_id, secret_access_key, session_token.clone(), None, "configuration");
+            let keys = Credentials::new(access_key_id, secret_access_key, session_token.clone(), None, "configuration");
             if region.is_some() || options.endpoint.is_some() {
                 return (region, Some(SharedCredentialsProvider::new(keys)));
             }

@@ -92,8 +92,8 @@ async fn only_abandoned_writes_are_swept_and_none_is_listed() {
     let own = format!("{}-0", std::process::id());
     for (name, age) in [("1-7", 25), ("1-8", 23), (own.as_str(), 0)] {
         let file = File::create(unfinished.join(name)).unwrap();
-        let now = file.metadata().unwrap().modified().unwrap();
-        file.set_modified(now - Duration::from_secs(age * 3600)).unwrap();
+        let written = file.metadata().unwrap().modified().unwrap();
+        file.set_modified(written - Duration::from_secs(age * 3600)).unwrap();
     }
     put(&store, "a", "x").await.unwrap();
     let mut left: Vec<_> = fs::read_dir(&unfinished).unwrap().map(|entry| entry.unwrap().file_name()).collect();

@@ -128,6 +128,10 @@ impl ObjectStore for FaultyStore {
         self.inner.capabilities()
     }
 
+    async fn probe(&self) -> Result<Capabilities, StoreError> {
+        self.inner.probe().await
+    }
+
     async fn put(&self, key: &str, body: Bytes, digest: Digest, options: &PutOptions) -> Result<Put, StoreError> {
         self.pass("put", key).await?;
         self.inner.put(key, body, digest, options).await

@@ -109,7 +109,11 @@ fn stacked(store: Arc<dyn ObjectStore>, regions: usize, world: &World) -> Arc<dy
 }
 
 /// One store: configuration errors are outside, a store that does not open is inside.
-async fn connect(region: &RegionSettings, role: Role, world: &World) -> Result<Result<Arc<dyn ObjectStore>, StoreError>> {
+async fn connect(
+    region: &RegionSettings,
+    role: Role,
+    world: &World,
+) -> Result<Result<Arc<dyn ObjectStore>, StoreError>> {
     Ok(match &region.store {
         Store::Directory { path } => DirStore::open(path).await.map(|store| Arc::new(store) as Arc<dyn ObjectStore>),
         Store::S3(s3) => {
@@ -176,7 +180,9 @@ fn signer(state_dir: &Path, rng: &dyn Rng) -> Result<Signer> {
     use std::os::unix::fs::DirBuilderExt;
     let path = state_dir.join("signer.p8");
     match std::fs::read(&path) {
-        Ok(bytes) => return Signer::from_pkcs8(&bytes).map_err(Error::from).during(|| format!("read {}", path.display())),
+        Ok(bytes) => {
+            return Signer::from_pkcs8(&bytes).map_err(Error::from).during(|| format!("read {}", path.display()));
+        }
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
         Err(error) => return Err(Error::failed(format!("read {}", path.display())).because(error)),
     }
@@ -200,7 +206,8 @@ fn signer(state_dir: &Path, rng: &dyn Rng) -> Result<Signer> {
 fn openers(settings: &Settings) -> Result<Vec<Arc<dyn KeyOpener>>> {
     let mut openers: Vec<Arc<dyn KeyOpener>> = Vec::new();
     let configured = settings.keys.iter().filter_map(|key| key.identity.as_ref());
-    let files: Vec<_> = settings.openers.age_identities.iter().chain(configured).filter_map(|secret| secret.file()).collect();
+    let files: Vec<_> =
+        settings.openers.age_identities.iter().chain(configured).filter_map(|secret| secret.file()).collect();
     let mut by_region = BTreeMap::new();
     for region in &settings.regions {
         if let Some(kms) = &region.kms {
@@ -265,12 +272,16 @@ const fn access_of(s3: &S3Settings, role: Role) -> &AwsAccess {
 
 fn resolve(access: &AwsAccess) -> Result<Option<S3Credentials>> {
     Ok(match access {
-        AwsAccess::Chain {} => None,
+        AwsAccess::Chain => None,
         AwsAccess::Profile { profile } => Some(S3Credentials::Profile(profile.clone())),
         AwsAccess::Keys { access_key_id, secret_access_key, session_token } => Some(S3Credentials::Static {
             access_key_id: access_key_id.read()?.expose().to_owned(),
             secret_access_key: secret_access_key.read()?.expose().to_owned(),
-            session_token: session_token.as_ref().map(|token| token.read()).transpose()?.map(|text| text.expose().to_owned()),
+            session_token: session_token
+                .as_ref()
+                .map(|token| token.read())
+                .transpose()?
+                .map(|text| text.expose().to_owned()),
         }),
     })
 }

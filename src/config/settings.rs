@@ -22,13 +22,13 @@ pub struct Settings {
     /// `[repository]`.
     pub repository: Repository,
     /// `[regions.NAME]`, at least one. Restores prefer the first, drills the last.
-    #[serde(serialize_with = "show::regions")]
+    #[serde(serialize_with = "show::by_name")]
     pub regions: Vec<Region>,
     /// `[keys.NAME]`: key holders beside those of the regions.
-    #[serde(serialize_with = "show::keys", skip_serializing_if = "Vec::is_empty")]
+    #[serde(serialize_with = "show::by_name", skip_serializing_if = "Vec::is_empty")]
     pub keys: Vec<OfflineKey>,
     /// `[targets.NAME]`.
-    #[serde(serialize_with = "show::targets", skip_serializing_if = "Vec::is_empty")]
+    #[serde(serialize_with = "show::by_name", skip_serializing_if = "Vec::is_empty")]
     pub targets: Vec<Target>,
     /// What only the command line says about opening what is sealed.
     #[serde(skip)]
@@ -125,6 +125,42 @@ pub struct CompressionLevels {
     pub dumps: i32,
     /// WAL frames.
     pub wal: i32,
+}
+
+impl Settings {
+    /// The settings as a configuration file with every default written out. It reads back as the same settings.
+    ///
+    /// # Errors
+    /// A path that is not UTF-8.
+    pub fn to_toml(&self) -> Result<String> {
+        toml::to_string(self).map_err(|error| show::unshowable(&error))
+    }
+
+    /// The same facts as JSON.
+    ///
+    /// # Errors
+    /// A path that is not UTF-8.
+    pub fn to_json(&self) -> Result<serde_json::Value> {
+        serde_json::to_value(self).map_err(|error| show::unshowable(&error))
+    }
+}
+
+impl show::Named for Region {
+    fn name(&self) -> &str {
+        self.name.as_str()
+    }
+}
+
+impl show::Named for OfflineKey {
+    fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+impl show::Named for Target {
+    fn name(&self) -> &str {
+        self.name.as_str()
+    }
 }
 
 /// `[regions.NAME]`: one independent copy.

@@ -7,50 +7,21 @@ use std::time::Duration;
 use serde::{Serialize, Serializer};
 
 use crate::config::place::Place;
-use crate::config::settings::{OfflineKey, Region, Settings, Target};
 use crate::config::units::{format_duration, format_size};
 use crate::model::{Error, Result};
 
-impl Settings {
-    /// The settings as a configuration file with every default written out. It reads back as the same settings.
-    ///
-    /// # Errors
-    /// A path that is not UTF-8.
-    pub fn to_toml(&self) -> Result<String> {
-        toml::to_string(self).map_err(|error| unshowable(&error))
-    }
-
-    /// The same facts as JSON.
-    ///
-    /// # Errors
-    /// A path that is not UTF-8.
-    pub fn to_json(&self) -> Result<serde_json::Value> {
-        serde_json::to_value(self).map_err(|error| unshowable(&error))
-    }
-}
-
-fn unshowable(error: &(dyn std::error::Error + 'static)) -> Error {
+pub(super) fn unshowable(error: &(dyn std::error::Error + 'static)) -> Error {
     Error::failed("the settings cannot be shown").because_of(error)
 }
 
-pub(super) fn regions<S: Serializer>(regions: &[Region], serializer: S) -> Result<S::Ok, S::Error> {
-    by_name(regions, |region| region.name.as_str(), serializer)
+/// What stands under its own name in a table of the file.
+pub(super) trait Named: Serialize {
+    fn name(&self) -> &str;
 }
 
-pub(super) fn keys<S: Serializer>(keys: &[OfflineKey], serializer: S) -> Result<S::Ok, S::Error> {
-    by_name(keys, |key| &key.name, serializer)
-}
-
-pub(super) fn targets<S: Serializer>(targets: &[Target], serializer: S) -> Result<S::Ok, S::Error> {
-    by_name(targets, |target| target.name.as_str(), serializer)
-}
-
-fn by_name<T: Serialize, S: Serializer>(
-    items: &[T],
-    name: impl Fn(&T) -> &str,
-    serializer: S,
-) -> Result<S::Ok, S::Error> {
-    serializer.collect_map(items.iter().map(|item| (name(item), item)))
+/// A list as a table by name, in its order.
+pub(super) fn by_name<T: Named, S: Serializer>(items: &[T], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_map(items.iter().map(|item| (item.name(), item)))
 }
 
 pub(super) fn duration<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {

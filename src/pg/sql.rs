@@ -1,5 +1,6 @@
 //! Plain SQL connections.
 
+use std::error::Error as _;
 use std::ops::{Deref, DerefMut};
 use std::time::Duration;
 
@@ -8,7 +9,8 @@ use tokio_postgres::{Client, Config, NoTls, SimpleQueryMessage, config};
 use crate::observe::task;
 use crate::pg::PgError;
 use crate::pg::conninfo::{ConnInfo, Host, Server, SessionRole, TargetSessionAttrs};
-use crate::pg::tls::Tls;
+use crate::pg::error::ServerReport;
+use crate::pg::tls::{Tls, handshake_reason};
 
 /// A connection that ends when it is dropped; use it as a [`tokio_postgres::Client`].
 #[derive(Debug)]
@@ -133,4 +135,38 @@ async fn role(client: &Client) -> Result<SessionRole, PgError> {
         }
     }
     Err(PgError::Protocol("no row for the role of the server".to_owned()))
+}
+
+impl From<tokio_postgres::Error> for PgError {
+    fn from(error: tokio_postgres::Error) -> Self {
+        if let Some(report) = error.as_db_error() {
+            return Self::from_server(ServerReport {
+                sqlstate: report.code().code().to_owned(),
+                message: report.message().to_owned(),
+                detail: report.detail().map(str::to_owned),
+                hint: report.hint().map(str::to_owned),
+            });
+        }
+        if error.is_closed() {
+            return Self::Closed("the server or the network ended it".to_owned());
+        }
+        let reason = match error.source() {
+            Some(source) => source.downcast_ref().map_or_else(|| source.to_string(), handshake_reason),
+            None => error.to_string(),
+        };
+        // tokio-postgres keeps its kind private; the fixed texts of its Display are the only way to tell them apart.
+        let server = || "of the connection settings".to_owned();
+        match error.to_string().as_str() {
+            "error communicating with the server" => Self::Closed(reason),
+            "error connecting to server" => Self::Connect { server: server(), reason },
+            "error performing TLS handshake" => Self::Tls { server: server(), reason },
+            "authentication error" => Self::Auth(reason),
+            "timeout waiting for server" => Self::Timeout(reason),
+            "invalid configuration" if reason == "password missing" => {
+                Self::Auth("the server wants a password and none is configured".to_owned())
+            }
+            "invalid configuration" | "invalid connection string" => Self::Config(reason),
+            other => Self::Protocol(if reason == other { reason } else { format!("{other}: {reason}") }),
+        }
+    }
 }

@@ -114,9 +114,11 @@ impl BackupWriter {
         let expires_at = started_at + TimeDelta::days(INTENT_DAYS);
         let intent = Intent { format: FORMAT, backup: id.clone(), parent: None, created_at: started_at, expires_at };
         put_signed(&out, writer, layout::intent(&id), &intent_context(&repository.id, &id), &intent).await?;
-        let stored = keysets::create(&repository.id, &options.target, &writer.holders, writer.rng.as_ref(), &out).await?;
+        let stored =
+            keysets::create(&repository.id, &options.target, &writer.holders, writer.rng.as_ref(), &out).await?;
         let fingerprints = Arc::new(PageFingerprinter::generate(writer.rng.as_ref())?);
-        let seal = FrameSeal { repository: repository.id.clone(), keyset: stored.keyset.id().clone(), backup: id.clone() };
+        let seal =
+            FrameSeal { repository: repository.id.clone(), keyset: stored.keyset.id().clone(), backup: id.clone() };
         let keyset = Arc::clone(&stored.keyset);
         let settings = PackSettings { seal, keyset, fingerprints: Arc::clone(&fingerprints), level: options.level };
         let Packer { batches, packs, placed } = Packer::start(&settings, options.workers);
@@ -154,7 +156,7 @@ impl BackupWriter {
         Line::Begin(manifest::Begin {
             format: FORMAT,
             backup: self.id.clone(),
-            page_size: PAGE_SIZE as u32,
+            page_size: u32::try_from(PAGE_SIZE).unwrap_or(u32::MAX),
             fingerprint_secret: hex::encode(fingerprints.secret()),
             page_checksums: self.options.page_checksums,
             sources: vec![(self.id.clone(), self.keyset.id().clone())],
@@ -223,7 +225,8 @@ impl BackupWriter {
         while let Some(placed) = self.placed.recv().await {
             self.place(&placed).await?;
         }
-        let packs = (&mut self.uploads).await.map_err(|error| Error::failed("the upload task died").because(error))??;
+        let packs =
+            (&mut self.uploads).await.map_err(|error| Error::failed("the upload task died").because(error))??;
         self.inventory.extend(packs);
         std::mem::take(&mut self.tree).finish()
     }

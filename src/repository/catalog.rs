@@ -75,7 +75,8 @@ async fn read_commit(repository: &Repository, key: &str) -> Result<Commit> {
 /// It is not a COMMIT of this repository under this name, or not signed by a trusted signer.
 pub fn parse_commit(repository: &Repository, key: &str, bytes: &[u8]) -> Result<Commit> {
     let wrong = |why: &str| Error::damaged(format!("{key} {why}"));
-    let id: BackupId = key.rsplit('/').next().unwrap_or_default().parse().map_err(|_| wrong("is not named as a backup"))?;
+    let id: BackupId =
+        key.rsplit('/').next().unwrap_or_default().parse().map_err(|_| wrong("is not named as a backup"))?;
     let body = repository.trust.verify_text(&commit_context(&repository.id, &id), bytes)?;
     let commit: Commit = serde_json::from_slice(body).map_err(|error| wrong("is not readable").because(error))?;
     if commit.format != FORMAT {
@@ -202,9 +203,11 @@ pub async fn debts(repository: &Repository, backups: &[Backup]) -> Result<BTreeM
     let targets: BTreeSet<_> = backups.iter().map(|backup| &backup.commit.target).collect();
     let mut debts = BTreeMap::new();
     for target in targets {
-        let held = repository.regions.all().iter().map(|region| async move {
-            (region.name.clone(), Held::list(region, target).await)
-        });
+        let held = repository
+            .regions
+            .all()
+            .iter()
+            .map(|region| async move { (region.name.clone(), Held::list(region, target).await) });
         let held = futures::future::join_all(held).await;
         for backup in backups.iter().filter(|backup| backup.commit.target == *target) {
             let lines = inventory(repository, &backup.commit).await?;

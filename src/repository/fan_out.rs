@@ -32,11 +32,8 @@ impl Patience {
     pub const BACKUP: Self =
         Self { laggard: Duration::from_secs(30), quorum: Some(Duration::from_secs(600)), retry_after: None };
     /// WAL waits for ever and tries lost regions again.
-    pub const WAL: Self = Self {
-        laggard: Duration::from_secs(10),
-        quorum: None,
-        retry_after: Some(Duration::from_secs(5)),
-    };
+    pub const WAL: Self =
+        Self { laggard: Duration::from_secs(10), quorum: None, retry_after: Some(Duration::from_secs(5)) };
 }
 
 /// Objects in flight per region. With packs of 16 MiB this bounds what a slow region can hold in memory.

@@ -114,7 +114,12 @@ impl Repository {
     ///
     /// # Errors
     /// A region cannot be written: init wants all of them, so that no region begins its life in debt.
-    pub async fn init(regions: &Regions, writer: &Writer, siblings: &[RegionRecord], escape: &[(&str, &[u8])]) -> Result<RepositoryId> {
+    pub async fn init(
+        regions: &Regions,
+        writer: &Writer,
+        siblings: &[RegionRecord],
+        escape: &[(&str, &[u8])],
+    ) -> Result<RepositoryId> {
         let id = match Self::identify(regions).await {
             Ok(id) => id,
             Err(error) if error.kind() == Kind::NotFound => RepositoryId::new(writer.rng.as_ref())?,
@@ -167,11 +172,14 @@ fn signer_record(writer: &Writer) -> Result<Vec<u8>> {
 async fn read_record(region: &Region) -> (RegionName, Result<RepositoryRecord>) {
     let read = async {
         let bytes = region.store.get(layout::REPOSITORY, None).await?;
-        let wrong = |error| Error::damaged(format!("{} of {} is not readable", layout::REPOSITORY, region.name)).because(error);
+        let wrong =
+            |error| Error::damaged(format!("{} of {} is not readable", layout::REPOSITORY, region.name)).because(error);
         let record: RepositoryRecord = serde_json::from_slice(&bytes).map_err(wrong)?;
         if record.format != FORMAT {
             let format = record.format;
-            return Err(Error::failed(format!("repository format {format} is newer than this drctl, which knows {FORMAT}")));
+            return Err(Error::failed(format!(
+                "repository format {format} is newer than this drctl, which knows {FORMAT}"
+            )));
         }
         Ok(record)
     };

@@ -38,7 +38,12 @@ fn context(repository: &RepositoryId, backup: &BackupId, part: usize) -> String 
 ///
 /// # Errors
 /// None in practice: the lines are plain data.
-pub fn encode(lines: &[InventoryLine], repository: &RepositoryId, backup: &BackupId, signer: &Signer) -> Result<Vec<Vec<u8>>> {
+pub fn encode(
+    lines: &[InventoryLine],
+    repository: &RepositoryId,
+    backup: &BackupId,
+    signer: &Signer,
+) -> Result<Vec<Vec<u8>>> {
     let chunks: Vec<_> = if lines.is_empty() { vec![lines] } else { lines.chunks(LINES_PER_PART).collect() };
     let part = |(number, lines): (usize, &[InventoryLine])| {
         let mut body = Vec::new();

@@ -63,8 +63,12 @@ pub async fn create(
     }
     if stored.wraps.len() < holders.min_wraps {
         let (got, wanted) = (stored.wraps.len(), holders.min_wraps);
-        let error = Error::new(Kind::Unavailable, format!("only {got} of at least {wanted} key holders wrapped a keyset"));
-        return Err(stored.missing.iter().fold(error, |error, (holder, reason)| error.because(format!("{holder}: {reason}"))));
+        let error =
+            Error::new(Kind::Unavailable, format!("only {got} of at least {wanted} key holders wrapped a keyset"));
+        return Err(stored
+            .missing
+            .iter()
+            .fold(error, |error, (holder, reason)| error.because(format!("{holder}: {reason}"))));
     }
     Ok(stored)
 }

@@ -2,7 +2,9 @@
 //!
 //! Every name is create-only. Nothing that a reader needs is found through a pointer that moves: readers list.
 
-use crate::model::{BackupId, Branch, EpochId, HolderId, KeysetId, Lsn, RegionName, SignerId, SystemId, TargetName, Timeline};
+use crate::model::{
+    BackupId, Branch, EpochId, HolderId, KeysetId, Lsn, RegionName, SignerId, SystemId, TargetName, Timeline,
+};
 
 /// The record that names the repository; the first object of every region.
 pub const REPOSITORY: &str = "drctl.json";

@@ -161,6 +161,9 @@ impl ManifestSeal<'_> {
     }
 }
 
+/// A sealed part and its number.
+pub type SealedPart = (u32, Vec<u8>);
+
 /// Collects lines into parts.
 #[derive(Debug, Default)]
 pub struct ManifestWriter {
@@ -175,7 +178,7 @@ impl ManifestWriter {
     ///
     /// # Errors
     /// A document too large for one part.
-    pub fn add(&mut self, line: &Line, seal: &ManifestSeal<'_>) -> Result<Option<(u32, Vec<u8>)>> {
+    pub fn add(&mut self, line: &Line, seal: &ManifestSeal<'_>) -> Result<Option<SealedPart>> {
         if let Line::File(file) = line {
             self.files += 1;
             self.bytes += file.size;
@@ -193,7 +196,7 @@ impl ManifestWriter {
     ///
     /// # Errors
     /// As [`add`](Self::add).
-    pub fn finish(mut self, seal: &ManifestSeal<'_>) -> Result<(Vec<(u32, Vec<u8>)>, u64)> {
+    pub fn finish(mut self, seal: &ManifestSeal<'_>) -> Result<(Vec<SealedPart>, u64)> {
         let end = Line::End { files: self.files, bytes: self.bytes };
         let mut parts: Vec<_> = self.add(&end, seal)?.into_iter().collect();
         if !self.lines.is_empty() {
@@ -202,7 +205,7 @@ impl ManifestWriter {
         Ok((parts, self.bytes))
     }
 
-    fn cut(&mut self, seal: &ManifestSeal<'_>) -> Result<(u32, Vec<u8>)> {
+    fn cut(&mut self, seal: &ManifestSeal<'_>) -> Result<SealedPart> {
         let part = self.next_part;
         self.next_part += 1;
         let sealed = seal.seal(part, &self.lines)?;

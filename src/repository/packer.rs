@@ -144,7 +144,13 @@ impl Worker {
         Ok(Placed { chunk, pieces })
     }
 
-    fn add(&self, unit: Unit, plain: &[u8], open: &mut Option<PackBuilder>, compressor: &mut Compressor) -> Result<FrameRef> {
+    fn add(
+        &self,
+        unit: Unit,
+        plain: &[u8],
+        open: &mut Option<PackBuilder>,
+        compressor: &mut Compressor,
+    ) -> Result<FrameRef> {
         if plain.len() + 8192 > OBJECT_LIMIT {
             return Err(Error::failed(format!("a frame of {} bytes does not fit a pack", plain.len())));
         }

@@ -81,7 +81,8 @@ impl MapChunk {
     /// The bytes of a chunk, column by column, because columns compress better than rows.
     pub fn encode(&self) -> Vec<u8> {
         let mut sources = Sources::default();
-        let births: Vec<_> = self.frames.iter().map(|frame| sources.index(&frame.id.pack.backup, &frame.keyset)).collect();
+        let births: Vec<_> =
+            self.frames.iter().map(|frame| sources.index(&frame.id.pack.backup, &frame.keyset)).collect();
         // A pack's own keyset is not needed to find it, so a location borrows the keyset of the frame.
         let places: Vec<_> = self.frames.iter().map(|frame| sources.index(&frame.pack.backup, &frame.keyset)).collect();
         let mut out = Vec::with_capacity(64 + self.frames.len() * 24 + self.entries.len() * 19);
@@ -245,7 +246,7 @@ mod tests {
 
     fn chunk() -> impl Strategy<Value = MapChunk> {
         vec(frame(), 0..5).prop_flat_map(|frames| {
-            let place = proptest::option::of((0..frames.len().max(1) as u16, any::<u8>()));
+            let place = proptest::option::of((0..u16::try_from(frames.len().max(1)).unwrap(), any::<u8>()));
             let place = if frames.is_empty() { Just(None).boxed() } else { place.boxed() };
             let entry = (place, any::<[u8; 16]>()).prop_map(|(place, fingerprint)| PageEntry { place, fingerprint });
             (Just(frames), vec(entry, 0..40)).prop_map(|(frames, entries)| MapChunk { frames, entries })

@@ -66,7 +66,9 @@ impl Regions {
         }
         if quorum == 0 || quorum > list.len() || lowest == 0 || lowest > quorum {
             let count = list.len();
-            return Err(Error::usage(format!("a write quorum of {quorum} (lowest {lowest}) does not fit {count} regions")));
+            return Err(Error::usage(format!(
+                "a write quorum of {quorum} (lowest {lowest}) does not fit {count} regions"
+            )));
         }
         Ok(Self { list, quorum, lowest, trouble: Arc::default() })
     }

@@ -56,7 +56,9 @@ impl Trust {
     /// No region answers.
     pub async fn refresh(&self, regions: &Regions) -> Result<()> {
         for key in regions.list_union(layout::SIGNERS).await? {
-            let Some(id) = key.strip_prefix(layout::SIGNERS).and_then(|id| id.parse::<SignerId>().ok()) else { continue };
+            let Some(id) = key.strip_prefix(layout::SIGNERS).and_then(|id| id.parse::<SignerId>().ok()) else {
+                continue;
+            };
             if self.lock().contains_key(&id) {
                 continue;
             }

@@ -155,7 +155,8 @@ impl FrameSealer<'_> {
         header.signer = self.signer.id().clone();
         header.body_bytes = body.len() as u64;
         header.body_sha256 = Digest::of(&body).0;
-        let head = serde_json::to_vec(&header).map_err(|error| Error::failed("a WAL header is not JSON").because(error))?;
+        let head =
+            serde_json::to_vec(&header).map_err(|error| Error::failed("a WAL header is not JSON").because(error))?;
         let length = u32::try_from(head.len()).unwrap_or(u32::MAX);
         let signature = self.signer.sign_bytes(&context(&header), &head)?;
         Ok([MAGIC.as_slice(), &length.to_le_bytes(), &head, &signature, &body].concat())
@@ -214,19 +215,27 @@ impl Frame {
         unpack_payload(&payload, Some(length)).during(|| format!("unpack WAL frame {id}"))
     }
 
-    fn split(bytes: &[u8], repository: &RepositoryId, place: &FramePlace, trust: &Trust) -> Result<(FrameHeader, usize)> {
+    fn split(
+        bytes: &[u8],
+        repository: &RepositoryId,
+        place: &FramePlace,
+        trust: &Trust,
+    ) -> Result<(FrameHeader, usize)> {
         let wrong = |why: &str| Error::damaged(format!("WAL frame {}: {why}", place.key()));
         let (head, after_head) = split_head(bytes).ok_or_else(|| wrong("not a frame"))?;
         let signature = bytes.get(after_head..).and_then(<[u8]>::first_chunk::<SIGNATURE_BYTES>);
         let signature = signature.ok_or_else(|| wrong("cut short"))?;
-        let header: FrameHeader = serde_json::from_slice(head).map_err(|error| wrong("unreadable header").because(error))?;
+        let header: FrameHeader =
+            serde_json::from_slice(head).map_err(|error| wrong("unreadable header").because(error))?;
         if header.format != FORMAT {
             return Err(wrong("written by a newer drctl"));
         }
         if header.place != *place || header.repository != *repository {
             return Err(wrong("it belongs elsewhere"));
         }
-        trust.verify_bytes(&header.signer, &context(&header), head, signature).during(|| format!("check {}", place.key()))?;
+        trust
+            .verify_bytes(&header.signer, &context(&header), head, signature)
+            .during(|| format!("check {}", place.key()))?;
         if header.span.end < header.span.start || (header.kind != FrameKind::Data && header.body_bytes != 0) {
             return Err(wrong("its header contradicts itself"));
         }

@@ -94,15 +94,18 @@ impl WalIndex {
     /// Lists one branch in every region.
     pub async fn load(regions: &Regions, branch: BranchId) -> Self {
         let prefix = layout::wal_branch(branch.system_id, branch.timeline, &branch.branch);
-        let lists = regions.all().iter().map(|region| async {
-            (region.name.clone(), list_all(region.store.as_ref(), &prefix).await)
-        });
+        let lists = regions
+            .all()
+            .iter()
+            .map(|region| async { (region.name.clone(), list_all(region.store.as_ref(), &prefix).await) });
         let mut index = Self { branch, frames: BTreeMap::new(), unreadable: Vec::new(), headers: Mutex::default() };
         for (region, list) in join_all(lists).await {
             match list {
                 Ok(objects) => {
                     for object in objects {
-                        let Some((epoch, seq)) = object.key.strip_prefix(&prefix).and_then(parse_frame) else { continue };
+                        let Some((epoch, seq)) = object.key.strip_prefix(&prefix).and_then(parse_frame) else {
+                            continue;
+                        };
                         let seqs = index.frames.entry(epoch).or_default();
                         seqs.entry(seq).or_default().insert(region.clone());
                     }
@@ -162,7 +165,11 @@ impl WalIndex {
 
     /// The unbroken runs in one region, or (`None`) in all of them together, ascending by start. A frame whose header is
     /// nowhere intact breaks its run and is reported beside it.
-    pub async fn runs(&self, repository: &Repository, region: Option<&RegionName>) -> (Vec<Run>, Vec<crate::model::Error>) {
+    pub async fn runs(
+        &self,
+        repository: &Repository,
+        region: Option<&RegionName>,
+    ) -> (Vec<Run>, Vec<crate::model::Error>) {
         let (mut runs, mut errors) = (Vec::new(), Vec::new());
         for (epoch, seqs) in &self.frames {
             let held = seqs.iter().filter(|(_, regions)| region.is_none_or(|region| regions.contains(region)));

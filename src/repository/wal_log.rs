@@ -223,9 +223,9 @@ pub async fn store_history(
 ) -> Result<Branch> {
     let branch = Branch::from_history_digest(&Digest::of(content).0);
     let key = layout::history(system_id, timeline, &branch);
-    out.put(key, Bytes::copy_from_slice(content), Digest::of(content)).await.during(|| {
-        format!("store the history of timeline {timeline} in repository {}", repository.id)
-    })?;
+    out.put(key, Bytes::copy_from_slice(content), Digest::of(content))
+        .await
+        .during(|| format!("store the history of timeline {timeline} in repository {}", repository.id))?;
     Ok(branch)
 }
 
@@ -233,7 +233,12 @@ pub async fn store_history(
 ///
 /// # Errors
 /// No region has it intact.
-pub async fn read_history(repository: &Repository, system_id: SystemId, timeline: Timeline, branch: &Branch) -> Result<Bytes> {
+pub async fn read_history(
+    repository: &Repository,
+    system_id: SystemId,
+    timeline: Timeline,
+    branch: &Branch,
+) -> Result<Bytes> {
     let key = layout::history(system_id, timeline, branch);
     let check = |bytes: Bytes| {
         let genuine = Branch::from_history_digest(&Digest::of(&bytes).0) == *branch;

@@ -10,7 +10,8 @@ use chrono::{DateTime, Utc};
 
 use super::name;
 use super::{
-    Capabilities, Depth, Digest, ListPage, ListToken, ListedObject, ObjectInfo, ObjectStore, Put, PutOptions, StoreError,
+    Capabilities, Depth, Digest, ListPage, ListToken, ListedObject, ObjectInfo, ObjectStore, Put, PutOptions,
+    StoreError,
 };
 use crate::model::Clock;
 
@@ -91,11 +92,7 @@ impl ObjectStore for MemoryStore {
         name::check(&self.address, key)?;
         let objects = self.objects();
         let stored = objects.get(key).ok_or_else(|| self.not_found(key))?;
-        Ok(ObjectInfo {
-            size: stored.body.len() as u64,
-            modified: Some(stored.modified),
-            digest: Some(stored.digest),
-        })
+        Ok(ObjectInfo { size: stored.body.len() as u64, modified: Some(stored.modified), digest: Some(stored.digest) })
     }
 
     async fn get(&self, key: &str, range: Option<Range<u64>>) -> Result<Bytes, StoreError> {
@@ -170,6 +167,7 @@ fn is_or_has_a_directory(objects: &BTreeMap<String, Stored>, key: &str) -> bool 
         .range::<str, _>((Bound::Included(below.as_str()), Bound::Unbounded))
         .next()
         .is_some_and(|(name, _)| name.starts_with(&below));
-    let under_object = key.match_indices('/').any(|(at, _)| key.get(..at).is_some_and(|part| objects.contains_key(part)));
+    let under_object =
+        key.match_indices('/').any(|(at, _)| key.get(..at).is_some_and(|part| objects.contains_key(part)));
     is_directory || under_object
 }

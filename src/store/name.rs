@@ -65,7 +65,9 @@ mod tests {
     fn names_that_could_leave_the_root_or_differ_between_stores_are_refused() {
         let long_part = "a".repeat(256);
         let long_name = ["a"; 257].join("/");
-        for text in ["", "/", "/a", "a/", "a//b", ".", "..", "a/../b", "a/./b", "A", "a b", "a\\b", "a\0", "ä", "+tmp/x"] {
+        for text in
+            ["", "/", "/a", "a/", "a//b", ".", "..", "a/../b", "a/./b", "A", "a b", "a\\b", "a\0", "ä", "+tmp/x"]
+        {
             assert!(check("dir:/x", text).is_err(), "{text:?}");
         }
         assert!(!is_name(&long_part) && !is_name(&long_name));

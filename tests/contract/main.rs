@@ -15,3 +15,4 @@ mod keys;
 mod pg_source;
 mod pg_wire;
 mod rig;
+mod store;

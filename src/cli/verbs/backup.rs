@@ -42,7 +42,12 @@ fn text(report: &Report, quorum: usize) -> String {
     let regions = report.regions.len();
     let whole = report.regions.iter().filter(|region| region.missing_objects == 0).count();
     let mut lines = vec![
-        format!("{}  {} of {} is safe in {whole} of {regions} regions (quorum {quorum})", commit.id, commit.kind.as_str(), commit.target),
+        format!(
+            "{}  {} of {} is safe in {whole} of {regions} regions (quorum {quorum})",
+            commit.id,
+            commit.kind.as_str(),
+            commit.target
+        ),
         format!(
             "  size {}, stored {} per region, in {}, read {}",
             figures::bytes(commit.size_bytes),
@@ -57,13 +62,16 @@ fn text(report: &Report, quorum: usize) -> String {
     }
     if commit.damaged_pages > 0 {
         let count = figures::count(commit.damaged_pages);
-        lines.push(format!("  DAMAGED on the source: {count} pages fail their checksum; see: drctl show {}", commit.id));
+        lines
+            .push(format!("  DAMAGED on the source: {count} pages fail their checksum; see: drctl show {}", commit.id));
     }
     for region in report.regions.iter().filter(|region| region.missing_objects > 0) {
         let reason = region.last_error.as_deref().unwrap_or("unknown");
         lines.push(format!("  debt in {}: {} objects ({reason})", region.region, region.missing_objects));
     }
-    lines.extend(report.wrap_debts.iter().map(|(holder, reason)| format!("  key holder {holder} owes a wrap: {reason}")));
+    lines.extend(
+        report.wrap_debts.iter().map(|(holder, reason)| format!("  key holder {holder} owes a wrap: {reason}")),
+    );
     lines.extend(report.not_captured.iter().map(|what| format!("  not captured: {what}")));
     if report.has_debts() {
         lines.push(format!("Next: drctl repair {}", commit.target));

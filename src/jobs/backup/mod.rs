@@ -57,19 +57,29 @@ pub async fn run(context: &Context, name: &TargetName, options: Options) -> Resu
     let target = context.target(name)?;
     let writer = context.writer()?;
     let _alone = Lock::acquire(&context.state_dir.join(format!("{name}.backup.lock")))?;
-    let mut source = postgres::open(source_options(context, target, options)).await.during(|| format!("reach {name}"))?;
+    let mut source =
+        postgres::open(source_options(context, target, options)).await.during(|| format!("reach {name}"))?;
     let cover = WalCover::prepare(context, target).await.during(|| "secure the WAL of the backup")?;
     let begun = source.begin().await.during(|| format!("begin the backup of {name}"))?;
-    let mut backup = BackupWriter::begin(&context.repository, writer, backup_options(context, target, &begun, source.method())).await?;
+    let mut backup =
+        BackupWriter::begin(&context.repository, writer, backup_options(context, target, &begun, source.method()))
+            .await?;
     let around = around::capture(target, source.method()).await;
     transfer::run(context, source.as_mut(), &mut backup, &begun).await.during(|| format!("back up {name}"))?;
     let finished = source.finish().await.during(|| format!("end the backup of {name}"))?;
     transfer::small_files(&mut backup, &finished).await?;
     let not_captured = around::store(&mut backup, around).await?;
     backup.flush().await.during(|| "store pages")?;
-    let (branch, wal_by) = cover.secure(context, target, &begun, &finished).await.during(|| "secure the WAL of the backup")?;
+    let (branch, wal_by) =
+        cover.secure(context, target, &begun, &finished).await.during(|| "secure the WAL of the backup")?;
     let written = backup.commit(Some(wal_need(&begun, &finished, branch))).await?;
-    Ok(Report { backup: written.commit, regions: written.regions, wrap_debts: written.wrap_debts, not_captured, wal_by })
+    Ok(Report {
+        backup: written.commit,
+        regions: written.regions,
+        wrap_debts: written.wrap_debts,
+        not_captured,
+        wal_by,
+    })
 }
 
 fn source_options(context: &Context, target: &Target, options: Options) -> postgres::Options {

@@ -57,7 +57,8 @@ impl WalCover {
         let mut epoch =
             Epoch::open(&context.repository, writer, (log, EpochKind::Backup, start), context.levels.wal, out).await?;
         let mut stream = self.client.start_physical(Some(&self.slot), start, begun.timeline).await?;
-        let expect = Expect { magic: magic_of(cluster.version / 10_000), system_id: Some(cluster.system_id), history: None };
+        let expect =
+            Expect { magic: magic_of(cluster.version / 10_000), system_id: Some(cluster.system_id), history: None };
         let mut walker = RecordWalker::new(start, cluster.wal_segment_size).map_err(walk_error)?.expecting(expect);
         let (mut wal, mut marks, mut at) = (Vec::new(), Marks::default(), start);
         while epoch.durable() < finished.stop_lsn {

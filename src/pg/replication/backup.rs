@@ -5,9 +5,9 @@ use postgres_protocol::message::backend::Message;
 
 use crate::model::{Lsn, Timeline};
 use crate::pg::PgError;
+use crate::pg::replication::client::{MAX_ROWS, ReplicationClient};
 use crate::pg::replication::rows::Row;
 use crate::pg::replication::wire::{report, server_error, unexpected};
-use crate::pg::replication::{MAX_ROWS, ReplicationClient};
 
 /// What to ask for.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -2,7 +2,7 @@
 
 use crate::model::{Lsn, SystemId, Timeline};
 use crate::pg::PgError;
-use crate::pg::replication::ReplicationClient;
+use crate::pg::replication::client::ReplicationClient;
 use crate::pg::replication::rows::Row;
 
 /// Who the server is and where it stands.

@@ -8,7 +8,7 @@ use postgres_protocol::message::frontend::{self, CopyData};
 use crate::model::{Lsn, Timeline};
 use crate::pg::PgError;
 use crate::pg::error::ServerReport;
-use crate::pg::replication::ReplicationClient;
+use crate::pg::replication::client::ReplicationClient;
 use crate::pg::replication::commands::slot_name;
 use crate::pg::replication::rows::Row;
 use crate::pg::replication::wire::{Frame, malformed, report, unexpected};

@@ -114,7 +114,8 @@ async fn fetch<T>(
         let open = |(frame, _): &(FrameRef, T)| {
             let at = usize::try_from(u64::from(frame.offset) - start).unwrap_or(usize::MAX);
             let sealed = bytes.get(at..at.saturating_add(frame.length as usize));
-            let sealed = sealed.ok_or_else(|| Error::damaged(format!("pack {} ends inside frame {}", frame.pack, frame.id)))?;
+            let sealed =
+                sealed.ok_or_else(|| Error::damaged(format!("pack {} ends inside frame {}", frame.pack, frame.id)))?;
             open_frame(&repository.id, frame, (unit, secret(keys, unit, &frame.keyset)?), sealed)
         };
         request.frames.iter().map(open).collect::<Result<Vec<_>>>()

@@ -160,7 +160,8 @@ impl<'a> ManifestParts<'a> {
             return self.reader.take().map_or(Ok(()), |reader| reader.finish(id)).map(|()| None);
         }
         let key = layout::manifest(&self.commit.target, id, self.next);
-        let line = self.lines.get(key.as_str()).ok_or_else(|| Error::damaged(format!("{key} is not in the inventory")))?;
+        let line =
+            self.lines.get(key.as_str()).ok_or_else(|| Error::damaged(format!("{key} is not in the inventory")))?;
         let (bytes, _) = self.repository.regions.read_exact(&key, line.size, line.digest()).await?;
         let seal = ManifestSeal {
             repository: &self.repository.id,
@@ -206,7 +207,8 @@ pub async fn read_outline(repository: &Repository, ring: &KeyRing, commit: &Comm
 fn decode_small(path: String, mode: u32, base64: &str) -> Result<(String, u32, Vec<u8>)> {
     use base64::Engine as _;
     let bytes = base64::engine::general_purpose::STANDARD.decode(base64);
-    let bytes = bytes.map_err(|error| Error::damaged(format!("{path} in the manifest is not readable")).because(error))?;
+    let bytes =
+        bytes.map_err(|error| Error::damaged(format!("{path} in the manifest is not readable")).because(error))?;
     Ok((path, mode, bytes))
 }
 
@@ -242,7 +244,8 @@ fn link_tablespace(destination: &Destination, oid: u32, location: &str) -> Resul
     let place = destination.tablespaces.get(location).ok_or_else(unmapped)?;
     let link = destination.directory.join("pg_tblspc").join(oid.to_string());
     let parent = destination.directory.join("pg_tblspc");
-    std::fs::create_dir_all(&parent).map_err(|error| Error::failed(format!("create {}", parent.display())).because(error))?;
+    std::fs::create_dir_all(&parent)
+        .map_err(|error| Error::failed(format!("create {}", parent.display())).because(error))?;
     std::os::unix::fs::symlink(place, &link)
         .map_err(|error| Error::failed(format!("link {} to {}", link.display(), place.display())).because(error))
 }

@@ -1,6 +1,6 @@
 //! A bounded part of a restore: create files, read their maps, write their pages, checksum them.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::codec::compress::Decompressor;
@@ -71,7 +71,10 @@ impl Window {
     pub(super) fn add(&mut self, file: FileLine, path: PathBuf, pool: &FilePool) -> Result<()> {
         let pages: u64 = file.chunks.iter().map(|chunk| u64::from(chunk.entries().1)).sum();
         if pages != page_count(file.size) {
-            return Err(Error::damaged(format!("the manifest maps {pages} pages of {}, which has {} bytes", file.path, file.size)));
+            return Err(Error::damaged(format!(
+                "the manifest maps {pages} pages of {}, which has {} bytes",
+                file.path, file.size
+            )));
         }
         let handle = of_file(pool.create(&path, file.mode & 0o7777), &path)?;
         of_file(handle.set_len(file.size), &path)?;
@@ -218,7 +221,8 @@ impl PageWriter {
     }
 
     fn write_run(&self, run: &[PageTarget], plain: &[u8]) -> Result<()> {
-        let (Some(first), Some((line, path))) = (run.first(), run.first().and_then(|first| self.files.get(first.file as usize)))
+        let (Some(first), Some((line, path))) =
+            (run.first(), run.first().and_then(|first| self.files.get(first.file as usize)))
         else {
             return Ok(());
         };
@@ -245,7 +249,7 @@ async fn checksum_all(files: Arc<Vec<(FileLine, PathBuf)>>, pool: Arc<FilePool>)
     work.await.map_err(|error| Error::failed("a restore worker died").because(error))?
 }
 
-fn checksum(line: &FileLine, path: &PathBuf, pool: &FilePool, buffer: &mut [u8]) -> Result<WrittenFile> {
+fn checksum(line: &FileLine, path: &Path, pool: &FilePool, buffer: &mut [u8]) -> Result<WrittenFile> {
     let file = of_file(pool.get(path), path)?;
     let (mut crc32c, mut at) = (0, 0);
     while at < line.size {

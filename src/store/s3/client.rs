@@ -127,7 +127,8 @@ pub(super) async fn connect(options: &S3Options, address: &str, clock: Arc<dyn C
         // Readers check contents by their own digests; the SDK would hash everything once more.
         .response_checksum_validation(ResponseChecksumValidation::WhenRequired);
     let (region, provider) = identity(options).await;
-    let denied = |reason| StoreError::Denied { operation: "sign", key: "calls".to_owned(), address: address.to_owned(), reason };
+    let denied =
+        |reason| StoreError::Denied { operation: "sign", key: "calls".to_owned(), address: address.to_owned(), reason };
     let provider = provider.ok_or_else(|| denied("no source of credentials".to_owned()))?;
     // Found out here, a missing key is one; found out later, it looks like a service that is down.
     provider.provide_credentials().await.map_err(|error| denied(causes(&error)))?;
@@ -155,8 +156,7 @@ async fn identity(options: &S3Options) -> (Option<Region>, Option<SharedCredenti
     let region = options.region.clone().map(Region::new);
     let profile = match &options.credentials {
         Some(S3Credentials::Static { access_key_id, secret_access_key, session_token }) => {
-            let keys =
-                Credentials::new(access_key_id, secret_access_key, session_token.clone(), None, "configuration");
+            let keys = Credentials::new(access_key_id, secret_access_key, session_token.clone(), None, "configuration");
             if region.is_some() || options.endpoint.is_some() {
                 return (region, Some(SharedCredentialsProvider::new(keys)));
             }

@@ -64,7 +64,11 @@ impl S3Store {
     async fn settle(&self, key: &str, digest: Digest, body: &Bytes) -> Result<Put, StoreError> {
         let call = self.call("put", key);
         let vanished = |error: StoreError| {
-            if error.is_not_found() { call.unavailable("the name was taken and is free again".to_owned()) } else { error }
+            if error.is_not_found() {
+                call.unavailable("the name was taken and is free again".to_owned())
+            } else {
+                error
+            }
         };
         let info = self.head_object(key).await.map_err(vanished)?;
         let same = if info.size != body.len() as u64 {

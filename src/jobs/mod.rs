@@ -5,5 +5,6 @@
 
 pub mod backup;
 pub mod context;
+pub mod restore;
 
 pub use context::{Context, Levels, Objectives, Target};

@@ -210,10 +210,10 @@ fn candidates(backups: &[Backup], request: &Request) -> Result<Vec<Commit>> {
         return Ok(vec![selected.clone()]);
     }
     let of_target = backups.iter().rev().map(|backup| &backup.commit);
-    let of_target = of_target.filter(|commit| commit.target == selected.target && commit.wal.is_some());
+    let mut of_target = of_target.filter(|commit| commit.target == selected.target && commit.wal.is_some());
     let fitting: Vec<_> = of_target.clone().filter(|commit| ends_before(commit)).cloned().collect();
     // The clocks of writer and server may differ: when none seems to fit, the oldest is asked all the same.
-    if fitting.is_empty() { Ok(of_target.last().into_iter().cloned().collect()) } else { Ok(fitting) }
+    if fitting.is_empty() { Ok(of_target.next_back().into_iter().cloned().collect()) } else { Ok(fitting) }
 }
 
 async fn choose(context: &Context, repository: &Repository, request: &Request, candidates: &[Commit]) -> Result<Chosen> {

@@ -13,9 +13,12 @@ use crate::config::{
     Target as TargetSettings,
 };
 use crate::disk::place;
+use crate::jobs::check::Subject;
 use crate::jobs::{Context, Levels, Objectives, Target};
-use crate::keys::{AgeHolder, AgeOpener, AwsCredentials, KeyHolder, KeyOpener, KmsAccess, KmsHolder, KmsOpener};
-use crate::model::{Clock, Error, Result, ResultExt, Rng};
+use crate::keys::{
+    AgeHolder, AgeOpener, AwsCredentials, KeyHolder, KeyOpener, KmsAccess, KmsHolder, KmsOpener, generate_identity,
+};
+use crate::model::{Clock, Error, RegionName, Result, ResultExt, Rng};
 use crate::observe::clock::SystemClock;
 use crate::observe::progress::Progress;
 use crate::pg::conninfo::ConnInfo;
@@ -168,6 +171,48 @@ pub async fn writer(settings: &Settings, world: &World) -> Result<Writer> {
     let holders = Holders { list, min_wraps: settings.repository.min_wraps };
     let (clock, rng) = (Arc::clone(&world.clock), Arc::clone(&world.rng));
     Ok(Writer { signer: Arc::new(signer), holders, clock, rng, host: host_name() })
+}
+
+/// What `check` examines: nothing is opened, since it serves where opening does not work.
+///
+/// # Errors
+/// The settings contradict themselves.
+pub async fn subject(settings: &Settings, world: &World) -> Result<Subject> {
+    let configured = settings.keys.iter().filter_map(|key| key.identity.as_ref());
+    let identities = settings.openers.age_identities.iter().chain(configured);
+    Ok(Subject {
+        regions: regions(settings, Role::Write, world).await?,
+        addresses: siblings(settings),
+        shared_roles: settings.regions.iter().filter_map(shared_roles).collect(),
+        writer: writer(settings, world).await,
+        listed_signers: settings.repository.signers.iter().cloned().collect(),
+        identities: identities.filter_map(|secret| secret.file()).map(Path::to_owned).collect(),
+        secret_files: settings.secrets().filter_map(|secret| secret.file()).map(Path::to_owned).collect(),
+        targets: targets(settings)?,
+        state_dir: settings.repository.state_dir.clone(),
+        clock: Arc::clone(&world.clock),
+        rng: Arc::clone(&world.rng),
+    })
+}
+
+/// The roles beside `write` that its credentials serve as well.
+fn shared_roles(region: &RegionSettings) -> Option<(RegionName, String)> {
+    let Store::S3(s3) = &region.store else { return None };
+    let others = [("restore", &s3.credentials.restore), ("prune", &s3.credentials.prune)];
+    let shared: Vec<_> =
+        others.into_iter().filter(|(_, access)| **access == s3.credentials.write).map(|(role, _)| role).collect();
+    let roles = ["write"].into_iter().chain(shared.iter().copied()).collect::<Vec<_>>().join(" and ");
+    (!shared.is_empty()).then(|| (region.name.clone(), roles))
+}
+
+/// Writes a new age identity to `path`, for its owner only, and answers the recipient.
+///
+/// # Errors
+/// The file exists already or cannot be written.
+pub fn new_recovery_key(path: &Path, world: &World) -> Result<String> {
+    let (identity, recipient) = generate_identity(world.clock.now());
+    place::place_new(path, identity.as_bytes(), 0o600)?;
+    Ok(recipient)
 }
 
 /// The machine's name, for provenance.

@@ -8,8 +8,8 @@ use bytes::Bytes;
 use tokio::sync::Mutex;
 
 use crate::keys::keyset::Keyset;
-use crate::keys::{KeyHolder, KeyOpener, Opened, Wrap, WrapContext, open_any, wrap_everywhere};
-use crate::model::{Error, HolderId, KeysetId, Kind, RepositoryId, Result, ResultExt, Rng, TargetName};
+use crate::keys::{KeyError, KeyHolder, KeyOpener, Opened, Wrap, WrapContext, open_any, wrap_everywhere};
+use crate::model::{Error, HolderId, KeysetId, Kind, RegionName, RepositoryId, Result, ResultExt, Rng, TargetName};
 use crate::repository::fan_out::FanOut;
 use crate::repository::inventory::InventoryLine;
 use crate::repository::layout;
@@ -26,6 +26,23 @@ pub struct Holders {
     pub list: Vec<Arc<dyn KeyHolder>>,
     /// With fewer wraps a keyset is not used.
     pub min_wraps: usize,
+}
+
+impl Holders {
+    /// Each of them, for people.
+    pub fn describe(&self) -> Vec<String> {
+        self.list.iter().map(|holder| holder.describe()).collect()
+    }
+
+    /// Whether one of them belongs to no region.
+    pub fn has_offline(&self) -> bool {
+        self.list.iter().any(|holder| holder.region().is_none())
+    }
+
+    /// How many remain when `lost` is lost together with the holders that belong to it.
+    pub fn left_without(&self, lost: &RegionName) -> usize {
+        self.list.iter().filter(|holder| holder.region() != Some(lost)).count()
+    }
 }
 
 /// A keyset that the repository holds.
@@ -108,6 +125,20 @@ pub async fn wraps(
     Ok((context, wraps))
 }
 
+/// Every copy of every wrap, also those that other regions hold differently. What a wrap says is proven only by opening
+/// it, so when the first copies fail the others deserve a try.
+async fn all_copies(regions: &Regions, context: &WrapContext) -> Result<Vec<Wrap>> {
+    let mut copies = Vec::new();
+    for region in regions.all() {
+        let Ok(alone) = regions.only(&region.name) else { continue };
+        match wraps(&alone, &context.repository, &context.target, &context.keyset).await {
+            Ok((_, held)) => copies.extend(held.into_iter().filter(|wrap| !copies.contains(wrap)).collect::<Vec<_>>()),
+            Err(error) => tracing::warn!(region = %region.name, %error, "key wraps are not readable"),
+        }
+    }
+    Ok(copies)
+}
+
 /// Opens keysets once and keeps them for the job.
 #[derive(Debug)]
 pub struct KeyRing {
@@ -121,6 +152,11 @@ impl KeyRing {
     /// A ring that asks `openers`.
     pub fn new(repository: RepositoryId, regions: Regions, openers: Vec<Arc<dyn KeyOpener>>) -> Self {
         Self { repository, regions, openers, opened: Mutex::default() }
+    }
+
+    /// The same openers for wraps from `regions` alone.
+    pub fn within(&self, regions: Regions) -> Self {
+        Self::new(self.repository.clone(), regions, self.openers.clone())
     }
 
     /// A keyset's secrets.
@@ -142,10 +178,31 @@ impl KeyRing {
     /// # Errors
     /// As [`open`](Self::open).
     pub async fn try_open(&self, target: &TargetName, id: &KeysetId) -> Result<(Arc<Keyset>, String)> {
-        let (context, wraps) = wraps(&self.regions, &self.repository, target, id).await?;
-        let opened = open_any(&self.openers, &context, &wraps, HOLDER_DEADLINE).await;
+        let (context, mut wraps) = wraps(&self.regions, &self.repository, target, id).await?;
+        let mut opened = open_any(&self.openers, &context, &wraps, HOLDER_DEADLINE).await;
+        if opened.is_err() && self.regions.all().len() > 1 {
+            wraps = all_copies(&self.regions, &context).await?;
+            opened = open_any(&self.openers, &context, &wraps, HOLDER_DEADLINE).await;
+        }
         let Opened { keyset, opened_by, .. } = opened.during(|| format!("open keyset {id} of {target}"))?;
         let key = wraps.iter().find(|wrap| wrap.holder == opened_by).map(|wrap| wrap.key.clone());
         Ok((Arc::new(keyset), key.unwrap_or_else(|| opened_by.to_string())))
+    }
+
+    /// The wraps of a keyset that a holder at hand says are wrong, by holder and reason. Wraps that nobody here may open
+    /// are not judged.
+    ///
+    /// # Errors
+    /// No region answers.
+    pub async fn wrong_wraps(&self, target: &TargetName, id: &KeysetId) -> Result<Vec<(HolderId, String)>> {
+        let (context, wraps) = wraps(&self.regions, &self.repository, target, id).await?;
+        let mut wrong = Vec::new();
+        for wrap in &wraps {
+            let opened = open_any(&self.openers, &context, std::slice::from_ref(wrap), HOLDER_DEADLINE).await;
+            let refusals = opened.err().map(|error| error.refusals).unwrap_or_default();
+            let judged = refusals.into_iter().filter(|refusal| matches!(refusal.error, KeyError::Wrong { .. }));
+            wrong.extend(judged.map(|refusal| (refusal.holder, refusal.error.to_string())));
+        }
+        Ok(wrong)
     }
 }

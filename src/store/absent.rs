@@ -40,6 +40,10 @@ impl ObjectStore for AbsentStore {
         Capabilities::default()
     }
 
+    async fn probe(&self) -> Result<Capabilities, StoreError> {
+        Err(self.unavailable("probe", ""))
+    }
+
     async fn put(&self, key: &str, _: Bytes, _: Digest, _: &PutOptions) -> Result<Put, StoreError> {
         Err(self.unavailable("put", key))
     }

@@ -67,6 +67,10 @@ impl ObjectStore for MemoryStore {
         Capabilities { create_only: true, versions: false, retention: true }
     }
 
+    async fn probe(&self) -> Result<Capabilities, StoreError> {
+        Ok(self.capabilities())
+    }
+
     async fn put(&self, key: &str, body: Bytes, digest: Digest, options: &PutOptions) -> Result<Put, StoreError> {
         name::check(&self.address, key)?;
         if Digest::of(&body) != digest {

@@ -70,6 +70,12 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
     /// What this store can do beyond the required methods.
     fn capabilities(&self) -> Capabilities;
 
+    /// Proves what this store can do, once; later calls answer from memory. It may leave an object below `.probe/`.
+    ///
+    /// # Errors
+    /// [`StoreError::Invalid`] if a second put of a name would replace the first; whatever stopped the proof.
+    async fn probe(&self) -> Result<Capabilities, StoreError>;
+
     /// Stores `body`, whose SHA-256 is `digest`, under a name that does not exist yet.
     ///
     /// # Errors

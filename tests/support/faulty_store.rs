@@ -160,6 +160,10 @@ impl ObjectStore for FaultyStore {
         self.inner.capabilities()
     }
 
+    async fn probe(&self) -> Result<Capabilities, StoreError> {
+        self.inner.probe().await
+    }
+
     async fn put(&self, key: &str, body: Bytes, digest: Digest, options: &PutOptions) -> Result<Put, StoreError> {
         let fault = self.next_fault(Call::Put);
         let stored = damage(body.clone(), fault);

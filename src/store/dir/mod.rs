@@ -88,6 +88,10 @@ impl ObjectStore for DirStore {
         Capabilities { create_only: true, versions: false, retention: false }
     }
 
+    async fn probe(&self) -> Result<Capabilities, StoreError> {
+        Ok(self.capabilities())
+    }
+
     async fn put(&self, key: &str, body: Bytes, digest: Digest, _options: &PutOptions) -> Result<Put, StoreError> {
         name::check(&self.tree.address, key)?;
         self.on_tree("put", key, move |tree, key| tree.put(key, &body, digest)).await

@@ -7,17 +7,9 @@ use super::S3Store;
 use crate::store::{Capabilities, Digest, PutOptions, StoreError};
 
 impl S3Store {
-    /// Proves once per store what the server can do, by two puts of different bytes under `.probe/` and by asking for
-    /// the bucket's settings. The probe's object stays: a writer may not delete.
-    ///
-    /// # Errors
-    /// [`StoreError::Invalid`] if the second put succeeds, unless the store is configured for a single writer; whatever
-    /// stops the probe, which is then repeated by the next call.
-    pub async fn probe(&self) -> Result<Capabilities, StoreError> {
-        self.proven.get_or_try_init(|| self.prove()).await.copied()
-    }
-
-    async fn prove(&self) -> Result<Capabilities, StoreError> {
+    /// Two puts of different bytes under `.probe/`, then the bucket's settings. The probe's object stays: a writer may
+    /// not delete.
+    pub(super) async fn prove(&self) -> Result<Capabilities, StoreError> {
         let create_only = self.refuses_second_put().await?;
         if !create_only && !self.options.single_writer {
             let reason = "a second put of one name succeeds here: the server ignores `If-None-Match`, so two writers \

@@ -45,6 +45,11 @@ impl ObjectStore for Limit {
         self.inner.capabilities()
     }
 
+    async fn probe(&self) -> Result<Capabilities, StoreError> {
+        let _turn = self.turn("probe", "").await?;
+        self.inner.probe().await
+    }
+
     async fn put(&self, key: &str, body: Bytes, digest: Digest, options: &PutOptions) -> Result<Put, StoreError> {
         let _turn = self.turn("put", key).await?;
         self.inner.put(key, body, digest, options).await

@@ -116,6 +116,10 @@ impl ObjectStore for Retry {
         self.inner.capabilities()
     }
 
+    async fn probe(&self) -> Result<Capabilities, StoreError> {
+        self.run(Call { operation: "probe", key: "" }, |_| self.inner.probe()).await
+    }
+
     async fn put(&self, key: &str, body: Bytes, digest: Digest, options: &PutOptions) -> Result<Put, StoreError> {
         self.run(Call { operation: "put", key }, |_| self.inner.put(key, body.clone(), digest, options)).await
     }

@@ -1,0 +1,63 @@
+//! The preflight: everything that would stop a backup or a restore, each with its fix. Reads much, changes nothing but
+//! the probe object that proves conditional puts.
+
+use std::time::Duration;
+
+use futures::future::join_all;
+use serde::Serialize;
+
+use crate::model::{Error, Result, TargetName};
+use crate::repository::health;
+
+mod facts;
+mod finding;
+mod keys;
+mod machine;
+mod postgres;
+mod regions;
+mod rules;
+mod subject;
+
+pub use finding::{Finding, Level};
+pub use subject::Subject;
+
+/// How long a region, a key holder or a server may take. All are asked at the same time.
+const DEADLINE: Duration = Duration::from_secs(15);
+
+/// Everything that was found.
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    /// The worst first, else in the order in which it was looked at.
+    pub checks: Vec<Finding>,
+}
+
+impl Report {
+    /// The worst of it.
+    pub fn worst(&self) -> Level {
+        self.checks.iter().map(|finding| finding.level).max().unwrap_or(Level::Ok)
+    }
+}
+
+/// Examines everything, or of the targets only `target`.
+///
+/// # Errors
+/// There is no such target, or no randomness. What is wrong with the subject is a finding, not an error.
+pub async fn run(subject: &Subject, target: Option<&TargetName>) -> Result<Report> {
+    let targets: Vec<_> =
+        subject.targets.iter().filter(|known| target.is_none_or(|wanted| known.name == *wanted)).collect();
+    if let (Some(target), true) = (target, targets.is_empty()) {
+        return Err(Error::usage(format!("there is no target `{target}`")));
+    }
+    let servers = join_all(targets.iter().map(|target| postgres::check(target, DEADLINE)));
+    let (regions, holders, servers) = tokio::join!(
+        health::examine(&subject.regions, subject.clock.as_ref(), DEADLINE),
+        keys::try_holders(subject, DEADLINE),
+        servers,
+    );
+    let mut checks = regions::check(subject, &regions);
+    checks.extend(keys::check(subject, holders?));
+    checks.extend(servers.into_iter().flatten());
+    checks.extend(machine::check(subject, &targets));
+    checks.sort_by_key(|finding| std::cmp::Reverse(finding.level));
+    Ok(Report { checks })
+}

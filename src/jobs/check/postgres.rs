@@ -1,0 +1,146 @@
+//! One PostgreSQL server: both ways in, its facts, and what this machine needs to read it.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::facts::{self, Facts};
+use super::finding::{Finding, Findings};
+use super::rules::{self, Setup};
+use crate::disk::space;
+use crate::jobs::context::Target;
+use crate::model::Error;
+use crate::pg::PgError;
+use crate::pg::control::{self, ControlFile};
+use crate::pg::instance::PgBinaries;
+use crate::pg::replication::ReplicationClient;
+use crate::pg::sql;
+use crate::source::postgres::Method;
+
+pub(super) async fn check(target: &Target, deadline: Duration) -> Vec<Finding> {
+    let mut findings = Findings::about("postgres", &target.name);
+    let (facts, replication) = tokio::join!(bounded(deadline, gather(target)), bounded(deadline, replicate(target)));
+    match facts {
+        Err(error) => refused(&mut findings, "no SQL connection", error, "the server, and conninfo of the target"),
+        Ok(facts) => {
+            findings.ok("answers SQL");
+            let local = Local::find(target, &facts);
+            local.check(&mut findings, target);
+            let setup = Setup {
+                method: target.method,
+                slot: &target.slot,
+                application_name: &target.conninfo.application_name,
+                on_pressure: target.on_pressure.as_deref(),
+                free_bytes: local.free_bytes,
+                wal_disk_bytes: target.wal_disk_bytes,
+            };
+            rules::judge(&mut findings, &facts, &setup);
+            // Without the attribute no pg_hba line helps; the missing grant is told already.
+            if facts.role.replication || facts.role.superuser {
+                entry_for_replication(&mut findings, replication, &facts);
+            }
+            programs(&mut findings, facts.major()).await;
+        }
+    }
+    findings.into_list()
+}
+
+async fn bounded<T>(deadline: Duration, work: impl Future<Output = Result<T, PgError>>) -> Result<T, PgError> {
+    let late = |_| Err(PgError::Timeout(format!("no answer within {} s", deadline.as_secs())));
+    tokio::time::timeout(deadline, work).await.unwrap_or_else(late)
+}
+
+async fn gather(target: &Target) -> Result<Facts, PgError> {
+    let client = sql::connect(&target.conninfo).await?;
+    facts::gather(&client, &target.slot).await
+}
+
+async fn replicate(target: &Target) -> Result<(), PgError> {
+    let mut client = ReplicationClient::connect(&target.conninfo).await?;
+    client.identify_system().await?;
+    client.close().await;
+    Ok(())
+}
+
+fn refused(findings: &mut Findings, what: &str, error: PgError, fix: &str) {
+    let what = format!("{what}: {error}");
+    let error = Error::from(error);
+    findings.fail(what, error.hint_text().unwrap_or(fix));
+}
+
+fn entry_for_replication(findings: &mut Findings, replication: Result<(), PgError>, facts: &Facts) {
+    match replication {
+        Ok(()) => findings.ok("answers replication connections"),
+        Err(error) => findings.fail(
+            format!("no replication connection: {error}"),
+            format!(
+                "in pg_hba.conf: host replication {} OUR_ADDRESS scram-sha-256   then SELECT pg_reload_conf();",
+                facts.role.quoted
+            ),
+        ),
+    }
+}
+
+/// The server's data directory, where it is on this machine.
+struct Local {
+    directory: Option<PathBuf>,
+    reason: String,
+    free_bytes: Option<u64>,
+}
+
+impl Local {
+    fn find(target: &Target, facts: &Facts) -> Self {
+        let named = target.data_dir.clone();
+        let directory = named.unwrap_or_else(|| PathBuf::from(facts.setting("data_directory")));
+        match belongs(&directory, facts) {
+            Ok(()) => {
+                // pg_wal may be a link to another file system.
+                let free_bytes = space::free_bytes(&directory.join("pg_wal")).ok();
+                Self { directory: Some(directory), reason: String::new(), free_bytes }
+            }
+            Err(reason) => Self { directory: None, reason, free_bytes: None },
+        }
+    }
+
+    fn check(&self, findings: &mut Findings, target: &Target) {
+        match (&self.directory, target.method) {
+            (Some(directory), Method::Local | Method::Auto) => {
+                findings.ok(format!("data directory {} can be read here", directory.display()));
+            }
+            (Some(_), Method::Stream) => {}
+            (None, Method::Local) => findings.fail(
+                format!("the data directory cannot be read here: {}", self.reason),
+                "run drctl on the server's machine as the server's user, or in its group after initdb -g; or method = \"stream\"",
+            ),
+            (None, Method::Auto | Method::Stream) => findings.ok("backups are read through the replication protocol"),
+        }
+    }
+}
+
+/// A directory of the same path may belong to another server.
+fn belongs(directory: &Path, facts: &Facts) -> Result<(), String> {
+    if directory.as_os_str().is_empty() {
+        return Err("the server does not tell where it is".to_owned());
+    }
+    let path = directory.join(control::PATH);
+    let read = |_| {
+        let bytes = std::fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+        ControlFile::parse(&bytes).map_err(|error| format!("{}: {error}", path.display()))
+    };
+    // A running server overwrites the file in place: the first read may see half of it.
+    let control = (0..3).map(read).find(Result::is_ok).unwrap_or_else(|| read(0))?;
+    match Some(control.system_id.0) == facts.system_id {
+        true => Ok(()),
+        false => Err(format!("{} belongs to another cluster", directory.display())),
+    }
+}
+
+async fn programs(findings: &mut Findings, major: u32) {
+    let fix = format!("install postgresql-{major}, or set DRCTL_PG_BIN_{major}; the machine that restores needs it");
+    match PgBinaries::find(major, None).await {
+        Err(error) => findings.warn(format!("PostgreSQL {major} cannot be started here: {error}"), fix),
+        Ok(binaries) if !binaries.directory.join("pg_verifybackup").exists() => {
+            findings.warn(format!("pg_verifybackup is not in {}", binaries.directory.display()), fix);
+        }
+        Ok(binaries) => findings.ok(format!("PostgreSQL {major} programs in {}", binaries.directory.display())),
+    }
+}

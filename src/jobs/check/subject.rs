@@ -1,0 +1,37 @@
+//! What is examined. Nothing here has been opened yet: `check` serves where opening does not work.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::jobs::context::Target;
+use crate::model::{Clock, RegionName, Result, Rng, SignerId};
+use crate::repository::handle::{RegionRecord, Writer};
+use crate::repository::regions::Regions;
+
+/// A machine's whole configuration, as `check` sees it.
+#[derive(Debug)]
+pub struct Subject {
+    /// The regions, with the credentials of a writer.
+    pub regions: Regions,
+    /// Where the configuration says they are.
+    pub addresses: Vec<RegionRecord>,
+    /// Regions where one set of credentials serves several roles, and which roles.
+    pub shared_roles: Vec<(RegionName, String)>,
+    /// The signer and the key holders, or why there are none.
+    pub writer: Result<Writer>,
+    /// The signers that the configuration trusts.
+    pub listed_signers: BTreeSet<SignerId>,
+    /// Files with identities that open every backup.
+    pub identities: Vec<PathBuf>,
+    /// Every file that holds a secret.
+    pub secret_files: Vec<PathBuf>,
+    /// What is protected.
+    pub targets: Vec<Target>,
+    /// Caches, locks, the signing key.
+    pub state_dir: PathBuf,
+    /// Time.
+    pub clock: Arc<dyn Clock>,
+    /// Chance.
+    pub rng: Arc<dyn Rng>,
+}

@@ -7,6 +7,7 @@ pub mod backup;
 pub mod check;
 pub mod context;
 pub mod init;
+pub mod restore;
 pub mod wal;
 
 pub use context::{Context, Levels, Objectives, Target};

@@ -18,6 +18,8 @@ mod around;
 mod transfer;
 mod wal;
 
+pub use around::CONFIGURATION;
+
 use wal::WalCover;
 
 /// What a backup came to.

@@ -9,6 +9,7 @@ pub mod context;
 pub mod init;
 pub mod list;
 pub mod repair;
+pub mod restore;
 pub mod show;
 pub mod status;
 pub mod verify;

@@ -132,7 +132,8 @@ async fn damage_is_named_where_it_is() {
         let report = look(&fixture, Level::L1, true).await;
         assert!(!report.is_clean() && !report.has_only_debts(), "{class}");
         let wal = report.wal.iter().flat_map(|wal| &wal.problems);
-        let problems: Vec<_> = report.backups[0].regions.iter().flat_map(|region| &region.problems).chain(wal).collect();
+        let problems: Vec<_> =
+            report.backups[0].regions.iter().flat_map(|region| &region.problems).chain(wal).collect();
         assert!(report.backups[0].restorable, "{class}: {report:#?}");
         assert_eq!(problems.len(), 1, "{class}: {problems:#?}");
         assert_eq!((problems[0].region.as_str(), &problems[0].key), ("b", &key));
@@ -187,7 +188,8 @@ async fn the_list_tells_region_by_region() {
     let fixture = tiny(3, 2).await;
     let until = fixture.writer.clock.now();
     let report = list::run(&context(&fixture).await, None).await.unwrap();
-    let states = |report: &list::Report| report.backups[0].regions.iter().map(|region| region.state).collect::<Vec<_>>();
+    let states =
+        |report: &list::Report| report.backups[0].regions.iter().map(|region| region.state).collect::<Vec<_>>();
     assert_eq!(states(&report), [State::Complete; 3]);
     assert_eq!(report.backups[0].recoverable_until, Some(until));
     assert_eq!((report.windows[0].from, report.windows[0].to), (Some(until), Some(until)));

@@ -34,6 +34,7 @@ pub mod wal_adopt;
 pub mod wal_frame;
 pub mod wal_index;
 pub mod wal_log;
+pub mod wal_reader;
 
 /// The version of the repository format that this program writes and reads.
 pub const FORMAT: u32 = 1;

@@ -7,5 +7,6 @@ pub mod backup;
 pub mod check;
 pub mod context;
 pub mod init;
+pub mod wal;
 
 pub use context::{Context, Levels, Objectives, Target};

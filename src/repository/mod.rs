@@ -7,6 +7,7 @@ pub mod backup_writer;
 pub mod catalog;
 pub mod escape;
 pub mod fan_out;
+pub mod gaps;
 pub mod handle;
 pub mod health;
 pub mod inventory;
@@ -18,8 +19,13 @@ pub mod packer;
 pub mod page_map;
 pub mod regions;
 pub mod restore;
+#[cfg(test)]
+pub mod testing;
+#[cfg(test)]
+mod tests;
 pub mod tree;
 pub mod trust;
+pub mod wal_adopt;
 pub mod wal_frame;
 pub mod wal_index;
 pub mod wal_log;

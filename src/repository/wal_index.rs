@@ -72,6 +72,8 @@ pub struct WalIndex {
     branch: BranchId,
     /// Epoch → sequence number → regions that list it.
     frames: BTreeMap<EpochId, BTreeMap<u64, BTreeSet<RegionName>>>,
+    /// The largest size that a region lists: what a header read may ask for.
+    sizes: BTreeMap<(EpochId, u64), u64>,
     unreadable: Vec<(RegionName, String)>,
     headers: Mutex<BTreeMap<(EpochId, u64), FrameHeader>>,
 }
@@ -98,7 +100,8 @@ impl WalIndex {
             .all()
             .iter()
             .map(|region| async { (region.name.clone(), list_all(region.store.as_ref(), &prefix).await) });
-        let mut index = Self { branch, frames: BTreeMap::new(), unreadable: Vec::new(), headers: Mutex::default() };
+        let (frames, sizes, unreadable) = (BTreeMap::new(), BTreeMap::new(), Vec::new());
+        let mut index = Self { branch, frames, sizes, unreadable, headers: Mutex::default() };
         for (region, list) in join_all(lists).await {
             match list {
                 Ok(objects) => {
@@ -106,6 +109,8 @@ impl WalIndex {
                         let Some((epoch, seq)) = object.key.strip_prefix(&prefix).and_then(parse_frame) else {
                             continue;
                         };
+                        let size = index.sizes.entry((epoch.clone(), seq)).or_default();
+                        *size = object.size.max(*size);
                         let seqs = index.frames.entry(epoch).or_default();
                         seqs.entry(seq).or_default().insert(region.clone());
                     }
@@ -157,7 +162,13 @@ impl WalIndex {
         }
         let place = self.place(epoch, seq);
         let check = |bytes: Bytes| Frame::header(&bytes, &repository.id, &place, &repository.trust);
-        let (header, _) = repository.regions.read(&place.key(), Some(0..HEADER_LIMIT), check).await?;
+        // A store refuses a range that ends behind the object, and most frames of a quiet server are smaller than that.
+        let size = self.sizes.get(&(epoch.clone(), seq)).map_or(HEADER_LIMIT, |size| HEADER_LIMIT.min(*size));
+        let header = match repository.regions.read(&place.key(), Some(0..size), check).await {
+            Ok((header, _)) => header,
+            // The region that lists the largest size may be the damaged one.
+            Err(_) => repository.regions.read(&place.key(), None, check).await?.0,
+        };
         let mut headers = self.headers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         headers.insert((epoch.clone(), seq), header.clone());
         Ok(header)

@@ -79,7 +79,14 @@ async fn damage_is_named_and_never_restored() {
     Drctl::new(["backup", "ledger", "--fast"]).config(&config).run().await.ok();
     let dir = config.parent().unwrap();
     let (region, key) = (dir.join("region-a"), dir.join("recovery.age"));
-    for (number, kind) in ["commits", "inventories", "manifests", "packs", "wal"].into_iter().enumerate() {
+    let damages = [
+        ("commits", "signature"),
+        ("inventories", "its COMMIT signed"),
+        ("manifests", "its COMMIT signed"),
+        ("packs", "does not authenticate"),
+        ("wal", "before the backup is consistent"),
+    ];
+    for (number, (kind, reason)) in damages.into_iter().enumerate() {
         let object = largest_below(&region.join(kind));
         let intact = std::fs::read(&object).unwrap();
         let mut bytes = intact.clone();
@@ -87,7 +94,8 @@ async fn damage_is_named_and_never_restored() {
         std::fs::write(&object, bytes).unwrap();
         let target = scratch.join(&format!("out{number}"));
         let output = open(&region, &["ledger", target.to_str().unwrap(), "--age-identity", key.to_str().unwrap()]);
-        assert!(!output.status.success(), "{kind}: {}", String::from_utf8_lossy(&output.stdout));
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && told.contains(reason), "{kind}: {told}");
         assert!(kind == "wal" || !target.join("global/pg_control").exists(), "{kind}: it could be started");
         std::fs::write(&object, intact).unwrap();
     }

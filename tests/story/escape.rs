@@ -87,24 +87,28 @@ async fn damage_is_named_and_never_restored() {
         ("wal", "before the backup is consistent"),
     ];
     for (number, (kind, reason)) in damages.into_iter().enumerate() {
-        let object = largest_below(&region.join(kind));
-        let intact = std::fs::read(&object).unwrap();
-        let mut bytes = intact.clone();
-        bytes[intact.len() / 2] ^= 1;
-        std::fs::write(&object, bytes).unwrap();
+        flip_below(&region.join(kind));
         let target = scratch.join(&format!("out{number}"));
         let output = open(&region, &["ledger", target.to_str().unwrap(), "--age-identity", key.to_str().unwrap()]);
         let told = String::from_utf8_lossy(&output.stderr);
         assert!(!output.status.success() && told.contains(reason), "{kind}: {told}");
         assert!(kind == "wal" || !target.join("global/pg_control").exists(), "{kind}: it could be started");
-        std::fs::write(&object, intact).unwrap();
+        flip_below(&region.join(kind));
     }
 }
 
-fn largest_below(path: &Path) -> std::path::PathBuf {
-    let entries = std::fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path());
-    let files = entries.map(|path| if path.is_dir() { largest_below(&path) } else { path });
-    files.max_by_key(|path| path.metadata().unwrap().len()).unwrap()
+/// Flips a bit in the middle of every object below a directory; again, and all are as before.
+fn flip_below(path: &Path) {
+    for entry in std::fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path()) {
+        if entry.is_dir() {
+            flip_below(&entry);
+        } else {
+            let mut bytes = std::fs::read(&entry).unwrap();
+            let middle = bytes.len() / 2;
+            bytes[middle] ^= 1;
+            std::fs::write(&entry, bytes).unwrap();
+        }
+    }
 }
 
 async fn trusted_signer(config: &Path) -> String {

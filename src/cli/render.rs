@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write};
 
-use indicatif::{MultiProgress, ProgressDrawTarget};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 use tracing_subscriber::fmt::MakeWriter;
 
@@ -70,6 +70,31 @@ impl Output {
         let text = serde_json::to_string_pretty(value)
             .map_err(|error| Error::failed("the result cannot be shown as JSON").because(error))?;
         self.print(&text)
+    }
+
+    /// Writes one value as a line of JSON to stdout, for a reader that follows.
+    ///
+    /// # Errors
+    /// As [`print`](Self::print).
+    pub fn print_json_line(&self, value: &impl Serialize) -> Result<()> {
+        let text = serde_json::to_string(value)
+            .map_err(|error| Error::failed("the result cannot be shown as JSON").because(error))?;
+        self.print(&text)
+    }
+
+    /// Tells a person something on stderr, around the lines that are redrawn.
+    pub fn note(&self, text: &str) {
+        // A terminal that went away is no reason to stop what is being told about.
+        let _ = self.bars.suspend(|| writeln!(io::stderr().lock(), "{}", plain(text)));
+    }
+
+    /// A line that is redrawn, on a terminal; elsewhere nothing.
+    pub fn status_line(&self) -> ProgressBar {
+        if self.json || !io::stderr().is_terminal() {
+            return ProgressBar::hidden();
+        }
+        let line = self.bars.add(ProgressBar::new_spinner());
+        line.with_style(ProgressStyle::with_template("{msg}").unwrap_or_else(|_| ProgressStyle::default_spinner()))
     }
 
     /// `text` in colour, where colour is welcome.

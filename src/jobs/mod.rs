@@ -9,9 +9,11 @@ pub mod context;
 pub mod init;
 pub mod list;
 pub mod repair;
+pub mod restore;
 pub mod show;
 pub mod status;
 pub mod verify;
+pub mod wal;
 
 #[cfg(test)]
 mod tests;

@@ -7,6 +7,7 @@ pub mod backup_writer;
 pub mod catalog;
 pub mod escape;
 pub mod fan_out;
+pub mod gaps;
 pub mod handle;
 pub mod health;
 pub mod inventory;
@@ -29,9 +30,11 @@ pub mod testing;
 mod tests;
 pub mod tree;
 pub mod trust;
+pub mod wal_adopt;
 pub mod wal_frame;
 pub mod wal_index;
 pub mod wal_log;
+pub mod wal_reader;
 
 /// The version of the repository format that this program writes and reads.
 pub const FORMAT: u32 = 1;

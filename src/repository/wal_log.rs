@@ -210,6 +210,11 @@ impl Epoch {
     }
 }
 
+/// The branch that a history file names.
+pub fn branch_of(history: &[u8]) -> Branch {
+    Branch::from_history_digest(&Digest::of(history).0)
+}
+
 /// Stores a timeline's history file once. Its content decides its name (see [`Branch`]), so whoever stores it stores the
 /// same; what is there already stays.
 ///
@@ -221,7 +226,7 @@ pub async fn store_history(
     content: &[u8],
     out: &FanOut,
 ) -> Result<Branch> {
-    let branch = Branch::from_history_digest(&Digest::of(content).0);
+    let branch = branch_of(content);
     let key = layout::history(system_id, timeline, &branch);
     out.put(key, Bytes::copy_from_slice(content), Digest::of(content))
         .await
@@ -241,7 +246,7 @@ pub async fn read_history(
 ) -> Result<Bytes> {
     let key = layout::history(system_id, timeline, branch);
     let check = |bytes: Bytes| {
-        let genuine = Branch::from_history_digest(&Digest::of(&bytes).0) == *branch;
+        let genuine = branch_of(&bytes) == *branch;
         if genuine { Ok(bytes) } else { Err(Error::damaged("the history file is not the one that its name promises")) }
     };
     repository.regions.read(&key, None, check).await.map(|(bytes, _)| bytes)

@@ -1,9 +1,20 @@
 //! `drctl wal`.
 
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use indicatif::ProgressBar;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use crate::app::{self, Role, World};
 use crate::cli::Session;
 use crate::cli::exit::Exit;
-use crate::cli::verbs::not_built_yet;
-use crate::model::{Result, TargetName};
+use crate::cli::figures;
+use crate::cli::render::{Colour, Output};
+use crate::jobs::wal::status::{BranchWal, RegionWal, TargetWal};
+use crate::jobs::wal::{Position, State, Stream, WalStatus, wal_status};
+use crate::model::{Error, Result, TargetName};
 
 /// Arguments.
 #[derive(Debug, clap::Args)]
@@ -19,7 +30,7 @@ enum Action {
         /// The target
         target: TargetName,
     },
-    /// Show the time that can be restored, per region
+    /// Show the WAL that can be recovered, per region
     Status {
         /// Only this target
         target: Option<TargetName>,
@@ -39,19 +50,189 @@ enum Action {
 /// # Errors
 /// What stopped it.
 pub async fn run(args: Args, session: &Session) -> Result<Exit> {
-    let settings = session.settings()?;
     match args.action {
-        Action::Stream { target } => {
-            settings.target(&target)?;
-            Err(not_built_yet("wal stream"))
+        Action::Stream { target } => stream(&target, session).await,
+        Action::Status { target } => status(target.as_ref(), session).await,
+        Action::Takeover { target, .. } => {
+            session.settings()?.target(&target)?;
+            let error = Error::refused("taking WAL over from a writer that may be alive is not there yet");
+            Err(error.hint("stop the other receiver; `drctl wal stream` continues where its WAL ends"))
         }
-        Action::Status { target } => {
-            let _ = target;
-            Err(not_built_yet("wal status"))
+    }
+}
+
+/// How often the position is looked at for people and for `--json`.
+const LOOK: Duration = Duration::from_millis(200);
+
+async fn stream(target: &TargetName, session: &Session) -> Result<Exit> {
+    let settings = session.settings()?;
+    settings.target(target)?;
+    let (mut interrupt, mut terminate) = (on(SignalKind::interrupt())?, on(SignalKind::terminate())?);
+    let context = app::context(&settings, Role::Write, &World::real()).await?;
+    let stream = Stream::start(&context, context.target(target)?).await?;
+    let mut teller = Teller::new(&session.output);
+    let mut looks = tokio::time::interval(LOOK);
+    while !stream.receiver().is_over() {
+        tokio::select! {
+            _ = looks.tick() => teller.look(&stream.receiver().position())?,
+            _ = interrupt.recv() => break,
+            _ = terminate.recv() => break,
         }
-        Action::Takeover { target, accept_loss } => {
-            let _ = (settings.target(&target)?, accept_loss);
-            Err(not_built_yet("wal takeover"))
+    }
+    teller.looked_away();
+    let last = stream.receiver().watch();
+    let outcomes = stream.stop().await?;
+    teller.stopped(&last())?;
+    let debts = outcomes.iter().filter(|outcome| outcome.missing_objects > 0).count();
+    Ok(if debts == 0 { Exit::Ok } else { Exit::Debts })
+}
+
+fn on(kind: SignalKind) -> Result<Signal> {
+    signal(kind).map_err(|error| Error::failed("signals cannot be received").because(error))
+}
+
+/// Tells what changes, and on a terminal where things stand.
+struct Teller<'o> {
+    output: &'o Output,
+    line: ProgressBar,
+    told: Option<State>,
+}
+
+impl<'o> Teller<'o> {
+    fn new(output: &'o Output) -> Self {
+        Self { output, line: output.status_line(), told: None }
+    }
+
+    fn look(&mut self, position: &Position) -> Result<()> {
+        self.line.set_message(status_line(position));
+        if self.told == Some(position.state) || position.start_lsn.is_none() && position.last_error.is_none() {
+            return Ok(());
         }
+        let first = self.told.is_none();
+        self.told = Some(position.state);
+        if self.output.json {
+            return self.output.print_json_line(position);
+        }
+        if let (true, Some(lsn), Some(reason)) = (first, position.start_lsn, &position.start_reason) {
+            let timeline = position.timeline.map(|timeline| format!(" on timeline {timeline}")).unwrap_or_default();
+            self.output.print(&format!("{} streams from {lsn}{timeline}: {reason}", position.target))?;
+        }
+        if !(first && position.state == State::Streaming) {
+            self.output.note(&change(position));
+        }
+        Ok(())
+    }
+
+    fn looked_away(&self) {
+        self.line.finish_and_clear();
+    }
+
+    fn stopped(&self, position: &Position) -> Result<()> {
+        if self.output.json {
+            return self.output.print_json_line(position);
+        }
+        self.output.print(&format!("{} stopped: everything up to {} is durable", position.target, position.durable_lsn))
+    }
+}
+
+/// `ledger: waiting for regions: …`
+fn change(position: &Position) -> String {
+    let error = position.last_error.as_ref().filter(|_| position.state != State::Streaming);
+    let error = error.map(|error| format!(": {error}")).unwrap_or_default();
+    format!("{}: {}{error}", position.target, position.state.words())
+}
+
+/// `ledger  streaming  durable 0/3000148  0.4 s exposed  eu-west-1 owes 12`
+fn status_line(position: &Position) -> String {
+    let mut line = format!("{}  {}  durable {}", position.target, position.state.words(), position.durable_lsn);
+    let exposure =
+        position.exposure_seconds.map(|seconds| figures::duration(Duration::from_secs_f64(seconds.max(0.0))));
+    let _ = match exposure {
+        Some(exposure) => write!(line, "  {exposure} exposed"),
+        None => write!(line, "  exposure unknown"),
+    };
+    for region in position.regions.iter().filter(|region| region.missing_objects > 0) {
+        let _ = write!(line, "  {} owes {}", region.name, figures::count(region.missing_objects));
+    }
+    line
+}
+
+async fn status(target: Option<&TargetName>, session: &Session) -> Result<Exit> {
+    let settings = session.settings()?;
+    if let Some(target) = target {
+        settings.target(target)?;
+    }
+    let context = app::context(&settings, Role::Restore, &World::real()).await?;
+    let status = wal_status(&context, target).await?;
+    match session.output.json {
+        true => session.output.print_json(&status)?,
+        false => session.output.print(&text(&status, session.clock.now(), &session.output))?,
+    }
+    Ok(Exit::Ok)
+}
+
+fn text(status: &WalStatus, now: DateTime<Utc>, output: &Output) -> String {
+    let mut text = String::new();
+    if status.targets.is_empty() {
+        text.push_str("no WAL is stored\n");
+    }
+    for target in &status.targets {
+        target_text(&mut text, target, now, output);
+    }
+    text
+}
+
+fn target_text(text: &mut String, target: &TargetWal, now: DateTime<Utc>, output: &Output) {
+    let name = target.target.as_ref().map_or("unknown target", TargetName::as_str);
+    let receiver = target.receiver.as_ref().map_or_else(|| "no receiver answers here".to_owned(), status_of_receiver);
+    let _ = writeln!(text, "{name}   {receiver}");
+    if target.branches.is_empty() {
+        let _ = writeln!(text, "  no WAL is stored");
+    }
+    for branch in &target.branches {
+        branch_text(text, branch, now, output);
+    }
+}
+
+fn status_of_receiver(position: &Position) -> String {
+    let line = status_line(position);
+    line.split_once("  ").map_or(line.clone(), |(_, rest)| rest.to_owned())
+}
+
+fn branch_text(text: &mut String, branch: &BranchWal, now: DateTime<Utc>, output: &Output) {
+    let _ = writeln!(text, "  timeline {}-{} of system {}", branch.timeline, branch.branch, branch.system_id);
+    for region in &branch.regions {
+        region_text(text, region, now, output);
+    }
+    for gap in &branch.gaps {
+        let at = figures::moment(now, gap.at);
+        let bytes = figures::bytes(gap.to.bytes_since(gap.from));
+        let word = output.paint(Colour::Red, "GAP");
+        let _ = writeln!(text, "    {word}  {} to {}  {bytes}  met {at}: {}", gap.from, gap.to, gap.reason);
+    }
+    for error in &branch.errors {
+        let _ = writeln!(text, "    {}  {error}", output.paint(Colour::Red, "DAMAGED"));
+    }
+}
+
+fn region_text(text: &mut String, region: &RegionWal, now: DateTime<Utc>, output: &Output) {
+    let name = &region.name;
+    if let Some(why) = &region.unreadable {
+        let _ = writeln!(text, "    {name}  {}: {why}", output.paint(Colour::Red, "unreadable"));
+        return;
+    }
+    if region.windows.is_empty() {
+        let _ = writeln!(text, "    {name}  {}", output.paint(Colour::Red, "nothing"));
+    }
+    for window in &region.windows {
+        let commit = window
+            .last_commit
+            .map_or_else(|| "no commit".to_owned(), |at| format!("commits to {}", figures::moment(now, at)));
+        let bytes = figures::bytes(window.end.bytes_since(window.start));
+        let _ = writeln!(text, "    {name}  {} to {}  {bytes}  {commit}", window.start, window.end);
+    }
+    if region.missing_frames > 0 {
+        let owes = format!("owes {} frames", figures::count(region.missing_frames));
+        let _ = writeln!(text, "    {name}  {}  →  drctl repair", output.paint(Colour::Yellow, &owes));
     }
 }

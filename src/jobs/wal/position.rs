@@ -1,0 +1,165 @@
+//! Where a receiver stands, as it is told to people, to `drctl backup` and to the daemon.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+
+use crate::model::{Branch, EpochId, Lsn, RegionName, SystemId, TargetName, Timeline};
+use crate::pg::wal::WAL_PAGE_SIZE;
+
+/// What a receiver is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    /// It has not begun to stream yet.
+    Connecting,
+    /// WAL flows.
+    Streaming,
+    /// Too few regions answer: acknowledgement holds, the server keeps its WAL.
+    WaitingForRegions,
+    /// The server does not answer.
+    Reconnecting,
+    /// WAL flows again after a gap: recovery cannot cross it, a new base backup is needed.
+    Gap,
+    /// It has ended.
+    Stopped,
+}
+
+impl State {
+    /// As people read it.
+    pub const fn words(self) -> &'static str {
+        match self {
+            Self::Connecting => "connecting",
+            Self::Streaming => "streaming",
+            Self::WaitingForRegions => "waiting for regions",
+            Self::Reconnecting => "reconnecting",
+            Self::Gap => "gap: take a new base backup",
+            Self::Stopped => "stopped",
+        }
+    }
+}
+
+/// A receiver's position.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Position {
+    /// The target.
+    pub target: TargetName,
+    /// The cluster, once the server said so.
+    pub system_id: Option<SystemId>,
+    /// The timeline being streamed.
+    pub timeline: Option<Timeline>,
+    /// Its branch.
+    pub branch: Option<Branch>,
+    /// What is going on.
+    pub state: State,
+    /// Where this receiver began, and why there.
+    pub start_lsn: Option<Lsn>,
+    /// Why there.
+    pub start_reason: Option<String>,
+    /// End of what has arrived.
+    pub received_lsn: Lsn,
+    /// Every record that ends at or before this position is durable at the write quorum.
+    pub durable_lsn: Lsn,
+    /// When that became so.
+    pub durable_at: Option<DateTime<Utc>>,
+    /// The newest commit time in durable WAL.
+    pub last_commit_at: Option<DateTime<Utc>>,
+    /// For how long the oldest WAL that is not durable yet has been known; 0 when all is durable that the server has
+    /// shown lately; `null` when that is unknown.
+    pub exposure_seconds: Option<f64>,
+    /// What each region lacks of this run.
+    pub regions: Vec<RegionPosition>,
+    /// The open epoch.
+    pub epoch: Option<EpochId>,
+    /// What went wrong last.
+    pub last_error: Option<String>,
+}
+
+/// One region in a [`Position`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RegionPosition {
+    /// The region.
+    pub name: RegionName,
+    /// Objects of this run that it does not hold.
+    pub missing_objects: u64,
+    /// The last thing that went wrong there.
+    pub last_error: Option<String>,
+}
+
+impl Position {
+    /// Whether every record up to `lsn` is durable.
+    pub fn reaches(&self, lsn: Lsn) -> bool {
+        reaches(self.durable_lsn, lsn)
+    }
+}
+
+/// Whether all records that end at or before `lsn` end at or before `durable`. PostgreSQL reports a position behind the
+/// page header where the last record ended with its page: nothing lies between.
+pub fn reaches(durable: Lsn, lsn: Lsn) -> bool {
+    const LONG_PAGE_HEADER: u64 = 40;
+    let at_page = durable.0.is_multiple_of(WAL_PAGE_SIZE);
+    durable >= lsn || (at_page && lsn.bytes_since(durable) <= LONG_PAGE_HEADER)
+}
+
+/// When which end of WAL was first seen at the server; what exposure is measured against.
+#[derive(Debug, Default)]
+pub(super) struct Samples {
+    ends: VecDeque<(Lsn, Duration)>,
+    newest: Option<Duration>,
+}
+
+/// A sample older than this says nothing about now.
+const FRESH: Duration = Duration::from_secs(10);
+const SAMPLES_KEPT: usize = 4096;
+
+impl Samples {
+    /// The server had WAL up to `end` at `now`.
+    pub(super) fn add(&mut self, end: Lsn, now: Duration) {
+        self.newest = Some(now);
+        let is_full = self.ends.len() >= SAMPLES_KEPT;
+        match self.ends.back_mut() {
+            Some((last, _)) if *last >= end => {}
+            // The oldest ones decide; a newer end may wait in the place of the last.
+            Some((last, _)) if is_full => *last = end,
+            _ => self.ends.push_back((end, now)),
+        }
+    }
+
+    /// Forgets what is durable, and says for how long the rest has waited; `None` is unknown.
+    pub(super) fn exposure(&mut self, durable: Lsn, now: Duration) -> Option<Duration> {
+        while self.ends.front().is_some_and(|(end, _)| reaches(durable, *end)) {
+            self.ends.pop_front();
+        }
+        match self.ends.front() {
+            Some((_, since)) => Some(now.saturating_sub(*since)),
+            None => self.newest.filter(|at| now.saturating_sub(*at) <= FRESH).map(|_| Duration::ZERO),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exposure_is_unknown_without_a_fresh_sample_and_never_zero_then() {
+        let seconds = Duration::from_secs;
+        let mut samples = Samples::default();
+        assert_eq!(samples.exposure(Lsn(100), seconds(1)), None);
+        samples.add(Lsn(100), seconds(1));
+        samples.add(Lsn(200), seconds(2));
+        samples.add(Lsn(200), seconds(4));
+        assert_eq!(samples.exposure(Lsn(50), seconds(5)), Some(seconds(4)));
+        assert_eq!(samples.exposure(Lsn(100), seconds(5)), Some(seconds(3)));
+        assert_eq!(samples.exposure(Lsn(200), seconds(5)), Some(Duration::ZERO));
+        assert_eq!(samples.exposure(Lsn(200), seconds(15)), None);
+    }
+
+    #[test]
+    fn a_page_header_is_no_wal_to_wait_for() {
+        assert!(reaches(Lsn(8192), Lsn(8192 + 24)) && reaches(Lsn(8192), Lsn(8192 + 40)));
+        assert!(!reaches(Lsn(8192), Lsn(8192 + 48)) && !reaches(Lsn(8192 - 8), Lsn(8192 + 24)));
+    }
+}

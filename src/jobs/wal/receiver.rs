@@ -1,0 +1,499 @@
+//! The WAL receiver: connects, finds its place, streams, and begins again for as long as it is not told to stop.
+//!
+//! It goes on from what is stored, never from what the server would offer: a slot that was lost and made again starts at
+//! the server's present, and whoever believes it skips WAL without a word.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::task::JoinHandle;
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+
+use crate::disk::lock::Lock;
+use crate::jobs::context::{Context, Target};
+use crate::jobs::wal::buffer::Buffer;
+use crate::jobs::wal::position::{Position, State};
+use crate::jobs::wal::server::{self, Server, Start};
+use crate::jobs::wal::session::Session;
+use crate::jobs::wal::shared::Shared;
+use crate::jobs::wal::shipper::{self, Frame, ShipperHandle};
+use crate::model::{Error, Kind, Lsn, Result, ResultExt, SystemId};
+use crate::observe::task;
+use crate::pg::PgError;
+use crate::pg::replication::ReplicationClient;
+use crate::repository::fan_out::{FanOut, LaneOutcome, Patience};
+use crate::repository::gaps::{self, Gap};
+use crate::repository::wal_adopt::take_over;
+use crate::repository::wal_frame::EpochKind;
+use crate::repository::wal_index::BranchId;
+
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// How long a stop waits for regions. What could not be shipped stays on the server.
+const STOP_LIMIT: Duration = Duration::from_secs(60);
+
+/// A running receiver. Dropping it stops it without shipping the rest; the server keeps that.
+#[derive(Debug)]
+pub struct Receiver {
+    shared: Arc<Shared>,
+    stop: CancellationToken,
+    task: Option<JoinHandle<Result<Vec<LaneOutcome>>>>,
+}
+
+impl Receiver {
+    /// Starts receiving a target's WAL. A stream receiver continues where stored WAL ends and never gives up; a backup
+    /// receiver begins with the segment that the server writes now, and this returns when the server holds that WAL.
+    ///
+    /// # Errors
+    /// Another stream receiver of this target runs on this host; for a backup: the server does not stream.
+    pub async fn start(context: &Context, target: &Target, kind: EpochKind) -> Result<Self> {
+        let lock = match kind {
+            EpochKind::Stream => Some(lock(context, target)?),
+            EpochKind::Backup | EpochKind::Push => None,
+        };
+        let out = Arc::new(FanOut::new(&context.repository.regions, Patience::WAL));
+        let shared = Arc::new(Shared::new(target.name.clone(), Arc::clone(&context.clock), &out));
+        let stop = CancellationToken::new();
+        let run = Run {
+            shipper: shipper::start(context, kind, &out, &shared.shipped)?,
+            context: context.clone(),
+            target: target.clone(),
+            kind,
+            out,
+            shared: Arc::clone(&shared),
+            stop: stop.clone(),
+            pending: VecDeque::new(),
+            cursor: None,
+            system_id: None,
+            sessions: 0,
+            slot: SlotCare::Trust,
+            stored_histories: BTreeSet::new(),
+            _lock: lock,
+        };
+        let mut receiver = Self { shared, stop, task: Some(task::spawn("wal-receiver", run.until_stopped())) };
+        if kind != EpochKind::Stream {
+            receiver.wait_until(|position| position.state != State::Connecting).await?;
+        }
+        Ok(receiver)
+    }
+
+    /// Every record that ends at or before this position is durable at the write quorum.
+    pub fn durable(&self) -> Lsn {
+        self.shared.shipped.borrow().durable
+    }
+
+    /// Where this run began.
+    pub fn start_lsn(&self) -> Option<Lsn> {
+        self.shared.view.borrow().start.as_ref().map(|(lsn, _)| *lsn)
+    }
+
+    /// What went wrong last; it may have passed.
+    pub fn last_error(&self) -> Option<String> {
+        self.position().last_error
+    }
+
+    /// What it is doing.
+    pub fn state(&self) -> State {
+        self.position().state
+    }
+
+    /// Everything that is known.
+    pub fn position(&self) -> Position {
+        self.shared.position()
+    }
+
+    /// A way to ask for the position that outlives borrowing.
+    pub fn watch(&self) -> impl Fn() -> Position + Clone + Send + Sync + 'static {
+        let shared = Arc::clone(&self.shared);
+        move || shared.position()
+    }
+
+    /// Whether it has ended by itself, which a stream receiver does only at an error of the configuration.
+    pub fn is_over(&self) -> bool {
+        self.task.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
+    /// Waits until every record up to `lsn` is durable.
+    ///
+    /// # Errors
+    /// Not within `limit`, or the receiver has ended.
+    pub async fn wait_durable(&mut self, lsn: Lsn, limit: Duration) -> Result<()> {
+        let shared = Arc::clone(&self.shared);
+        let waited = timeout(limit, self.wait_until(|position| position.reaches(lsn))).await;
+        waited.unwrap_or_else(|_| Err(not_durable(&shared.position(), lsn, limit)))
+    }
+
+    async fn wait_until(&mut self, reached: impl Fn(&Position) -> bool) -> Result<()> {
+        let (mut view, mut shipped) = (self.shared.view.subscribe(), self.shared.shipped.subscribe());
+        while !reached(&self.shared.position()) {
+            let Some(task) = self.task.as_mut() else { return Err(Error::failed("the WAL receiver has ended")) };
+            tokio::select! {
+                _ = view.changed() => {}
+                _ = shipped.changed() => {}
+                ended = task => {
+                    self.task = None;
+                    let ended = ended.map_err(|error| Error::failed("the WAL receiver died").because(error))?;
+                    return Err(ended.err().unwrap_or_else(|| Error::failed("the WAL receiver has ended")));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Stops: what was received is shipped, the epoch is closed, the server is told. Says what each region lacks.
+    ///
+    /// # Errors
+    /// The receiver had ended with an error, or regions did not take the rest within a minute: the server keeps it.
+    pub async fn stop(mut self) -> Result<Vec<LaneOutcome>> {
+        self.stop.cancel();
+        let Some(task) = self.task.as_mut() else { return Ok(Vec::new()) };
+        match timeout(STOP_LIMIT, task).await {
+            Ok(ended) => ended.map_err(|error| Error::failed("the WAL receiver died").because(error))?,
+            Err(_) => {
+                let position = self.shared.position();
+                let text = format!("WAL behind {} could not be shipped; the server keeps it", position.durable_lsn);
+                Err(position.last_error.iter().fold(Error::new(Kind::Unavailable, text), Error::because))
+            }
+        }
+    }
+}
+
+impl Drop for Receiver {
+    fn drop(&mut self) {
+        self.stop.cancel();
+        if let Some(task) = &self.task {
+            task.abort();
+        }
+    }
+}
+
+fn lock(context: &Context, target: &Target) -> Result<Lock> {
+    let path = context.state_dir.join(format!("{}.wal.lock", target.name));
+    let lock = Lock::acquire(&path).map_err(Error::from);
+    lock.map_err(|error| match error.kind() {
+        Kind::Refused => error
+            .during(format!("the WAL of {} is already being streamed on this host", target.name))
+            .hint("one receiver per target: stop the other one first, or look at it with `drctl wal status`"),
+        _ => error,
+    })
+}
+
+/// The error of whoever waited for `lsn` in vain.
+pub(super) fn not_durable(position: &Position, lsn: Lsn, limit: Duration) -> Error {
+    let Position { durable_lsn, state, .. } = position;
+    let text = format!("WAL up to {lsn} is not durable after {} s: it is up to {durable_lsn}", limit.as_secs());
+    let error = Error::new(Kind::Unavailable, text).because(format!("the receiver is {}", state.words()));
+    position.last_error.iter().fold(error.transient(true), Error::because)
+}
+
+/// How a session ended without an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Ended {
+    /// As told.
+    Stopped,
+    /// The server continued on another timeline.
+    Timeline,
+}
+
+/// What broke a session.
+#[derive(Debug)]
+pub(super) enum Trouble {
+    /// The server or the connection.
+    Server(PgError),
+    /// The shipper met something that waiting does not mend.
+    ShipperGone,
+    /// Anything else.
+    Other(Error),
+}
+
+impl From<PgError> for Trouble {
+    fn from(error: PgError) -> Self {
+        Self::Server(error)
+    }
+}
+
+impl From<Error> for Trouble {
+    fn from(error: Error) -> Self {
+        Self::Other(error)
+    }
+}
+
+impl From<Trouble> for Error {
+    fn from(trouble: Trouble) -> Self {
+        match trouble {
+            Trouble::Server(error) => error.into(),
+            Trouble::ShipperGone => Self::failed("the epoch cannot be continued"),
+            Trouble::Other(error) => error,
+        }
+    }
+}
+
+/// What to do about the permanent slot before it is used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum SlotCare {
+    Trust,
+    Ensure,
+    Renew,
+}
+
+/// The receiver's own state.
+#[derive(Debug)]
+pub(super) struct Run {
+    pub(super) context: Context,
+    pub(super) target: Target,
+    kind: EpochKind,
+    out: Arc<FanOut>,
+    pub(super) shared: Arc<Shared>,
+    pub(super) stop: CancellationToken,
+    pub(super) shipper: ShipperHandle,
+    /// Complete frames of earlier sessions that are not shipped yet.
+    pub(super) pending: VecDeque<Frame>,
+    /// Where to go on; unknown at first and after the shipper died.
+    pub(super) cursor: Option<Start>,
+    system_id: Option<SystemId>,
+    sessions: u64,
+    slot: SlotCare,
+    stored_histories: BTreeSet<BranchId>,
+    _lock: Option<Lock>,
+}
+
+impl Run {
+    async fn until_stopped(mut self) -> Result<Vec<LaneOutcome>> {
+        let mut pause = FIRST_PAUSE;
+        while !self.stop.is_cancelled() {
+            let before = self.shared.view.borrow().received;
+            let trouble = match self.once().await {
+                Ok(Ended::Stopped) => break,
+                Ok(Ended::Timeline) => continue,
+                Err(trouble) => trouble,
+            };
+            if self.shared.view.borrow().received > before {
+                pause = FIRST_PAUSE;
+            }
+            if self.recover(trouble).await? {
+                let stop = self.stop.clone();
+                // Interrupted or over: the loop looks again either way.
+                let _ = stop.run_until_cancelled(sleep(pause)).await;
+                pause = (pause * 2).min(LONGEST_PAUSE);
+            }
+        }
+        self.finish().await
+    }
+
+    /// One connection, from its beginning to its end.
+    async fn once(&mut self) -> Result<Ended, Trouble> {
+        let stop = self.stop.clone();
+        let Some(session) = stop.run_until_cancelled(self.open()).await else { return Ok(Ended::Stopped) };
+        let mut session = session?;
+        self.shared.enter(State::Streaming);
+        self.stream(&mut session).await
+    }
+
+    async fn open(&mut self) -> Result<Session, Trouble> {
+        let mut client = server::connect(&self.target).await?;
+        let slot = self.prepare_slot(&mut client).await?;
+        let server = Server::identify(&mut client).await?;
+        self.check_identity(&server)?;
+        let (start, reason) = self.place(&mut client, &server).await?;
+        self.store_histories(&server);
+        let durable = self.settle(&start).await?;
+        let walker = server.walker(&start)?;
+        let stream = client.start_physical(Some(&slot), start.lsn, start.branch.timeline).await?;
+        tracing::info!(target = %self.target.name, lsn = %start.lsn, timeline = start.branch.timeline.0, reason, "streaming");
+        self.shared.view.send_modify(|view| {
+            view.system_id = Some(server.system_id);
+            view.branch = Some(start.branch.clone());
+            view.received = start.lsn;
+            view.start.get_or_insert((start.lsn, reason.to_owned()));
+        });
+        self.sessions += 1;
+        let log = server.log(&self.target, &start.branch);
+        Ok(Session::new((self.sessions, log), start, stream, Buffer::new(walker), durable))
+    }
+
+    async fn prepare_slot(&mut self, client: &mut ReplicationClient) -> Result<String, Trouble> {
+        let slot = self.target.slot.clone();
+        match (self.kind, self.slot) {
+            (EpochKind::Backup | EpochKind::Push, _) => {
+                let slot = server::temporary_slot(&self.context, &self.target)?;
+                client.create_physical_slot(&slot, true, true).await?;
+                return Ok(slot);
+            }
+            (EpochKind::Stream, SlotCare::Trust) => {}
+            (EpochKind::Stream, SlotCare::Ensure) => server::ensure_slot(client, &slot).await?,
+            (EpochKind::Stream, SlotCare::Renew) => server::renew_slot(client, &slot).await?,
+        }
+        self.slot = SlotCare::Trust;
+        Ok(slot)
+    }
+
+    /// A name that leads to another cluster all of a sudden must not mix two logs.
+    fn check_identity(&mut self, server: &Server) -> Result<()> {
+        let known = *self.system_id.get_or_insert(server.system_id);
+        if known == server.system_id {
+            return Ok(());
+        }
+        let text = format!("{} is system {} now and was {known} before", self.target.name, server.system_id);
+        Err(Error::refused(text).hint("if this is meant, start the receiver again"))
+    }
+
+    /// Where to begin, and why there.
+    async fn place(
+        &mut self,
+        client: &mut ReplicationClient,
+        server: &Server,
+    ) -> Result<(Start, &'static str), Trouble> {
+        if self.kind != EpochKind::Stream {
+            return Ok((server.current_segment()?, "the segment that the server writes now"));
+        }
+        let cursor = match &self.cursor {
+            Some(cursor) => Some(cursor.clone()),
+            None => {
+                let tail = take_over(&self.context.repository, &server.branches(), &self.out).await;
+                let tail = tail.inspect_err(|error| self.shared.trouble(State::WaitingForRegions, error))?;
+                tail.map(|tail| Start { branch: tail.branch, lsn: tail.end, at_record: tail.at_record })
+            }
+        };
+        let Some(cursor) = cursor else {
+            // The slot first: from here on the server keeps what it writes now.
+            server::ensure_slot(client, &self.target.slot).await?;
+            let mut server = server.clone();
+            server.flush_lsn = client.identify_system().await?.flush_lsn;
+            return Ok((server.current_segment()?, "no WAL of this cluster is stored yet"));
+        };
+        let start = server.continue_at(&cursor).ok_or_else(|| {
+            let timeline = cursor.branch.timeline;
+            Error::refused(format!("timeline {timeline}, which is stored, is not in the history of this server"))
+        })?;
+        self.cursor = Some(cursor);
+        Ok((start, "where stored WAL ends"))
+    }
+
+    fn store_histories(&mut self, server: &Server) {
+        for (branch, descent) in server.branches().into_iter().zip(&server.lineage) {
+            if let (Some(file), true) = (&descent.file, self.stored_histories.insert(branch.clone())) {
+                self.shipper.history(branch.system_id, branch.timeline, file.clone());
+            }
+        }
+    }
+
+    /// What is durable of the history that begins at `start`. If this server left the timeline before the end of what is
+    /// stored, that position is lower than it was.
+    async fn settle(&mut self, start: &Start) -> Result<Lsn> {
+        let durable = self.shared.shipped.borrow().durable;
+        if self.pending.is_empty() && durable == Lsn::INVALID || durable > start.lsn {
+            self.ship_pending().await?;
+            self.shared.shipped.send_modify(|shipped| shipped.durable = start.lsn);
+            return Ok(start.lsn);
+        }
+        Ok(durable)
+    }
+
+    async fn ship_pending(&mut self) -> Result<()> {
+        while let Some(frame) = self.pending.pop_front() {
+            let permit = self.shipper.idle().await?;
+            self.shipper.ship(frame, permit);
+        }
+        self.shipper.idle().await.map(drop)
+    }
+
+    /// Does what can be done about `trouble`, and says whether to wait before the next attempt.
+    async fn recover(&mut self, trouble: Trouble) -> Result<bool> {
+        if self.kind != EpochKind::Stream {
+            return Err(trouble.into());
+        }
+        match trouble {
+            Trouble::Server(PgError::WalRemoved { message, .. }) => {
+                let stop = self.stop.clone();
+                let Some(filled) = stop.run_until_cancelled(self.gap(&message)).await else { return Ok(false) };
+                return Ok(filled.inspect_err(|trouble| self.tell(&trouble_text(trouble))).is_err());
+            }
+            Trouble::Server(error) if server::is_missing_slot(&error) && self.slot == SlotCare::Trust => {
+                tracing::warn!(slot = self.target.slot, "the replication slot is gone; it is made again");
+                self.slot = SlotCare::Ensure;
+                return Ok(true);
+            }
+            Trouble::Server(error) if server::is_invalidated_slot(&error) && self.slot == SlotCare::Trust => {
+                tracing::warn!(slot = self.target.slot, %error, "the replication slot was lost; it is made again");
+                self.slot = SlotCare::Renew;
+                return Ok(true);
+            }
+            Trouble::Server(error) if self.sessions == 0 && is_hopeless(&error) => return Err(error.into()),
+            Trouble::ShipperGone => self.restart_shipper().await?,
+            trouble => self.tell(&trouble_text(&trouble)),
+        }
+        Ok(true)
+    }
+
+    fn tell(&self, error: &str) {
+        let waiting = self.shared.view.borrow().state == State::WaitingForRegions;
+        self.shared.trouble(if waiting { State::WaitingForRegions } else { State::Reconnecting }, &error);
+        tracing::info!(target = %self.target.name, error, "streaming is interrupted");
+    }
+
+    /// What was on its way may be stored or not: the regions are asked, as after a crash.
+    async fn restart_shipper(&mut self) -> Result<()> {
+        let fresh = shipper::start(&self.context, self.kind, &self.out, &self.shared.shipped)?;
+        let error = match std::mem::replace(&mut self.shipper, fresh).finish().await {
+            Ok(()) => Error::failed("the WAL shipper has ended"),
+            Err(error) => error,
+        };
+        tracing::error!(%error, "the epoch cannot be continued; another one is begun");
+        self.shared.trouble(State::Reconnecting, &error);
+        self.shared.shipped.send_modify(|shipped| (shipped.busy_since, shipped.epoch) = (None, None));
+        self.pending.clear();
+        self.stored_histories.clear();
+        self.cursor = None;
+        Ok(())
+    }
+
+    /// The server no longer has the WAL that comes next. That is written down at the quorum before anything else, so
+    /// that no reader takes what follows for a continuation.
+    async fn gap(&mut self, reason: &str) -> Result<(), Trouble> {
+        let mut client = server::connect(&self.target).await?;
+        server::renew_slot(&mut client, &self.target.slot).await?;
+        let server = Server::identify(&mut client).await?;
+        self.check_identity(&server)?;
+        let next = server.current_segment()?;
+        let Some(cursor) = self.cursor.clone() else { return Ok(()) };
+        if cursor.branch == next.branch && next.lsn <= cursor.lsn {
+            return Err(Error::failed(format!("the server lacks WAL at {} that it still writes", cursor.lsn)).into());
+        }
+        self.ship_pending().await?;
+        let now = self.context.clock.now();
+        let gap = Gap::new(&self.target.name, &cursor.branch, (cursor.lsn, next.lsn), reason, now);
+        tracing::error!(target = %self.target.name, from = %gap.from, to = %gap.to, reason, "WAL is missing: a new base backup is needed");
+        gaps::record(&self.context.repository, self.context.writer()?, &gap, &self.out).await?;
+        let text = format!("gap from {} to {}: {reason}", gap.from, gap.to);
+        self.shared.view.send_modify(|view| (view.gap, view.last_error) = (true, Some(text)));
+        self.shared.shipped.send_modify(|shipped| shipped.durable = next.lsn);
+        self.cursor = Some(next);
+        Ok(())
+    }
+
+    async fn finish(mut self) -> Result<Vec<LaneOutcome>> {
+        self.ship_pending().await?;
+        let Self { shipper, out, shared, .. } = self;
+        shipper.finish().await.during(|| "close the epoch")?;
+        shared.enter(State::Stopped);
+        Ok(match Arc::into_inner(out) {
+            Some(out) => out.drain().await,
+            None => Vec::new(),
+        })
+    }
+}
+
+fn trouble_text(trouble: &Trouble) -> String {
+    match trouble {
+        Trouble::Server(error) => error.to_string(),
+        Trouble::ShipperGone => "the epoch cannot be continued".to_owned(),
+        Trouble::Other(error) => error.to_string(),
+    }
+}
+
+/// What no waiting mends: the configuration, or what the server allows us.
+const fn is_hopeless(error: &PgError) -> bool {
+    matches!(error, PgError::Auth(_) | PgError::Config(_) | PgError::Tls { .. } | PgError::Unsupported(_))
+}

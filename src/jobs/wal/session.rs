@@ -1,0 +1,193 @@
+//! One connection: WAL in, status out, and never a wait for a region in between.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
+
+use crate::jobs::wal::buffer::{Buffer, Chunk};
+use crate::jobs::wal::receiver::{Ended, Run, Trouble};
+use crate::jobs::wal::server::Start;
+use crate::jobs::wal::shipper::Frame;
+use crate::model::{Error, Lsn};
+use crate::pg::replication::{StandbyStatus, WalEvent, WalStream};
+use crate::repository::wal_log::{FRAME_LIMIT, Log};
+
+/// The server hears from us this often whatever happens, and answers with the end of its WAL, which is what exposure is
+/// measured against.
+const STATUS: Duration = Duration::from_secs(1);
+/// With this much, a frame does not wait for its time.
+const EARLY_FRAME: usize = 1024 * 1024;
+/// A server that does not listen cannot hold up the end.
+const GOODBYE: Duration = Duration::from_secs(2);
+
+/// A running stream and what it has brought.
+#[derive(Debug)]
+pub(super) struct Session {
+    number: u64,
+    log: Log,
+    start: Start,
+    stream: WalStream,
+    buffer: Buffer,
+    /// When the first byte in the buffer arrived.
+    since: Option<Instant>,
+    durable: Lsn,
+}
+
+impl Session {
+    /// A stream that begins at `start`.
+    pub(super) fn new(
+        (number, log): (u64, Log),
+        start: Start,
+        stream: WalStream,
+        buffer: Buffer,
+        durable: Lsn,
+    ) -> Self {
+        Self { number, log, start, stream, buffer, since: None, durable }
+    }
+
+    /// Where to go on when this session is over.
+    pub(super) fn resume(&self) -> Start {
+        let record =
+            self.buffer.resume_at().map(|lsn| Start { branch: self.start.branch.clone(), lsn, at_record: true });
+        record.unwrap_or_else(|| self.start.clone())
+    }
+
+    /// The end of the timeline, all of which was received.
+    fn at_switch(&self) -> Start {
+        Start { branch: self.start.branch.clone(), lsn: self.buffer.end(), at_record: true }
+    }
+
+    fn receive(&mut self, at: Lsn, data: &[u8]) -> Result<(), Error> {
+        self.buffer.push(at, data)?;
+        self.since.get_or_insert_with(Instant::now);
+        Ok(())
+    }
+
+    fn due_at(&self, interval: Duration) -> Option<Instant> {
+        self.since.filter(|_| self.buffer.has_frame()).map(|since| since + interval)
+    }
+
+    fn frame(&mut self, take: impl FnOnce(&mut Buffer) -> Option<Chunk>) -> Option<Frame> {
+        let chunk = take(&mut self.buffer)?;
+        self.since = (self.buffer.len() > 0).then(Instant::now);
+        Some(Frame { log: self.log.clone(), session: self.number, chunk })
+    }
+
+    async fn send_status(&mut self, now: chrono::DateTime<chrono::Utc>) -> Result<(), Trouble> {
+        let status = StandbyStatus {
+            write: self.buffer.end(),
+            // Never behind the last complete record: the server may remove what lies before, and an unfinished record
+            // is streamed again from its start.
+            flush: self.durable,
+            // We apply nothing. A position here would let commits with synchronous_commit = remote_apply return.
+            apply: Lsn::INVALID,
+            reply_requested: true,
+        };
+        Ok(self.stream.send_status(status, now).await?)
+    }
+}
+
+impl Run {
+    /// Streams until it is told to stop, the timeline ends, or something breaks. What was received and is complete goes
+    /// to `pending` in every case.
+    pub(super) async fn stream(&mut self, session: &mut Session) -> Result<Ended, Trouble> {
+        let outcome = self.pump(session).await;
+        let rest = match &outcome {
+            Ok(Ended::Timeline) => session.frame(Buffer::take_all),
+            _ => session.frame(Buffer::take),
+        };
+        self.pending.extend(rest);
+        self.cursor = Some(match &outcome {
+            Ok(Ended::Timeline) => session.at_switch(),
+            _ => session.resume(),
+        });
+        outcome
+    }
+
+    async fn pump(&mut self, session: &mut Session) -> Result<Ended, Trouble> {
+        let (clock, ship_interval) = (self.context.clock.clone(), self.target.ship_interval);
+        let mut shipped = self.shared.shipped.subscribe();
+        let mut ticks = interval(STATUS);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
+        let stop = self.stop.clone();
+        loop {
+            if self.shipper.is_gone() {
+                return Err(Trouble::ShipperGone);
+            }
+            let stopping = stop.is_cancelled();
+            let due_at = session.due_at(ship_interval);
+            let due = stopping || !self.pending.is_empty() || self.is_due(session, due_at);
+            let may_read = !stopping && !is_full(&self.pending, &session.buffer);
+            tokio::select! {
+                event = session.stream.next(), if may_read => {
+                    if let Some(ended) = self.on_event(session, event?).await? {
+                        return Ok(ended);
+                    }
+                }
+                permit = self.shipper.idle(), if due => {
+                    let permit = permit?;
+                    let frame = self.pending.pop_front().or_else(|| session.frame(Buffer::take));
+                    match frame {
+                        Some(frame) => self.shipper.ship(frame, permit),
+                        None if stopping => return self.say_goodbye(session).await,
+                        None => {}
+                    }
+                }
+                () = sleep_until(due_at.unwrap_or_else(Instant::now)), if due_at.is_some() && !due => {}
+                _ = ticks.tick() => session.send_status(clock.now()).await?,
+                _ = shipped.changed() => {
+                    let durable = shipped.borrow_and_update().durable;
+                    if durable > session.durable {
+                        session.durable = durable.min(session.buffer.end());
+                        session.send_status(clock.now()).await?;
+                    }
+                }
+                () = stop.cancelled(), if !stopping => {}
+            }
+        }
+    }
+
+    fn is_due(&self, session: &Session, due_at: Option<Instant>) -> bool {
+        let full = session.buffer.has_frame() && session.buffer.is_full();
+        full || session.buffer.complete() >= EARLY_FRAME || due_at.is_some_and(|at| Instant::now() >= at)
+    }
+
+    async fn on_event(&self, session: &mut Session, event: WalEvent) -> Result<Option<Ended>, Trouble> {
+        match event {
+            WalEvent::Wal { start, data, server_end, .. } => {
+                session.receive(start, &data)?;
+                self.shared.sample(server_end);
+                let received = session.buffer.end();
+                self.shared.view.send_modify(|view| view.received = received);
+            }
+            WalEvent::KeepAlive { server_end, reply_requested, .. } => {
+                self.shared.sample(server_end);
+                if reply_requested {
+                    session.send_status(self.context.clock.now()).await?;
+                }
+            }
+            WalEvent::TimelineEnd { next_timeline, switch_lsn } => {
+                tracing::info!(timeline = next_timeline.0, %switch_lsn, "the server continues on another timeline");
+                return Ok(Some(Ended::Timeline));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Everything is shipped: the server is told, so that it keeps no WAL that nobody needs.
+    async fn say_goodbye(&self, session: &mut Session) -> Result<Ended, Trouble> {
+        session.durable = self.shared.shipped.borrow().durable.max(session.durable).min(session.buffer.end());
+        let now = self.context.clock.now();
+        if let Ok(Err(error)) = timeout(GOODBYE, session.send_status(now)).await {
+            tracing::debug!(?error, "the last status did not reach the server");
+        }
+        Ok(Ended::Stopped)
+    }
+}
+
+/// Memory is bounded: a server whose WAL is not read keeps it.
+fn is_full(pending: &VecDeque<Frame>, buffer: &Buffer) -> bool {
+    let waiting: usize = pending.iter().map(|frame| frame.chunk.wal.len()).sum();
+    buffer.is_full() || waiting + buffer.len() >= FRAME_LIMIT
+}

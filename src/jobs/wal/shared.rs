@@ -1,0 +1,119 @@
+//! What the tasks of a receiver tell the outside.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use crate::jobs::wal::position::{Position, RegionPosition, Samples, State};
+use crate::jobs::wal::shipper::Shipped;
+use crate::model::{Clock, Lsn, SystemId, TargetName};
+use crate::repository::fan_out::FanOut;
+use crate::repository::wal_index::BranchId;
+
+/// A frame that is on its way for longer than this waits for regions.
+const SLOW: Duration = Duration::from_secs(5);
+
+/// The part of a position that the reading side knows.
+#[derive(Debug, Clone)]
+pub(super) struct View {
+    pub(super) state: State,
+    pub(super) gap: bool,
+    pub(super) system_id: Option<SystemId>,
+    pub(super) branch: Option<BranchId>,
+    /// Where this run began.
+    pub(super) start: Option<(Lsn, String)>,
+    pub(super) received: Lsn,
+    pub(super) last_error: Option<String>,
+}
+
+/// Read by many, written by the receiver's own tasks.
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) target: TargetName,
+    pub(super) clock: Arc<dyn Clock>,
+    pub(super) view: watch::Sender<View>,
+    pub(super) shipped: Arc<watch::Sender<Shipped>>,
+    pub(super) samples: Mutex<Samples>,
+    pub(super) out: std::sync::Weak<FanOut>,
+}
+
+impl Shared {
+    pub(super) fn new(target: TargetName, clock: Arc<dyn Clock>, out: &Arc<FanOut>) -> Self {
+        let view = View {
+            state: State::Connecting,
+            gap: false,
+            system_id: None,
+            branch: None,
+            start: None,
+            received: Lsn::INVALID,
+            last_error: None,
+        };
+        Self {
+            target,
+            clock,
+            view: watch::channel(view).0,
+            shipped: Arc::new(watch::channel(Shipped::default()).0),
+            samples: Mutex::default(),
+            out: Arc::downgrade(out),
+        }
+    }
+
+    /// The server had WAL up to `end` just now.
+    pub(super) fn sample(&self, end: Lsn) {
+        self.samples.lock().unwrap_or_else(PoisonError::into_inner).add(end, self.clock.monotonic());
+    }
+
+    /// Changes the state; the old one's error stays readable.
+    pub(super) fn enter(&self, state: State) {
+        self.view.send_if_modified(|view| std::mem::replace(&mut view.state, state) != state);
+    }
+
+    /// What went wrong last.
+    pub(super) fn trouble(&self, state: State, error: &impl ToString) {
+        self.view.send_modify(|view| {
+            view.state = state;
+            view.last_error = Some(error.to_string());
+        });
+    }
+
+    /// Everything at once.
+    pub(super) fn position(&self) -> Position {
+        let (view, shipped) = (self.view.borrow().clone(), self.shipped.borrow().clone());
+        let now = self.clock.monotonic();
+        let exposure = {
+            let mut samples = self.samples.lock().unwrap_or_else(PoisonError::into_inner);
+            samples.exposure(shipped.durable, now)
+        };
+        let slow = shipped.busy_since.is_some_and(|since| now.saturating_sub(since) > SLOW);
+        let state = match view.state {
+            State::Streaming if slow || shipped.trouble.is_some() => State::WaitingForRegions,
+            State::Streaming if view.gap => State::Gap,
+            other => other,
+        };
+        let outcomes = self.out.upgrade().map(|out| out.outcomes()).unwrap_or_default();
+        let regions = outcomes.into_iter().map(|lane| RegionPosition {
+            name: lane.region,
+            missing_objects: lane.missing_objects,
+            last_error: lane.last_error,
+        });
+        let (start_lsn, start_reason) = view.start.unzip();
+        Position {
+            target: self.target.clone(),
+            system_id: view.system_id,
+            timeline: view.branch.as_ref().map(|branch| branch.timeline),
+            branch: view.branch.map(|branch| branch.branch),
+            state,
+            start_lsn,
+            start_reason,
+            received_lsn: view.received,
+            durable_lsn: shipped.durable,
+            durable_at: shipped.at,
+            last_commit_at: shipped.last_commit,
+            exposure_seconds: exposure.map(|exposure| exposure.as_secs_f64()),
+            regions: regions.collect(),
+            epoch: shipped.epoch,
+            last_error: shipped.trouble.or(view.last_error),
+        }
+    }
+}

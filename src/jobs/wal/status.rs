@@ -1,0 +1,224 @@
+//! Which WAL is stored where, and what of it can be recovered. Needs no key and no server.
+
+use std::collections::BTreeMap;
+
+use chrono::{DateTime, Utc};
+use serde::Serialize;
+
+use crate::jobs::context::{Context, Target};
+use crate::jobs::wal::control;
+use crate::jobs::wal::position::Position;
+use crate::jobs::wal::server;
+use crate::model::{Branch, Error, Lsn, RegionName, Result, SystemId, TargetName, Timeline};
+use crate::repository::catalog;
+use crate::repository::gaps::{self, Gap};
+use crate::repository::layout;
+use crate::repository::wal_index::{BranchId, WalIndex, Window, branches, windows};
+
+/// The stored WAL of the targets asked for.
+#[derive(Debug, Clone, Serialize)]
+pub struct WalStatus {
+    /// One entry per target; WAL of a cluster that no known target names stands under `target: null`.
+    pub targets: Vec<TargetWal>,
+}
+
+/// The stored WAL of one target.
+#[derive(Debug, Clone, Serialize)]
+pub struct TargetWal {
+    /// The target.
+    pub target: Option<TargetName>,
+    /// What its receiver on this host says; `null` = none answers.
+    pub receiver: Option<Position>,
+    /// Every branch of every cluster that it ever was, oldest first.
+    pub branches: Vec<BranchWal>,
+}
+
+/// The stored WAL of one branch.
+#[derive(Debug, Clone, Serialize)]
+pub struct BranchWal {
+    /// The cluster.
+    pub system_id: SystemId,
+    /// Its timeline.
+    pub timeline: Timeline,
+    /// The branch.
+    pub branch: Branch,
+    /// What each region holds.
+    pub regions: Vec<RegionWal>,
+    /// Recorded gaps.
+    pub gaps: Vec<RecordedGap>,
+    /// What could not be read.
+    pub errors: Vec<String>,
+}
+
+/// The WAL of one branch in one region.
+#[derive(Debug, Clone, Serialize)]
+pub struct RegionWal {
+    /// The region.
+    pub name: RegionName,
+    /// Ranges without a hole, ascending: recovery can go to any point inside one.
+    pub windows: Vec<Window>,
+    /// Frames, END and SEAL among them.
+    pub frames: u64,
+    /// Frames that another region holds and this one does not.
+    pub missing_frames: u64,
+    /// Why the region could not be read.
+    pub unreadable: Option<String>,
+}
+
+/// A gap as it was recorded.
+#[derive(Debug, Clone, Serialize)]
+pub struct RecordedGap {
+    /// The end of the WAL before it.
+    pub from: Lsn,
+    /// Where WAL begins again.
+    pub to: Lsn,
+    /// Why.
+    pub reason: String,
+    /// When it was met.
+    pub at: DateTime<Utc>,
+}
+
+impl From<Gap> for RecordedGap {
+    fn from(Gap { from, to, reason, at, .. }: Gap) -> Self {
+        Self { from, to, reason, at }
+    }
+}
+
+impl WalStatus {
+    /// Whether something needs a person: a gap, a hole, a region that lacks frames or cannot be read.
+    pub fn is_whole(&self) -> bool {
+        self.targets.iter().flat_map(|target| &target.branches).all(BranchWal::is_whole)
+    }
+}
+
+impl BranchWal {
+    fn is_whole(&self) -> bool {
+        let whole =
+            |region: &RegionWal| region.missing_frames == 0 && region.unreadable.is_none() && region.windows.len() <= 1;
+        self.gaps.is_empty() && self.errors.is_empty() && self.regions.iter().all(whole)
+    }
+}
+
+/// What is stored of one target, or of everything.
+///
+/// # Errors
+/// No region answers.
+pub async fn wal_status(context: &Context, target: Option<&TargetName>) -> Result<WalStatus> {
+    let mut owners = owners(context, target).await?;
+    if target.is_none() {
+        for system_id in stored_systems(context).await? {
+            owners.entry(system_id).or_insert(None);
+        }
+    }
+    let mut targets: BTreeMap<Option<TargetName>, Vec<BranchWal>> = BTreeMap::new();
+    let configured = context.targets.iter().map(|target| &target.name);
+    for name in configured.filter(|name| target.is_none_or(|target| target == *name)) {
+        targets.entry(Some(name.clone())).or_default();
+    }
+    for (system_id, owner) in owners {
+        for branch in branches(&context.repository.regions, system_id).await? {
+            let wal = branch_wal(context, branch).await?;
+            targets.entry(owner.clone()).or_default().push(wal);
+        }
+    }
+    let mut status = WalStatus { targets: Vec::new() };
+    for (target, branches) in targets {
+        let receiver = match target.as_ref().and_then(|name| context.target(name).ok()) {
+            Some(target) => ask(target).await,
+            None => None,
+        };
+        status.targets.push(TargetWal { target, receiver, branches });
+    }
+    Ok(status)
+}
+
+async fn ask(target: &Target) -> Option<Position> {
+    let asked = control::position(&target.control_socket, &target.name).await;
+    asked.inspect_err(|error| tracing::warn!(%error, "the receiver's answer is not readable")).ok().flatten()
+}
+
+/// Whose cluster is whose: the frames say it, and so do backups; a target without either is asked itself.
+async fn owners(context: &Context, target: Option<&TargetName>) -> Result<BTreeMap<SystemId, Option<TargetName>>> {
+    let mut owners = BTreeMap::new();
+    let (backups, errors) = catalog::backups(&context.repository, target).await?;
+    for error in errors {
+        tracing::warn!(%error, "a backup is not readable");
+    }
+    for commit in backups.into_iter().map(|backup| backup.commit) {
+        if let Some(wal) = &commit.wal {
+            owners.insert(wal.system_id, Some(commit.target.clone()));
+        }
+    }
+    for system_id in stored_systems(context).await? {
+        if !owners.contains_key(&system_id)
+            && let Some(owner) = owner_of(context, system_id).await
+            && target.is_none_or(|target| *target == owner)
+        {
+            owners.insert(system_id, Some(owner));
+        }
+    }
+    for known in context.targets.iter().filter(|known| target.is_none_or(|target| *target == known.name)) {
+        if !owners.values().flatten().any(|owner| *owner == known.name)
+            && let Some(system_id) = live_system(known).await
+        {
+            owners.insert(system_id, Some(known.name.clone()));
+        }
+    }
+    Ok(owners)
+}
+
+async fn stored_systems(context: &Context) -> Result<Vec<SystemId>> {
+    let prefixes = context.repository.regions.prefixes_union(layout::WAL).await?;
+    let parse = |key: &String| key.strip_prefix(layout::WAL)?.trim_end_matches('/').parse().ok();
+    Ok(prefixes.iter().filter_map(parse).collect())
+}
+
+/// The target that the newest frame of a cluster names.
+async fn owner_of(context: &Context, system_id: SystemId) -> Option<TargetName> {
+    let branch = branches(&context.repository.regions, system_id).await.ok()?.pop()?;
+    let index = WalIndex::load(&context.repository.regions, branch).await;
+    let (epoch, seqs) = index.epochs().last_key_value()?;
+    let (seq, _) = seqs.last_key_value()?;
+    index.header(&context.repository, epoch, *seq).await.ok().map(|header| header.target)
+}
+
+async fn live_system(target: &Target) -> Option<SystemId> {
+    let mut client = server::connect(target).await.ok()?;
+    client.identify_system().await.ok().map(|id| id.system_id)
+}
+
+async fn branch_wal(context: &Context, branch: BranchId) -> Result<BranchWal> {
+    let repository = &context.repository;
+    let index = WalIndex::load(&repository.regions, branch.clone()).await;
+    let total = index.frames().count() as u64;
+    let mut errors: Vec<Error> = Vec::new();
+    let mut regions = Vec::new();
+    for region in repository.regions.all() {
+        let unreadable = index.unreadable().iter().find(|(name, _)| *name == region.name).map(|(_, why)| why.clone());
+        let frames = index.frames().filter(|(_, held)| held.contains(&region.name)).count() as u64;
+        let (runs, more) = index.runs(repository, Some(&region.name)).await;
+        errors.extend(more);
+        let missing_frames = if unreadable.is_some() { 0 } else { total - frames };
+        regions.push(RegionWal {
+            name: region.name.clone(),
+            windows: windows(&runs),
+            frames,
+            missing_frames,
+            unreadable,
+        });
+    }
+    let (gaps, more) = gaps::read(repository, &branch).await?;
+    errors.extend(more);
+    let mut errors: Vec<_> = errors.iter().map(Error::to_string).collect();
+    errors.sort_unstable();
+    errors.dedup();
+    let BranchId { system_id, timeline, branch } = branch;
+    Ok(BranchWal {
+        system_id,
+        timeline,
+        branch,
+        regions,
+        gaps: gaps.into_iter().map(RecordedGap::from).collect(),
+        errors,
+    })
+}

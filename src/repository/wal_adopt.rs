@@ -1,0 +1,119 @@
+//! Taking over a log: what earlier writers left is brought to the write quorum and its end is found. Needs no key.
+//!
+//! A writer that died may have stored its last frame in fewer regions than the quorum. Nobody was told that it is
+//! durable, but a reader may already have seen it, so it is neither ignored nor written again: it is copied as it is.
+
+use std::collections::BTreeSet;
+
+use bytes::Bytes;
+
+use crate::model::{Error, Kind, Lsn, RegionName, Result, ResultExt};
+use crate::repository::fan_out::FanOut;
+use crate::repository::handle::Repository;
+use crate::repository::wal_frame::{EpochKind, Frame, FrameKind, FramePlace};
+use crate::repository::wal_index::{BranchId, Run, WalIndex, windows};
+use crate::store::Digest;
+
+/// The end of the stored WAL of a history.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tail {
+    /// The branch that it is on.
+    pub branch: BranchId,
+    /// Where the next writer begins.
+    pub end: Lsn,
+    /// Whether `end` is the end of a complete record, rather than the start of WAL that held none.
+    pub at_record: bool,
+    /// Frames that were copied to reach the write quorum.
+    pub adopted: u64,
+}
+
+/// Finds where the stored WAL of a history ends, and makes all of it durable at the write quorum.
+///
+/// `lineage` is the history from its newest timeline back. Only branches in it count: another branch may hold WAL that
+/// never happened in this history.
+///
+/// # Errors
+/// `Unavailable` and transient while too few regions answer: an acknowledged frame may be in any quorum of regions, so
+/// all but one less than the lowest quorum must be read.
+pub async fn take_over(repository: &Repository, lineage: &[BranchId], out: &FanOut) -> Result<Option<Tail>> {
+    for branch in lineage {
+        let index = WalIndex::load(&repository.regions, branch.clone()).await;
+        must_be_readable(repository, index.unreadable())?;
+        if index.epochs().is_empty() {
+            continue;
+        }
+        // Signers may have been enrolled since this process began.
+        repository.trust.refresh(&repository.regions).await?;
+        let adopted = adopt(repository, &index, out).await?;
+        let (runs, errors) = index.runs(repository, None).await;
+        for error in errors {
+            tracing::warn!(%error, "stored WAL is not readable; the WAL before and after it is");
+        }
+        if let Some((end, at_record)) = end_of(&runs) {
+            return Ok(Some(Tail { branch: branch.clone(), end, at_record, adopted }));
+        }
+    }
+    Ok(None)
+}
+
+/// With every write acknowledged by at least W of N regions, N−W+1 of them hold at least one copy of each.
+fn must_be_readable(repository: &Repository, unreadable: &[(RegionName, String)]) -> Result<()> {
+    let regions = &repository.regions;
+    if unreadable.len() < regions.lowest_quorum() {
+        return Ok(());
+    }
+    let (count, needed) = (regions.all().len(), regions.all().len() + 1 - regions.lowest_quorum());
+    let error =
+        Error::new(Kind::Unavailable, format!("the end of stored WAL needs {needed} of {count} regions to be read"));
+    let because = |error: Error, (region, reason): &(RegionName, String)| error.because(format!("{region}: {reason}"));
+    Err(unreadable.iter().fold(error.transient(true), because))
+}
+
+/// The end of the newest stream run, and of whatever continues it without a hole. WAL of a backup beyond a hole does not
+/// move it: the hole would never be filled.
+fn end_of(runs: &[Run]) -> Option<(Lsn, bool)> {
+    let newest = |kind: Option<EpochKind>| {
+        let of_kind = runs.iter().filter(|run| kind.is_none_or(|kind| run.first.epoch_kind == kind));
+        of_kind.filter(|run| run.end() > run.start()).max_by_key(|run| run.end())
+    };
+    let run = newest(Some(EpochKind::Stream)).or_else(|| newest(None))?;
+    let window = windows(runs).into_iter().find(|window| window.covers(run.start(), run.end()))?;
+    Some(window.last_record_end.map_or((window.start, false), |end| (end, true)))
+}
+
+/// Copies frames of open stream epochs that fewer regions than the quorum hold.
+async fn adopt(repository: &Repository, index: &WalIndex, out: &FanOut) -> Result<u64> {
+    let mut adopted = 0;
+    for (epoch, seqs) in index.epochs() {
+        let Some((last, _)) = seqs.last_key_value() else { continue };
+        let lacking = seqs.iter().filter(|(_, held)| held.len() < repository.regions.quorum());
+        let lacking: Vec<(u64, &BTreeSet<RegionName>)> = lacking.map(|(seq, held)| (*seq, held)).collect();
+        if lacking.is_empty() {
+            continue;
+        }
+        // An epoch that was closed had every frame at the quorum before; what it lacks now is a debt for repair.
+        match index.header(repository, epoch, *last).await {
+            Ok(header) if header.epoch_kind != EpochKind::Stream || header.kind != FrameKind::Data => continue,
+            Ok(_) => {}
+            Err(error) => tracing::warn!(%error, "the last frame of an epoch is not readable"),
+        }
+        for (seq, held) in lacking {
+            match copy(repository, &index.place(epoch, seq), out).await {
+                Ok(()) => adopted += 1,
+                Err(error) if error.kind() == Kind::Damaged => {
+                    tracing::error!(%error, regions = held.len(), "a frame of an earlier writer is damaged");
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    Ok(adopted)
+}
+
+async fn copy(repository: &Repository, place: &FramePlace, out: &FanOut) -> Result<()> {
+    let key = place.key();
+    let check = |bytes: Bytes| Frame::decode(&bytes, &repository.id, place, &repository.trust).map(|_| bytes);
+    let (bytes, _) = repository.regions.read(&key, None, check).await?;
+    let digest = Digest::of(&bytes);
+    out.put(key.clone(), bytes, digest).await.during(|| format!("adopt {key}"))
+}

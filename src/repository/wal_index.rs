@@ -72,6 +72,8 @@ pub struct WalIndex {
     branch: BranchId,
     /// Epoch → sequence number → regions that list it.
     frames: BTreeMap<EpochId, BTreeMap<u64, BTreeSet<RegionName>>>,
+    /// The size of each frame, where regions differ the larger one: a reader of a cut object must notice.
+    sizes: BTreeMap<(EpochId, u64), u64>,
     unreadable: Vec<(RegionName, String)>,
     headers: Mutex<BTreeMap<(EpochId, u64), FrameHeader>>,
 }
@@ -98,7 +100,8 @@ impl WalIndex {
             .all()
             .iter()
             .map(|region| async { (region.name.clone(), list_all(region.store.as_ref(), &prefix).await) });
-        let mut index = Self { branch, frames: BTreeMap::new(), unreadable: Vec::new(), headers: Mutex::default() };
+        let (frames, sizes) = (BTreeMap::new(), BTreeMap::new());
+        let mut index = Self { branch, frames, sizes, unreadable: Vec::new(), headers: Mutex::default() };
         for (region, list) in join_all(lists).await {
             match list {
                 Ok(objects) => {
@@ -106,6 +109,8 @@ impl WalIndex {
                         let Some((epoch, seq)) = object.key.strip_prefix(&prefix).and_then(parse_frame) else {
                             continue;
                         };
+                        let size = index.sizes.entry((epoch.clone(), seq)).or_default();
+                        *size = object.size.max(*size);
                         let seqs = index.frames.entry(epoch).or_default();
                         seqs.entry(seq).or_default().insert(region.clone());
                     }
@@ -157,7 +162,9 @@ impl WalIndex {
         }
         let place = self.place(epoch, seq);
         let check = |bytes: Bytes| Frame::header(&bytes, &repository.id, &place, &repository.trust);
-        let (header, _) = repository.regions.read(&place.key(), Some(0..HEADER_LIMIT), check).await?;
+        // A range beyond the end of an object is an error of its own: END frames are smaller than the limit.
+        let size = self.sizes.get(&(epoch.clone(), seq)).copied().unwrap_or(HEADER_LIMIT);
+        let (header, _) = repository.regions.read(&place.key(), Some(0..size.min(HEADER_LIMIT)), check).await?;
         let mut headers = self.headers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         headers.insert((epoch.clone(), seq), header.clone());
         Ok(header)

@@ -56,7 +56,7 @@ impl Rig {
     }
 
     fn drctl(&self, arguments: &[&str]) -> Drctl {
-        Drctl::new(arguments).config(&self.config)
+        Drctl::new(arguments).config(&self.config).expect_log("config file overridden")
     }
 
     fn stream(&self) -> Drctl {
@@ -278,7 +278,7 @@ async fn acknowledgement_waits_for_the_quorum_and_the_server_keeps_its_wal() {
     rig.wait_durable(cluster.flush_lsn().await).await;
     let sender = cluster.query("SELECT pid FROM pg_stat_replication").await;
     // Two of three are gone: what was a directory is a file.
-    for region in ["b", "c"] {
+    for region in ["b/wal", "c/wal"] {
         std::fs::rename(rig.scratch.join(region), rig.scratch.join(&format!("{region}-away"))).unwrap();
         std::fs::write(rig.scratch.join(region), "").unwrap();
     }
@@ -292,7 +292,7 @@ async fn acknowledgement_waits_for_the_quorum_and_the_server_keeps_its_wal() {
     assert_eq!(cluster.query("SELECT pid FROM pg_stat_replication").await, sender, "status goes on");
     let restart: Lsn = cluster.query("SELECT restart_lsn FROM pg_replication_slots").await.parse().unwrap();
     assert!(restart <= held, "the server was told {restart}, durable is {held}");
-    for region in ["b", "c"] {
+    for region in ["b/wal", "c/wal"] {
         std::fs::remove_file(rig.scratch.join(region)).unwrap();
         std::fs::rename(rig.scratch.join(&format!("{region}-away")), rig.scratch.join(region)).unwrap();
     }

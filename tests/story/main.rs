@@ -15,3 +15,4 @@ mod escape;
 mod keyholders;
 mod regions;
 mod rig3;
+mod wal;

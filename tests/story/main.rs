@@ -15,4 +15,5 @@ mod escape;
 mod keyholders;
 mod regions;
 mod rig3;
+mod verify;
 mod wal;

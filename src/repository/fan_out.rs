@@ -251,9 +251,8 @@ impl Lane {
                     self.missing.fetch_add(1, Ordering::Relaxed);
                     return Delivery::LeftBehind;
                 }
-                _ if *at_quorum.borrow() && self.behind.load(Ordering::Relaxed) => {
-                    self.missing.fetch_add(1, Ordering::Relaxed);
-                    return Delivery::LeftBehind;
+                ref error if *at_quorum.borrow() && self.behind.load(Ordering::Relaxed) => {
+                    return self.owe(&error.to_string(), patience);
                 }
                 _ => {}
             }
@@ -282,8 +281,14 @@ impl Lane {
     fn leave_behind(&self, reason: &str, patience: Patience) {
         // Without a retry the lane still serves an object that cannot reach its quorum otherwise, at a slow pace.
         let pause = patience.retry_after.unwrap_or(Duration::from_secs(15));
-        let at = self.born.elapsed() + pause;
-        self.retry_at.store(u64::try_from(at.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        let now = self.born.elapsed();
+        // Objects that pass the lane by while it waits must not prolong its pause: at one frame a second it would last
+        // for ever.
+        let waits = self.behind.load(Ordering::Relaxed) && tokio::time::Instant::now() < self.retry_at();
+        if !waits {
+            let at = (now + pause).as_millis();
+            self.retry_at.store(u64::try_from(at).unwrap_or(u64::MAX), Ordering::Relaxed);
+        }
         let mut last = self.last_error.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         last.get_or_insert_with(|| reason.to_owned());
         if !self.behind.swap(true, Ordering::Relaxed) {

@@ -28,6 +28,40 @@ pub struct RepositoryRecord {
     pub repository: RepositoryId,
     /// When it was made.
     pub created_at: DateTime<Utc>,
+    /// SHA-256 of the other fields. Nobody's signature counts yet when this record is read, and without this one flipped
+    /// bit in one region would look like two repositories.
+    #[serde(with = "crate::model::commit::hex32")]
+    pub sha256: [u8; 32],
+}
+
+impl RepositoryRecord {
+    fn new(repository: RepositoryId, created_at: DateTime<Utc>) -> Self {
+        let mut record = Self { format: FORMAT, repository, created_at, sha256: [0; 32] };
+        record.sha256 = record.digest();
+        record
+    }
+
+    fn digest(&self) -> [u8; 32] {
+        let Self { format, repository, created_at, .. } = self;
+        Digest::of(format!("{format} {repository} {}", created_at.to_rfc3339()).as_bytes()).0
+    }
+
+    /// Reads the record.
+    ///
+    /// # Errors
+    /// It is damaged, or of a format that this program does not know.
+    pub fn parse(bytes: &[u8]) -> Result<Self> {
+        let wrong = || Error::damaged(format!("{} is not readable", layout::REPOSITORY));
+        let record: Self = serde_json::from_slice(bytes).map_err(|error| wrong().because(error))?;
+        if record.digest() != record.sha256 {
+            return Err(wrong().because("its digest does not fit"));
+        }
+        if record.format != FORMAT {
+            let format = record.format;
+            return Err(Error::failed(format!("repository format {format} is not the one this drctl knows, {FORMAT}")));
+        }
+        Ok(record)
+    }
 }
 
 /// Where one region is, for a machine that knows only a sibling.
@@ -78,29 +112,31 @@ impl Repository {
     /// # Errors
     /// No region answers; none holds a repository; two hold different ones; or its format is newer than this program.
     pub async fn open(regions: Regions, listed_signers: BTreeSet<SignerId>) -> Result<Self> {
-        let id = Self::identify(&regions).await?;
+        let id = Self::identify(&regions).await?.repository;
         let trust = Trust::load(&regions, listed_signers).await.during(|| "read the signers' public keys")?;
         Ok(Self { id, regions, trust: Arc::new(trust) })
     }
 
-    async fn identify(regions: &Regions) -> Result<RepositoryId> {
-        let mut found: Option<(RepositoryId, RegionName)> = None;
+    async fn identify(regions: &Regions) -> Result<RepositoryRecord> {
+        let mut found: Option<(RepositoryRecord, RegionName)> = None;
         let mut errors = Vec::new();
         for (region, record) in join_all(regions.all().iter().map(read_record)).await {
             match record {
                 Ok(record) => match &found {
-                    Some((id, other)) if *id != record.repository => {
+                    Some((first, other)) if first.repository != record.repository => {
                         let text = format!("regions {other} and {region} hold different repositories");
-                        return Err(Error::usage(text).because(format!("{id} and {}", record.repository)));
+                        return Err(
+                            Error::usage(text).because(format!("{} and {}", first.repository, record.repository))
+                        );
                     }
                     Some(_) => {}
-                    None => found = Some((record.repository, region)),
+                    None => found = Some((record, region)),
                 },
                 Err(error) => errors.push((region, error)),
             }
         }
-        if let Some((id, _)) = found {
-            return Ok(id);
+        if let Some((record, _)) = found {
+            return Ok(record);
         }
         let all_empty = errors.iter().all(|(_, error)| error.kind() == Kind::NotFound);
         let error = match all_empty {
@@ -120,14 +156,16 @@ impl Repository {
         siblings: &[RegionRecord],
         escape: &[(&str, &[u8])],
     ) -> Result<RepositoryId> {
-        let id = match Self::identify(regions).await {
-            Ok(id) => id,
-            Err(error) if error.kind() == Kind::NotFound => RepositoryId::new(writer.rng.as_ref())?,
+        let record = match Self::identify(regions).await {
+            // A region that is added later gets the same bytes.
+            Ok(record) => record,
+            Err(error) if error.kind() == Kind::NotFound => {
+                RepositoryRecord::new(RepositoryId::new(writer.rng.as_ref())?, writer.clock.now())
+            }
             Err(error) => return Err(error),
         };
-        let record = RepositoryRecord { format: FORMAT, repository: id.clone(), created_at: writer.clock.now() };
         for region in regions.all() {
-            if !matches!(read_record(region).await.1, Ok(found) if found.repository == id) {
+            if !matches!(read_record(region).await.1, Ok(found) if found.repository == record.repository) {
                 put_json(region, layout::REPOSITORY, &record).await?;
             }
             for (name, bytes) in escape {
@@ -140,7 +178,7 @@ impl Repository {
             enroll_at(region, writer).await?;
         }
         // Two inits at once may have won one region each; the loser learns it here, before anything is sealed.
-        Self::identify(regions).await
+        Self::identify(regions).await.map(|record| record.repository)
     }
 
     /// Publishes the writer's public key, create-only, at the write quorum.
@@ -170,24 +208,14 @@ async fn enroll_at(region: &Region, writer: &Writer) -> Result<()> {
 }
 
 fn signer_record(writer: &Writer) -> Result<Vec<u8>> {
-    let public_key = hex::encode(writer.signer.public_key().as_bytes());
-    to_json(&SignerRecord { public_key, host: writer.host.clone() })
+    SignerRecord::encode(&writer.signer, &writer.host)
 }
 
 /// The record of one region.
 pub(super) async fn read_record(region: &Region) -> (RegionName, Result<RepositoryRecord>) {
     let read = async {
         let bytes = region.store.get(layout::REPOSITORY, None).await?;
-        let wrong =
-            |error| Error::damaged(format!("{} of {} is not readable", layout::REPOSITORY, region.name)).because(error);
-        let record: RepositoryRecord = serde_json::from_slice(&bytes).map_err(wrong)?;
-        if record.format != FORMAT {
-            let format = record.format;
-            return Err(Error::failed(format!(
-                "repository format {format} is newer than this drctl, which knows {FORMAT}"
-            )));
-        }
-        Ok(record)
+        RepositoryRecord::parse(&bytes).during(|| format!("read region {}", region.name))
     };
     (region.name.clone(), read.await)
 }

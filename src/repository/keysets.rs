@@ -8,7 +8,7 @@ use bytes::Bytes;
 use tokio::sync::Mutex;
 
 use crate::keys::keyset::Keyset;
-use crate::keys::{KeyHolder, KeyOpener, Opened, Wrap, WrapContext, open_any, wrap_everywhere};
+use crate::keys::{KeyError, KeyHolder, KeyOpener, Opened, Wrap, WrapContext, open_any, wrap_everywhere};
 use crate::model::{Error, HolderId, KeysetId, Kind, RegionName, RepositoryId, Result, ResultExt, Rng, TargetName};
 use crate::repository::fan_out::FanOut;
 use crate::repository::inventory::InventoryLine;
@@ -125,6 +125,20 @@ pub async fn wraps(
     Ok((context, wraps))
 }
 
+/// Every copy of every wrap, also those that other regions hold differently. What a wrap says is proven only by opening
+/// it, so when the first copies fail the others deserve a try.
+async fn all_copies(regions: &Regions, context: &WrapContext) -> Result<Vec<Wrap>> {
+    let mut copies = Vec::new();
+    for region in regions.all() {
+        let Ok(alone) = regions.only(&region.name) else { continue };
+        match wraps(&alone, &context.repository, &context.target, &context.keyset).await {
+            Ok((_, held)) => copies.extend(held.into_iter().filter(|wrap| !copies.contains(wrap)).collect::<Vec<_>>()),
+            Err(error) => tracing::warn!(region = %region.name, %error, "key wraps are not readable"),
+        }
+    }
+    Ok(copies)
+}
+
 /// Opens keysets once and keeps them for the job.
 #[derive(Debug)]
 pub struct KeyRing {
@@ -138,6 +152,11 @@ impl KeyRing {
     /// A ring that asks `openers`.
     pub fn new(repository: RepositoryId, regions: Regions, openers: Vec<Arc<dyn KeyOpener>>) -> Self {
         Self { repository, regions, openers, opened: Mutex::default() }
+    }
+
+    /// The same openers for wraps from `regions` alone.
+    pub fn within(&self, regions: Regions) -> Self {
+        Self::new(self.repository.clone(), regions, self.openers.clone())
     }
 
     /// A keyset's secrets.
@@ -159,10 +178,31 @@ impl KeyRing {
     /// # Errors
     /// As [`open`](Self::open).
     pub async fn try_open(&self, target: &TargetName, id: &KeysetId) -> Result<(Arc<Keyset>, String)> {
-        let (context, wraps) = wraps(&self.regions, &self.repository, target, id).await?;
-        let opened = open_any(&self.openers, &context, &wraps, HOLDER_DEADLINE).await;
+        let (context, mut wraps) = wraps(&self.regions, &self.repository, target, id).await?;
+        let mut opened = open_any(&self.openers, &context, &wraps, HOLDER_DEADLINE).await;
+        if opened.is_err() && self.regions.all().len() > 1 {
+            wraps = all_copies(&self.regions, &context).await?;
+            opened = open_any(&self.openers, &context, &wraps, HOLDER_DEADLINE).await;
+        }
         let Opened { keyset, opened_by, .. } = opened.during(|| format!("open keyset {id} of {target}"))?;
         let key = wraps.iter().find(|wrap| wrap.holder == opened_by).map(|wrap| wrap.key.clone());
         Ok((Arc::new(keyset), key.unwrap_or_else(|| opened_by.to_string())))
+    }
+
+    /// The wraps of a keyset that a holder at hand says are wrong, by holder and reason. Wraps that nobody here may open
+    /// are not judged.
+    ///
+    /// # Errors
+    /// No region answers.
+    pub async fn wrong_wraps(&self, target: &TargetName, id: &KeysetId) -> Result<Vec<(HolderId, String)>> {
+        let (context, wraps) = wraps(&self.regions, &self.repository, target, id).await?;
+        let mut wrong = Vec::new();
+        for wrap in &wraps {
+            let opened = open_any(&self.openers, &context, std::slice::from_ref(wrap), HOLDER_DEADLINE).await;
+            let refusals = opened.err().map(|error| error.refusals).unwrap_or_default();
+            let judged = refusals.into_iter().filter(|refusal| matches!(refusal.error, KeyError::Wrong { .. }));
+            wrong.extend(judged.map(|refusal| (refusal.holder, refusal.error.to_string())));
+        }
+        Ok(wrong)
     }
 }

@@ -19,6 +19,10 @@ pub mod packer;
 pub mod page_map;
 pub mod regions;
 pub mod restore;
+#[cfg(test)]
+pub mod testing;
+#[cfg(test)]
+mod tests;
 pub mod tree;
 pub mod trust;
 pub mod wal_adopt;

@@ -100,8 +100,12 @@ impl Tree {
 
     fn close_if_complete(&mut self, id: FileId) -> Result<Option<CompleteFile>> {
         let complete = self.open.get(&id).is_some_and(|file| {
-            let placed: u64 = file.runs.iter().map(|run| u64::from(run.pages)).sum();
-            file.done.as_ref().is_some_and(|(size, _)| placed >= size.div_ceil(PAGE_SIZE as u64))
+            file.done.as_ref().is_some_and(|(size, _)| {
+                let pages = size.div_ceil(PAGE_SIZE as u64);
+                // Pages beyond the size, read before the file shrank, must not stand in for pages still on their way.
+                let wanted = |run: &Run| u64::from(run.pages).min(pages.saturating_sub(u64::from(run.first_page)));
+                file.runs.iter().map(wanted).sum::<u64>() >= pages
+            })
         });
         let file = complete.then(|| self.open.remove(&id)).flatten();
         file.map(OpenFile::close).transpose()

@@ -9,7 +9,7 @@ use std::sync::{Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
-use crate::codec::sign::{PublicKey, Signature, Signer, split_text};
+use crate::codec::sign::{PublicKey, Signature, Signer, sign_text, split_text};
 use crate::model::{Error, Kind, Result, SignerId};
 use crate::repository::layout;
 use crate::repository::regions::Regions;
@@ -22,6 +22,38 @@ pub struct SignerRecord {
     pub public_key: String,
     /// The host that enrolled it.
     pub host: String,
+}
+
+const CONTEXT: &str = "signer";
+
+impl SignerRecord {
+    /// The object: signed by the key that it publishes, so that no bit of it can change unseen.
+    ///
+    /// # Errors
+    /// None in practice: the record is plain data.
+    pub fn encode(signer: &Signer, host: &str) -> Result<Vec<u8>> {
+        let record = Self { public_key: hex::encode(signer.public_key().as_bytes()), host: host.to_owned() };
+        let mut body = serde_json::to_vec(&record).map_err(|error| Error::failed("encode a signer").because(error))?;
+        body.push(b'\n');
+        Ok(sign_text(signer, CONTEXT, &body)?)
+    }
+
+    /// Reads the object that is named after `id`.
+    ///
+    /// # Errors
+    /// It is not that signer's own record.
+    pub fn decode(id: &SignerId, bytes: &[u8]) -> Result<(Self, PublicKey)> {
+        let wrong = || Error::damaged(format!("the record of signer {id} is not its public key"));
+        let text = split_text(bytes).map_err(|error| wrong().because(error))?;
+        let record: Self = serde_json::from_slice(text.body).map_err(|error| wrong().because(error))?;
+        let key = hex::decode(&record.public_key).map_err(|error| wrong().because(error))?;
+        let key = PublicKey::from_bytes(&key)?;
+        if key.id() != id {
+            return Err(wrong());
+        }
+        text.verify(CONTEXT, &key).map_err(|error| wrong().because(error))?;
+        Ok((record, key))
+    }
 }
 
 /// The signers of a repository.
@@ -63,7 +95,7 @@ impl Trust {
                 continue;
             }
             // The name is the hash of the key: a damaged or forged record fails here and is taken from another region.
-            let read = regions.read(&key, None, |bytes| parse_signer(&id, &bytes)).await;
+            let read = regions.read(&key, None, |bytes| SignerRecord::decode(&id, &bytes).map(|(_, key)| key)).await;
             match read {
                 Ok((public, _)) => {
                     self.lock().insert(id, public);
@@ -119,12 +151,4 @@ impl Trust {
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<SignerId, PublicKey>> {
         self.keys.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-fn parse_signer(id: &SignerId, bytes: &[u8]) -> Result<PublicKey> {
-    let wrong = || Error::damaged(format!("the record of signer {id} is not its public key"));
-    let record: SignerRecord = serde_json::from_slice(bytes).map_err(|error| wrong().because(error))?;
-    let key = hex::decode(&record.public_key).map_err(|error| wrong().because(error))?;
-    let key = PublicKey::from_bytes(&key)?;
-    if key.id() == id { Ok(key) } else { Err(wrong()) }
 }

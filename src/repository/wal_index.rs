@@ -35,7 +35,13 @@ pub struct Run {
     pub first: FrameHeader,
     /// The last frame; END counts.
     pub last: FrameHeader,
+    /// The newest commit time near its end. Older than [`COMMIT_REACH`] frames nothing is looked for.
+    pub last_commit: Option<DateTime<Utc>>,
 }
+
+/// How many frames are looked at for a commit time: END holds none, and neither do the records that an idle server
+/// writes for its standbys.
+const COMMIT_REACH: u64 = 32;
 
 impl Run {
     /// Position of its first byte.
@@ -72,7 +78,7 @@ pub struct WalIndex {
     branch: BranchId,
     /// Epoch → sequence number → regions that list it.
     frames: BTreeMap<EpochId, BTreeMap<u64, BTreeSet<RegionName>>>,
-    /// The size of each frame, where regions differ the larger one: a reader of a cut object must notice.
+    /// The largest size that a region lists: what a header read may ask for.
     sizes: BTreeMap<(EpochId, u64), u64>,
     unreadable: Vec<(RegionName, String)>,
     headers: Mutex<BTreeMap<(EpochId, u64), FrameHeader>>,
@@ -100,8 +106,8 @@ impl WalIndex {
             .all()
             .iter()
             .map(|region| async { (region.name.clone(), list_all(region.store.as_ref(), &prefix).await) });
-        let (frames, sizes) = (BTreeMap::new(), BTreeMap::new());
-        let mut index = Self { branch, frames, sizes, unreadable: Vec::new(), headers: Mutex::default() };
+        let (frames, sizes, unreadable) = (BTreeMap::new(), BTreeMap::new(), Vec::new());
+        let mut index = Self { branch, frames, sizes, unreadable, headers: Mutex::default() };
         for (region, list) in join_all(lists).await {
             match list {
                 Ok(objects) => {
@@ -162,9 +168,13 @@ impl WalIndex {
         }
         let place = self.place(epoch, seq);
         let check = |bytes: Bytes| Frame::header(&bytes, &repository.id, &place, &repository.trust);
-        // A range beyond the end of an object is an error of its own: END frames are smaller than the limit.
-        let size = self.sizes.get(&(epoch.clone(), seq)).copied().unwrap_or(HEADER_LIMIT);
-        let (header, _) = repository.regions.read(&place.key(), Some(0..size.min(HEADER_LIMIT)), check).await?;
+        // A store refuses a range that ends behind the object, and most frames of a quiet server are smaller than that.
+        let size = self.sizes.get(&(epoch.clone(), seq)).map_or(HEADER_LIMIT, |size| HEADER_LIMIT.min(*size));
+        let header = match repository.regions.read(&place.key(), Some(0..size), check).await {
+            Ok((header, _)) => header,
+            // The region that lists the largest size may be the damaged one.
+            Err(_) => repository.regions.read(&place.key(), None, check).await?.0,
+        };
         let mut headers = self.headers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         headers.insert((epoch.clone(), seq), header.clone());
         Ok(header)
@@ -198,7 +208,22 @@ impl WalIndex {
             // A SEAL was written by another owner and says nothing of the WAL before it.
             last = self.header(repository, epoch, last.place.seq - 1).await?;
         }
-        Ok(Run { first, last })
+        let last_commit = self.last_commit(repository, &first, &last).await?;
+        Ok(Run { first, last, last_commit })
+    }
+
+    async fn last_commit(
+        &self,
+        repository: &Repository,
+        first: &FrameHeader,
+        last: &FrameHeader,
+    ) -> Result<Option<DateTime<Utc>>> {
+        let (mut at, mut seq) = (last.span.last_commit, last.place.seq);
+        while at.is_none() && seq > first.place.seq && last.place.seq - seq < COMMIT_REACH {
+            seq -= 1;
+            at = self.header(repository, &first.place.epoch, seq).await?.span.last_commit;
+        }
+        Ok(at)
     }
 
     /// The frame of a run that holds the byte at `at`.
@@ -244,7 +269,7 @@ pub fn windows(runs: &[Run]) -> Vec<Window> {
             end: run.end(),
             last_record: span.last_record,
             last_record_end: span.last_record_end,
-            last_commit: span.last_commit,
+            last_commit: run.last_commit,
             written_at: run.last.written_at,
         };
         match windows.last_mut() {

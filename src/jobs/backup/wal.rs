@@ -1,83 +1,99 @@
 //! The WAL between start and stop of a backup. Without it the pages are not consistent, so COMMIT waits for it.
 
+use std::time::Duration;
+
 use crate::jobs::context::{Context, Target};
-use crate::model::{Branch, Error, Result, ResultExt};
-use crate::pg::replication::{ReplicationClient, WalEvent};
-use crate::pg::wal::{Expect, RecordWalker, magic_of};
-use crate::repository::fan_out::{FanOut, Patience};
+use crate::jobs::wal::position::reaches;
+use crate::jobs::wal::{Position, Receiver, State, control, wait_durable_at};
+use crate::model::{Branch, Error, Kind, Result, ResultExt};
 use crate::repository::wal_frame::EpochKind;
-use crate::repository::wal_log::{Epoch, Log, Marks, store_history};
+use crate::repository::wal_index::{BranchId, WalIndex, windows};
 use crate::source::{Begun, Finished};
 
-/// How the WAL of this backup becomes durable.
+/// As long as a backup waits for its write quorum.
+const LIMIT: Duration = Duration::from_secs(600);
+
+/// Who makes the WAL of this backup durable.
 #[derive(Debug)]
-pub(super) struct WalCover {
-    client: ReplicationClient,
-    slot: String,
+pub(super) enum WalCover {
+    /// A running `drctl wal stream` of the target.
+    Running,
+    /// The backup's own receiver, in an epoch of its own.
+    Own(Box<Receiver>),
 }
 
 impl WalCover {
-    /// Makes the server keep its WAL, before the backup begins.
+    /// Finds or starts a receiver, before the backup begins. From here on the server keeps its WAL for it.
     pub(super) async fn prepare(context: &Context, target: &Target) -> Result<Self> {
-        let conninfo = target.conninfo.clone().with_application_name("drctl backup wal");
-        let mut client = ReplicationClient::connect(&conninfo).await?;
-        let mut random = [0; 4];
-        context.rng.fill(&mut random)?;
-        let slot = format!("{}_backup_{}", target.slot, hex::encode(random));
-        client.create_physical_slot(&slot, true, true).await?;
-        Ok(Self { client, slot })
+        let position = control::position(&target.control_socket, &target.name).await?;
+        let works = |position: &Position| position.state == State::Streaming && position.branch.is_some();
+        if position.as_ref().is_some_and(works) {
+            return Ok(Self::Running);
+        }
+        let receiver = Receiver::start(context, target, EpochKind::Backup).await?;
+        Ok(Self::Own(Box::new(receiver)))
     }
 
-    /// Returns once all WAL from start to stop is durable at the write quorum.
+    /// Returns once all WAL from start to stop is durable at the write quorum: the branch that it is on, and who did it.
     pub(super) async fn secure(
-        mut self,
+        self,
         context: &Context,
         target: &Target,
         begun: &Begun,
         finished: &Finished,
     ) -> Result<(Branch, &'static str)> {
-        let cluster = &begun.cluster;
-        let out = std::sync::Arc::new(FanOut::new(&context.repository.regions, Patience::BACKUP));
-        let branch = match begun.timeline.0 {
-            1 => Branch::root(),
-            _ => {
-                let history = self.client.timeline_history(begun.timeline).await?;
-                store_history(&context.repository, (cluster.system_id, begun.timeline), &history, &out).await?
+        let (position, by) = match self {
+            Self::Running => {
+                let position = wait_durable_at(target, finished.stop_lsn, LIMIT).await?;
+                let gone =
+                    || Error::failed("the WAL receiver went away during the backup").hint("run the backup again");
+                (position.ok_or_else(gone)?, "receiver")
+            }
+            Self::Own(mut receiver) => {
+                receiver.wait_durable(finished.stop_lsn, LIMIT).await?;
+                let position = receiver.position();
+                receiver.stop().await.during(|| "close the backup's WAL epoch")?;
+                (position, "own")
             }
         };
-        let log = Log {
-            target: target.name.clone(),
-            system_id: cluster.system_id,
-            timeline: begun.timeline,
-            branch: branch.clone(),
-            wal_segment_size: cluster.wal_segment_size,
-        };
-        let start = cluster.wal_segment_size.segment_start(begun.start_lsn);
-        let writer = context.writer()?;
-        let mut epoch =
-            Epoch::open(&context.repository, writer, (log, EpochKind::Backup, start), context.levels.wal, out).await?;
-        let mut stream = self.client.start_physical(Some(&self.slot), start, begun.timeline).await?;
-        let expect =
-            Expect { magic: magic_of(cluster.version / 10_000), system_id: Some(cluster.system_id), history: None };
-        let mut walker = RecordWalker::new(start, cluster.wal_segment_size).map_err(walk_error)?.expecting(expect);
-        let (mut wal, mut marks, mut at) = (Vec::new(), Marks::default(), start);
-        while epoch.durable() < finished.stop_lsn {
-            let event = stream.next().await.during(|| "receive WAL")?;
-            let WalEvent::Wal { start, data, .. } = event else { continue };
-            let pushed = walker.push(start, &data, |_| ()).map_err(walk_error)?;
-            marks.first_record = marks.first_record.or(pushed.first);
-            marks.last_record = pushed.last.or(marks.last_record);
-            wal.extend_from_slice(&data);
-            let end = at.0 + wal.len() as u64;
-            if wal.len() >= 4 * 1024 * 1024 || end >= finished.stop_lsn.0 {
-                at = epoch.append(at, std::mem::take(&mut wal), std::mem::take(&mut marks)).await?;
-            }
-        }
-        epoch.close().await?;
-        Ok((branch, "own"))
+        let branch = branch_of(&position, begun)?;
+        check_stored(context, begun, finished, &branch).await?;
+        Ok((branch, by))
     }
 }
 
-fn walk_error(error: crate::pg::wal::WalError) -> Error {
-    Error::from(error).during("read WAL")
+fn branch_of(position: &Position, begun: &Begun) -> Result<Branch> {
+    if position.system_id != Some(begun.cluster.system_id) {
+        let text = "the WAL receiver streams another cluster than the one that is backed up";
+        return Err(Error::failed(text).hint("check the target's conninfo and control_socket"));
+    }
+    let same = position.timeline == Some(begun.timeline);
+    let branch = same.then(|| position.branch.clone()).flatten();
+    branch
+        .ok_or_else(|| Error::failed("the server changed its timeline during the backup").hint("run the backup again"))
+}
+
+/// What the receiver reports is checked against what the regions list: a receiver that began too late, or behind a
+/// gap, would leave a backup that cannot be made consistent.
+async fn check_stored(context: &Context, begun: &Begun, finished: &Finished, branch: &Branch) -> Result<()> {
+    let (system_id, timeline) = (begun.cluster.system_id, begun.timeline);
+    let regions = &context.repository.regions;
+    let index = WalIndex::load(regions, BranchId { system_id, timeline, branch: branch.clone() }).await;
+    let mut covered = 0;
+    for region in regions.all() {
+        let (runs, _) = index.runs(&context.repository, Some(&region.name)).await;
+        let whole = windows(&runs)
+            .iter()
+            .any(|window| window.start <= begun.start_lsn && reaches(window.end, finished.stop_lsn));
+        covered += usize::from(whole);
+    }
+    if covered >= regions.quorum() {
+        return Ok(());
+    }
+    let (start, stop, quorum) = (begun.start_lsn, finished.stop_lsn, regions.quorum());
+    let text = format!("WAL {start} to {stop} of the backup is in {covered} regions, fewer than {quorum}");
+    let unreadable = index.unreadable().iter();
+    let error = unreadable
+        .fold(Error::new(Kind::Unavailable, text), |error, (region, why)| error.because(format!("{region}: {why}")));
+    Err(error.hint("run the backup again; if it stays, see: drctl wal status"))
 }

@@ -7,13 +7,13 @@ use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
 use rustix::fs::{
-    AtFlags, Dir, Mode, OFlags, RenameFlags, chmodat, fstat, fsync, linkat, mkdirat, openat, renameat_with, statat,
-    unlinkat,
+    AtFlags, Dir, Mode, OFlags, RenameFlags, chmodat, fchmod, fstat, fsync, linkat, mkdirat, openat, renameat_with,
+    statat, unlinkat,
 };
 use rustix::io::Errno;
 
 use super::error::Call;
-use super::tree::{DIRECTORY_MODE, Tree, descend, modified, read_at, refusal, set_mode, size};
+use super::tree::{DIRECTORY_MODE, Tree, descend, modified, read_at, refusal, size};
 use crate::store::{Digest, Put, StoreError, name};
 
 /// Holds unfinished writes; `+` stands in no object name.
@@ -64,7 +64,7 @@ impl Tree {
         let mut directory = self.directory(call, "")?;
         let mut reached = String::new();
         for part in path.split('/').filter(|part| !part.is_empty()) {
-            let next = make_and_descend(&directory, part).map_err(|errno| match errno {
+            let (next, made) = make_and_descend(&directory, part).map_err(|errno| match errno {
                 Errno::NOTDIR | Errno::LOOP => {
                     let refused = refusal(call, directory.as_fd(), part, errno);
                     if refused.is_not_found() { call.invalid(&format!("{part} is no directory")) } else { refused }
@@ -73,7 +73,7 @@ impl Tree {
             })?;
             reached.push('/');
             reached.push_str(part);
-            if !self.durable.lock().unwrap_or_else(PoisonError::into_inner).contains(&reached) {
+            if made || !self.durable.lock().unwrap_or_else(PoisonError::into_inner).contains(&reached) {
                 fsync(&directory).map_err(|errno| call.failed(errno))?;
                 self.durable.lock().unwrap_or_else(PoisonError::into_inner).insert(reached.clone());
             }
@@ -83,9 +83,10 @@ impl Tree {
     }
 
     fn write_unfinished(&self, body: &[u8]) -> Result<Unfinished, Errno> {
-        let directory = make_and_descend(&self.root, UNFINISHED)?;
+        let (directory, _) = make_and_descend(&self.root, UNFINISHED)?;
         let (file, unfinished) = self.begin(directory)?;
-        set_mode(&file, OBJECT_MODE)?;
+        // The umask may have taken our own bits too.
+        fchmod(&file, OBJECT_MODE)?;
         let mut file = File::from(file);
         file.write_all(body).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
         fsync(&file)?;
@@ -147,17 +148,18 @@ fn settle(
     Ok(Some(Put::AlreadyThere))
 }
 
-fn make_and_descend(directory: &OwnedFd, part: &str) -> rustix::io::Result<OwnedFd> {
+/// Opens a directory in another, and says whether it had to be made.
+fn make_and_descend(directory: &OwnedFd, part: &str) -> rustix::io::Result<(OwnedFd, bool)> {
     match descend(directory, part) {
         Err(Errno::NOENT) => {}
-        found => return found,
+        found => return Ok((found?, false)),
     }
     match mkdirat(directory, part, DIRECTORY_MODE) {
         Ok(()) => chmodat(directory, part, DIRECTORY_MODE, AtFlags::empty())?,
         Err(Errno::EXIST) => {}
         Err(errno) => return Err(errno),
     }
-    descend(directory, part)
+    Ok((descend(directory, part)?, true))
 }
 
 /// Removes abandoned files. Their age is told by the file system's own clock, on a file written just now: a remote one

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat, fchmod, fstat, fsync, open, openat, statat, unlinkat};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat, fstat, fsync, open, openat, statat, unlinkat};
 use rustix::io::Errno;
 
 use super::error::Call;
@@ -163,11 +163,6 @@ pub(super) fn read_at(file: &File, start: u64, length: u64) -> std::io::Result<V
     }
     body.truncate(filled);
     Ok(body)
-}
-
-/// Sets the mode whatever the umask took from it.
-pub(super) fn set_mode(file: impl AsFd, mode: Mode) -> rustix::io::Result<()> {
-    fchmod(file, mode)
 }
 
 pub(super) fn size(stat: &Stat) -> u64 {

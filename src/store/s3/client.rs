@@ -1,8 +1,8 @@
 //! How the SDK's client is set up: one attempt, own timeouts, signatures over the whole body.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
-use std::{fmt, mem};
 
 use aws_config::BehaviorVersion;
 use aws_config::profile::ProfileFileCredentialsProvider;
@@ -111,7 +111,7 @@ impl aws_smithy_async::time::TimeSource for SigningClock {
 
 /// Builds the client and proves that there are credentials.
 pub(super) async fn connect(options: &S3Options, address: &str, clock: Arc<dyn Clock>) -> Result<Client, StoreError> {
-    let mut base = Builder::new()
+    let base = Builder::new()
         .behavior_version(BehaviorVersion::latest())
         .force_path_style(options.path_style)
         .time_source(SigningClock(clock))
@@ -137,8 +137,9 @@ pub(super) async fn connect(options: &S3Options, address: &str, clock: Arc<dyn C
         address: address.to_owned(),
         reason: "no AWS region is configured".to_owned(),
     })?;
+    let mut base = base.region(region);
     base.set_endpoint_url(options.endpoint.clone());
-    Ok(Client::from_conf(mem::take(&mut base).region(region).credentials_provider(provider).build()))
+    Ok(Client::from_conf(base.credentials_provider(provider).build()))
 }
 
 fn timeouts(options: &S3Options) -> TimeoutConfig {

@@ -38,6 +38,7 @@ pub struct S3Store {
     root: String,
     address: String,
     options: S3Options,
+    clock: Arc<dyn Clock>,
     rng: Arc<dyn Rng>,
     proven: OnceCell<Capabilities>,
 }
@@ -63,9 +64,9 @@ impl S3Store {
         if trimmed.len() > name::MAX_NAME - 1 || trimmed.split('/').any(|part| matches!(part, "." | "..")) {
             return Err(StoreError::Invalid { address, reason: "the prefix is too long or has a dot part".to_owned() });
         }
-        let client = client::connect(&options, &address, clock).await?;
+        let client = client::connect(&options, &address, Arc::clone(&clock)).await?;
         let bucket = options.bucket.clone();
-        Ok(Self { client, bucket, root, address, options, rng, proven: OnceCell::new() })
+        Ok(Self { client, bucket, root, address, options, clock, rng, proven: OnceCell::new() })
     }
 
     fn call<'a>(&'a self, operation: &'static str, key: &'a str) -> Call<'a> {
@@ -105,6 +106,11 @@ impl ObjectStore for S3Store {
     async fn put(&self, key: &str, body: Bytes, digest: Digest, options: &PutOptions) -> Result<Put, StoreError> {
         name::check(&self.address, key)?;
         let proven = self.probe().await?;
+        if options.retain_until.is_some() && !proven.retention {
+            // Some servers take the lock's headers, answer 200 and lock nothing.
+            let reason = "a lock is asked for, and the bucket has no object lock or these credentials may not see it";
+            return Err(self.call("put", key).invalid(reason));
+        }
         if !proven.create_only
             && let Some(put) = self.look_before_put(key, digest, &body).await?
         {

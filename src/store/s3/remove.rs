@@ -60,7 +60,6 @@ impl S3Store {
         let request = self.client.head_object().bucket(&self.bucket).key(self.full(key)).version_id(version);
         let Ok(head) = request.send().await else { return false };
         let held = head.object_lock_legal_hold_status().is_some_and(|status| status.as_str() == "ON");
-        // The server's clock decides, and it has just told its time by refusing: any lock date still shown counts.
-        held || head.object_lock_retain_until_date().and_then(time).is_some()
+        held || head.object_lock_retain_until_date().and_then(time).is_some_and(|until| until > self.clock.now())
     }
 }

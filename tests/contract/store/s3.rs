@@ -56,6 +56,14 @@ async fn a_server_that_ignores_the_condition_is_refused() {
 }
 
 #[tokio::test]
+async fn a_server_that_ignores_the_condition_where_versions_are_kept_is_refused() {
+    let server = Server::rgw();
+    server.make_bucket(true).await;
+    let refused = connect(server.options()).await.probe().await.unwrap_err();
+    assert!(matches!(refused, StoreError::Invalid { .. }), "{refused}");
+}
+
+#[tokio::test]
 async fn a_single_writer_may_use_it_and_is_protected_from_itself() {
     let server = unconditional().await;
     server.make_bucket(false).await;
@@ -232,7 +240,9 @@ async fn a_body_that_stops_in_the_middle_is_truncated_or_late() {
 async fn a_locked_object_is_retained() {
     on_both(|server| async move {
         server.make_bucket(true).await;
-        let store = connect(server.options()).await;
+        // RGW 16 does not honour the condition in a bucket with versions, and a lock needs versions.
+        let single_writer = server.endpoint == Server::rgw().endpoint;
+        let store = connect(S3Options { single_writer, ..server.options() }).await;
         let proven = store.probe().await.unwrap();
         assert!(proven.versions && proven.retention, "{proven:?}");
         let until = Utc::now() + TimeDelta::minutes(10);

@@ -1,0 +1,363 @@
+//! A small repository in memory, with regions that can be made to fail, for the tests of this floor and of the jobs.
+
+use std::collections::BTreeSet;
+use std::io::Write as _;
+use std::ops::Range;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use chrono::{DateTime, TimeDelta, Utc};
+
+use crate::codec::SystemRng;
+use crate::codec::sign::Signer;
+use crate::keys::{AgeHolder, AgeOpener, generate_identity};
+use crate::model::commit::WalNeed;
+use crate::model::pages::{BATCH_PAGES, Batch, FileId, PAGE_SIZE, Piece};
+use crate::model::{Branch, Clock, Lsn, SystemId, Timeline, WalSegmentSize};
+use crate::repository::backup_writer::{BackupOptions, BackupWriter, Written};
+use crate::repository::fan_out::{FanOut, Patience};
+use crate::repository::handle::{RegionRecord, Repository, Writer};
+use crate::repository::keysets::{Holders, KeyRing};
+use crate::repository::manifest::Line;
+use crate::repository::regions::{Region, Regions};
+use crate::repository::wal_frame::EpochKind;
+use crate::repository::wal_log::{Epoch, Log, Marks};
+use crate::store::dir::DirStore;
+use crate::store::memory::MemoryStore;
+use crate::store::{
+    Capabilities, Depth, Digest, ListPage, ListToken, ObjectInfo, ObjectStore, Put, PutOptions, StoreError,
+};
+
+/// Time that stands still unless it is moved.
+#[derive(Debug)]
+pub struct TestClock(AtomicI64);
+
+impl TestClock {
+    /// A clock that shows a fixed day.
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self(AtomicI64::new(1_795_000_000)))
+    }
+
+    /// Moves it.
+    pub fn advance(&self, seconds: i64) {
+        self.0.fetch_add(seconds, Ordering::Relaxed);
+    }
+}
+
+impl Clock for TestClock {
+    fn now(&self) -> DateTime<Utc> {
+        DateTime::UNIX_EPOCH + TimeDelta::seconds(self.0.load(Ordering::Relaxed))
+    }
+
+    fn monotonic(&self) -> Duration {
+        Duration::ZERO
+    }
+}
+
+/// What a region does instead of its work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// Nothing.
+    None,
+    /// Answers that it is not available.
+    Fail,
+    /// Refuses for good.
+    Deny,
+    /// Never answers.
+    Hang,
+    /// Takes its time.
+    Slow(Duration),
+}
+
+/// A store with a fault that can be switched.
+#[derive(Debug)]
+pub struct FaultyStore {
+    inner: Arc<dyn ObjectStore>,
+    fault: Mutex<Fault>,
+}
+
+impl FaultyStore {
+    /// Switches the fault.
+    pub fn set(&self, fault: Fault) {
+        *self.fault.lock().unwrap() = fault;
+    }
+
+    /// Replaces the bytes of an object, as a rotten disk does.
+    pub async fn damage(&self, key: &str, bytes: Vec<u8>) {
+        let _gone = self.inner.delete(key).await;
+        let digest = Digest::of(&bytes);
+        self.inner.put(key, bytes.into(), digest, &PutOptions::default()).await.unwrap();
+    }
+
+    /// All names, with their bytes.
+    pub async fn contents(&self) -> Vec<(String, Bytes)> {
+        let mut contents = Vec::new();
+        for object in crate::repository::regions::list_all(self.inner.as_ref(), "").await.unwrap() {
+            contents.push((object.key.clone(), self.inner.get(&object.key, None).await.unwrap()));
+        }
+        contents
+    }
+
+    async fn pass(&self, operation: &'static str, key: &str) -> Result<(), StoreError> {
+        let fault = *self.fault.lock().unwrap();
+        let (key, address, reason) = (key.to_owned(), self.address(), "switched off".to_owned());
+        match fault {
+            Fault::None => Ok(()),
+            Fault::Fail => Err(StoreError::Unavailable { operation, key, address, reason }),
+            Fault::Deny => Err(StoreError::Denied { operation, key, address, reason }),
+            Fault::Hang => std::future::pending().await,
+            Fault::Slow(time) => {
+                tokio::time::sleep(time).await;
+                Ok(())
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl ObjectStore for FaultyStore {
+    fn address(&self) -> String {
+        self.inner.address()
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        self.inner.capabilities()
+    }
+
+    async fn probe(&self) -> Result<Capabilities, StoreError> {
+        self.inner.probe().await
+    }
+
+    async fn put(&self, key: &str, body: Bytes, digest: Digest, options: &PutOptions) -> Result<Put, StoreError> {
+        self.pass("put", key).await?;
+        self.inner.put(key, body, digest, options).await
+    }
+
+    async fn head(&self, key: &str) -> Result<ObjectInfo, StoreError> {
+        self.pass("head", key).await?;
+        self.inner.head(key).await
+    }
+
+    async fn get(&self, key: &str, range: Option<Range<u64>>) -> Result<Bytes, StoreError> {
+        self.pass("get", key).await?;
+        self.inner.get(key, range).await
+    }
+
+    async fn list(&self, prefix: &str, depth: Depth, after: Option<&ListToken>) -> Result<ListPage, StoreError> {
+        self.pass("list", prefix).await?;
+        self.inner.list(prefix, depth, after).await
+    }
+
+    async fn server_time(&self) -> Result<Option<DateTime<Utc>>, StoreError> {
+        self.inner.server_time().await
+    }
+
+    async fn delete(&self, key: &str) -> Result<(), StoreError> {
+        self.pass("delete", key).await?;
+        self.inner.delete(key).await
+    }
+}
+
+/// A repository with one age holder.
+#[derive(Debug)]
+pub struct Fixture {
+    /// Its regions' stores, in order: `a`, `b`, …
+    pub stores: Vec<Arc<FaultyStore>>,
+    /// The repository.
+    pub repository: Repository,
+    /// Its writer.
+    pub writer: Writer,
+    /// Opens what the writer sealed.
+    pub ring: Arc<KeyRing>,
+    /// The writer's clock.
+    pub clock: Arc<TestClock>,
+    /// The holder's identity, and directories.
+    pub files: tempfile::TempDir,
+}
+
+/// A file of a made-up source.
+#[derive(Debug, Clone)]
+pub struct Made {
+    /// Its path.
+    pub path: String,
+    /// Its bytes.
+    pub bytes: Vec<u8>,
+}
+
+impl Made {
+    /// A file of these bytes.
+    pub fn new(path: &str, bytes: Vec<u8>) -> Self {
+        Self { path: path.to_owned(), bytes }
+    }
+}
+
+impl Fixture {
+    /// `count` regions in memory.
+    pub async fn memory(count: usize, quorum: usize) -> Self {
+        let clock = TestClock::new();
+        let inner = (0..count).map(|at| {
+            Arc::new(MemoryStore::new(&at.to_string(), Arc::clone(&clock) as Arc<dyn Clock>)) as Arc<dyn ObjectStore>
+        });
+        Self::over(inner.collect(), quorum, clock, tempfile::tempdir().unwrap()).await
+    }
+
+    /// `count` regions in directories.
+    pub async fn directories(count: usize, quorum: usize) -> Self {
+        let files = tempfile::tempdir().unwrap();
+        let mut inner: Vec<Arc<dyn ObjectStore>> = Vec::new();
+        for at in 0..count {
+            inner.push(Arc::new(DirStore::create(&files.path().join(at.to_string())).await.unwrap()));
+        }
+        Self::over(inner, quorum, TestClock::new(), files).await
+    }
+
+    async fn over(
+        inner: Vec<Arc<dyn ObjectStore>>,
+        quorum: usize,
+        clock: Arc<TestClock>,
+        files: tempfile::TempDir,
+    ) -> Self {
+        let wrap = |inner| Arc::new(FaultyStore { inner, fault: Mutex::new(Fault::None) });
+        let stores: Vec<_> = inner.into_iter().map(wrap).collect();
+        let (identity, recipient) = generate_identity(clock.now());
+        let path = files.path().join("age.txt");
+        let mut options = std::fs::OpenOptions::new();
+        options.write(true).create_new(true).mode(0o600).open(&path).unwrap().write_all(identity.as_bytes()).unwrap();
+        let writer = Writer {
+            signer: Arc::new(Signer::generate(&SystemRng).unwrap()),
+            holders: Holders { list: vec![Arc::new(AgeHolder::new(&recipient).unwrap())], min_wraps: 1 },
+            clock: Arc::clone(&clock) as Arc<dyn Clock>,
+            rng: Arc::new(SystemRng),
+            host: "here".to_owned(),
+        };
+        let regions = regions_of(&stores, quorum);
+        let sibling = RegionRecord {
+            name: "a".parse().unwrap(),
+            url: "memory:a".to_owned(),
+            endpoint: None,
+            aws_region: None,
+            path_style: false,
+        };
+        Repository::init(&regions, &writer, &[sibling], &[("readme.md", b"how to")]).await.unwrap();
+        let repository = Repository::open(regions, BTreeSet::new()).await.unwrap();
+        let opener = Arc::new(AgeOpener::from_files(&[path]).unwrap());
+        let ring = KeyRing::new(repository.id.clone(), repository.regions.clone(), vec![opener]);
+        Self { stores, repository, writer, ring: Arc::new(ring), clock, files }
+    }
+
+    /// The same regions opened anew, by a process that remembers nothing.
+    pub async fn reopen(&self) -> crate::model::Result<Repository> {
+        Repository::open(regions_of(&self.stores, self.repository.regions.quorum()), BTreeSet::new()).await
+    }
+
+    /// Writes a backup of made-up files.
+    pub async fn backup(&self, files: &[Made], wal: Option<WalNeed>) -> Written {
+        let mut writer = BackupWriter::begin(&self.repository, &self.writer, options()).await.unwrap();
+        send(&mut writer, files).await;
+        writer.flush().await.unwrap();
+        writer.commit(wal).await.unwrap()
+    }
+
+    /// Writes an epoch whose frames hold `lengths` bytes each; END too if `close`.
+    pub async fn epoch(&self, start: u64, lengths: &[usize], close: bool) {
+        let out = Arc::new(FanOut::new(&self.repository.regions, Patience::WAL));
+        let opening = (log(), EpochKind::Stream, Lsn(start));
+        let mut epoch = Epoch::open(&self.repository, &self.writer, opening, 1, Arc::clone(&out)).await.unwrap();
+        let mut at = start;
+        for length in lengths {
+            let end = at + *length as u64;
+            let time = self.clock.now();
+            let marks = Marks {
+                first_record: Some(Lsn(at)),
+                last_record: Some((Lsn(at), Lsn(end))),
+                commits: Some((time, time)),
+            };
+            epoch.append(Lsn(at), (at..end).map(|at| at as u8).collect(), marks).await.unwrap();
+            at = end;
+        }
+        if close {
+            epoch.close().await.unwrap();
+        } else {
+            drop(epoch);
+        }
+        Arc::into_inner(out).unwrap().drain().await;
+    }
+}
+
+fn regions_of(stores: &[Arc<FaultyStore>], quorum: usize) -> Regions {
+    let region = |(at, store): (usize, &Arc<FaultyStore>)| {
+        let name = char::from(b'a' + at as u8).to_string().parse().unwrap();
+        Region { name, store: Arc::clone(store) as Arc<dyn ObjectStore> }
+    };
+    Regions::new(stores.iter().enumerate().map(region).collect(), quorum, quorum).unwrap()
+}
+
+/// How the fixture's backups are written.
+pub fn options() -> BackupOptions {
+    BackupOptions {
+        target: "ledger".parse().unwrap(),
+        source: "postgres",
+        method: "local".to_owned(),
+        level: 1,
+        workers: 2,
+        page_checksums: true,
+    }
+}
+
+/// The log of the fixture's epochs.
+pub fn log() -> Log {
+    Log {
+        target: "ledger".parse().unwrap(),
+        system_id: SystemId(7),
+        timeline: Timeline::FIRST,
+        branch: Branch::root(),
+        wal_segment_size: WalSegmentSize::DEFAULT,
+    }
+}
+
+/// A need for `[start, stop)` of the fixture's log.
+pub fn need(start: u64, stop: u64) -> WalNeed {
+    WalNeed {
+        system_id: SystemId(7),
+        timeline: Timeline::FIRST,
+        branch: Branch::root(),
+        start_lsn: Lsn(start),
+        stop_lsn: Lsn(stop),
+        wal_segment_size: WalSegmentSize::DEFAULT,
+        server_version: 170_000,
+    }
+}
+
+/// Hands made-up files to a backup as a source does: small files share batches, large ones send their own.
+pub async fn send(writer: &mut BackupWriter, files: &[Made]) {
+    writer.line(&Line::Directory { path: "base".into(), mode: 0o700 }).await.unwrap();
+    let mut shared = Batch { pieces: Vec::new(), data: Vec::new() };
+    for (number, file) in files.iter().enumerate() {
+        let id = FileId(number as u32);
+        writer.file(id, file.path.clone(), 0o600).unwrap();
+        let mut data = file.bytes.clone();
+        data.resize(data.len().next_multiple_of(PAGE_SIZE), 0);
+        if data.len() >= 64 * PAGE_SIZE {
+            for (at, pages) in data.chunks(BATCH_PAGES * PAGE_SIZE).enumerate() {
+                let first_page = (at * BATCH_PAGES) as u32;
+                let piece = Piece { file: id, first_page, pages: (pages.len() / PAGE_SIZE) as u32 };
+                writer.batch(Batch { pieces: vec![piece], data: pages.to_vec() }).await.unwrap();
+            }
+        } else if !data.is_empty() {
+            if (shared.data.len() + data.len()) / PAGE_SIZE > BATCH_PAGES {
+                let full = std::mem::replace(&mut shared, Batch { pieces: Vec::new(), data: Vec::new() });
+                writer.batch(full).await.unwrap();
+            }
+            shared.pieces.push(Piece { file: id, first_page: 0, pages: (data.len() / PAGE_SIZE) as u32 });
+            shared.data.extend_from_slice(&data);
+        }
+        writer.file_done(id, file.bytes.len() as u64, Vec::new()).await.unwrap();
+    }
+    if !shared.data.is_empty() {
+        writer.batch(shared).await.unwrap();
+    }
+}

@@ -1,4 +1,4 @@
-//! What drctl is for, told from outside: the built binary, real clusters, real regions.
+//! What drctl is for, told from outside: the built binary, real clusters, real regions, and what is left when they fail.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -12,3 +12,7 @@ mod support;
 
 mod check;
 mod escape;
+mod keyholders;
+mod regions;
+mod rig3;
+mod wal;

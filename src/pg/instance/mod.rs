@@ -15,6 +15,7 @@ use tokio::process::Child;
 
 use self::postmaster::PidFile;
 use crate::model::Error;
+use crate::pg::control::{self, ControlFile, State};
 
 pub use self::binaries::{PgBinaries, User};
 pub use self::postmaster::{Postmaster, Readiness, postmaster_of};
@@ -248,7 +249,18 @@ impl Instance {
         }
         // The file may be half written, or one that an earlier server left behind, which names another process.
         let file = PidFile::read(&self.options.data_dir).ok().flatten().filter(|file| file.pid == self.pid());
-        Ok(file.map_or(Readiness::Starting, |file| file.readiness))
+        Ok(match file.map_or(Readiness::Starting, |file| file.readiness) {
+            Readiness::Ready if !self.in_production() => Readiness::Standby,
+            readiness => readiness,
+        })
+    }
+
+    /// A server that lets read-only connections in while it replays says `ready` in `postmaster.pid` like one that has
+    /// ended recovery; only the control file tells the two apart. One that is torn says so at the next look.
+    fn in_production(&self) -> bool {
+        let bytes = std::fs::read(self.options.data_dir.join(control::PATH));
+        let control = bytes.ok().and_then(|bytes| ControlFile::parse(&bytes).ok());
+        control.is_some_and(|control| control.state == State::InProduction)
     }
 
     /// Waits until the server accepts connections, read-only ones included.

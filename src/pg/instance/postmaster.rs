@@ -12,9 +12,9 @@ use super::InstanceError;
 pub enum Readiness {
     /// It does not accept connections yet: it starts, or replays and is not consistent.
     Starting,
-    /// It replays, and accepts read-only connections.
+    /// It replays, and accepts read-only connections unless `hot_standby` is off.
     Standby,
-    /// It accepts connections.
+    /// It accepts connections, and recovery is over.
     Ready,
     /// It shuts down, or was stopped.
     Stopping,

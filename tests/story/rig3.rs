@@ -50,7 +50,8 @@ pub struct Site {
     pub s3_url: String,
     kms: Endpoint,
     key_name: String,
-    key: String,
+    /// The ARN of its key.
+    pub key: String,
 }
 
 impl Site {

@@ -1,4 +1,4 @@
-//! Whole stories: the built binary, real servers, and what is left when they go wrong.
+//! What drctl is for, told from outside: the built binary, real clusters, real regions, and what is left when they fail.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -10,6 +10,9 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod check;
+mod escape;
 mod keyholders;
 mod regions;
 mod rig3;
+mod wal;

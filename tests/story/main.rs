@@ -1,1 +1,13 @@
-//! To be furnished.
+//! What drctl is for, told from outside: the built binary, real clusters, real regions.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::disallowed_methods,
+    reason = "a test fails by panicking, and runs on real time and real files"
+)]
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod memory;

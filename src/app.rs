@@ -98,7 +98,9 @@ pub async fn regions(settings: &Settings, role: Role, world: &World) -> Result<R
         };
         list.push(Region { name, store });
     }
-    Regions::new(list, settings.repository.write_quorum, settings.repository.lowest_quorum())
+    let repository = &settings.repository;
+    let regions = Regions::new(list, repository.write_quorum, repository.lowest_quorum())?;
+    Ok(regions.detached_after(repository.detach_after))
 }
 
 /// The wrappers around a store, in their order.
@@ -302,7 +304,7 @@ fn s3_options(s3: &S3Settings, role: Role) -> Result<S3Options> {
         path_style: s3.path_style,
         credentials: resolve(access_of(s3, role))?,
         checksum,
-        attempt_timeout: Duration::from_secs(20),
+        attempt_timeout: s3.timeout,
         single_writer: s3.single_writer,
         ..S3Options::new(s3.bucket.bucket.clone())
     })

@@ -97,7 +97,11 @@ def unpack(payload):
 class Region:
     def __init__(self, root, arguments):
         self.root = root
-        self.repository = json.loads(self.read("drctl.json"))["repository"]
+        record = json.loads(self.read("drctl.json"))
+        created_at = record["created_at"].replace("Z", "+00:00")
+        if sha256(("%(format)d %(repository)s " % record + created_at).encode()) != record["sha256"]:
+            raise Damaged("drctl.json is damaged; its digest does not fit")
+        self.repository = record["repository"]
         self.trusted = set(arguments.trust_signer)
         self.identities = arguments.age_identity
         self.secrets_dir = arguments.secrets
@@ -119,7 +123,8 @@ class Region:
         """Accepts a signature of a signer that counts."""
         if self.trusted and signer not in self.trusted:
             raise Damaged("%s is signed by %s, which is not trusted" % (context, signer))
-        public = bytes.fromhex(json.loads(self.read("signers/" + signer))["public_key"])
+        # The name is the hash of the key, so its own signature, which follows, adds nothing here.
+        public = bytes.fromhex(json.loads(self.read("signers/" + signer).splitlines()[0])["public_key"])
         if sha256(public)[:32] != signer:
             raise Damaged("the record of signer %s is not its public key" % signer)
         signed = ("%s\n%s\n" % (domain, context)).encode() + message

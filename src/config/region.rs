@@ -1,11 +1,15 @@
 //! `[regions.NAME]`.
 
 use std::path::Path;
+use std::time::Duration;
 
 use crate::config::file::Section;
 use crate::config::place::Place;
 use crate::config::settings::{AwsAccess, Checksum, Credentials, KmsKey, Region, S3Settings, Store};
 use crate::model::{Error, RegionName, Result};
+
+/// An object of 16 MiB passes within it at 7 Mbit/s.
+pub(super) const DEFAULT_TIMEOUT: Duration = Duration::from_secs(20);
 
 pub(super) fn region(name: &str, section: &Section<'_>, directory: &Path) -> Result<Region> {
     let name: RegionName = name.parse().map_err(|error| section.wrong_here(&error))?;
@@ -18,6 +22,7 @@ pub(super) fn region(name: &str, section: &Section<'_>, directory: &Path) -> Res
         "checksum",
         &[("when-supported", Checksum::WhenSupported), ("when-required", Checksum::WhenRequired)],
     )?;
+    let timeout = section.interval("timeout")?;
     let roles = section.section("credentials")?;
     let credentials = credentials(&roles)?;
     let kms = kms(&section.section("kms")?, aws_region.as_deref())?;
@@ -31,6 +36,7 @@ pub(super) fn region(name: &str, section: &Section<'_>, directory: &Path) -> Res
             path_style: path_style.unwrap_or(false),
             single_writer: single_writer.unwrap_or(false),
             checksum: checksum.unwrap_or(Checksum::WhenSupported),
+            timeout: timeout.unwrap_or(DEFAULT_TIMEOUT),
             credentials,
         })),
         Place::Directory(path) => {
@@ -40,6 +46,7 @@ pub(super) fn region(name: &str, section: &Section<'_>, directory: &Path) -> Res
                 ("path_style", path_style.is_some()),
                 ("single_writer", single_writer.is_some()),
                 ("checksum", checksum.is_some()),
+                ("timeout", timeout.is_some()),
                 ("credentials", roles.is_present()),
             ];
             if let Some((key, _)) = meaningless.into_iter().find(|(_, present)| *present) {

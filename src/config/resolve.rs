@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use crate::config::file::{Document, Section};
 use crate::config::place::Place;
-use crate::config::region::{chain_for_all, checked_endpoint, region};
+use crate::config::region::{DEFAULT_TIMEOUT, chain_for_all, checked_endpoint, region};
 use crate::config::secret::Secret;
 use crate::config::settings::{
     Checksum, CompressionLevels, Degrade, OfflineKey, Openers, Region, Repository, S3Settings, Settings, Store,
@@ -95,6 +95,7 @@ impl Settings {
             signers: Vec::new(),
             state_dir: PathBuf::from(DEFAULT_STATE_DIR),
             min_wraps: default_min_wraps(&regions),
+            detach_after: None,
             compression_level: CompressionLevels { pages: 3, dumps: 3, wal: 1 },
         };
         let openers = Openers::default();
@@ -112,6 +113,7 @@ fn adhoc_region(number: usize, repo: &RepoArg, directory: &Path) -> Result<Regio
             path_style: *path_style,
             single_writer: false,
             checksum: Checksum::WhenSupported,
+            timeout: DEFAULT_TIMEOUT,
             credentials: chain_for_all(),
         })),
         Place::Directory(_) if endpoint.is_some() || aws_region.is_some() || *path_style => {
@@ -161,6 +163,7 @@ fn repository(section: &Section<'_>, regions: &[Region]) -> Result<Repository> {
             .collect::<Result<_>>()
             .map_err(|error| section.wrong("signers", &error))?,
         state_dir: section.path("state_dir")?.unwrap_or_else(|| PathBuf::from(DEFAULT_STATE_DIR)),
+        detach_after: section.interval("detach_after")?,
         min_wraps: section.integer("min_wraps", 1..=100)?.map_or_else(|| default_min_wraps(regions), to_usize),
         compression_level: compression_levels(&section.section("compression_level")?)?,
     };

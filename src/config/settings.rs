@@ -95,6 +95,9 @@ pub struct Repository {
     pub state_dir: PathBuf,
     /// Wraps of every keyset that must remain when any one region is lost.
     pub min_wraps: usize,
+    /// How long a region may lag behind the quorum before a job goes on without it; `None` leaves it to the job.
+    #[serde(serialize_with = "show::optional_duration", skip_serializing_if = "Option::is_none")]
+    pub detach_after: Option<Duration>,
     /// zstd levels.
     pub compression_level: CompressionLevels,
 }
@@ -219,6 +222,9 @@ pub struct S3Settings {
     pub single_writer: bool,
     /// When request checksums are sent.
     pub checksum: Checksum,
+    /// The longest that one request may take, its body included.
+    #[serde(serialize_with = "show::duration")]
+    pub timeout: Duration,
     /// Who we are, per role.
     #[serde(skip_serializing_if = "Credentials::is_chain")]
     pub credentials: Credentials,

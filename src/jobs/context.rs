@@ -85,6 +85,13 @@ pub struct Objectives {
     pub rto_failover: Option<Duration>,
 }
 
+impl Target {
+    /// What the WAL receiver of this target calls itself to the server; `synchronous_standby_names` may name it.
+    pub fn receiver_name(&self) -> String {
+        format!("drctl wal {}", self.name)
+    }
+}
+
 impl Context {
     /// A target by name.
     ///

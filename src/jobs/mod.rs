@@ -7,6 +7,15 @@ pub mod backup;
 pub mod check;
 pub mod context;
 pub mod init;
+pub mod list;
+pub mod repair;
+pub mod restore;
+pub mod show;
+pub mod status;
+pub mod verify;
 pub mod wal;
+
+#[cfg(test)]
+mod tests;
 
 pub use context::{Context, Levels, Objectives, Target};

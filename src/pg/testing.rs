@@ -80,6 +80,7 @@ impl Cluster {
             settings,
             log_file: self.path("log"),
             as_user: self.user,
+            listens: false,
         }
     }
 

@@ -330,7 +330,8 @@ pub fn commit_context(repository: &RepositoryId, id: &BackupId) -> String {
     format!("commit {repository} {id}")
 }
 
-fn intent_context(repository: &RepositoryId, id: &BackupId) -> String {
+/// What an intent's signature is bound to.
+pub fn intent_context(repository: &RepositoryId, id: &BackupId) -> String {
     format!("intent {repository} {id}")
 }
 

@@ -87,7 +87,7 @@ enum Delivery {
 }
 
 impl FanOut {
-    /// Lanes to all `regions`.
+    /// Lanes to all `regions`. What the configuration says of laggards goes before the job's own patience.
     pub fn new(regions: &Regions, patience: Patience) -> Self {
         let lane = |region: &Region| {
             Arc::new(Lane {
@@ -102,6 +102,7 @@ impl FanOut {
             })
         };
         let lanes = regions.all().iter().map(lane).collect();
+        let patience = Patience { laggard: regions.detach_after().unwrap_or(patience.laggard), ..patience };
         let (cancelled, _) = watch::channel(false);
         Self { lanes, quorum: regions.quorum(), patience, tasks: TaskTracker::new(), cancelled }
     }

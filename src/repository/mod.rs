@@ -14,14 +14,19 @@ pub mod inventory;
 pub mod keysets;
 pub mod layout;
 pub mod manifest;
+pub mod mend;
 pub mod pack;
 pub mod packer;
 pub mod page_map;
 pub mod regions;
 pub mod restore;
+pub mod scrub;
+pub mod survey;
 #[cfg(test)]
+#[allow(clippy::cast_possible_truncation, reason = "made-up data is small")]
 pub mod testing;
 #[cfg(test)]
+#[allow(clippy::cast_possible_truncation, reason = "made-up data is small")]
 mod tests;
 pub mod tree;
 pub mod trust;
@@ -29,6 +34,7 @@ pub mod wal_adopt;
 pub mod wal_frame;
 pub mod wal_index;
 pub mod wal_log;
+pub mod wal_reader;
 
 /// The version of the repository format that this program writes and reads.
 pub const FORMAT: u32 = 1;

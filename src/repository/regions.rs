@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::join_all;
@@ -27,6 +28,7 @@ pub struct Regions {
     list: Vec<Region>,
     quorum: usize,
     lowest: usize,
+    detach_after: Option<Duration>,
     trouble: Arc<Trouble>,
 }
 
@@ -70,7 +72,17 @@ impl Regions {
                 "a write quorum of {quorum} (lowest {lowest}) does not fit {count} regions"
             )));
         }
-        Ok(Self { list, quorum, lowest, trouble: Arc::default() })
+        Ok(Self { list, quorum, lowest, detach_after: None, trouble: Arc::default() })
+    }
+
+    /// The same regions, with the time after which writes go on without one that lags behind the quorum.
+    pub fn detached_after(self, detach_after: Option<Duration>) -> Self {
+        Self { detach_after, ..self }
+    }
+
+    /// How long a region may lag behind the quorum, if the configuration says.
+    pub const fn detach_after(&self) -> Option<Duration> {
+        self.detach_after
     }
 
     /// All of them, in order.
@@ -112,7 +124,7 @@ impl Regions {
     /// Only these regions; reads go nowhere else.
     pub fn only(&self, name: &RegionName) -> Result<Self> {
         let region = self.named(name)?.clone();
-        Ok(Self { list: vec![region], quorum: 1, lowest: 1, trouble: Arc::clone(&self.trouble) })
+        Ok(Self { list: vec![region], quorum: 1, lowest: 1, ..self.clone() })
     }
 
     /// What went wrong so far, each object of a region once.

@@ -25,7 +25,7 @@ use crate::repository::keysets::{Holders, KeyRing};
 use crate::repository::manifest::Line;
 use crate::repository::regions::{Region, Regions};
 use crate::repository::wal_frame::EpochKind;
-use crate::repository::wal_log::{Epoch, Log, Marks};
+use crate::repository::wal_log::{Epoch, Log, Marks, store_history};
 use crate::store::dir::DirStore;
 use crate::store::memory::MemoryStore;
 use crate::store::{
@@ -91,6 +91,11 @@ impl FaultyStore {
         let _gone = self.inner.delete(key).await;
         let digest = Digest::of(&bytes);
         self.inner.put(key, bytes.into(), digest, &PutOptions::default()).await.unwrap();
+    }
+
+    /// Loses an object.
+    pub async fn lose(&self, key: &str) {
+        self.inner.delete(key).await.unwrap();
     }
 
     /// All names, with their bytes.
@@ -294,6 +299,22 @@ fn regions_of(stores: &[Arc<FaultyStore>], quorum: usize) -> Regions {
         Region { name, store: Arc::clone(store) as Arc<dyn ObjectStore> }
     };
     Regions::new(stores.iter().enumerate().map(region).collect(), quorum, quorum).unwrap()
+}
+
+/// Some history file.
+pub const HISTORY: &[u8] = b"1\t0/3000000\tno recovery target specified\n";
+
+/// A repository with one object of each class at least: history, an epoch of two frames with END, and a backup of two
+/// files that needs them.
+pub async fn tiny(regions: usize, quorum: usize) -> Fixture {
+    let fixture = Fixture::memory(regions, quorum).await;
+    let out = FanOut::new(&fixture.repository.regions, Patience::BACKUP);
+    store_history(&fixture.repository, (log().system_id, Timeline(2)), HISTORY, &out).await.unwrap();
+    out.drain().await;
+    fixture.epoch(1000, &[40, 50], true).await;
+    let files = [Made::new("base/1", b"tiny".to_vec()), Made::new("base/2", Vec::new())];
+    fixture.backup(&files, Some(need(1000, 1090))).await;
+    fixture
 }
 
 /// How the fixture's backups are written.

@@ -18,9 +18,9 @@ use crate::repository::fan_out::{FanOut, Patience};
 use crate::repository::handle::Repository;
 use crate::repository::keysets::KeyRing;
 use crate::repository::restore::{CONTROL_FILE, CONTROL_FILE_PENDING, Destination, restore_files};
-use crate::repository::testing::{Fault, Fixture, Made, log, need, options, send};
+use crate::repository::testing::{Fault, Fixture, HISTORY, Made, log, options, send, tiny};
 use crate::repository::wal_index::{BranchId, Stretch, WalIndex, cover, windows};
-use crate::repository::wal_log::{read_history, store_history};
+use crate::repository::wal_log::read_history;
 use crate::store::Digest;
 
 fn noise(seed: u64, length: usize) -> Vec<u8> {
@@ -354,27 +354,13 @@ async fn histories(repository: &Repository) -> Result<Bytes> {
     read_history(repository, log().system_id, crate::model::Timeline(2), &branch).await
 }
 
-const HISTORY: &[u8] = b"1\t0/3000000\tno recovery target specified\n";
-
-async fn tiny(regions: usize) -> Fixture {
-    let fixture = Fixture::memory(regions, regions).await;
-    let out = FanOut::new(&fixture.repository.regions, Patience::BACKUP);
-    store_history(&fixture.repository, (log().system_id, crate::model::Timeline(2)), HISTORY, &out).await.unwrap();
-    out.drain().await;
-    fixture.epoch(1000, &[40, 50], true).await;
-    fixture
-        .backup(&[Made::new("base/1", b"tiny".to_vec()), Made::new("base/2", Vec::new())], Some(need(1000, 1090)))
-        .await;
-    fixture
-}
-
 /// Classes of objects whose bytes a reader relies on.
 const READ: [&str; 8] =
     ["drctl.json", "signers/", "keysets/", "history/", "wal/", "packs/", "manifests/", "inventories/"];
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_flipped_bit_is_ever_read() {
-    let fixture = tiny(1).await;
+    let fixture = tiny(1, 1).await;
     let good = learn(&fixture).await.unwrap();
     let contents = fixture.stores[0].contents().await;
     assert!(READ.iter().chain(&["commits/"]).all(|class| contents.iter().any(|(key, _)| key.starts_with(class))));
@@ -395,7 +381,7 @@ async fn no_flipped_bit_is_ever_read() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_flipped_bit_in_one_region_is_healed_from_the_other() {
-    let fixture = tiny(2).await;
+    let fixture = tiny(2, 2).await;
     let good = learn(&fixture).await.unwrap();
     for (key, bytes) in fixture.stores[0].contents().await {
         for at in (0..bytes.len()).step_by(7).chain([bytes.len() - 1]) {

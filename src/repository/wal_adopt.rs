@@ -46,11 +46,14 @@ pub async fn take_over(repository: &Repository, lineage: &[BranchId], out: &FanO
         repository.trust.refresh(&repository.regions).await?;
         let adopted = adopt(repository, &index, out).await?;
         let (runs, errors) = index.runs(repository, None).await;
-        for error in errors {
-            tracing::warn!(%error, "stored WAL is not readable; the WAL before and after it is");
+        for error in &errors {
+            tracing::warn!(%error, "stored WAL is not readable");
         }
-        if let Some((end, at_record)) = end_of(&runs) {
-            return Ok(Some(Tail { branch: branch.clone(), end, at_record, adopted }));
+        match (end_of(&runs), errors.into_iter().next()) {
+            (Some((end, at_record)), _) => return Ok(Some(Tail { branch: branch.clone(), end, at_record, adopted })),
+            // Not to be able to read the end is not to have none: a fresh start would be a gap without a word.
+            (None, Some(error)) => return Err(error.during("find the end of stored WAL")),
+            (None, None) => {}
         }
     }
     Ok(None)

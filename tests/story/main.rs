@@ -1,4 +1,7 @@
+<<<<<<< HEAD
 //! What drctl is for, told from outside: the built binary, real clusters, real regions.
+=======
+//! What drctl is for, told from outside: the built binary, real clusters, real regions, and what is left when they fail.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -10,4 +13,10 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod check;
+mod escape;
+mod keyholders;
 mod memory;
+mod regions;
+mod rig3;
+mod wal;

@@ -15,6 +15,7 @@ pub mod list;
 pub mod recovery_fetch;
 pub mod repair;
 pub mod restore;
+mod restore_text;
 pub mod show;
 pub mod status;
 pub mod verify;

@@ -7,7 +7,7 @@
 use std::path::PathBuf;
 
 use crate::cli::exit::Exit;
-use crate::cli::verbs::not_built_yet;
+use crate::jobs::restore::feed::{self, Fetched};
 use crate::model::Result;
 
 /// The verb, as it stands in `restore_command`.
@@ -30,6 +30,8 @@ pub struct Args {
 /// # Errors
 /// Any doubt.
 pub fn run(args: Args) -> Result<Exit> {
-    let _ = args;
-    Err(not_built_yet(NAME))
+    Ok(match feed::fetch(&args.dir, &args.file, &args.destination)? {
+        Fetched::Copied => Exit::Ok,
+        Fetched::Absent => Exit::Failed,
+    })
 }

@@ -1,15 +1,19 @@
 //! `drctl restore`.
 
+use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use chrono::{DateTime, Utc};
 
+use crate::app::{self, Role, World};
 use crate::cli::Session;
 use crate::cli::exit::Exit;
+use crate::cli::progress;
 use crate::cli::time;
-use crate::cli::verbs::not_built_yet;
-use crate::model::{Error, Lsn, RegionName, Result};
+use crate::cli::verbs::restore_text::{plan_text, report_text};
+use crate::jobs::restore::{self, Plan, Point, Request};
+use crate::model::{Error, Lsn, RegionName, Result, TargetName, Timeline};
 
 /// Arguments.
 #[derive(Debug, clap::Args)]
@@ -29,6 +33,9 @@ pub struct Args {
     /// The point in time.
     #[command(flatten)]
     pub point: PointArgs,
+    /// Follow this timeline [default: the newest that descends from the backup]
+    #[arg(long, value_name = "N")]
+    pub timeline: Option<u32>,
     /// Do it; without this, only the plan is shown
     #[arg(long, help_heading = "Doing it")]
     pub execute: bool,
@@ -38,6 +45,9 @@ pub struct Args {
     /// Start PostgreSQL, replay, promote, and print the phases
     #[arg(long, help_heading = "Doing it")]
     pub start: bool,
+    /// The account that is to own the files and run PostgreSQL, when drctl is root
+    #[arg(long, value_name = "USER", help_heading = "Doing it")]
+    pub run_as: Option<String>,
 }
 
 /// The point in time to restore to.
@@ -60,23 +70,6 @@ pub struct PointArgs {
     /// As soon as the cluster is consistent: the end of the backup itself
     #[arg(long)]
     immediate: bool,
-}
-
-/// A point in time, in the words of whoever asks.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Point {
-    /// The end of the gap-free WAL.
-    End,
-    /// The last commit at or before a time.
-    Time(DateTime<Utc>),
-    /// A position, inclusive.
-    Lsn(Lsn),
-    /// A transaction, inclusive; with or without its epoch.
-    Xid(u64),
-    /// A named restore point.
-    Name(String),
-    /// The end of the backup itself.
-    Immediate,
 }
 
 impl PointArgs {
@@ -120,8 +113,76 @@ impl FromStr for TablespaceMove {
 /// # Errors
 /// What stopped it.
 pub async fn run(args: Args, session: &Session) -> Result<Exit> {
-    let _ = (args.point.point(), session.settings()?);
-    Err(not_built_yet("restore"))
+    let context = app::context(&session.settings()?, Role::Restore, &World::real()).await?;
+    let request = request(&args)?;
+    let digest = match (args.execute, args.plan) {
+        (true, Some(digest)) => digest,
+        (execute, None) => {
+            let plan = restore::plan(&context, &request).await?;
+            if !execute {
+                return show_plan(&plan, session);
+            }
+            plan.refuse()?;
+            confirm(&plan, session)?;
+            plan.digest
+        }
+        (false, Some(_)) => return Err(Error::usage("--plan names what --execute is to do").hint("add --execute")),
+    };
+    let shown = progress::show(context.progress.clone(), &session.output);
+    let report = restore::run(&context, &request, Some(&digest)).await;
+    shown.end().await;
+    let report = report?;
+    if session.output.json {
+        session.output.print_json(&report)?;
+    } else {
+        session.output.print(&report_text(&report))?;
+    }
+    Ok(Exit::Ok)
+}
+
+fn request(args: &Args) -> Result<Request> {
+    let directory = std::path::absolute(&args.target_dir);
+    let directory = directory.map_err(|error| Error::usage("--target-dir names no directory").because(error))?;
+    let moves = args.tablespace.iter();
+    let tablespaces = moves.map(|place| (place.old.to_string_lossy().into_owned(), place.new.clone())).collect();
+    Ok(Request {
+        what: args.what.clone(),
+        directory,
+        tablespaces,
+        region: args.region.clone(),
+        point: args.point.point(),
+        timeline: args.timeline.map(Timeline),
+        start: args.start,
+        run_as: args.run_as.clone(),
+    })
+}
+
+fn show_plan(plan: &Plan, session: &Session) -> Result<Exit> {
+    if session.output.json {
+        session.output.print_json(plan)?;
+    } else {
+        session.output.print(&plan_text(plan, session.clock.now()))?;
+    }
+    Ok(if plan.refused.is_empty() { Exit::Ok } else { Exit::Refused })
+}
+
+/// Without a digest somebody must say which target they mean, in its own name.
+fn confirm(plan: &Plan, session: &Session) -> Result<()> {
+    let full = || format!("look at the plan, then: {}", plan.command);
+    if session.output.json || !std::io::stdin().is_terminal() {
+        return Err(Error::refused("--execute needs the digest of a plan").hint(full()));
+    }
+    session.output.print(&plan_text(plan, session.clock.now()))?;
+    let mut stderr = std::io::stderr();
+    // A question that cannot be shown is answered by nobody.
+    let asked = write!(stderr, "Type the target's name ({}) to go on: ", plan.target).and_then(|()| stderr.flush());
+    let mut answer = String::new();
+    let read = asked.and_then(|()| std::io::stdin().read_line(&mut answer));
+    read.map_err(|error| Error::failed("read the answer").because(error))?;
+    match answer.trim().parse::<TargetName>() {
+        Ok(name) if name == plan.target => Ok(()),
+        _ => Err(Error::refused("that is not the target's name; nothing was touched").hint(full())),
+    }
 }
 
 #[cfg(test)]

@@ -1,14 +1,20 @@
 //! `drctl show`.
 
+use std::fmt::Write as _;
+
+use chrono::{DateTime, Utc};
+
+use crate::app::{self, Role, World};
 use crate::cli::Session;
 use crate::cli::exit::Exit;
-use crate::cli::verbs::not_built_yet;
+use crate::cli::figures;
+use crate::jobs::show::{self, Report};
 use crate::model::Result;
 
 /// Arguments.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// A backup id, or the beginning of one
+    /// A backup id, or the beginning of one; a target or `latest` for the newest
     pub id: String,
 }
 
@@ -17,6 +23,67 @@ pub struct Args {
 /// # Errors
 /// What stopped it.
 pub async fn run(args: Args, session: &Session) -> Result<Exit> {
-    let _ = (args, session.settings()?);
-    Err(not_built_yet("show"))
+    let context = app::context(&session.settings()?, Role::Restore, &World::real()).await?;
+    let report = show::run(&context, &args.id).await?;
+    match session.output.json {
+        true => session.output.print_json(&report)?,
+        false => session.output.print(&text(&report, session.clock.now()))?,
+    }
+    Ok(Exit::Ok)
+}
+
+fn text(report: &Report, now: DateTime<Utc>) -> String {
+    let listed = &report.listed;
+    let mut text = format!("{}  {} of {} ({})\n", listed.id, listed.kind, listed.target, listed.source);
+    let mut line = |name: &str, value: String| {
+        let _ = writeln!(text, "  {name:<11} {value}");
+    };
+    if report.damaged_pages > 0 {
+        let pages = figures::count(report.damaged_pages);
+        line("DAMAGED", format!("{pages} pages failed their checksum on the source already"));
+    }
+    let took = (listed.finished_at - listed.started_at).to_std().unwrap_or_default();
+    line("finished", format!("{}, in {}", figures::moment(now, listed.finished_at), figures::duration(took)));
+    line(
+        "size",
+        format!("{}, stored {} per region", figures::bytes(listed.size_bytes), figures::bytes(listed.stored_bytes)),
+    );
+    if let Some(parent) = &report.parent {
+        line("parent", parent.to_string());
+    }
+    if let Some(wal) = &report.wal {
+        line("WAL", format!("{} to {}, timeline {}, branch {}", wal.start_lsn, wal.stop_lsn, wal.timeline, wal.branch));
+        line("cluster", format!("{}, PostgreSQL {}", wal.system_id, wal.server_version / 10_000));
+    }
+    let until =
+        listed.recoverable_until.map_or_else(|| "NOT RESTORABLE: its WAL is not whole".to_owned(), figures::utc);
+    line("until", until);
+    line(
+        "written by",
+        format!(
+            "drctl {} on {}, method {}, quorum {}",
+            report.provenance.drctl, report.provenance.host, report.provenance.method, report.quorum
+        ),
+    );
+    line("keyset", report.keyset.to_string());
+    for wrap in &report.wraps {
+        line("opens with", format!("{} {}", wrap.kind, wrap.key));
+    }
+    if report.wraps.is_empty() {
+        line("opens with", "NOTHING: no region holds a wrap of its keyset".to_owned());
+    }
+    line("objects", format!("{}, {}", figures::count(report.objects), figures::bytes(report.object_bytes)));
+    for (name, held) in &report.held {
+        let trouble = match held {
+            held if held.unreadable.is_some() => {
+                format!("UNREACHABLE: {}", held.unreadable.as_deref().unwrap_or_default())
+            }
+            held if held.damaged + held.missing > 0 => {
+                format!("{} objects, {} missing, {} damaged", held.objects, held.missing, held.damaged)
+            }
+            held => format!("all {} objects, {}", held.objects, figures::bytes(held.bytes)),
+        };
+        line(name.as_str(), trouble);
+    }
+    text
 }

@@ -18,6 +18,8 @@ mod around;
 mod transfer;
 mod wal;
 
+pub use around::CONFIGURATION;
+
 use wal::WalCover;
 
 /// Threads that pack at the same time; more cores than this are left to PostgreSQL.
@@ -82,16 +84,27 @@ pub async fn run(context: &Context, name: &TargetName, options: Options) -> Resu
     transfer::small_files(&mut backup, &finished).await?;
     let not_captured = around::store(&mut backup, around).await?;
     backup.flush().await.during(|| "store pages")?;
-    let (branch, wal_by) =
-        cover.secure(context, target, &begun, &finished).await.during(|| "secure the WAL of the backup")?;
-    let written = backup.commit(Some(wal_need(&begun, &finished, branch))).await?;
+    let wal = cover.secure(context, target, &begun, &finished).await.during(|| "secure the WAL of the backup")?;
+    let written = backup.commit(Some(wal_need(&begun, &finished, wal.branch))).await?;
     Ok(Report {
         backup: written.commit,
-        regions: written.regions,
+        regions: together(written.regions, wal.regions),
         wrap_debts: written.wrap_debts,
         not_captured,
-        wal_by,
+        wal_by: wal.by,
     })
+}
+
+/// What each region lacks of the pages and of the WAL.
+fn together(pages: Vec<LaneOutcome>, wal: Vec<LaneOutcome>) -> Vec<LaneOutcome> {
+    let mut sum = pages;
+    for lane in &mut sum {
+        for other in wal.iter().filter(|other| other.region == lane.region) {
+            lane.missing_objects += other.missing_objects;
+            lane.last_error = lane.last_error.take().or_else(|| other.last_error.clone());
+        }
+    }
+    sum
 }
 
 fn source_options(context: &Context, target: &Target, options: Options) -> postgres::Options {

@@ -6,6 +6,7 @@ use crate::jobs::context::{Context, Target};
 use crate::jobs::wal::position::reaches;
 use crate::jobs::wal::{Position, Receiver, State, control, wait_durable_at};
 use crate::model::{Branch, Error, Kind, Result, ResultExt};
+use crate::repository::fan_out::LaneOutcome;
 use crate::repository::wal_frame::EpochKind;
 use crate::repository::wal_index::{BranchId, WalIndex, windows};
 use crate::source::{Begun, Finished};
@@ -22,6 +23,17 @@ pub(super) enum WalCover {
     Own(Box<Receiver>),
 }
 
+/// The WAL of a backup, durable.
+#[derive(Debug)]
+pub(super) struct Secured {
+    /// The branch that it is on.
+    pub(super) branch: Branch,
+    /// Who made it durable: `receiver` or `own`.
+    pub(super) by: &'static str,
+    /// What each region lacks of it, as far as this backup wrote it.
+    pub(super) regions: Vec<LaneOutcome>,
+}
+
 impl WalCover {
     /// Finds or starts a receiver, before the backup begins. From here on the server keeps its WAL for it.
     pub(super) async fn prepare(context: &Context, target: &Target) -> Result<Self> {
@@ -34,31 +46,31 @@ impl WalCover {
         Ok(Self::Own(Box::new(receiver)))
     }
 
-    /// Returns once all WAL from start to stop is durable at the write quorum: the branch that it is on, and who did it.
+    /// Returns once all WAL from start to stop is durable at the write quorum.
     pub(super) async fn secure(
         self,
         context: &Context,
         target: &Target,
         begun: &Begun,
         finished: &Finished,
-    ) -> Result<(Branch, &'static str)> {
-        let (position, by) = match self {
+    ) -> Result<Secured> {
+        let (position, by, lanes) = match self {
             Self::Running => {
                 let position = wait_durable_at(target, finished.stop_lsn, LIMIT).await?;
                 let gone =
                     || Error::failed("the WAL receiver went away during the backup").hint("run the backup again");
-                (position.ok_or_else(gone)?, "receiver")
+                (position.ok_or_else(gone)?, "receiver", Vec::new())
             }
             Self::Own(mut receiver) => {
                 receiver.wait_durable(finished.stop_lsn, LIMIT).await?;
                 let position = receiver.position();
-                receiver.stop().await.during(|| "close the backup's WAL epoch")?;
-                (position, "own")
+                let lanes = receiver.stop().await.during(|| "close the backup's WAL epoch")?;
+                (position, "own", lanes)
             }
         };
         let branch = branch_of(&position, begun)?;
         check_stored(context, begun, finished, &branch).await?;
-        Ok((branch, by))
+        Ok(Secured { branch, by, regions: lanes })
     }
 }
 

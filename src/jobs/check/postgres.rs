@@ -28,7 +28,7 @@ pub(super) async fn check(target: &Target, deadline: Duration) -> Vec<Finding> {
             let setup = Setup {
                 method: target.method,
                 slot: &target.slot,
-                application_name: &target.conninfo.application_name,
+                receiver: &target.receiver_name(),
                 on_pressure: target.on_pressure.as_deref(),
                 free_bytes: local.free_bytes,
                 wal_disk_bytes: target.wal_disk_bytes,

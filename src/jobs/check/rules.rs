@@ -10,7 +10,7 @@ pub(super) struct Setup<'a> {
     pub(super) method: Method,
     pub(super) slot: &'a str,
     /// Our receiver's name in synchronous_standby_names.
-    pub(super) application_name: &'a str,
+    pub(super) receiver: &'a str,
     pub(super) on_pressure: Option<&'a str>,
     /// Free bytes beside pg_wal, if it is on this machine.
     pub(super) free_bytes: Option<u64>,
@@ -217,7 +217,7 @@ fn suggested_gigabytes(room: Option<u64>) -> u64 {
 
 fn synchronous(findings: &mut Findings, facts: &Facts, setup: &Setup<'_>) {
     let names = facts.setting("synchronous_standby_names");
-    if !names_us(names, setup.application_name) {
+    if !names_us(names, setup.receiver) {
         return;
     }
     if facts.setting("synchronous_commit") == "remote_apply" || facts.remote_apply_elsewhere {
@@ -235,10 +235,14 @@ fn synchronous(findings: &mut Findings, facts: &Facts, setup: &Setup<'_>) {
     }
 }
 
-/// `FIRST 2 (a, "b")`, `ANY 1 (*)`, `a, b`.
-fn names_us(setting: &str, application_name: &str) -> bool {
-    let names = setting.split(|c: char| c.is_whitespace() || ",()\"".contains(c));
-    names.into_iter().any(|name| name == "*" || name.eq_ignore_ascii_case(application_name))
+/// `FIRST 2 (a, "b c")`, `ANY 1 (*)`, `a, b`.
+fn names_us(setting: &str, receiver: &str) -> bool {
+    let is_us = |name: &str| name == "*" || name.eq_ignore_ascii_case(receiver);
+    setting.split('"').enumerate().any(|(number, part)| match number % 2 {
+        0 => part.split(|c: char| c.is_whitespace() || ",()".contains(c)).any(is_us),
+        // Between quotes.
+        _ => is_us(part),
+    })
 }
 
 fn archiving(findings: &mut Findings, facts: &Facts) {
@@ -296,7 +300,7 @@ mod tests {
         Setup {
             method: Method::Local,
             slot: "drctl_ledger",
-            application_name: "drctl",
+            receiver: "drctl wal ledger",
             on_pressure: None,
             free_bytes: Some(41_000_000_000),
             wal_disk_bytes: None,
@@ -390,13 +394,13 @@ mod tests {
 
     #[test]
     fn remote_apply_that_waits_for_us_fails() {
-        for names in ["*", "ANY 1 (a, drctl)", "FIRST 1 (\"DRCTL\", b)", "drctl"] {
+        for names in ["*", "ANY 1 (a, *)", "FIRST 1 (b, \"DRCTL wal ledger\")", "\"drctl wal ledger\""] {
             let mut facts = with("synchronous_standby_names", names);
             assert_eq!(worst(&facts, &setup()), [], "{names}");
             facts.settings.insert("synchronous_commit".into(), "remote_apply".into());
             only(&facts, &setup(), Level::Fail, "wait for ever", "synchronous_commit");
         }
-        let mut facts = with("synchronous_standby_names", "ANY 1 (drctl2, other)");
+        let mut facts = with("synchronous_standby_names", "ANY 1 (drctl, wal, ledger, \"drctl wal orders\")");
         facts.remote_apply_elsewhere = true;
         assert_eq!(worst(&facts, &setup()), []);
     }

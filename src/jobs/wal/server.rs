@@ -50,8 +50,7 @@ pub(super) struct Start {
 
 /// Connects to a target's walsender.
 pub(super) async fn connect(target: &Target) -> Result<ReplicationClient, PgError> {
-    let name = format!("drctl wal {}", target.name);
-    ReplicationClient::connect(&target.conninfo.clone().with_application_name(name)).await
+    ReplicationClient::connect(&target.conninfo.clone().with_application_name(target.receiver_name())).await
 }
 
 impl Server {

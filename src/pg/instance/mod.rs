@@ -130,6 +130,8 @@ pub struct InstanceOptions {
     pub log_file: PathBuf,
     /// The account to run as; needed if drctl is root.
     pub as_user: Option<User>,
+    /// Listens, and logs, as its own configuration says, instead of only on the socket above: a server that is to stay.
+    pub listens: bool,
 }
 
 impl InstanceOptions {
@@ -144,6 +146,9 @@ impl InstanceOptions {
         // Ours come last: of two settings of one name the later wins.
         for (name, value) in &self.settings {
             set(name, value);
+        }
+        if self.listens {
+            return arguments;
         }
         set("listen_addresses", "");
         set("port", &self.port.to_string());
@@ -196,7 +201,7 @@ impl Instance {
         if rustix::process::geteuid().is_root() && options.as_user.is_none_or(|user| user.uid == 0) {
             return Err(InstanceError::Root);
         }
-        if options.socket().as_os_str().len() > MAX_SOCKET_PATH {
+        if !options.listens && options.socket().as_os_str().len() > MAX_SOCKET_PATH {
             return Err(InstanceError::SocketPath(options.socket_dir));
         }
         if let Postmaster::Alive { pid } = postmaster_of(&options.data_dir)? {

@@ -113,6 +113,42 @@ pub async fn restore_files(
     Ok(leftover)
 }
 
+/// Fetches, opens and compares everything that [`restore_files`] would write, and writes nothing. Returns the bytes of all
+/// files.
+///
+/// # Errors
+/// As [`restore_files`], without those of a disk.
+pub async fn check_files(
+    repository: &Repository,
+    ring: &KeyRing,
+    (commit, inventory): (&Commit, &[InventoryLine]),
+    progress: &Arc<Phase>,
+) -> Result<u64> {
+    let (mut begin, mut window, mut total) = (None, Window::default(), 0);
+    let mut parts = ManifestParts::new(repository, ring, commit, inventory).await?;
+    while let Some(lines) = parts.next().await? {
+        for line in lines {
+            match line {
+                Line::Begin(first) => begin = Some(window::Secrets::new(first)?),
+                Line::File(file) => {
+                    let path = PathBuf::from(&file.path);
+                    window.add_known(file, path)?;
+                }
+                Line::Small { path, mode, base64 } => drop(decode_small(path, mode, &base64)?),
+                Line::End { bytes, .. } => total = bytes,
+                Line::Directory { .. } | Line::Tablespace { .. } | Line::Document { .. } => {}
+            }
+            if let (true, Some(secrets)) = (window.is_full(), &begin) {
+                window.check(repository, ring, secrets, progress).await?;
+            }
+        }
+    }
+    if let Some(secrets) = &begin {
+        window.check(repository, ring, secrets, progress).await?;
+    }
+    Ok(total)
+}
+
 /// Reads a manifest part by part, in order, each checked against the inventory.
 #[derive(Debug)]
 pub struct ManifestParts<'a> {

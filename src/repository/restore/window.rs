@@ -69,15 +69,18 @@ type Sink<'a> = (&'a Arc<FilePool>, &'a Arc<Phase>, &'a mut (dyn FnMut(WrittenFi
 
 impl Window {
     pub(super) fn add(&mut self, file: FileLine, path: PathBuf, pool: &FilePool) -> Result<()> {
-        let pages: u64 = file.chunks.iter().map(|chunk| u64::from(chunk.entries().1)).sum();
-        if pages != page_count(file.size) {
-            return Err(Error::damaged(format!(
-                "the manifest maps {pages} pages of {}, which has {} bytes",
-                file.path, file.size
-            )));
-        }
         let handle = of_file(pool.create(&path, file.mode & 0o7777), &path)?;
         of_file(handle.set_len(file.size), &path)?;
+        self.add_known(file, path)
+    }
+
+    /// Adds a file that is only looked at.
+    pub(super) fn add_known(&mut self, file: FileLine, path: PathBuf) -> Result<()> {
+        let pages: u64 = file.chunks.iter().map(|chunk| u64::from(chunk.entries().1)).sum();
+        if pages != page_count(file.size) {
+            let text = format!("the manifest maps {pages} pages of {}, which has {} bytes", file.path, file.size);
+            return Err(Error::damaged(text));
+        }
         self.pages += pages;
         self.files.push((file, path));
         Ok(())
@@ -98,17 +101,36 @@ impl Window {
         let window = std::mem::take(self);
         let (frames, map_bytes) = window.locate_pages(repository, ring, secrets).await?;
         let files = Arc::new(window.files);
-        let writer = PageWriter {
-            files: Arc::clone(&files),
-            pool: Arc::clone(pool),
-            fingerprints: Arc::clone(&secrets.fingerprints),
-            progress: Arc::clone(progress),
-        };
+        let checker = PageChecker { files: Arc::clone(&files), fingerprints: Arc::clone(&secrets.fingerprints) };
+        let writer = PageWriter { checker, pool: Arc::clone(pool), progress: Arc::clone(progress) };
         let bytes = fetch_frames(repository, ring, Unit::Frame, frames, move |frames| writer.write(frames)).await?;
         for file in checksum_all(files, Arc::clone(pool)).await? {
             written(file)?;
         }
         Ok(map_bytes + bytes)
+    }
+
+    /// Reads everything that [`write`](Self::write) would write, and writes nothing.
+    pub(super) async fn check(
+        &mut self,
+        repository: &Repository,
+        ring: &KeyRing,
+        secrets: &Secrets,
+        progress: &Arc<Phase>,
+    ) -> Result<()> {
+        let window = std::mem::take(self);
+        let (frames, _) = window.locate_pages(repository, ring, secrets).await?;
+        let checker = PageChecker { files: Arc::new(window.files), fingerprints: Arc::clone(&secrets.fingerprints) };
+        let progress = Arc::clone(progress);
+        let look = move |frames: Vec<Fetched<Vec<PageTarget>>>| {
+            let mut decompressor = Decompressor::new()?;
+            for Fetched { frame, note: pages, payload } in frames {
+                checker.check_all(&frame, &pages, &unpack_frame(&frame, &payload, &mut decompressor)?)?;
+                progress.advance((pages.len() * PAGE_SIZE) as u64);
+            }
+            Ok(())
+        };
+        fetch_frames(repository, ring, Unit::Frame, frames, look).await.map(|_| ())
     }
 
     /// Reads the map chunks: which frame holds which pages.
@@ -185,10 +207,29 @@ fn targets(chunk: &MapChunk, name: &FrameRef, uses: &[Use]) -> Result<Vec<(Frame
     Ok(wanted.collect())
 }
 
-struct PageWriter {
+struct PageChecker {
     files: Arc<Vec<(FileLine, PathBuf)>>,
-    pool: Arc<FilePool>,
     fingerprints: Arc<PageFingerprinter>,
+}
+
+impl PageChecker {
+    fn check_all(&self, frame: &FrameRef, pages: &[PageTarget], plain: &[u8]) -> Result<()> {
+        pages.iter().try_for_each(|page| self.check(frame, page, plain))
+    }
+
+    fn check(&self, frame: &FrameRef, page: &PageTarget, plain: &[u8]) -> Result<()> {
+        let bytes = slot(plain, page.slot, 1);
+        if bytes.is_some_and(|bytes| self.fingerprints.of(bytes) == page.fingerprint) {
+            return Ok(());
+        }
+        let path = self.files.get(page.file as usize).map_or("", |(line, _)| line.path.as_str());
+        Err(Error::damaged(format!("block {} of {path} in frame {} is not the one in its map", page.page, frame.id)))
+    }
+}
+
+struct PageWriter {
+    checker: PageChecker,
+    pool: Arc<FilePool>,
     progress: Arc<Phase>,
 }
 
@@ -197,9 +238,7 @@ impl PageWriter {
         let mut decompressor = Decompressor::new()?;
         for Fetched { frame, note: mut pages, payload } in frames {
             let plain = unpack_frame(&frame, &payload, &mut decompressor)?;
-            for page in &pages {
-                self.check(&frame, page, &plain)?;
-            }
+            self.checker.check_all(&frame, &pages, &plain)?;
             pages.sort_by_key(|target| (target.file, target.page));
             let follows = |a: &PageTarget, b: &PageTarget| {
                 a.file == b.file && a.page + 1 == b.page && a.slot.checked_add(1) == Some(b.slot)
@@ -211,18 +250,9 @@ impl PageWriter {
         Ok(())
     }
 
-    fn check(&self, frame: &FrameRef, page: &PageTarget, plain: &[u8]) -> Result<()> {
-        let bytes = slot(plain, page.slot, 1);
-        if bytes.is_some_and(|bytes| self.fingerprints.of(bytes) == page.fingerprint) {
-            return Ok(());
-        }
-        let path = self.files.get(page.file as usize).map_or("", |(line, _)| line.path.as_str());
-        Err(Error::damaged(format!("block {} of {path} in frame {} is not the one in its map", page.page, frame.id)))
-    }
-
     fn write_run(&self, run: &[PageTarget], plain: &[u8]) -> Result<()> {
         let (Some(first), Some((line, path))) =
-            (run.first(), run.first().and_then(|first| self.files.get(first.file as usize)))
+            (run.first(), run.first().and_then(|first| self.checker.files.get(first.file as usize)))
         else {
             return Ok(());
         };

@@ -79,6 +79,7 @@ impl Cluster {
             settings: settings.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec(),
             log_file: dir.path().join("server.log"),
             as_user: account(),
+            listens: false,
         };
         let binaries = PgBinaries::find(MAJOR, None).await.unwrap();
         let mut instance = Instance::start(&binaries, options).unwrap();

@@ -1,0 +1,227 @@
+//! What speaks against a plan on this machine.
+
+use std::path::Path;
+use std::time::Duration;
+
+use crate::disk::empty::{Contents, contents};
+use crate::disk::space::free_bytes;
+use crate::jobs::context::{Context, Target};
+use crate::jobs::restore::Request;
+use crate::jobs::restore::files::is_free;
+use crate::jobs::restore::plan::{Plan, is_unfinished};
+use crate::model::commit::Commit;
+use crate::model::{Result, SystemId};
+use crate::pg::instance::{PgBinaries, Postmaster, User, postmaster_of};
+use crate::pg::sql;
+use crate::repository::restore::Leftover;
+
+/// How long the old primary may take to answer.
+const PRIMARY_DEADLINE: Duration = Duration::from_secs(3);
+
+/// What is checked.
+#[derive(Debug)]
+pub(super) struct Checked<'a> {
+    pub(super) context: &'a Context,
+    pub(super) request: &'a Request,
+    pub(super) commit: &'a Commit,
+    pub(super) outline: Option<&'a Leftover>,
+}
+
+/// Adds refusals and warnings.
+pub(super) async fn check(checked: &Checked<'_>, plan: &mut Plan) -> Result<()> {
+    let Checked { context, request, commit, outline } = checked;
+    directory(&request.directory, plan)?;
+    space(&request.directory, plan);
+    if let Some(outline) = outline {
+        tablespaces(request, outline, plan)?;
+        needs(outline, plan);
+        let damaged: usize = outline.damaged.iter().map(|(_, blocks)| blocks.len()).sum();
+        if damaged > 0 {
+            plan.warnings
+                .push(format!("{damaged} pages were damaged on the source already; see: drctl show {}", commit.id));
+        }
+    }
+    programs(request, plan).await;
+    if let (Ok(target), Some(need)) = (context.target(&commit.target), &commit.wal) {
+        primary(target, need.system_id, plan).await;
+    }
+    for region in plan.regions.iter().filter(|region| region.missing > 0) {
+        let note = format!(
+            "{} objects missing in {} are taken elsewhere; afterwards: drctl repair",
+            region.missing, region.name
+        );
+        plan.warnings.push(note);
+    }
+    Ok(())
+}
+
+fn directory(directory: &Path, plan: &mut Plan) -> Result<()> {
+    let shown = directory.display();
+    if let Postmaster::Alive { pid } = postmaster_of(directory)? {
+        plan.refuse_because(
+            format!("a server (pid {pid}) runs on {shown}"),
+            "its files would be overwritten",
+            "name another directory, or stop it",
+        );
+        return Ok(());
+    }
+    match contents(directory) {
+        Ok(Contents::Missing | Contents::Empty) => {}
+        Ok(Contents::Occupied(_)) if is_unfinished(directory, &plan.digest) => {
+            plan.warnings.push(format!("{shown} holds an unfinished run of this plan, which starts anew"));
+        }
+        Ok(Contents::Occupied(_)) if is_free(directory)? => {}
+        Ok(Contents::Occupied(example)) => {
+            plan.refuse_because(
+                format!("{shown} is not empty"),
+                format!("it contains {example}"),
+                "name a directory that is empty or does not exist",
+            );
+        }
+        Err(error) => {
+            plan.refuse_because(format!("{shown} is not usable"), error.to_string(), "name another directory")
+        }
+    }
+    Ok(())
+}
+
+fn space(directory: &Path, plan: &mut Plan) {
+    let existing = directory.ancestors().find(|path| path.is_dir());
+    plan.free_bytes = existing.and_then(|path| free_bytes(path).ok());
+    let wanted = plan.write_bytes.0 + plan.write_bytes.1;
+    if let Some(free) = plan.free_bytes.filter(|free| *free < wanted) {
+        let why = format!("{wanted} bytes are written, {free} are free");
+        plan.refuse_because(
+            format!("too little space at {}", directory.display()),
+            why,
+            "free space, or name another directory",
+        );
+    }
+}
+
+/// Every tablespace needs a new place, even if it is the old one: writing outside of the data directory is never
+/// implied.
+fn tablespaces(request: &Request, outline: &Leftover, plan: &mut Plan) -> Result<()> {
+    for (_, location) in &outline.tablespaces {
+        let place = request.tablespaces.get(location);
+        plan.tablespaces.push((location.clone(), place.cloned()));
+        let Some(place) = place else {
+            let next = format!("--tablespace {location}=/new/empty/directory");
+            plan.refuse_because(
+                format!("tablespace {location} has no place here"),
+                "it lies outside of the data directory",
+                next,
+            );
+            continue;
+        };
+        let unfinished = is_unfinished(&request.directory, &plan.digest);
+        match contents(place) {
+            Ok(Contents::Missing | Contents::Empty) => {}
+            Ok(Contents::Occupied(_)) if unfinished => {}
+            Ok(Contents::Occupied(example)) => {
+                let next = "name a directory that is empty or does not exist";
+                plan.refuse_because(
+                    format!("{} is not empty", place.display()),
+                    format!("it contains {example}"),
+                    next,
+                );
+            }
+            Err(error) => plan.refuse_because(
+                format!("{} is not usable", place.display()),
+                error.to_string(),
+                "name another directory",
+            ),
+        }
+        if place.starts_with(&request.directory) {
+            let why = "a tablespace inside of the data directory would be backed up twice";
+            plan.refuse_because(
+                format!("{} lies in the data directory", place.display()),
+                why,
+                "name a directory beside it",
+            );
+        }
+    }
+    let unknown: Vec<_> = request
+        .tablespaces
+        .keys()
+        .filter(|old| !outline.tablespaces.iter().any(|(_, location)| location == *old))
+        .collect();
+    for old in unknown {
+        plan.refuse_because(format!("the backup has no tablespace at {old}"), "--tablespace names it", "leave it out");
+    }
+    Ok(())
+}
+
+fn needs(outline: &Leftover, plan: &mut Plan) {
+    let document = outline.documents.iter().find(|(name, _)| name == crate::jobs::backup::CONFIGURATION);
+    let Some((_, document)) = document else {
+        plan.warnings.push("the backup holds no configuration around the cluster".to_owned());
+        return;
+    };
+    let list = |key: &str| document.get(key).and_then(serde_json::Value::as_array).cloned().unwrap_or_default();
+    let text =
+        |value: &serde_json::Value, key: &str| value.get(key).and_then(|value| value.as_str()).unwrap_or("").to_owned();
+    plan.needs.extensions = list("extensions").iter().map(|extension| text(extension, "name")).collect();
+    plan.needs.preload = text(document, "shared_preload_libraries");
+    let collation = |value: &serde_json::Value| {
+        let version = text(value, "actual_version");
+        (!version.is_empty()).then(|| format!("{} {version}", text(value, "provider")))
+    };
+    plan.needs.collations = list("collations").iter().filter_map(collation).collect();
+    plan.needs.collations.dedup();
+    let archives = list("settings")
+        .iter()
+        .any(|setting| text(setting, "name") == "archive_mode" && text(setting, "value") != "off");
+    if archives {
+        plan.warnings.push("archive_mode is on: the restored server archives as soon as it is promoted".to_owned());
+    }
+}
+
+async fn programs(request: &Request, plan: &mut Plan) {
+    let major = plan.needs.major;
+    match PgBinaries::find(major, None).await {
+        Ok(found) => plan.needs.found_at = Some(found.directory),
+        Err(error) if request.start => {
+            let next = format!("install PostgreSQL {major}, or set DRCTL_PG_BIN_{major}");
+            plan.refuse_because(format!("PostgreSQL {major} is not installed here"), error.to_string(), next);
+        }
+        Err(_) => plan
+            .warnings
+            .push(format!("PostgreSQL {major} is not installed here; nothing else reads this data directory")),
+    }
+    let is_root = rustix::process::geteuid().is_root();
+    match &request.run_as {
+        Some(name) => {
+            if let Err(error) = User::named(name) {
+                plan.refuse_because(format!("--run-as {name}"), error.to_string(), "name an account of this machine");
+            }
+        }
+        None if is_root && request.start => {
+            plan.refuse_because("PostgreSQL does not run as root", "drctl does", "add --run-as postgres");
+        }
+        None if is_root => {
+            plan.warnings.push("the files will belong to root: chown them, or add --run-as USER".to_owned())
+        }
+        None => {}
+    }
+}
+
+/// A primary that still answers would take writes that nobody restores.
+async fn primary(target: &Target, system: SystemId, plan: &mut Plan) {
+    let asked = async {
+        let client = sql::connect(&target.conninfo).await.ok()?;
+        let row = client
+            .query_one("SELECT system_identifier::text, pg_is_in_recovery() FROM pg_control_system()", &[])
+            .await
+            .ok()?;
+        let (id, standby): (String, bool) = (row.get(0), row.get(1));
+        (id == system.to_string() && !standby).then_some(())
+    };
+    if let Ok(Some(())) = tokio::time::timeout(PRIMARY_DEADLINE, asked).await {
+        let servers = target.conninfo.servers().iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        let warning = format!(
+            "the primary at {servers} still answers with this system identifier: fence it before clients reconnect"
+        );
+        plan.warnings.push(warning);
+    }
+}

@@ -1,0 +1,84 @@
+//! `restore`: a plan that says everything before anything is touched, and the run of exactly that plan.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use crate::jobs::context::Context;
+use crate::model::{Error, RegionName, Result, Timeline};
+
+mod checks;
+mod conf;
+pub mod feed;
+mod files;
+mod plan;
+mod recover;
+mod route;
+mod run;
+mod stage;
+mod target;
+
+pub use plan::{Needs, Plan, Refusal, RegionState, WalLeg};
+pub use run::{PhaseTime, Report, Started};
+pub use target::Point;
+
+use plan::Prepared;
+
+/// The marker of a restore that has not ended.
+pub const MARKER: &str = "drctl-restore.json";
+/// Where WAL is staged, below the data directory: in `pg_wal`, whose contents no backup and no `pg_verifybackup` reads.
+pub const STAGING: &str = "pg_wal/drctl-wal";
+
+/// What is to be restored, and where.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// A backup id or its beginning, a target, or `latest`.
+    pub what: String,
+    /// The data directory, absolute.
+    pub directory: PathBuf,
+    /// Location on the source → directory here.
+    pub tablespaces: BTreeMap<String, PathBuf>,
+    /// Read from this region first.
+    pub region: Option<RegionName>,
+    /// To when.
+    pub point: Point,
+    /// Follow this timeline instead of the newest.
+    pub timeline: Option<Timeline>,
+    /// Start PostgreSQL and wait until it is promoted.
+    pub start: bool,
+    /// The account that PostgreSQL runs as, when drctl is root.
+    pub run_as: Option<String>,
+}
+
+/// Computes the plan; nothing is touched.
+///
+/// # Errors
+/// No backup fits, the point cannot be reached, or no region answers. What merely stands in the way is in
+/// [`Plan::refused`].
+pub async fn plan(context: &Context, request: &Request) -> Result<Plan> {
+    Ok(Prepared::new(context, request).await?.plan)
+}
+
+/// Runs the plan that has this digest (its beginning), or whatever plan the request gives now.
+///
+/// # Errors
+/// The plan is another one than the one named, or refuses; or what stopped the run. Until the run ends well PostgreSQL
+/// cannot start what is in the directory.
+pub async fn run(context: &Context, request: &Request, digest: Option<&str>) -> Result<Report> {
+    let prepared = Prepared::new(context, request).await?;
+    if let Some(wanted) = digest {
+        check_digest(&prepared.plan, wanted)?;
+    }
+    prepared.plan.refuse()?;
+    run::run(context, request, prepared).await
+}
+
+fn check_digest(plan: &Plan, wanted: &str) -> Result<()> {
+    const LEAST: usize = 6;
+    if wanted.len() >= LEAST && plan.digest.starts_with(wanted) {
+        return Ok(());
+    }
+    let error = Error::refused(format!("the plan is not {wanted} any more, it is {}", plan.short_digest()));
+    let error =
+        error.because("the backup, the end of the WAL, the directory or the options differ from those of that plan");
+    Err(error.hint(format!("look at the plan again, then: {}", plan.command)))
+}

@@ -1,0 +1,421 @@
+//! The plan: which backup, which WAL, to which record, at what cost, and everything that speaks against it.
+
+use std::path::PathBuf;
+
+use chrono::{DateTime, Utc};
+use serde::Serialize;
+use sha2::{Digest as _, Sha256};
+
+use crate::jobs::context::Context;
+use crate::jobs::restore::checks::{self, Checked};
+use crate::jobs::restore::route::Route;
+use crate::jobs::restore::stage::staged_bytes;
+use crate::jobs::restore::target::{Finder, Pin, Point, Unreached};
+use crate::jobs::restore::{MARKER, Request};
+use crate::model::commit::{Commit, WalNeed};
+use crate::model::{BackupId, Branch, Error, Kind, Lsn, RegionName, Result, ResultExt, SystemId, TargetName, Timeline};
+use crate::repository::catalog::{self, Backup, Held};
+use crate::repository::handle::Repository;
+use crate::repository::inventory::InventoryLine;
+use crate::repository::restore::{Leftover, read_outline};
+
+/// What restore and replay are assumed to manage per second before any drill has measured it.
+const ASSUMED_RATE: u64 = 150_000_000;
+
+/// Everything that a restore will do.
+#[derive(Debug, Clone, Serialize)]
+pub struct Plan {
+    /// Identifies the plan; its first six digits are enough.
+    pub digest: String,
+    /// The backup.
+    pub backup: BackupId,
+    /// What was backed up.
+    pub target: TargetName,
+    /// When the backup ended.
+    pub backup_finished_at: DateTime<Utc>,
+    /// The point that was asked for.
+    pub point: Point,
+    /// The regions in the order in which they are read, and what they lack.
+    pub regions: Vec<RegionState>,
+    /// The WAL to replay.
+    pub wal: Vec<WalLeg>,
+    /// Where the backup is consistent.
+    pub consistent_at: Lsn,
+    /// Start of the last record that is replayed; none for `--immediate`.
+    pub last_record: Option<Lsn>,
+    /// End of that record.
+    pub end_lsn: Lsn,
+    /// The timeline aimed at.
+    pub timeline: Timeline,
+    /// The newest commit that comes back, if it is known.
+    pub last_commit: Option<DateTime<Utc>>,
+    /// The newest commit that the regions hold, if it is known.
+    pub newest_commit: Option<DateTime<Utc>>,
+    /// WAL that exists and cannot be reached.
+    pub unreachable: Option<String>,
+    /// Bytes to fetch for the base, at most.
+    pub fetch_bytes: u64,
+    /// Bytes of WAL to replay.
+    pub wal_bytes: u64,
+    /// Bytes to write: the data directory, and the staged WAL.
+    pub write_bytes: (u64, u64),
+    /// Free space where the directory is to stand.
+    pub free_bytes: Option<u64>,
+    /// Seconds that this takes at the assumed rate; no drill has measured it.
+    pub expected_seconds: u64,
+    /// The assumed rate, bytes per second.
+    pub assumed_rate: u64,
+    /// What opened the keyset just now.
+    pub opens_with: Option<String>,
+    /// What must be installed.
+    pub needs: Needs,
+    /// The data directory.
+    pub directory: PathBuf,
+    /// Where tablespaces come to stand: location on the source, directory here.
+    pub tablespaces: Vec<(String, Option<PathBuf>)>,
+    /// Whether PostgreSQL is started.
+    pub start: bool,
+    /// What stands in the way.
+    pub refused: Vec<Refusal>,
+    /// What the reader should know.
+    pub warnings: Vec<String>,
+    /// The command that runs this plan.
+    pub command: String,
+}
+
+/// A region and what it lacks of the backup.
+#[derive(Debug, Clone, Serialize)]
+pub struct RegionState {
+    /// The region.
+    pub name: RegionName,
+    /// Objects that it lacks or holds with a wrong size.
+    pub missing: usize,
+    /// Why it could not be read.
+    pub unreadable: Option<String>,
+}
+
+/// WAL of one timeline.
+#[derive(Debug, Clone, Serialize)]
+pub struct WalLeg {
+    /// The cluster.
+    pub system_id: SystemId,
+    /// Its timeline.
+    pub timeline: Timeline,
+    /// The branch of that timeline.
+    pub branch: Branch,
+    /// First byte.
+    pub from: Lsn,
+    /// Behind the last byte.
+    pub to: Lsn,
+    /// How many.
+    pub bytes: u64,
+}
+
+/// What the restored cluster needs on its machine.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct Needs {
+    /// PostgreSQL's major version.
+    pub major: u32,
+    /// `server_version_num` of the source.
+    pub server_version: u32,
+    /// Where that version is installed here.
+    pub found_at: Option<PathBuf>,
+    /// Extensions.
+    pub extensions: Vec<String>,
+    /// `shared_preload_libraries` of the source.
+    pub preload: String,
+    /// Collation providers and their versions on the source; others here mean: reindex.
+    pub collations: Vec<String>,
+}
+
+/// Why the plan cannot run.
+#[derive(Debug, Clone, Serialize)]
+pub struct Refusal {
+    /// What.
+    pub what: String,
+    /// Why.
+    pub why: String,
+    /// What to do.
+    pub next: String,
+}
+
+/// The plan, and what its run needs.
+#[derive(Debug)]
+pub(super) struct Prepared {
+    pub(super) plan: Plan,
+    pub(super) repository: Repository,
+    pub(super) commit: Commit,
+    pub(super) inventory: Vec<InventoryLine>,
+    pub(super) route: Route,
+    pub(super) pin: Pin,
+}
+
+/// A backup that leads to the point.
+struct Chosen {
+    commit: Commit,
+    route: Route,
+    pin: Pin,
+    newest_commit: Option<DateTime<Utc>>,
+    last_commit: Option<DateTime<Utc>>,
+}
+
+impl Prepared {
+    pub(super) async fn new(context: &Context, request: &Request) -> Result<Self> {
+        let repository = preferring(&context.repository, request.region.as_ref())?;
+        let (backups, damaged) = catalog::backups(&repository, None).await.during(|| "list the backups")?;
+        let candidates = candidates(&backups, request)?;
+        let Chosen { commit, route, pin, newest_commit, last_commit } =
+            choose(context, &repository, request, &candidates).await?;
+        let inventory = catalog::inventory(&repository, &commit).await?;
+        let regions = regions(&repository, &commit, &inventory).await;
+        let outline = read_outline(&repository, &context.ring, &commit).await.map(|(_, outline)| outline);
+        let mut plan = outset(request, (&commit, &route, pin));
+        (plan.last_commit, plan.newest_commit, plan.regions) = (last_commit, newest_commit, regions);
+        plan.fetch_bytes = inventory.iter().map(|line| line.size).sum();
+        plan.expected_seconds = (commit.size_bytes + plan.wal_bytes) / ASSUMED_RATE + 1;
+        plan.digest = digest(&plan, request, &repository)?;
+        plan.warnings.extend(damaged.iter().map(|error| format!("a COMMIT is not readable: {error}")));
+        plan.command = command(&plan, request);
+        let outline = plan.open(context, &commit, outline).await?;
+        let checked = Checked { context, request, commit: &commit, outline: outline.as_ref() };
+        checks::check(&checked, &mut plan).await?;
+        let unlisted = repository.trust.unlisted();
+        if !unlisted.is_empty() {
+            let names = unlisted.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+            plan.warnings
+                .push(format!("no list of trusted signers: trusting {names} (compare with what init printed)"));
+        }
+        Ok(Self { plan, repository, commit, inventory, route, pin })
+    }
+}
+
+fn preferring(repository: &Repository, region: Option<&RegionName>) -> Result<Repository> {
+    let regions = match region {
+        Some(name) => repository.regions.preferring(name)?,
+        None => repository.regions.clone(),
+    };
+    Ok(Repository { regions, ..repository.clone() })
+}
+
+/// The backups that may lead to the point, best first: the one that was named, or for a target every one of it, the
+/// newest that ends before the point first.
+fn candidates(backups: &[Backup], request: &Request) -> Result<Vec<Commit>> {
+    let selected = &catalog::select(backups, &request.what)?.commit;
+    let is_target = request.what == selected.target.as_str() || request.what == "latest";
+    let ends_before = |commit: &Commit| match (&request.point, &commit.wal) {
+        (Point::Time(time), _) => commit.finished_at <= *time,
+        (Point::Lsn(lsn), Some(need)) => need.stop_lsn <= *lsn,
+        _ => true,
+    };
+    if !is_target {
+        return Ok(vec![selected.clone()]);
+    }
+    let of_target = backups.iter().rev().map(|backup| &backup.commit);
+    let mut of_target = of_target.filter(|commit| commit.target == selected.target && commit.wal.is_some());
+    let fitting: Vec<_> = of_target.clone().filter(|commit| ends_before(commit)).cloned().collect();
+    // The clocks of writer and server may differ: when none seems to fit, the oldest is asked all the same.
+    if fitting.is_empty() { Ok(of_target.next_back().into_iter().cloned().collect()) } else { Ok(fitting) }
+}
+
+async fn choose(
+    context: &Context,
+    repository: &Repository,
+    request: &Request,
+    candidates: &[Commit],
+) -> Result<Chosen> {
+    let mut first_problem = None;
+    for commit in candidates {
+        let need = wal_of(commit)?;
+        let mut route = Route::find(repository, need, request.timeline)
+            .await
+            .during(|| format!("find the WAL of {}", commit.id))?;
+        let finder = Finder { context, repository, route: &route };
+        match finder.find(&request.point).await? {
+            Ok(pin) => {
+                let newest_commit = finder.last_commit(route.end()).await?;
+                let last_commit = match pin.end == route.end() {
+                    true => newest_commit,
+                    false => finder.last_commit(pin.end).await?,
+                };
+                route.cut(pin.end);
+                return Ok(Chosen { commit: commit.clone(), route, pin, newest_commit, last_commit });
+            }
+            Err(Unreached::TooEarly(why)) => {
+                first_problem.get_or_insert_with(|| too_early(commit, &why));
+            }
+            // What is missing in the WAL of this backup may stand in that of an older one, before this one began.
+            Err(Unreached::NotFound(error)) => {
+                first_problem.get_or_insert(error);
+                if !matches!(request.point, Point::Xid(_) | Point::Name(_)) {
+                    break;
+                }
+            }
+        }
+    }
+    Err(first_problem.unwrap_or_else(|| Error::not_found("there is no backup with WAL")))
+}
+
+fn too_early(commit: &Commit, why: &str) -> Error {
+    let error = Error::refused(format!("the point cannot be reached from {}", commit.id)).because(why);
+    error.hint(format!("an older backup may lead there: drctl list {}", commit.target))
+}
+
+fn wal_of(commit: &Commit) -> Result<&WalNeed> {
+    commit.wal.as_ref().ok_or_else(|| Error::refused(format!("{} is not a physical backup of PostgreSQL", commit.id)))
+}
+
+async fn regions(repository: &Repository, commit: &Commit, inventory: &[InventoryLine]) -> Vec<RegionState> {
+    let states = repository.regions.all().iter().map(|region| async move {
+        let debt = Held::list(region, &commit.target).await.debt(commit, inventory);
+        let missing = debt.missing.len() + debt.damaged.len();
+        RegionState { name: region.name.clone(), missing, unreadable: debt.unreadable }
+    });
+    futures::future::join_all(states).await
+}
+
+/// The plan as far as backup and WAL decide it.
+fn outset(request: &Request, (commit, route, pin): (&Commit, &Route, Pin)) -> Plan {
+    let leg = |leg: &super::route::Leg| WalLeg {
+        system_id: leg.branch.system_id,
+        timeline: leg.branch.timeline,
+        branch: leg.branch.branch.clone(),
+        from: leg.from,
+        to: leg.to,
+        bytes: leg.to.bytes_since(leg.from),
+    };
+    let wal: Vec<_> = route.legs.iter().map(leg).collect();
+    Plan {
+        digest: String::new(),
+        backup: commit.id.clone(),
+        target: commit.target.clone(),
+        backup_finished_at: commit.finished_at,
+        point: request.point.clone(),
+        regions: Vec::new(),
+        consistent_at: route.need.stop_lsn,
+        last_record: pin.record,
+        end_lsn: pin.end,
+        timeline: route.timeline(),
+        last_commit: None,
+        newest_commit: None,
+        unreachable: route.beyond.clone(),
+        fetch_bytes: 0,
+        wal_bytes: wal.iter().map(|leg| leg.bytes).sum(),
+        wal,
+        write_bytes: (commit.size_bytes, staged_bytes(route)),
+        free_bytes: None,
+        expected_seconds: 0,
+        assumed_rate: ASSUMED_RATE,
+        opens_with: None,
+        needs: Needs {
+            major: route.need.server_version / 10_000,
+            server_version: route.need.server_version,
+            ..Needs::default()
+        },
+        directory: request.directory.clone(),
+        tablespaces: Vec::new(),
+        start: request.start,
+        refused: Vec::new(),
+        warnings: route.beyond.iter().cloned().collect(),
+        command: String::new(),
+    }
+}
+
+/// SHA-256 over everything that decides what ends up on disk; no rates, no times.
+fn digest(plan: &Plan, request: &Request, repository: &Repository) -> Result<String> {
+    let regions: Vec<_> = repository.regions.all().iter().map(|region| &region.name).collect();
+    // Keys of a JSON object are sorted, so this is one text for one plan.
+    let canonical = serde_json::json!({
+        "repository": repository.id,
+        "backup": plan.backup,
+        "regions": regions,
+        "directory": request.directory,
+        "tablespaces": request.tablespaces,
+        "last_record": plan.last_record,
+        "end_lsn": plan.end_lsn,
+        "timeline": plan.timeline,
+        "branch": plan.wal.last().map(|leg| &leg.branch),
+        "action": "promote",
+    });
+    let text = serde_json::to_vec(&canonical).map_err(|error| Error::failed("encode the plan").because(error))?;
+    Ok(hex::encode(Sha256::digest(&text)))
+}
+
+/// The command that runs exactly this plan: the backup by its id, the end pinned.
+fn command(plan: &Plan, request: &Request) -> String {
+    let mut words = vec!["drctl restore".to_owned(), plan.backup.to_string()];
+    words.push(format!("--target-dir {}", quoted(&request.directory.display().to_string())));
+    words.push(match plan.last_record {
+        Some(_) => format!("--to-lsn {}", plan.end_lsn),
+        None => "--immediate".to_owned(),
+    });
+    words.extend(request.timeline.map(|timeline| format!("--timeline {timeline}")));
+    words.extend(request.region.as_ref().map(|region| format!("--region {region}")));
+    words.extend(request.tablespaces.iter().map(|(old, new)| {
+        let escape = |path: &str| path.replace('=', "\\=");
+        format!("--tablespace {}", quoted(&format!("{}={}", escape(old), escape(&new.display().to_string()))))
+    }));
+    words.push(format!("--plan {} --execute", plan.short_digest()));
+    if request.start {
+        words.push("--start".to_owned());
+    }
+    words.extend(request.run_as.as_ref().map(|user| format!("--run-as {user}")));
+    words.join(" ")
+}
+
+/// A word as a shell reads it.
+fn quoted(text: &str) -> String {
+    let plain = text.chars().all(|c| c.is_ascii_alphanumeric() || "/._-+:=@,".contains(c));
+    if plain { text.to_owned() } else { format!("'{}'", text.replace('\'', "'\\''")) }
+}
+
+impl Plan {
+    /// As people type it.
+    pub fn short_digest(&self) -> &str {
+        self.digest.get(..6).unwrap_or(&self.digest)
+    }
+
+    /// An error if something stands in the way.
+    ///
+    /// # Errors
+    /// The refusals.
+    pub fn refuse(&self) -> Result<()> {
+        let Some(first) = self.refused.first() else { return Ok(()) };
+        let error = Error::refused(format!("{} is not restored: {}", self.backup, first.what));
+        let rest = self.refused.iter().map(|refusal| format!("{}: {}", refusal.what, refusal.why));
+        Err(rest.fold(error, |error, refusal| error.because(refusal)).hint(first.next.clone()))
+    }
+
+    pub(super) fn refuse_because(&mut self, what: impl Into<String>, why: impl Into<String>, next: impl Into<String>) {
+        self.refused.push(Refusal { what: what.into(), why: why.into(), next: next.into() });
+    }
+
+    /// Tries the keys. A backup that no key opens is a refusal, and the rest of the plan still shows.
+    async fn open(
+        &mut self,
+        context: &Context,
+        commit: &Commit,
+        outline: Result<Leftover>,
+    ) -> Result<Option<Leftover>> {
+        match context.ring.try_open(&commit.target, &commit.keyset).await {
+            Ok((_, by)) => self.opens_with = Some(by),
+            Err(error) => {
+                let next = "pass --age-identity FILE, or credentials for one of the KMS keys";
+                self.refuse_because("no key opens the backup", error.to_string(), next);
+            }
+        }
+        match outline {
+            Ok(outline) => Ok(Some(outline)),
+            Err(error) if self.opens_with.is_none() && matches!(error.kind(), Kind::NoKey | Kind::Unavailable) => {
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// Whether `directory` holds an unfinished restore of this very plan.
+pub(super) fn is_unfinished(directory: &std::path::Path, digest: &str) -> bool {
+    let marker = std::fs::read(directory.join(MARKER)).ok();
+    let marker: Option<super::files::Marker> = marker.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    marker.is_some_and(|marker| marker.digest == digest)
+}

@@ -1,0 +1,116 @@
+//! `--start`: PostgreSQL replays while WAL is still being staged, and is promoted.
+
+use std::os::unix::fs::lchown;
+use std::path::Path;
+use std::pin::pin;
+use std::time::Duration;
+
+use futures::future::{Either, select};
+
+use crate::disk::DiskError;
+use crate::jobs::context::Context;
+use crate::jobs::restore::conf;
+use crate::jobs::restore::files::Site;
+use crate::jobs::restore::plan::Prepared;
+use crate::jobs::restore::run::{PhaseTime, Report, Started, stage};
+use crate::jobs::restore::stage::{Stager, give};
+use crate::jobs::restore::{Request, STAGING};
+use crate::model::{Error, Result, ResultExt};
+use crate::pg::instance::{Instance, InstanceError, InstanceOptions, PgBinaries, Readiness, User};
+
+const POLL: Duration = Duration::from_millis(50);
+/// PostgreSQL says this when replay has ended.
+const REDO_DONE: &str = "redo done at";
+
+/// Starts PostgreSQL and returns when it is promoted. If anything fails the server is stopped before the error is told.
+pub(super) async fn start(
+    context: &Context,
+    (request, prepared, owner): (&Request, &Prepared, Option<User>),
+    (site, stager): (Site, Stager),
+    report: &mut Report,
+) -> Result<()> {
+    let binaries = PgBinaries::find(prepared.plan.needs.major, None).await?;
+    site.make_startable()?;
+    let log = request.directory.join("drctl-recovery.log");
+    let options = InstanceOptions {
+        data_dir: request.directory.clone(),
+        socket_dir: request.directory.clone(),
+        port: 0,
+        settings: Vec::new(),
+        log_file: log.clone(),
+        as_user: owner,
+        listens: true,
+    };
+    let mut instance = Instance::start(&binaries, options).during(|| "start PostgreSQL")?;
+    let phase = context.progress.begin("replay", None);
+    let times = {
+        let staging = pin!(stage(context, prepared, stager, report));
+        let promotion = pin!(promoted(context, &mut instance));
+        match select(staging, promotion).await {
+            // The server ends by itself when its restore_command finds nobody staging.
+            Either::Left((staged, promotion)) => {
+                staged?;
+                promotion.await
+            }
+            Either::Right((times, staging)) => {
+                let times = times?;
+                staging.await?;
+                Ok(times)
+            }
+        }
+    };
+    drop(phase);
+    let (replay, open) = times.during(|| "recover")?;
+    report.phases.push(PhaseTime::new("replay", replay).of(prepared.plan.wal_bytes));
+    report.phases.push(PhaseTime::new("open", open));
+    give(&log, owner)?;
+    report.warnings.extend(tidy(&request.directory, owner).err().map(|error| format!("not tidied up: {error}")));
+    site.release()?;
+    report.started = Some(Started { pid: instance.leave_running(), log });
+    Ok(())
+}
+
+/// Waits until the server accepts writes. Returns how long replay and opening took.
+async fn promoted(context: &Context, instance: &mut Instance) -> Result<(Duration, Duration)> {
+    let began = context.clock.monotonic();
+    let mut replayed = None;
+    loop {
+        let now = context.clock.monotonic();
+        if replayed.is_none() && instance.log_tail().contains(REDO_DONE) {
+            replayed = Some(now);
+        }
+        match instance.readiness() {
+            Ok(Readiness::Ready) => {
+                let replayed = replayed.unwrap_or(now);
+                return Ok((replayed - began, now - replayed));
+            }
+            Ok(Readiness::Stopping) => return Err(Error::failed("PostgreSQL shuts down instead of recovering")),
+            Ok(Readiness::Starting | Readiness::Standby) => tokio::time::sleep(POLL).await,
+            Err(error @ InstanceError::Exited { .. }) => {
+                return Err(Error::from(error)
+                    .hint("the data directory is complete: mend the cause and start PostgreSQL on it"));
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Recovery is over: its settings and the staged WAL go.
+fn tidy(directory: &Path, owner: Option<User>) -> Result<()> {
+    conf::remove(directory)?;
+    give(&directory.join(conf::AUTO_CONF), owner)?;
+    let staging = directory.join(STAGING);
+    Ok(std::fs::remove_dir_all(&staging).map_err(|error| DiskError::new("remove", &staging, error))?)
+}
+
+/// Gives a whole tree to the account that PostgreSQL runs as; links are given, never followed.
+pub(super) fn hand_over(path: &Path, owner: User) -> Result<()> {
+    let io = |error| DiskError::new("chown", path, error);
+    lchown(path, Some(owner.uid), Some(owner.gid)).map_err(io)?;
+    if std::fs::symlink_metadata(path).map_err(io)?.is_dir() {
+        for entry in std::fs::read_dir(path).map_err(io)? {
+            hand_over(&entry.map_err(io)?.path(), owner)?;
+        }
+    }
+    Ok(())
+}

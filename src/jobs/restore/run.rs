@@ -1,0 +1,186 @@
+//! The run of a plan.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use serde::Serialize;
+
+use crate::jobs::context::Context;
+use crate::jobs::restore::conf::{self, RecoverySettings};
+use crate::jobs::restore::files::{Manifest, Site};
+use crate::jobs::restore::plan::{Plan, Prepared};
+use crate::jobs::restore::recover;
+use crate::jobs::restore::stage::Stager;
+use crate::jobs::restore::{Request, STAGING};
+use crate::model::commit::WalNeed;
+use crate::model::{BackupId, Error, Lsn, Result, ResultExt, TargetName, Timeline};
+use crate::pg::instance::User;
+use crate::repository::regions::Incident;
+use crate::repository::restore::{Destination, Leftover, restore_files};
+
+/// What a restore came to.
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    /// The plan that was run.
+    pub plan: String,
+    /// The backup.
+    pub backup: BackupId,
+    /// What was backed up.
+    pub target: TargetName,
+    /// The data directory.
+    pub directory: PathBuf,
+    /// End of the last record that is or will be replayed.
+    pub recovered_to: Lsn,
+    /// The timeline that was followed.
+    pub timeline: Timeline,
+    /// The newest commit that came back, if it is known.
+    pub last_commit: Option<DateTime<Utc>>,
+    /// How long everything took.
+    pub phases: Vec<PhaseTime>,
+    /// Seconds in all.
+    pub seconds: f64,
+    /// The running server, if it was to be started.
+    pub started: Option<Started>,
+    /// Objects that were taken from another region.
+    pub incidents: Vec<Incident>,
+    /// What the reader should know.
+    pub warnings: Vec<String>,
+    /// What to do next.
+    pub next: Vec<String>,
+}
+
+/// A phase and what it moved.
+#[derive(Debug, Clone, Serialize)]
+pub struct PhaseTime {
+    /// `fetch`, `stage`, `replay`, `open`.
+    pub name: &'static str,
+    /// How long.
+    pub seconds: f64,
+    /// Bytes, if it moves any.
+    pub bytes: Option<u64>,
+    /// Bytes fetched from the regions, if that is another number.
+    pub fetched_bytes: Option<u64>,
+}
+
+/// A server that was started.
+#[derive(Debug, Clone, Serialize)]
+pub struct Started {
+    /// Its postmaster.
+    pub pid: u32,
+    /// What it printed.
+    pub log: PathBuf,
+}
+
+impl PhaseTime {
+    pub(super) const fn new(name: &'static str, took: Duration) -> Self {
+        Self { name, seconds: took.as_secs_f64(), bytes: None, fetched_bytes: None }
+    }
+
+    pub(super) const fn of(mut self, bytes: u64) -> Self {
+        self.bytes = Some(bytes);
+        self
+    }
+}
+
+/// Runs the plan.
+pub(super) async fn run(context: &Context, request: &Request, prepared: Prepared) -> Result<Report> {
+    let begun = context.clock.monotonic();
+    let owner = request.run_as.as_deref().map(User::named).transpose()?;
+    let site = Site::take(request, &prepared.plan, context.clock.now())?;
+    let mut report = report(&prepared.plan);
+    let (leftover, manifest) = fetch(context, request, &prepared, &mut report).await?;
+    let notes = site
+        .complete(&leftover, manifest, (&prepared.commit, &prepared.route.need))
+        .during(|| "complete the data directory")?;
+    report.warnings.extend(notes);
+    let staging = site.directory.join(STAGING);
+    let settings = RecoverySettings {
+        drctl: &this_program()?,
+        staging: &staging,
+        record: prepared.pin.record,
+        timeline: prepared.route.timeline(),
+    };
+    conf::append(&site.directory, &settings.block()?)?;
+    let stager = Stager::prepare(&staging, &prepared.route, owner).during(|| "stage WAL")?;
+    if let Some(owner) = owner {
+        recover::hand_over(&site.directory, owner)?;
+        request.tablespaces.values().try_for_each(|place| recover::hand_over(place, owner))?;
+    }
+    if request.start {
+        recover::start(context, (request, &prepared, owner), (site, stager), &mut report).await?;
+    } else {
+        stage(context, &prepared, stager, &mut report).await?;
+        site.make_startable()?;
+        site.release()?;
+        report.next = by_hand(request, &prepared.plan);
+    }
+    report.incidents = prepared.repository.regions.incidents();
+    report.seconds = (context.clock.monotonic() - begun).as_secs_f64();
+    Ok(report)
+}
+
+fn report(plan: &Plan) -> Report {
+    Report {
+        plan: plan.digest.clone(),
+        backup: plan.backup.clone(),
+        target: plan.target.clone(),
+        directory: plan.directory.clone(),
+        recovered_to: plan.end_lsn,
+        timeline: plan.timeline,
+        last_commit: plan.last_commit,
+        phases: Vec::new(),
+        seconds: 0.0,
+        started: None,
+        incidents: Vec::new(),
+        warnings: plan.warnings.clone(),
+        next: Vec::new(),
+    }
+}
+
+/// Fetches and writes every file of the backup.
+async fn fetch(
+    context: &Context,
+    request: &Request,
+    prepared: &Prepared,
+    report: &mut Report,
+) -> Result<(Leftover, Manifest)> {
+    let Prepared { plan, repository, commit, inventory, route, .. } = prepared;
+    let need: &WalNeed = &route.need;
+    let mut manifest = Manifest::begin(&request.directory, need, context.clock.now())?;
+    let phase = Arc::new(context.progress.begin("fetch", Some(commit.size_bytes)));
+    let began = context.clock.monotonic();
+    let destination = Destination { directory: request.directory.clone(), tablespaces: request.tablespaces.clone() };
+    let mut written = |file| manifest.add(&file);
+    let restored =
+        restore_files(repository, &context.ring, (commit, inventory), &destination, (&phase, &mut written)).await;
+    let leftover = restored.during(|| format!("restore {}", plan.backup))?;
+    let mut time = PhaseTime::new("fetch", context.clock.monotonic() - began).of(leftover.bytes);
+    time.fetched_bytes = Some(leftover.fetched);
+    report.phases.push(time);
+    Ok((leftover, manifest))
+}
+
+/// Writes the WAL of the plan as segments.
+pub(super) async fn stage(context: &Context, prepared: &Prepared, stager: Stager, report: &mut Report) -> Result<()> {
+    let phase = Arc::new(context.progress.begin("stage", Some(prepared.plan.wal_bytes)));
+    let began = context.clock.monotonic();
+    let bytes = stager.fill(context, &prepared.repository, &prepared.route, &phase).await.during(|| "stage WAL")?;
+    report.phases.push(PhaseTime::new("stage", context.clock.monotonic() - began).of(bytes));
+    Ok(())
+}
+
+/// The program that `restore_command` calls: this one, by its absolute path.
+fn this_program() -> Result<PathBuf> {
+    std::env::current_exe().map_err(|error| Error::failed("find the path of this program").because(error))
+}
+
+fn by_hand(request: &Request, plan: &Plan) -> Vec<String> {
+    let directory = request.directory.display();
+    let programs = plan.needs.found_at.as_ref().map_or_else(String::new, |path| format!("{}/", path.display()));
+    vec![
+        format!("start it as the PostgreSQL user: {programs}pg_ctl -D {directory} start"),
+        format!("after promotion: rm -r {directory}/{STAGING}"),
+    ]
+}

@@ -1,0 +1,202 @@
+//! Staging: WAL from frames to segment files, ahead of replay.
+
+use std::fs::File;
+use std::io::Write;
+use std::ops::ControlFlow;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, chown};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::disk::lock::Lock;
+use crate::disk::{DiskError, place};
+use crate::jobs::context::Context;
+use crate::jobs::restore::feed::{LOCK_FILE, SegmentRange, Staging};
+use crate::jobs::restore::route::Route;
+use crate::model::{Error, Lsn, Result, ResultExt, SegmentName, Timeline, WalSegmentSize};
+use crate::observe::progress::Phase;
+use crate::pg::instance::User;
+use crate::repository::handle::Repository;
+
+/// A staging directory that is being filled.
+#[derive(Debug)]
+pub(super) struct Stager {
+    directory: PathBuf,
+    staging: Staging,
+    owner: Option<User>,
+    _lock: Lock,
+}
+
+impl Stager {
+    /// Prepares the directory: history files and the record of what will come. From here on `recovery-fetch` works.
+    pub(super) fn prepare(directory: &Path, route: &Route, owner: Option<User>) -> Result<Self> {
+        let io = |error| Error::from(DiskError::new("create", directory, error));
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(io)?;
+        let lock = Lock::acquire(&directory.join(LOCK_FILE))?;
+        let mut histories = Vec::new();
+        for stored in &route.histories {
+            let name = stored.timeline.history_file_name();
+            // Of two histories with one number recovery must read the one that leads to the point; the other only keeps
+            // its number from being used again.
+            let on_the_way = route
+                .legs
+                .iter()
+                .any(|leg| leg.branch.timeline == stored.timeline && leg.branch.branch == stored.branch);
+            if on_the_way || !histories.contains(&name) {
+                place::place(&directory.join(&name), &stored.content, 0o600)?;
+                give(&directory.join(&name), owner)?;
+            }
+            if !histories.contains(&name) {
+                histories.push(name);
+            }
+        }
+        let wal_segment_size = route.need.wal_segment_size;
+        let staging = Staging { complete: false, wal_segment_size, segments: segments(route), histories };
+        let stager = Self { directory: directory.to_owned(), staging, owner, _lock: lock };
+        stager.record()?;
+        give(directory, owner)?;
+        give(&directory.join(LOCK_FILE), owner)?;
+        Ok(stager)
+    }
+
+    fn record(&self) -> Result<()> {
+        self.staging.write(&self.directory)?;
+        give(&self.directory.join(crate::jobs::restore::feed::STAGING_FILE), self.owner)
+    }
+
+    /// Writes every segment; each appears under its name when it is whole and durable. The last one is filled up with
+    /// zeros, which PostgreSQL reads as the end of WAL.
+    pub(super) async fn fill(
+        mut self,
+        context: &Context,
+        repository: &Repository,
+        route: &Route,
+        phase: &Arc<Phase>,
+    ) -> Result<u64> {
+        let (mut bytes, mut open) = (0, None::<Segment>);
+        for (index, leg) in route.legs.iter().enumerate() {
+            let is_last = index + 1 == route.legs.len();
+            let timeline = leg.branch.timeline;
+            // A promoted server copies the segment in which it left the old timeline: the file of the new timeline
+            // begins with the bytes of the old one.
+            if let Some(segment) = &mut open {
+                segment.name.timeline = timeline;
+            }
+            let mut sink = |at: Lsn, wal: &[u8]| {
+                phase.advance(wal.len() as u64);
+                self.write((timeline, at), wal, &mut open)?;
+                Ok(ControlFlow::Continue(()))
+            };
+            bytes += leg.log.read(repository, &context.ring, (leg.from, leg.to), &mut sink).await?;
+            if is_last && let Some(segment) = open.take() {
+                self.close(segment)?;
+            }
+        }
+        let names: Vec<_> = self.staging.names().collect();
+        for name in names {
+            if !self.directory.join(&name).exists() {
+                return Err(Error::failed(format!("segment {name} was not staged")));
+            }
+        }
+        place::sync_dir(&self.directory)?;
+        self.staging.complete = true;
+        self.record()?;
+        Ok(bytes)
+    }
+
+    fn write(&self, (timeline, mut at): (Timeline, Lsn), mut wal: &[u8], open: &mut Option<Segment>) -> Result<()> {
+        let size = self.staging.wal_segment_size;
+        while !wal.is_empty() {
+            let segment = match open.take() {
+                Some(segment) => open.insert(segment),
+                None => {
+                    open.insert(Segment::create(&self.directory, SegmentName::containing(timeline, at, size), size)?)
+                }
+            };
+            let left = usize::try_from(segment.end.bytes_since(at)).unwrap_or(usize::MAX);
+            let (now, later) = wal.split_at(left.min(wal.len()));
+            segment.append(at, now)?;
+            at.0 += now.len() as u64;
+            wal = later;
+            if at >= segment.end
+                && let Some(full) = open.take()
+            {
+                self.close(full)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn close(&self, segment: Segment) -> Result<()> {
+        let path = self.directory.join(segment.name.file_name(self.staging.wal_segment_size));
+        segment.finish(self.staging.wal_segment_size)?;
+        let temporary = self.directory.join(TEMPORARY);
+        give(&temporary, self.owner)?;
+        Ok(place::rename(&temporary, &path)?)
+    }
+}
+
+/// The segment being written; it has no name that PostgreSQL could ask for.
+const TEMPORARY: &str = "segment.tmp";
+
+#[derive(Debug)]
+struct Segment {
+    name: SegmentName,
+    file: File,
+    at: Lsn,
+    end: Lsn,
+    path: PathBuf,
+}
+
+impl Segment {
+    fn create(directory: &Path, name: SegmentName, size: WalSegmentSize) -> Result<Self> {
+        let path = directory.join(TEMPORARY);
+        let mut options = File::options();
+        options.write(true).create(true).truncate(true).mode(0o600);
+        let file = options.open(&path).map_err(|error| DiskError::new("create", &path, error))?;
+        let start = name.start(size);
+        let end = start.checked_add(size.bytes()).ok_or_else(|| Error::failed("WAL position overflow"))?;
+        Ok(Self { name, file, at: start, end, path })
+    }
+
+    fn append(&mut self, at: Lsn, wal: &[u8]) -> Result<()> {
+        if at != self.at {
+            return Err(Error::failed(format!("WAL is not contiguous: expected {}, got {at}", self.at)));
+        }
+        self.file.write_all(wal).map_err(|error| DiskError::new("write", &self.path, error))?;
+        self.at.0 += wal.len() as u64;
+        Ok(())
+    }
+
+    fn finish(self, size: WalSegmentSize) -> Result<()> {
+        // PostgreSQL refuses a segment of another size.
+        Ok(self.file.set_len(size.bytes()).map_err(|error| DiskError::new("extend", &self.path, error))?)
+    }
+}
+
+/// Hands a file to the account that PostgreSQL runs as.
+pub(super) fn give(path: &Path, owner: Option<User>) -> Result<()> {
+    let Some(User { uid, gid }) = owner else { return Ok(()) };
+    chown(path, Some(uid), Some(gid)).map_err(|error| DiskError::new("chown", path, error)).during(|| "hand over files")
+}
+
+/// The segments of the plan. Where timelines meet inside a segment it carries the name of the newer one.
+fn segments(route: &Route) -> Vec<SegmentRange> {
+    let size = route.need.wal_segment_size;
+    let mut ranges: Vec<SegmentRange> = Vec::new();
+    for leg in route.legs.iter().filter(|leg| leg.from < leg.to) {
+        let number = |lsn: Lsn| lsn.0 / size.bytes();
+        let (first, last) = (number(leg.from), number(Lsn(leg.to.0 - 1)));
+        if let Some(previous) = ranges.last_mut() {
+            previous.last = previous.last.min(first.saturating_sub(1));
+        }
+        ranges.retain(|range| range.first <= range.last);
+        ranges.push(SegmentRange { timeline: leg.branch.timeline, first, last });
+    }
+    ranges
+}
+
+/// Bytes that staging takes on disk.
+pub(super) fn staged_bytes(route: &Route) -> u64 {
+    let size = route.need.wal_segment_size.bytes();
+    segments(route).iter().map(|range| (range.last - range.first + 1) * size).sum()
+}

@@ -1,0 +1,174 @@
+//! Status: the worst first.
+
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use serde::Serialize;
+
+use crate::jobs::Context;
+use crate::jobs::list;
+use crate::model::{BackupId, Lsn, RegionName, Result, TargetName};
+use crate::repository::catalog;
+use crate::repository::survey::{self, State, Survey};
+
+/// How things stand.
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    /// Every target, the worst first.
+    pub targets: Vec<TargetStatus>,
+    /// COMMITs that no region holds intact.
+    pub unreadable: Vec<String>,
+}
+
+impl Report {
+    /// Whether an objective is violated.
+    pub fn is_violated(&self) -> bool {
+        !self.unreadable.is_empty() || self.targets.iter().any(|target| target.violated)
+    }
+}
+
+/// One target.
+#[derive(Debug, Clone, Serialize)]
+pub struct TargetStatus {
+    /// Its name.
+    pub target: TargetName,
+    /// The newest backup that some region can restore.
+    pub last_backup: Option<BackupId>,
+    /// When it was complete.
+    pub last_backup_at: Option<DateTime<Utc>>,
+    /// How much may be lost, in seconds.
+    pub rpo_seconds: Option<u64>,
+    /// Whether an objective is violated, or cannot be shown to be kept.
+    pub violated: bool,
+    /// Region by region.
+    pub regions: Vec<RegionStatus>,
+    /// What is wrong, in words; the worst first.
+    pub problems: Vec<String>,
+    /// What to type next.
+    pub next: Option<String>,
+}
+
+/// One target in one region.
+#[derive(Debug, Clone, Serialize)]
+pub struct RegionStatus {
+    /// The region.
+    pub name: RegionName,
+    /// The worst state of a backup there.
+    pub state: State,
+    /// Objects that it lacks.
+    pub debt_objects: u64,
+    /// The end of its newest WAL.
+    pub wal_end: Option<Lsn>,
+    /// When its newest WAL was written.
+    pub wal_at: Option<DateTime<Utc>>,
+    /// Seconds of commits that are not durable there; `null` = unknown: only the WAL receiver could tell, and none is
+    /// asked here. Never 0 for want of knowledge.
+    pub exposure_seconds: Option<u64>,
+    /// Since when the exposure is unknown.
+    pub unknown_since: Option<DateTime<Utc>>,
+}
+
+/// Looks at everything.
+///
+/// # Errors
+/// No region answers.
+pub async fn run(context: &Context) -> Result<Report> {
+    let repository = &context.repository;
+    let (backups, unreadable) = catalog::backups(repository, None).await?;
+    let surveys = survey::survey(repository, &backups).await?;
+    let mut targets: Vec<_> = surveys.iter().map(|survey| status(context, survey)).collect();
+    for target in &context.targets {
+        if !targets.iter().any(|status| status.target == target.name) {
+            targets.push(without_backup(context, &target.name, target.objectives.rpo));
+        }
+    }
+    targets.sort_by_key(|status| (!status.violated, status.problems.is_empty(), status.target.clone()));
+    Ok(Report { targets, unreadable: unreadable.iter().map(ToString::to_string).collect() })
+}
+
+fn without_backup(context: &Context, name: &TargetName, rpo: Option<Duration>) -> TargetStatus {
+    let region = |name: &RegionName| RegionStatus {
+        name: name.clone(),
+        state: State::Debt,
+        debt_objects: 0,
+        wal_end: None,
+        wal_at: None,
+        exposure_seconds: None,
+        unknown_since: None,
+    };
+    TargetStatus {
+        target: name.clone(),
+        last_backup: None,
+        last_backup_at: None,
+        rpo_seconds: rpo.map(|rpo| rpo.as_secs()),
+        violated: true,
+        regions: context.repository.regions.all().iter().map(|found| region(&found.name)).collect(),
+        problems: vec!["there is no backup".to_owned()],
+        next: Some(format!("drctl backup {name}")),
+    }
+}
+
+fn status(context: &Context, survey: &Survey) -> TargetStatus {
+    let now = context.clock.now();
+    let rpo =
+        context.targets.iter().find(|target| target.name == survey.target).and_then(|target| target.objectives.rpo);
+    let listed = list::list(survey);
+    let usable = listed.iter().rev().find(|backup| backup.recoverable_until.is_some());
+    let debts = survey.debts();
+    let names = context.repository.regions.all().iter().map(|region| &region.name);
+    let region = |name: &RegionName| {
+        let states = listed.iter().flat_map(|backup| &backup.regions).filter(|region| region.name == *name);
+        let newest = survey.newest_window(name);
+        RegionStatus {
+            name: name.clone(),
+            state: states.map(|region| region.state).max_by_key(|state| *state as u8).unwrap_or(State::Debt),
+            debt_objects: debts.get(name).map_or(0, |(objects, _)| objects.len() as u64),
+            wal_end: newest.map(|reach| reach.window.end),
+            wal_at: newest.map(|reach| reach.window.written_at),
+            exposure_seconds: None,
+            unknown_since: newest.map(|reach| reach.window.written_at).or(usable.map(|backup| backup.finished_at)),
+        }
+    };
+    let regions: Vec<_> = names.map(region).collect();
+    let mut problems = Vec::new();
+    let late = |region: &&RegionStatus| rpo.is_some_and(|rpo| is_late(now, region.unknown_since, rpo));
+    let violated_in: Vec<_> = regions.iter().filter(late).map(|region| region.name.to_string()).collect();
+    if usable.is_none() {
+        problems.push("no backup can be restored".to_owned());
+    }
+    if !violated_in.is_empty() {
+        problems.push(format!("no WAL within the objective in {}", violated_in.join(", ")));
+    }
+    for region in regions.iter().filter(|region| region.state != State::Complete) {
+        problems.push(match region.state {
+            State::Unreachable => format!("{} does not answer", region.name),
+            _ => format!("debt in {}: {} objects", region.name, region.debt_objects),
+        });
+    }
+    let next = next(&survey.target, usable.is_some(), !violated_in.is_empty(), &regions);
+    TargetStatus {
+        target: survey.target.clone(),
+        last_backup: usable.map(|backup| backup.id.clone()),
+        last_backup_at: usable.map(|backup| backup.finished_at),
+        rpo_seconds: rpo.map(|rpo| rpo.as_secs()),
+        violated: usable.is_none() || !violated_in.is_empty(),
+        regions,
+        problems,
+        next,
+    }
+}
+
+/// Without a receiver that tells the exposure, the age of the newest WAL is all there is, and no WAL at all is late.
+fn is_late(now: DateTime<Utc>, since: Option<DateTime<Utc>>, rpo: Duration) -> bool {
+    since.is_none_or(|since| (now - since).to_std().unwrap_or_default() > rpo)
+}
+
+fn next(target: &TargetName, usable: bool, late: bool, regions: &[RegionStatus]) -> Option<String> {
+    let behind = regions.iter().find(|region| matches!(region.state, State::Debt | State::Damaged));
+    match behind {
+        _ if !usable => Some(format!("drctl verify {target}")),
+        Some(region) => Some(format!("drctl repair {target} --region {}", region.name)),
+        None if late => Some(format!("drctl wal stream {target}")),
+        None => None,
+    }
+}

@@ -1,3 +1,6 @@
+<<<<<<< HEAD
+//! What drctl is for, told from outside: the built binary, real clusters, real regions.
+=======
 //! What drctl is for, told from outside: the built binary, real clusters, real regions, and what is left when they fail.
 #![allow(
     clippy::unwrap_used,
@@ -13,6 +16,7 @@ mod support;
 mod check;
 mod escape;
 mod keyholders;
+mod memory;
 mod regions;
 mod rig3;
 mod verify;

@@ -1,6 +1,3 @@
-<<<<<<< HEAD
-//! What drctl is for, told from outside: the built binary, real clusters, real regions.
-=======
 //! What drctl is for, told from outside: the built binary, real clusters, real regions, and what is left when they fail.
 #![allow(
     clippy::unwrap_used,
@@ -18,6 +15,7 @@ mod escape;
 mod keyholders;
 mod memory;
 mod regions;
+mod restore;
 mod rig3;
 mod verify;
 mod wal;

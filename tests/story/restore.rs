@@ -189,7 +189,7 @@ async fn a_running_ledger_is_started_again_with_every_durable_commit() {
     let target = protected.scratch.join("restored");
     let report = protected.execute(&target, &["--start", "--run-as", "postgres"]).await.ok().json();
     let pid = u32::try_from(report["started"]["pid"].as_u64().unwrap()).unwrap();
-    assert!(process::is_alive(pid));
+    assert!(process::is_alive(pid), "{}", fs::read_to_string(target.join("drctl-recovery.log")).unwrap());
     let phases: Vec<_> = report["phases"].as_array().unwrap().iter().map(|phase| phase["name"].as_str().unwrap()).collect();
     assert_eq!(phases, ["fetch", "stage", "replay", "open"]);
     assert!(!target.join("pg_wal/drctl-wal").exists());

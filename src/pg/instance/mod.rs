@@ -251,7 +251,7 @@ impl Instance {
         Ok(file.map_or(Readiness::Starting, |file| file.readiness))
     }
 
-    /// Waits until the server accepts connections, read-only ones included.
+    /// Waits until the server accepts connections, read-only ones included, or replays without.
     ///
     /// # Errors
     /// It ended, or it did not get there in time; then it still runs.

@@ -12,9 +12,9 @@ use super::InstanceError;
 pub enum Readiness {
     /// It does not accept connections yet: it starts, or replays and is not consistent.
     Starting,
-    /// It replays, and accepts read-only connections.
+    /// It replays, and accepts no connections (`hot_standby` is off).
     Standby,
-    /// It accepts connections.
+    /// It accepts connections; read-only ones if it still replays.
     Ready,
     /// It shuts down, or was stopped.
     Stopping,

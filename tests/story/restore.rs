@@ -61,7 +61,8 @@ impl Protected {
         let wanted = self.cluster.flush_lsn().await;
         process::eventually("WAL is durable", Duration::from_secs(30), async || {
             let status = self.drctl(["wal", "status", "ledger", "--json"]).run().await.ok().json();
-            let regions = status["targets"][0]["branches"][0]["regions"].as_array().cloned().unwrap_or_default();
+            let regions = status["targets"][0]["branches"].as_array().and_then(|branches| branches.last()?["regions"].as_array().cloned());
+            let regions = regions.unwrap_or_default();
             let end = |region: &Value| region["windows"].as_array()?.last()?["end"].as_str()?.parse::<Lsn>().ok();
             regions.len() == 2 && regions.iter().all(|region| end(region).is_some_and(|end| end >= wanted))
         })
@@ -202,6 +203,31 @@ async fn a_running_ledger_is_started_again_with_every_durable_commit() {
 }
 
 #[tokio::test]
+async fn recovery_follows_a_promotion_or_stays_on_the_old_timeline() {
+    let mut protected = Protected::of(Cluster::builder(MAJOR).setting("restore_command", "/bin/false")).await;
+    protected.cluster.execute("CREATE TABLE mark AS SELECT 0 n").await;
+    let stream = protected.stream();
+    protected.backup().await;
+    protected.cluster.execute("INSERT INTO mark VALUES (1)").await;
+    protected.durable().await;
+    protected.cluster.stop().await;
+    fs::write(protected.cluster.data_dir().join("recovery.signal"), "").unwrap();
+    crate::support::dirs::give_to_postgres(protected.cluster.data_dir());
+    protected.cluster.start().await;
+    protected.cluster.wait_promoted(Duration::from_secs(60)).await.unwrap();
+    assert_eq!(protected.cluster.query("SELECT timeline_id FROM pg_control_checkpoint()").await, "2");
+    protected.cluster.execute("INSERT INTO mark VALUES (2)").await;
+    protected.durable().await;
+    let plan = protected.plan(&protected.scratch.join("x"), &[]).await.ok().json();
+    assert_eq!((plan["timeline"].as_u64(), plan["wal"].as_array().unwrap().len()), (Some(2), 2), "{plan}");
+    let restored = protected.restored("new", &[]).await;
+    assert_eq!(numbers(&restored).await, "0,1,2");
+    assert_eq!(restored.query("SELECT substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8)").await, "00000003");
+    assert_eq!(numbers(&protected.restored("old", &["--timeline", "1"]).await).await, "0,1");
+    stream.terminate().await;
+}
+
+#[tokio::test]
 async fn a_damaged_object_is_taken_from_the_other_region_and_told() {
     let protected = Protected::new().await;
     protected.cluster.execute("CREATE TABLE mark AS SELECT generate_series(1, 1000) n").await;
@@ -211,9 +237,10 @@ async fn a_damaged_object_is_taken_from_the_other_region_and_told() {
     flip(&packs[0]);
     fs::remove_file(&frames[0]).unwrap();
     let directory = protected.scratch.join("restored");
-    let plan = protected.plan(&directory, &[]).await;
-    let digest = plan.json()["digest"].as_str().unwrap().to_owned();
     let shown = directory.display().to_string();
+    let plan = protected.drctl(["restore", "ledger", "--json", "--target-dir", &shown]);
+    let plan = plan.expect_log("taken from another region").run().await.ok();
+    let digest = plan.json()["digest"].as_str().unwrap().to_owned();
     let run = protected
         .drctl(["restore", "ledger", "--json", "--target-dir", &shown, "--execute", "--plan", &digest])
         .expect_log("taken from another region")
@@ -228,7 +255,9 @@ async fn a_damaged_object_is_taken_from_the_other_region_and_told() {
     flip(&files(&protected.home().join("region-b/packs"))[0]);
     let half = protected.scratch.join("half");
     let shown = half.display().to_string();
-    let digest = protected.plan(&half, &[]).await.ok().json()["digest"].as_str().unwrap().to_owned();
+    let plan = protected.drctl(["restore", "ledger", "--json", "--target-dir", &shown]);
+    let plan = plan.expect_log("taken from another region").run().await.ok();
+    let digest = plan.json()["digest"].as_str().unwrap().to_owned();
     let failed = protected
         .drctl(["restore", "ledger", "--json", "--target-dir", &shown, "--execute", "--plan", &digest])
         .expect_log("taken from another region")

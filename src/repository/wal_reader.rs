@@ -120,7 +120,8 @@ impl BranchLog {
             let (place, repository) = (self.index.place(&stretch.epoch, seq), repository.clone());
             let keyset = std::sync::Arc::clone(&keyset);
             let fetched = task::spawn("wal-frame", async move {
-                let key = keyset.data().ok_or_else(|| Error::failed("the WAL keyset was opened without its data secret"))?;
+                let key =
+                    keyset.data().ok_or_else(|| Error::failed("the WAL keyset was opened without its data secret"))?;
                 fetch_frame(&repository, &place, |frame| frame.open(key)).await
             });
             AbortOnDropHandle::new(fetched)
@@ -132,7 +133,10 @@ impl BranchLog {
             let room = (LOOK_AHEAD_BYTES / largest).clamp(2, LOOK_AHEAD);
             ahead.extend(seqs.by_ref().take(room.saturating_sub(ahead.len())).map(&fetch));
             let Some(next) = ahead.pop_front() else {
-                return Err(Error::damaged(format!("the WAL of epoch {} ends at {at}, before {}", stretch.epoch, stretch.to)));
+                return Err(Error::damaged(format!(
+                    "the WAL of epoch {} ends at {at}, before {}",
+                    stretch.epoch, stretch.to
+                )));
             };
             let frame = next.await.map_err(|error| Error::failed("a WAL reader died").because(error))??;
             let (header, wal) = frame;
@@ -141,7 +145,10 @@ impl BranchLog {
             }
             let follows = expected.map_or(header.span.start <= at, |expected| header.span.start == expected);
             if !follows {
-                return Err(Error::damaged(format!("WAL frame {} does not follow the one before it", header.place.key())));
+                return Err(Error::damaged(format!(
+                    "WAL frame {} does not follow the one before it",
+                    header.place.key()
+                )));
             }
             expected = Some(header.span.end);
             largest = largest.max(wal.len());

@@ -33,7 +33,9 @@ impl Protected {
         Drctl::new(["init".as_ref(), home.as_os_str()]).run().await.ok();
         let mut text = fs::read_to_string(home.join("drctl.toml")).unwrap();
         let conninfo = protected.cluster.conninfo();
-        text.push_str(&format!("\n[targets.ledger]\nsource = \"postgres\"\nconninfo = \"{conninfo}\"\nship_interval = \"100ms\"\n"));
+        text.push_str(&format!(
+            "\n[targets.ledger]\nsource = \"postgres\"\nconninfo = \"{conninfo}\"\nship_interval = \"100ms\"\n"
+        ));
         fs::write(home.join("drctl.toml"), text).unwrap();
         protected
     }
@@ -61,7 +63,9 @@ impl Protected {
         let wanted = self.cluster.flush_lsn().await;
         process::eventually("WAL is durable", Duration::from_secs(30), async || {
             let status = self.drctl(["wal", "status", "ledger", "--json"]).run().await.ok().json();
-            let regions = status["targets"][0]["branches"].as_array().and_then(|branches| branches.last()?["regions"].as_array().cloned());
+            let regions = status["targets"][0]["branches"]
+                .as_array()
+                .and_then(|branches| branches.last()?["regions"].as_array().cloned());
             let regions = regions.unwrap_or_default();
             let end = |region: &Value| region["windows"].as_array()?.last()?["end"].as_str()?.parse::<Lsn>().ok();
             regions.len() == 2 && regions.iter().all(|region| end(region).is_some_and(|end| end >= wanted))
@@ -130,7 +134,11 @@ async fn every_kind_of_point_lands_exactly() {
         let xid: String = client.query_one(&insert, &[]).await.unwrap().get(0);
         let lsn = cluster.insert_lsn().await;
         tokio::time::sleep(Duration::from_millis(60)).await;
-        let time: String = client.query_one("SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US')", &[]).await.unwrap().get(0);
+        let time: String = client
+            .query_one("SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US')", &[])
+            .await
+            .unwrap()
+            .get(0);
         tokio::time::sleep(Duration::from_millis(60)).await;
         client.batch_execute(&format!("SELECT pg_create_restore_point('after {n}')")).await.unwrap();
         points.push((xid, lsn.to_string(), time));
@@ -162,7 +170,10 @@ async fn every_kind_of_point_lands_exactly() {
         ["--to-name", "no such point"],
     ] {
         let refused = protected.plan(&nowhere, &options).await.code(5);
-        assert!(refused.json()["error"]["hint"].is_string() || refused.json()["error"]["message"].is_string(), "{refused}");
+        assert!(
+            refused.json()["error"]["hint"].is_string() || refused.json()["error"]["message"].is_string(),
+            "{refused}"
+        );
     }
     assert!(!nowhere.exists());
     stream.terminate().await.ok();
@@ -191,12 +202,16 @@ async fn a_running_ledger_is_started_again_with_every_durable_commit() {
     let report = protected.execute(&target, &["--start", "--run-as", "postgres"]).await.ok().json();
     let pid = u32::try_from(report["started"]["pid"].as_u64().unwrap()).unwrap();
     assert!(process::is_alive(pid), "{}", fs::read_to_string(target.join("drctl-recovery.log")).unwrap());
-    let phases: Vec<_> = report["phases"].as_array().unwrap().iter().map(|phase| phase["name"].as_str().unwrap()).collect();
+    let phases: Vec<_> =
+        report["phases"].as_array().unwrap().iter().map(|phase| phase["name"].as_str().unwrap()).collect();
     assert_eq!(phases, ["fetch", "stage", "replay", "open"]);
     assert!(!target.join("pg_wal/drctl-wal").exists());
     assert!(!fs::read_to_string(target.join("postgresql.auto.conf")).unwrap().contains("restore_command"));
     process::signal(pid, rustix::process::Signal::INT);
-    process::eventually("the server ends", Duration::from_secs(30), async || !process::is_alive(pid) || !target.join("postmaster.pid").exists()).await;
+    process::eventually("the server ends", Duration::from_secs(30), async || {
+        !process::is_alive(pid) || !target.join("postmaster.pid").exists()
+    })
+    .await;
     let restored = Cluster::start_restored(&target, MAJOR).await;
     let verdict = book.verify(&restored, durable).await.unwrap();
     assert!(verdict.durable >= 200, "{verdict:?}");
@@ -305,7 +320,10 @@ async fn nothing_is_written_that_was_not_planned() {
         protected.drctl(arguments.into_iter().chain(options.into_iter().map(str::to_owned))).run()
     };
     let text = run(vec![]).await.ok().stdout;
-    assert!(text.contains(backup["id"].as_str().unwrap()) && text.contains("--plan") && text.contains("--execute"), "{text}");
+    assert!(
+        text.contains(backup["id"].as_str().unwrap()) && text.contains("--plan") && text.contains("--execute"),
+        "{text}"
+    );
     for options in [vec!["--execute"], vec!["--execute", "--plan", "000000"], vec!["--execute", "--plan", "0"]] {
         let refused = run(options).await.code(5);
         assert!(refused.stderr.contains("--plan"), "{refused}");
@@ -320,7 +338,8 @@ async fn nothing_is_written_that_was_not_planned() {
     // The printed command is one that runs.
     fs::remove_dir_all(&directory).unwrap();
     let text = run(vec![]).await.ok().stdout;
-    let command = text.lines().rfind(|line| line.contains("drctl restore")).unwrap().trim().strip_prefix("drctl ").unwrap();
+    let command =
+        text.lines().rfind(|line| line.contains("drctl restore")).unwrap().trim().strip_prefix("drctl ").unwrap();
     protected.drctl(command.split_whitespace()).run().await.ok();
     assert!(directory.join("global/pg_control").exists());
 }
@@ -338,7 +357,10 @@ async fn a_machine_without_configuration_restores_with_one_key() {
     let run = |options: &[&str]| {
         let fixed = ["--repo", &region, "--age-identity", &key, "restore", "latest", "--json", "--target-dir", &shown];
         let line: Vec<_> = fixed.iter().chain(options).map(|word| (*word).to_owned()).collect();
-        Drctl::new(line).current_dir(protected.scratch.path()).env(&format!("DRCTL_PG_BIN_{MAJOR}"), protected.cluster.bin_dir()).run()
+        Drctl::new(line)
+            .current_dir(protected.scratch.path())
+            .env(&format!("DRCTL_PG_BIN_{MAJOR}"), protected.cluster.bin_dir())
+            .run()
     };
     let digest = run(&[]).await.ok().json()["digest"].as_str().unwrap().to_owned();
     run(&["--execute", "--plan", &digest]).await.ok();

@@ -6,9 +6,9 @@ use std::str::FromStr;
 
 use chrono::{DateTime, Utc};
 
+use crate::app::{self, Role, World};
 use crate::cli::Session;
 use crate::cli::exit::Exit;
-use crate::app::{self, Role, World};
 use crate::cli::progress;
 use crate::cli::time;
 use crate::cli::verbs::restore_text::{plan_text, report_text};

@@ -19,14 +19,25 @@ pub(super) fn plan_text(plan: &Plan, now: DateTime<Utc>) -> String {
     let free = plan.free_bytes.map_or_else(|| "unknown".to_owned(), figures::bytes);
     let (data, wal) = plan.write_bytes;
     line("fetch", format!("at most {} and the WAL", figures::bytes(plan.fetch_bytes)));
-    line("write", format!("{} + {} WAL staging, {free} free at {}", figures::bytes(data), figures::bytes(wal), plan.directory.display()));
+    line(
+        "write",
+        format!(
+            "{} + {} WAL staging, {free} free at {}",
+            figures::bytes(data),
+            figures::bytes(wal),
+            plan.directory.display()
+        ),
+    );
     for (old, new) in &plan.tablespaces {
         let new = new.as_ref().map_or_else(|| "no place yet".to_owned(), |new| new.display().to_string());
         line("tablespace", format!("{old} at {new}"));
     }
     let expected = figures::duration(Duration::from_secs(plan.expected_seconds));
     line("expected", format!("{expected}, assuming {}/s; no drill yet", figures::bytes(plan.assumed_rate)));
-    line("opens with", plan.opens_with.as_ref().map_or_else(|| "nothing at hand".to_owned(), |key| format!("{key}, tested just now")));
+    line(
+        "opens with",
+        plan.opens_with.as_ref().map_or_else(|| "nothing at hand".to_owned(), |key| format!("{key}, tested just now")),
+    );
     line("needs", needs(plan));
     match plan.refused.as_slice() {
         [] => line("refused", "–".to_owned()),
@@ -101,7 +112,10 @@ fn you_lose(plan: &Plan) -> String {
 
 fn needs(plan: &Plan) -> String {
     let needs = &plan.needs;
-    let found = needs.found_at.as_ref().map_or_else(|| "NOT FOUND here".to_owned(), |path| format!("found at {}", path.display()));
+    let found = needs
+        .found_at
+        .as_ref()
+        .map_or_else(|| "NOT FOUND here".to_owned(), |path| format!("found at {}", path.display()));
     let mut text = format!("PostgreSQL {}: {found}", needs.major);
     if !needs.extensions.is_empty() {
         text.push_str(&format!("; extensions {}", needs.extensions.join(", ")));
@@ -119,7 +133,8 @@ fn needs(plan: &Plan) -> String {
 pub(super) fn report_text(report: &Report) -> String {
     let seconds = |seconds: f64| figures::duration(Duration::try_from_secs_f64(seconds).unwrap_or_default());
     let head = if report.started.is_some() { "RESTORED and running" } else { "RESTORED, not started" };
-    let mut lines = vec![format!("{head}: {} at {}, in {}", report.target, report.directory.display(), seconds(report.seconds))];
+    let mut lines =
+        vec![format!("{head}: {} at {}, in {}", report.target, report.directory.display(), seconds(report.seconds))];
     let commit = report.last_commit.map_or_else(String::new, |time| format!(", commits up to {}", figures::utc(time)));
     lines.push(format!("  {} to {}, timeline {}{commit}", report.backup, report.recovered_to, report.timeline));
     for phase in &report.phases {
@@ -129,7 +144,10 @@ pub(super) fn report_text(report: &Report) -> String {
         lines.push(format!("  {:<8}{:>10}{bytes}", phase.name, seconds(phase.seconds)));
     }
     for incident in &report.incidents {
-        lines.push(format!("  {} gave {} not: {}; taken from another region", incident.region, incident.key, incident.reason));
+        lines.push(format!(
+            "  {} gave {} not: {}; taken from another region",
+            incident.region, incident.key, incident.reason
+        ));
     }
     lines.extend(report.warnings.iter().map(|warning| format!("  warning  {warning}")));
     if let Some(started) = &report.started {

@@ -6,9 +6,9 @@ use std::time::Duration;
 use crate::disk::empty::{Contents, contents};
 use crate::disk::space::free_bytes;
 use crate::jobs::context::{Context, Target};
+use crate::jobs::restore::Request;
 use crate::jobs::restore::files::is_free;
 use crate::jobs::restore::plan::{Plan, is_unfinished};
-use crate::jobs::restore::Request;
 use crate::model::commit::Commit;
 use crate::model::{Result, SystemId};
 use crate::pg::instance::{PgBinaries, Postmaster, User, postmaster_of};
@@ -37,7 +37,8 @@ pub(super) async fn check(checked: &Checked<'_>, plan: &mut Plan) -> Result<()> 
         needs(outline, plan);
         let damaged: usize = outline.damaged.iter().map(|(_, blocks)| blocks.len()).sum();
         if damaged > 0 {
-            plan.warnings.push(format!("{damaged} pages were damaged on the source already; see: drctl show {}", commit.id));
+            plan.warnings
+                .push(format!("{damaged} pages were damaged on the source already; see: drctl show {}", commit.id));
         }
     }
     programs(request, plan).await;
@@ -45,7 +46,10 @@ pub(super) async fn check(checked: &Checked<'_>, plan: &mut Plan) -> Result<()> 
         primary(target, need.system_id, plan).await;
     }
     for region in plan.regions.iter().filter(|region| region.missing > 0) {
-        let note = format!("{} objects missing in {} are taken elsewhere; afterwards: drctl repair", region.missing, region.name);
+        let note = format!(
+            "{} objects missing in {} are taken elsewhere; afterwards: drctl repair",
+            region.missing, region.name
+        );
         plan.warnings.push(note);
     }
     Ok(())
@@ -54,7 +58,11 @@ pub(super) async fn check(checked: &Checked<'_>, plan: &mut Plan) -> Result<()> 
 fn directory(directory: &Path, plan: &mut Plan) -> Result<()> {
     let shown = directory.display();
     if let Postmaster::Alive { pid } = postmaster_of(directory)? {
-        plan.refuse_because(format!("a server (pid {pid}) runs on {shown}"), "its files would be overwritten", "name another directory, or stop it");
+        plan.refuse_because(
+            format!("a server (pid {pid}) runs on {shown}"),
+            "its files would be overwritten",
+            "name another directory, or stop it",
+        );
         return Ok(());
     }
     match contents(directory) {
@@ -64,9 +72,15 @@ fn directory(directory: &Path, plan: &mut Plan) -> Result<()> {
         }
         Ok(Contents::Occupied(_)) if is_free(directory)? => {}
         Ok(Contents::Occupied(example)) => {
-            plan.refuse_because(format!("{shown} is not empty"), format!("it contains {example}"), "name a directory that is empty or does not exist");
+            plan.refuse_because(
+                format!("{shown} is not empty"),
+                format!("it contains {example}"),
+                "name a directory that is empty or does not exist",
+            );
         }
-        Err(error) => plan.refuse_because(format!("{shown} is not usable"), error.to_string(), "name another directory"),
+        Err(error) => {
+            plan.refuse_because(format!("{shown} is not usable"), error.to_string(), "name another directory")
+        }
     }
     Ok(())
 }
@@ -77,7 +91,11 @@ fn space(directory: &Path, plan: &mut Plan) {
     let wanted = plan.write_bytes.0 + plan.write_bytes.1;
     if let Some(free) = plan.free_bytes.filter(|free| *free < wanted) {
         let why = format!("{wanted} bytes are written, {free} are free");
-        plan.refuse_because(format!("too little space at {}", directory.display()), why, "free space, or name another directory");
+        plan.refuse_because(
+            format!("too little space at {}", directory.display()),
+            why,
+            "free space, or name another directory",
+        );
     }
 }
 
@@ -89,7 +107,11 @@ fn tablespaces(request: &Request, outline: &Leftover, plan: &mut Plan) -> Result
         plan.tablespaces.push((location.clone(), place.cloned()));
         let Some(place) = place else {
             let next = format!("--tablespace {location}=/new/empty/directory");
-            plan.refuse_because(format!("tablespace {location} has no place here"), "it lies outside of the data directory", next);
+            plan.refuse_because(
+                format!("tablespace {location} has no place here"),
+                "it lies outside of the data directory",
+                next,
+            );
             continue;
         };
         let unfinished = is_unfinished(&request.directory, &plan.digest);
@@ -98,16 +120,32 @@ fn tablespaces(request: &Request, outline: &Leftover, plan: &mut Plan) -> Result
             Ok(Contents::Occupied(_)) if unfinished => {}
             Ok(Contents::Occupied(example)) => {
                 let next = "name a directory that is empty or does not exist";
-                plan.refuse_because(format!("{} is not empty", place.display()), format!("it contains {example}"), next);
+                plan.refuse_because(
+                    format!("{} is not empty", place.display()),
+                    format!("it contains {example}"),
+                    next,
+                );
             }
-            Err(error) => plan.refuse_because(format!("{} is not usable", place.display()), error.to_string(), "name another directory"),
+            Err(error) => plan.refuse_because(
+                format!("{} is not usable", place.display()),
+                error.to_string(),
+                "name another directory",
+            ),
         }
         if place.starts_with(&request.directory) {
             let why = "a tablespace inside of the data directory would be backed up twice";
-            plan.refuse_because(format!("{} lies in the data directory", place.display()), why, "name a directory beside it");
+            plan.refuse_because(
+                format!("{} lies in the data directory", place.display()),
+                why,
+                "name a directory beside it",
+            );
         }
     }
-    let unknown: Vec<_> = request.tablespaces.keys().filter(|old| !outline.tablespaces.iter().any(|(_, location)| location == *old)).collect();
+    let unknown: Vec<_> = request
+        .tablespaces
+        .keys()
+        .filter(|old| !outline.tablespaces.iter().any(|(_, location)| location == *old))
+        .collect();
     for old in unknown {
         plan.refuse_because(format!("the backup has no tablespace at {old}"), "--tablespace names it", "leave it out");
     }
@@ -121,7 +159,8 @@ fn needs(outline: &Leftover, plan: &mut Plan) {
         return;
     };
     let list = |key: &str| document.get(key).and_then(serde_json::Value::as_array).cloned().unwrap_or_default();
-    let text = |value: &serde_json::Value, key: &str| value.get(key).and_then(|value| value.as_str()).unwrap_or("").to_owned();
+    let text =
+        |value: &serde_json::Value, key: &str| value.get(key).and_then(|value| value.as_str()).unwrap_or("").to_owned();
     plan.needs.extensions = list("extensions").iter().map(|extension| text(extension, "name")).collect();
     plan.needs.preload = text(document, "shared_preload_libraries");
     let collation = |value: &serde_json::Value| {
@@ -130,7 +169,9 @@ fn needs(outline: &Leftover, plan: &mut Plan) {
     };
     plan.needs.collations = list("collations").iter().filter_map(collation).collect();
     plan.needs.collations.dedup();
-    let archives = list("settings").iter().any(|setting| text(setting, "name") == "archive_mode" && text(setting, "value") != "off");
+    let archives = list("settings")
+        .iter()
+        .any(|setting| text(setting, "name") == "archive_mode" && text(setting, "value") != "off");
     if archives {
         plan.warnings.push("archive_mode is on: the restored server archives as soon as it is promoted".to_owned());
     }
@@ -144,7 +185,9 @@ async fn programs(request: &Request, plan: &mut Plan) {
             let next = format!("install PostgreSQL {major}, or set DRCTL_PG_BIN_{major}");
             plan.refuse_because(format!("PostgreSQL {major} is not installed here"), error.to_string(), next);
         }
-        Err(_) => plan.warnings.push(format!("PostgreSQL {major} is not installed here; nothing else reads this data directory")),
+        Err(_) => plan
+            .warnings
+            .push(format!("PostgreSQL {major} is not installed here; nothing else reads this data directory")),
     }
     let is_root = rustix::process::geteuid().is_root();
     match &request.run_as {
@@ -156,7 +199,9 @@ async fn programs(request: &Request, plan: &mut Plan) {
         None if is_root && request.start => {
             plan.refuse_because("PostgreSQL does not run as root", "drctl does", "add --run-as postgres");
         }
-        None if is_root => plan.warnings.push("the files will belong to root: chown them, or add --run-as USER".to_owned()),
+        None if is_root => {
+            plan.warnings.push("the files will belong to root: chown them, or add --run-as USER".to_owned())
+        }
         None => {}
     }
 }
@@ -165,13 +210,18 @@ async fn programs(request: &Request, plan: &mut Plan) {
 async fn primary(target: &Target, system: SystemId, plan: &mut Plan) {
     let asked = async {
         let client = sql::connect(&target.conninfo).await.ok()?;
-        let row = client.query_one("SELECT system_identifier::text, pg_is_in_recovery() FROM pg_control_system()", &[]).await.ok()?;
+        let row = client
+            .query_one("SELECT system_identifier::text, pg_is_in_recovery() FROM pg_control_system()", &[])
+            .await
+            .ok()?;
         let (id, standby): (String, bool) = (row.get(0), row.get(1));
         (id == system.to_string() && !standby).then_some(())
     };
     if let Ok(Some(())) = tokio::time::timeout(PRIMARY_DEADLINE, asked).await {
         let servers = target.conninfo.servers().iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-        let warning = format!("the primary at {servers} still answers with this system identifier: fence it before clients reconnect");
+        let warning = format!(
+            "the primary at {servers} still answers with this system identifier: fence it before clients reconnect"
+        );
         plan.warnings.push(warning);
     }
 }

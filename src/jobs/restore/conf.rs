@@ -101,7 +101,8 @@ pub(super) fn captured_files(document: &serde_json::Value) -> Vec<CapturedFile> 
     let files = document.get("files").and_then(serde_json::Value::as_array).map(Vec::as_slice).unwrap_or_default();
     let file = |value: &serde_json::Value| {
         let text = |key: &str| value.get(key).and_then(serde_json::Value::as_str).map(str::to_owned);
-        let sealed = value.get("contents").and_then(|contents| contents.get("bytes")).and_then(serde_json::Value::as_str);
+        let sealed =
+            value.get("contents").and_then(|contents| contents.get("bytes")).and_then(serde_json::Value::as_str);
         let content = match sealed {
             Some(base64) => base64::engine::general_purpose::STANDARD.decode(base64).ok()?,
             None => text("content")?.into_bytes(),
@@ -139,8 +140,15 @@ pub(super) fn rebuilt(captured: &[CapturedFile]) -> Vec<(String, Vec<u8>)> {
 
 /// Comments out whatever points to a place of the old machine.
 fn neutral(text: &str) -> String {
-    const PLACES: [&str; 7] =
-        ["data_directory", "hba_file", "ident_file", "external_pid_file", "include", "include_dir", "include_if_exists"];
+    const PLACES: [&str; 7] = [
+        "data_directory",
+        "hba_file",
+        "ident_file",
+        "external_pid_file",
+        "include",
+        "include_dir",
+        "include_if_exists",
+    ];
     let line = |line: &str| {
         let word: String = line.trim_start().chars().take_while(|c| c.is_ascii_alphanumeric() || *c == '_').collect();
         match PLACES.contains(&word.to_ascii_lowercase().as_str()) {
@@ -166,7 +174,10 @@ mod tests {
         let block = settings.block().unwrap();
         assert!(block.contains("recovery_target_lsn = '12/F81130D0'\n"));
         assert!(block.find("recovery_target_time = ''").unwrap() < block.find("recovery_target_lsn =").unwrap());
-        assert!(block.contains("''/opt/dr ''\\''''x''\\''''/drctl'' recovery-fetch --dir ''/srv/100%%/wal'' \"%f\" \"%p\""), "{block}");
+        assert!(
+            block.contains("''/opt/dr ''\\''''x''\\''''/drctl'' recovery-fetch --dir ''/srv/100%%/wal'' \"%f\" \"%p\""),
+            "{block}"
+        );
     }
 
     #[test]
@@ -193,10 +204,23 @@ mod tests {
         ]});
         let files = rebuilt(&captured_files(&document));
         let names: Vec<_> = files.iter().map(|(name, _)| name.as_str()).collect();
-        assert_eq!(names, ["postgresql.conf", "pg_hba.conf", "drctl-original-postgresql.conf", "drctl-original-a.conf", "drctl-original-pg_hba.conf"]);
+        assert_eq!(
+            names,
+            [
+                "postgresql.conf",
+                "pg_hba.conf",
+                "drctl-original-postgresql.conf",
+                "drctl-original-a.conf",
+                "drctl-original-pg_hba.conf"
+            ]
+        );
         let conf = String::from_utf8(files[0].1.clone()).unwrap();
         assert!(conf.starts_with("#drctl# data_directory") && conf.contains("\nwork_mem = 5MB\n"));
-        assert!(conf.contains("#drctl#  include_dir") && conf.contains("#drctl# hba_file") && conf.contains("\nport = 5433\n"));
+        assert!(
+            conf.contains("#drctl#  include_dir")
+                && conf.contains("#drctl# hba_file")
+                && conf.contains("\nport = 5433\n")
+        );
         assert!(rebuilt(&captured_files(&serde_json::Value::Null)).is_empty());
     }
 }

@@ -75,7 +75,8 @@ impl Staging {
         let path = directory.join(STAGING_FILE);
         let io = |error| Error::from(DiskError::new("read", &path, error));
         let bytes = std::fs::read(&path).map_err(io)?;
-        serde_json::from_slice(&bytes).map_err(|error| Error::damaged(format!("{} is not readable", path.display())).because(error))
+        serde_json::from_slice(&bytes)
+            .map_err(|error| Error::damaged(format!("{} is not readable", path.display())).because(error))
     }
 
     /// Writes the record durably.
@@ -83,7 +84,8 @@ impl Staging {
     /// # Errors
     /// The disk's.
     pub fn write(&self, directory: &Path) -> Result<()> {
-        let bytes = serde_json::to_vec_pretty(self).map_err(|error| Error::failed("encode the staging record").because(error))?;
+        let bytes = serde_json::to_vec_pretty(self)
+            .map_err(|error| Error::failed("encode the staging record").because(error))?;
         Ok(place::place(&directory.join(STAGING_FILE), &bytes, 0o600)?)
     }
 
@@ -106,7 +108,8 @@ impl Staging {
             };
         }
         let Some(name) = SegmentName::parse(file, self.wal_segment_size) else { return Planned::Unknown };
-        let holds = |range: &SegmentRange| range.timeline == name.timeline && (range.first..=range.last).contains(&name.number);
+        let holds =
+            |range: &SegmentRange| range.timeline == name.timeline && (range.first..=range.last).contains(&name.number);
         if self.segments.iter().any(holds) {
             return Planned::Staged;
         }

@@ -74,14 +74,25 @@ impl Site {
                 empty::create_empty(place)?;
             }
         }
-        let marker = Marker { digest: plan.digest.clone(), backup: plan.backup.clone(), tablespaces: tablespaces.clone(), started_at: now };
-        let marker = serde_json::to_vec_pretty(&marker).map_err(|error| Error::failed("encode the marker").because(error))?;
+        let marker = Marker {
+            digest: plan.digest.clone(),
+            backup: plan.backup.clone(),
+            tablespaces: tablespaces.clone(),
+            started_at: now,
+        };
+        let marker =
+            serde_json::to_vec_pretty(&marker).map_err(|error| Error::failed("encode the marker").because(error))?;
         place::place(&directory.join(MARKER), &marker, 0o600)?;
         Ok(Self { directory, tablespaces, _lock: lock })
     }
 
     /// Everything but `pg_control`: label, signal file, configuration, manifest.
-    pub(super) fn complete(&self, leftover: &Leftover, mut manifest: Manifest, (commit, need): (&Commit, &WalNeed)) -> Result<Vec<String>> {
+    pub(super) fn complete(
+        &self,
+        leftover: &Leftover,
+        mut manifest: Manifest,
+        (commit, need): (&Commit, &WalNeed),
+    ) -> Result<Vec<String>> {
         let directory = &self.directory;
         let label = leftover.small_files.iter().find(|(path, ..)| path == "backup_label");
         let (_, mode, label) = label.ok_or_else(|| Error::damaged(format!("{} has no backup_label", commit.id)))?;
@@ -126,7 +137,10 @@ impl Site {
         let bytes = std::fs::read(&path).map_err(|error| DiskError::new("read", &path, error))?;
         let control = ControlFile::parse(&bytes).during(|| "check the restored pg_control")?;
         if control.system_id != need.system_id {
-            return Err(Error::damaged(format!("the restored pg_control is of system {}, not {}", control.system_id, need.system_id)));
+            return Err(Error::damaged(format!(
+                "the restored pg_control is of system {}, not {}",
+                control.system_id, need.system_id
+            )));
         }
         Ok(())
     }
@@ -216,7 +230,11 @@ fn create_dir(path: &Path) -> Result<(), DiskError> {
     if path.is_dir() {
         return Ok(());
     }
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|error| DiskError::new("create directory", path, error))
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map_err(|error| DiskError::new("create directory", path, error))
 }
 
 fn remove_file(path: &Path) -> Result<(), DiskError> {

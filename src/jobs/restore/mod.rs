@@ -17,7 +17,7 @@ mod run;
 mod stage;
 mod target;
 
-pub use plan::{Needs, Plan, RegionState, Refusal, WalLeg};
+pub use plan::{Needs, Plan, Refusal, RegionState, WalLeg};
 pub use run::{PhaseTime, Report, Started};
 pub use target::Point;
 
@@ -78,6 +78,7 @@ fn check_digest(plan: &Plan, wanted: &str) -> Result<()> {
         return Ok(());
     }
     let error = Error::refused(format!("the plan is not {wanted} any more, it is {}", plan.short_digest()));
-    let error = error.because("the backup, the end of the WAL, the directory or the options differ from those of that plan");
+    let error =
+        error.because("the backup, the end of the WAL, the directory or the options differ from those of that plan");
     Err(error.hint(format!("look at the plan again, then: {}", plan.command)))
 }

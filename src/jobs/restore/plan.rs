@@ -182,7 +182,8 @@ impl Prepared {
         let unlisted = repository.trust.unlisted();
         if !unlisted.is_empty() {
             let names = unlisted.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-            plan.warnings.push(format!("no list of trusted signers: trusting {names} (compare with what init printed)"));
+            plan.warnings
+                .push(format!("no list of trusted signers: trusting {names} (compare with what init printed)"));
         }
         Ok(Self { plan, repository, commit, inventory, route, pin })
     }
@@ -216,11 +217,18 @@ fn candidates(backups: &[Backup], request: &Request) -> Result<Vec<Commit>> {
     if fitting.is_empty() { Ok(of_target.next_back().into_iter().cloned().collect()) } else { Ok(fitting) }
 }
 
-async fn choose(context: &Context, repository: &Repository, request: &Request, candidates: &[Commit]) -> Result<Chosen> {
+async fn choose(
+    context: &Context,
+    repository: &Repository,
+    request: &Request,
+    candidates: &[Commit],
+) -> Result<Chosen> {
     let mut first_problem = None;
     for commit in candidates {
         let need = wal_of(commit)?;
-        let mut route = Route::find(repository, need, request.timeline).await.during(|| format!("find the WAL of {}", commit.id))?;
+        let mut route = Route::find(repository, need, request.timeline)
+            .await
+            .during(|| format!("find the WAL of {}", commit.id))?;
         let finder = Finder { context, repository, route: &route, began: commit.started_at };
         match finder.find(&request.point).await? {
             Ok(pin) => {
@@ -298,7 +306,11 @@ fn outset(request: &Request, (commit, route, pin): (&Commit, &Route, Pin)) -> Pl
         expected_seconds: 0,
         assumed_rate: ASSUMED_RATE,
         opens_with: None,
-        needs: Needs { major: route.need.server_version / 10_000, server_version: route.need.server_version, ..Needs::default() },
+        needs: Needs {
+            major: route.need.server_version / 10_000,
+            server_version: route.need.server_version,
+            ..Needs::default()
+        },
         directory: request.directory.clone(),
         tablespaces: Vec::new(),
         start: request.start,
@@ -375,7 +387,12 @@ impl Plan {
     }
 
     /// Tries the keys. A backup that no key opens is a refusal, and the rest of the plan still shows.
-    async fn open(&mut self, context: &Context, commit: &Commit, outline: Result<Leftover>) -> Result<Option<Leftover>> {
+    async fn open(
+        &mut self,
+        context: &Context,
+        commit: &Commit,
+        outline: Result<Leftover>,
+    ) -> Result<Option<Leftover>> {
         match context.ring.try_open(&commit.target, &commit.keyset).await {
             Ok((_, by)) => self.opens_with = Some(by),
             Err(error) => {
@@ -385,7 +402,9 @@ impl Plan {
         }
         match outline {
             Ok(outline) => Ok(Some(outline)),
-            Err(error) if self.opens_with.is_none() && matches!(error.kind(), Kind::NoKey | Kind::Unavailable) => Ok(None),
+            Err(error) if self.opens_with.is_none() && matches!(error.kind(), Kind::NoKey | Kind::Unavailable) => {
+                Ok(None)
+            }
             Err(error) => Err(error),
         }
     }

@@ -88,7 +88,8 @@ async fn promoted(context: &Context, instance: &mut Instance) -> Result<(Duratio
             Ok(Readiness::Stopping) => return Err(Error::failed("PostgreSQL shuts down instead of recovering")),
             Ok(_) => tokio::time::sleep(POLL).await,
             Err(error @ InstanceError::Exited { .. }) => {
-                return Err(Error::from(error).hint("the data directory is complete: mend the cause and start PostgreSQL on it"));
+                return Err(Error::from(error)
+                    .hint("the data directory is complete: mend the cause and start PostgreSQL on it"));
             }
             Err(error) => return Err(error.into()),
         }

@@ -56,8 +56,9 @@ pub(super) async fn histories(repository: &Repository, need: &WalNeed) -> Result
     for key in repository.regions.list_union(&prefix).await? {
         let Some((timeline, branch)) = key.strip_prefix(&prefix).and_then(layout::parse_branch) else { continue };
         let content = read_history(repository, need.system_id, timeline, &branch).await?;
-        let text = std::str::from_utf8(&content)
-            .map_err(|error| Error::damaged(format!("the history of timeline {timeline} is not text")).because(error))?;
+        let text = std::str::from_utf8(&content).map_err(|error| {
+            Error::damaged(format!("the history of timeline {timeline} is not text")).because(error)
+        })?;
         let history = History::parse(timeline, text)?;
         found.push(StoredHistory { timeline, branch, content, history });
     }
@@ -77,7 +78,8 @@ pub(super) fn choose(
         // The same numbers may belong to another history: what went before must be the same, too.
         reaches && h.history.entries().get(..own_history.entries().len()) == Some(own_history.entries())
     };
-    let mut candidates: Vec<_> = histories.iter().filter(descends).map(|h| (h.history.clone(), h.branch.clone())).collect();
+    let mut candidates: Vec<_> =
+        histories.iter().filter(descends).map(|h| (h.history.clone(), h.branch.clone())).collect();
     candidates.push((own_history, need.branch.clone()));
     let newest = wanted.or_else(|| candidates.iter().map(|(history, _)| history.timeline()).max());
     candidates.retain(|(history, _)| Some(history.timeline()) == newest);
@@ -89,7 +91,10 @@ pub(super) fn choose(
         return Err(Error::refused(format!("timeline {timeline} does not descend from the backup")));
     }
     let describe = |(history, branch): &(History, Branch)| {
-        let left = history.entries().last().map_or_else(String::new, |entry| format!(" left {} at {}", entry.timeline, entry.switch));
+        let left = history
+            .entries()
+            .last()
+            .map_or_else(String::new, |entry| format!(" left {} at {}", entry.timeline, entry.switch));
         format!("branch {branch}{left}")
     };
     let error = Error::refused(format!("{} histories call themselves timeline {timeline}", candidates.len()));
@@ -116,11 +121,13 @@ impl Route {
     pub(super) async fn find(repository: &Repository, need: &WalNeed, wanted: Option<Timeline>) -> Result<Self> {
         let histories = histories(repository, need).await.during(|| "read the timeline histories")?;
         let (history, branch) = choose(&histories, need, wanted)?;
-        let mut route = Self { need: need.clone(), history: history.clone(), legs: Vec::new(), histories, beyond: None };
+        let mut route =
+            Self { need: need.clone(), history: history.clone(), legs: Vec::new(), histories, beyond: None };
         let mut from = need.wal_segment_size.segment_start(need.start_lsn);
         for reign in history.ancestry().filter(|reign| reign.timeline >= need.timeline) {
             let is_last = reign.timeline == history.timeline();
-            let branch = if is_last { branch.clone() } else { branch_of(&route.histories, need, &history, reign.timeline)? };
+            let branch =
+                if is_last { branch.clone() } else { branch_of(&route.histories, need, &history, reign.timeline)? };
             let id = BranchId { system_id: need.system_id, timeline: reign.timeline, branch };
             let log = BranchLog::load(repository, id.clone()).await;
             let end = leg_end(&log, from, reign.end);
@@ -160,16 +167,20 @@ impl Route {
             return Ok(());
         }
         let at = self.legs.first().map_or(need.start_lsn, |leg| leg.to);
-        let text = format!("the WAL that makes the backup consistent ({} to {}) has a hole at {at}", need.start_lsn, need.stop_lsn);
+        let text = format!(
+            "the WAL that makes the backup consistent ({} to {}) has a hole at {at}",
+            need.start_lsn, need.stop_lsn
+        );
         Err(Error::refused(text).hint("choose another backup: drctl list"))
     }
 
     /// The timeline aimed at is the one of the last leg.
     fn aim_at_last_leg(&mut self) {
         let Some(timeline) = self.legs.last().map(|leg| leg.branch.timeline) else { return };
-        let entries = self.histories.iter().find(|h| {
-            h.timeline == timeline && self.legs.last().is_some_and(|leg| leg.branch.branch == h.branch)
-        });
+        let entries = self
+            .histories
+            .iter()
+            .find(|h| h.timeline == timeline && self.legs.last().is_some_and(|leg| leg.branch.branch == h.branch));
         if timeline != self.history.timeline() {
             self.history = entries.map_or_else(|| History::without_ancestors(timeline), |h| h.history.clone());
         }
@@ -243,7 +254,10 @@ fn leg_end(log: &BranchLog, from: Lsn, switch: Option<Lsn>) -> Option<(Lsn, bool
     };
     match switch {
         Some(switch) if window.end >= switch => Some((switch, true)),
-        _ => window.last_record_end.filter(|end| *end > from).map(|end| (end, switch.is_none() && is_last_window(log, from))),
+        _ => window
+            .last_record_end
+            .filter(|end| *end > from)
+            .map(|end| (end, switch.is_none() && is_last_window(log, from))),
     }
 }
 

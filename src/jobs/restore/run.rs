@@ -91,7 +91,9 @@ pub(super) async fn run(context: &Context, request: &Request, prepared: Prepared
     let site = Site::take(request, &prepared.plan, context.clock.now())?;
     let mut report = report(&prepared.plan);
     let (leftover, manifest) = fetch(context, request, &prepared, &mut report).await?;
-    let notes = site.complete(&leftover, manifest, (&prepared.commit, &prepared.route.need)).during(|| "complete the data directory")?;
+    let notes = site
+        .complete(&leftover, manifest, (&prepared.commit, &prepared.route.need))
+        .during(|| "complete the data directory")?;
     report.warnings.extend(notes);
     let staging = site.directory.join(STAGING);
     let settings = RecoverySettings {
@@ -138,7 +140,12 @@ fn report(plan: &Plan) -> Report {
 }
 
 /// Fetches and writes every file of the backup.
-async fn fetch(context: &Context, request: &Request, prepared: &Prepared, report: &mut Report) -> Result<(Leftover, Manifest)> {
+async fn fetch(
+    context: &Context,
+    request: &Request,
+    prepared: &Prepared,
+    report: &mut Report,
+) -> Result<(Leftover, Manifest)> {
     let Prepared { plan, repository, commit, inventory, route, .. } = prepared;
     let need: &WalNeed = &route.need;
     let mut manifest = Manifest::begin(&request.directory, need, context.clock.now())?;

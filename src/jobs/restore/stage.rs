@@ -37,7 +37,10 @@ impl Stager {
             let name = stored.timeline.history_file_name();
             // Of two histories with one number recovery must read the one that leads to the point; the other only keeps
             // its number from being used again.
-            let on_the_way = route.legs.iter().any(|leg| leg.branch.timeline == stored.timeline && leg.branch.branch == stored.branch);
+            let on_the_way = route
+                .legs
+                .iter()
+                .any(|leg| leg.branch.timeline == stored.timeline && leg.branch.branch == stored.branch);
             if on_the_way || !histories.contains(&name) {
                 place::place(&directory.join(&name), &stored.content, 0o600)?;
                 give(&directory.join(&name), owner)?;
@@ -62,7 +65,13 @@ impl Stager {
 
     /// Writes every segment; each appears under its name when it is whole and durable. The last one is filled up with
     /// zeros, which PostgreSQL reads as the end of WAL.
-    pub(super) async fn fill(mut self, context: &Context, repository: &Repository, route: &Route, phase: &Arc<Phase>) -> Result<u64> {
+    pub(super) async fn fill(
+        mut self,
+        context: &Context,
+        repository: &Repository,
+        route: &Route,
+        phase: &Arc<Phase>,
+    ) -> Result<u64> {
         let (mut bytes, mut open) = (0, None::<Segment>);
         for (index, leg) in route.legs.iter().enumerate() {
             let is_last = index + 1 == route.legs.len();
@@ -99,14 +108,18 @@ impl Stager {
         while !wal.is_empty() {
             let segment = match open.take() {
                 Some(segment) => open.insert(segment),
-                None => open.insert(Segment::create(&self.directory, SegmentName::containing(timeline, at, size), size)?),
+                None => {
+                    open.insert(Segment::create(&self.directory, SegmentName::containing(timeline, at, size), size)?)
+                }
             };
             let left = usize::try_from(segment.end.bytes_since(at)).unwrap_or(usize::MAX);
             let (now, later) = wal.split_at(left.min(wal.len()));
             segment.append(at, now)?;
             at.0 += now.len() as u64;
             wal = later;
-            if at >= segment.end && let Some(full) = open.take() {
+            if at >= segment.end
+                && let Some(full) = open.take()
+            {
                 self.close(full)?;
             }
         }

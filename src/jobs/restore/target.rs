@@ -134,7 +134,9 @@ impl Finder<'_> {
         if lsn > end {
             let error = Error::refused(format!("{lsn} lies beyond the end of the gap-free WAL at {end}"));
             let error = self.route.beyond.iter().fold(error, |error, why| error.because(why));
-            return Ok(Err(Unreached::NotFound(error.hint(format!("the nearest positions: --to-lsn {stop} to --to-lsn {end}")))));
+            return Ok(Err(Unreached::NotFound(
+                error.hint(format!("the nearest positions: --to-lsn {stop} to --to-lsn {end}")),
+            )));
         }
         self.last_record_before(lsn).await.map(Ok)
     }
@@ -160,7 +162,10 @@ impl Finder<'_> {
         match newest {
             Some(newest) if newest >= time => self.last_record_before(self.route.end()).await.map(Ok),
             newest => {
-                let ends = newest.map_or_else(|| "without a commit".to_owned(), |newest| format!("at commit time {}", newest.to_rfc3339()));
+                let ends = newest.map_or_else(
+                    || "without a commit".to_owned(),
+                    |newest| format!("at commit time {}", newest.to_rfc3339()),
+                );
                 let error = Error::refused(format!("the WAL ends {ends}, before {}", time.to_rfc3339()));
                 let error = self.route.beyond.iter().fold(error, |error, why| error.because(why));
                 Ok(Err(Unreached::NotFound(error.hint("leave out --to-time for the end of the WAL"))))
@@ -177,7 +182,8 @@ impl Finder<'_> {
     ) -> Result<Option<Lsn>> {
         let last_seq = leg.log.locate(self.repository, stretch, Lsn(stretch.to.0.saturating_sub(1))).await?;
         let first_seq = self.first_written_after(leg, (stretch, last_seq), time - CLOCK_SLACK).await?;
-        let headers = stream::iter(first_seq..=last_seq).map(|seq| leg.log.header(self.repository, &stretch.epoch, seq));
+        let headers =
+            stream::iter(first_seq..=last_seq).map(|seq| leg.log.header(self.repository, &stretch.epoch, seq));
         let mut headers = headers.buffered(READS);
         while let Some(header) = headers.try_next().await? {
             let span = &header.span;
@@ -205,7 +211,12 @@ impl Finder<'_> {
     }
 
     /// The first frame of a stretch that was written after `time`; frames before it hold no later commit.
-    async fn first_written_after(&self, leg: &Leg, (stretch, last): (&Stretch, u64), time: DateTime<Utc>) -> Result<u64> {
+    async fn first_written_after(
+        &self,
+        leg: &Leg,
+        (stretch, last): (&Stretch, u64),
+        time: DateTime<Utc>,
+    ) -> Result<u64> {
         let (mut low, mut high) = (stretch.first_seq, last);
         while low < high {
             let middle = low + (high - low) / 2;

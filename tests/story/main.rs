@@ -17,5 +17,6 @@ mod memory;
 mod regions;
 mod restore;
 mod rig3;
+mod soak;
 mod verify;
 mod wal;

@@ -16,13 +16,13 @@ use crate::support::process;
 const MAJOR: u32 = 15;
 
 /// A cluster that is protected into two directory regions.
-struct Protected {
-    cluster: Cluster,
+pub struct Protected {
+    pub cluster: Cluster,
     scratch: Scratch,
 }
 
 impl Protected {
-    async fn new() -> Self {
+    pub async fn new() -> Self {
         Self::of(Cluster::builder(MAJOR).setting("wal_level", "replica")).await
     }
 
@@ -33,12 +33,14 @@ impl Protected {
         Drctl::new(["init".as_ref(), home.as_os_str()]).run().await.ok();
         let mut text = fs::read_to_string(home.join("drctl.toml")).unwrap();
         let conninfo = protected.cluster.conninfo();
-        text.push_str(&format!("\n[targets.ledger]\nsource = \"postgres\"\nconninfo = \"{conninfo}\"\nship_interval = \"100ms\"\n"));
+        text.push_str(&format!(
+            "\n[targets.ledger]\nsource = \"postgres\"\nconninfo = \"{conninfo}\"\nship_interval = \"100ms\"\n"
+        ));
         fs::write(home.join("drctl.toml"), text).unwrap();
         protected
     }
 
-    fn home(&self) -> PathBuf {
+    pub fn home(&self) -> PathBuf {
         self.scratch.join("drctl")
     }
 
@@ -47,11 +49,11 @@ impl Protected {
         Drctl::new(arguments).config(&self.home().join("drctl.toml")).env(&format!("DRCTL_PG_BIN_{MAJOR}"), bin)
     }
 
-    async fn backup(&self) -> Value {
+    pub async fn backup(&self) -> Value {
         self.drctl(["backup", "ledger", "--fast", "--json"]).run().await.ok().json()["backup"].clone()
     }
 
-    fn stream(&self) -> Background {
+    pub fn stream(&self) -> Background {
         self.drctl(["wal", "stream", "ledger"]).spawn()
     }
 
@@ -61,7 +63,10 @@ impl Protected {
         let wanted = self.cluster.flush_lsn().await;
         process::eventually("WAL is durable", Duration::from_secs(30), async || {
             let status = self.drctl(["wal", "status", "ledger", "--json"]).run().await.ok().json();
-            let regions = status["targets"][0]["branches"][0]["regions"].as_array().cloned().unwrap_or_default();
+            let regions = status["targets"][0]["branches"]
+                .as_array()
+                .and_then(|branches| branches.last()?["regions"].as_array().cloned());
+            let regions = regions.unwrap_or_default();
             let end = |region: &Value| region["windows"].as_array()?.last()?["end"].as_str()?.parse::<Lsn>().ok();
             regions.len() == 2 && regions.iter().all(|region| end(region).is_some_and(|end| end >= wanted))
         })
@@ -83,7 +88,7 @@ impl Protected {
     }
 
     /// Restores to a point and starts what came of it.
-    async fn restored(&self, name: &str, options: &[&str]) -> Cluster {
+    pub async fn restored(&self, name: &str, options: &[&str]) -> Cluster {
         let directory = self.scratch.join(name);
         self.execute(&directory, options).await.ok();
         Cluster::start_restored(&directory, MAJOR).await
@@ -129,7 +134,11 @@ async fn every_kind_of_point_lands_exactly() {
         let xid: String = client.query_one(&insert, &[]).await.unwrap().get(0);
         let lsn = cluster.insert_lsn().await;
         tokio::time::sleep(Duration::from_millis(60)).await;
-        let time: String = client.query_one("SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US')", &[]).await.unwrap().get(0);
+        let time: String = client
+            .query_one("SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US')", &[])
+            .await
+            .unwrap()
+            .get(0);
         tokio::time::sleep(Duration::from_millis(60)).await;
         client.batch_execute(&format!("SELECT pg_create_restore_point('after {n}')")).await.unwrap();
         points.push((xid, lsn.to_string(), time));
@@ -161,7 +170,10 @@ async fn every_kind_of_point_lands_exactly() {
         ["--to-name", "no such point"],
     ] {
         let refused = protected.plan(&nowhere, &options).await.code(5);
-        assert!(refused.json()["error"]["hint"].is_string() || refused.json()["error"]["message"].is_string(), "{refused}");
+        assert!(
+            refused.json()["error"]["hint"].is_string() || refused.json()["error"]["message"].is_string(),
+            "{refused}"
+        );
     }
     assert!(!nowhere.exists());
     stream.terminate().await.ok();
@@ -189,16 +201,45 @@ async fn a_running_ledger_is_started_again_with_every_durable_commit() {
     let target = protected.scratch.join("restored");
     let report = protected.execute(&target, &["--start", "--run-as", "postgres"]).await.ok().json();
     let pid = u32::try_from(report["started"]["pid"].as_u64().unwrap()).unwrap();
-    assert!(process::is_alive(pid));
-    let phases: Vec<_> = report["phases"].as_array().unwrap().iter().map(|phase| phase["name"].as_str().unwrap()).collect();
+    assert!(process::is_alive(pid), "{}", fs::read_to_string(target.join("drctl-recovery.log")).unwrap());
+    let phases: Vec<_> =
+        report["phases"].as_array().unwrap().iter().map(|phase| phase["name"].as_str().unwrap()).collect();
     assert_eq!(phases, ["fetch", "stage", "replay", "open"]);
     assert!(!target.join("pg_wal/drctl-wal").exists());
     assert!(!fs::read_to_string(target.join("postgresql.auto.conf")).unwrap().contains("restore_command"));
     process::signal(pid, rustix::process::Signal::INT);
-    process::eventually("the server ends", Duration::from_secs(30), async || !process::is_alive(pid) || !target.join("postmaster.pid").exists()).await;
+    process::eventually("the server ends", Duration::from_secs(30), async || {
+        !process::is_alive(pid) || !target.join("postmaster.pid").exists()
+    })
+    .await;
     let restored = Cluster::start_restored(&target, MAJOR).await;
     let verdict = book.verify(&restored, durable).await.unwrap();
     assert!(verdict.durable >= 200, "{verdict:?}");
+}
+
+#[tokio::test]
+async fn recovery_follows_a_promotion_or_stays_on_the_old_timeline() {
+    let mut protected = Protected::of(Cluster::builder(MAJOR).setting("restore_command", "/bin/false")).await;
+    protected.cluster.execute("CREATE TABLE mark AS SELECT 0 n").await;
+    let stream = protected.stream();
+    protected.backup().await;
+    protected.cluster.execute("INSERT INTO mark VALUES (1)").await;
+    protected.durable().await;
+    protected.cluster.stop().await;
+    fs::write(protected.cluster.data_dir().join("recovery.signal"), "").unwrap();
+    crate::support::dirs::give_to_postgres(protected.cluster.data_dir());
+    protected.cluster.start().await;
+    protected.cluster.wait_promoted(Duration::from_secs(60)).await.unwrap();
+    assert_eq!(protected.cluster.query("SELECT timeline_id FROM pg_control_checkpoint()").await, "2");
+    protected.cluster.execute("INSERT INTO mark VALUES (2)").await;
+    protected.durable().await;
+    let plan = protected.plan(&protected.scratch.join("x"), &[]).await.ok().json();
+    assert_eq!((plan["timeline"].as_u64(), plan["wal"].as_array().unwrap().len()), (Some(2), 2), "{plan}");
+    let restored = protected.restored("new", &[]).await;
+    assert_eq!(numbers(&restored).await, "0,1,2");
+    assert_eq!(restored.query("SELECT substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8)").await, "00000003");
+    assert_eq!(numbers(&protected.restored("old", &["--timeline", "1"]).await).await, "0,1");
+    stream.terminate().await;
 }
 
 #[tokio::test]
@@ -211,9 +252,10 @@ async fn a_damaged_object_is_taken_from_the_other_region_and_told() {
     flip(&packs[0]);
     fs::remove_file(&frames[0]).unwrap();
     let directory = protected.scratch.join("restored");
-    let plan = protected.plan(&directory, &[]).await;
-    let digest = plan.json()["digest"].as_str().unwrap().to_owned();
     let shown = directory.display().to_string();
+    let plan = protected.drctl(["restore", "ledger", "--json", "--target-dir", &shown]);
+    let plan = plan.expect_log("taken from another region").run().await.ok();
+    let digest = plan.json()["digest"].as_str().unwrap().to_owned();
     let run = protected
         .drctl(["restore", "ledger", "--json", "--target-dir", &shown, "--execute", "--plan", &digest])
         .expect_log("taken from another region")
@@ -228,7 +270,9 @@ async fn a_damaged_object_is_taken_from_the_other_region_and_told() {
     flip(&files(&protected.home().join("region-b/packs"))[0]);
     let half = protected.scratch.join("half");
     let shown = half.display().to_string();
-    let digest = protected.plan(&half, &[]).await.ok().json()["digest"].as_str().unwrap().to_owned();
+    let plan = protected.drctl(["restore", "ledger", "--json", "--target-dir", &shown]);
+    let plan = plan.expect_log("taken from another region").run().await.ok();
+    let digest = plan.json()["digest"].as_str().unwrap().to_owned();
     let failed = protected
         .drctl(["restore", "ledger", "--json", "--target-dir", &shown, "--execute", "--plan", &digest])
         .expect_log("taken from another region")
@@ -276,7 +320,10 @@ async fn nothing_is_written_that_was_not_planned() {
         protected.drctl(arguments.into_iter().chain(options.into_iter().map(str::to_owned))).run()
     };
     let text = run(vec![]).await.ok().stdout;
-    assert!(text.contains(backup["id"].as_str().unwrap()) && text.contains("--plan") && text.contains("--execute"), "{text}");
+    assert!(
+        text.contains(backup["id"].as_str().unwrap()) && text.contains("--plan") && text.contains("--execute"),
+        "{text}"
+    );
     for options in [vec!["--execute"], vec!["--execute", "--plan", "000000"], vec!["--execute", "--plan", "0"]] {
         let refused = run(options).await.code(5);
         assert!(refused.stderr.contains("--plan"), "{refused}");
@@ -291,7 +338,8 @@ async fn nothing_is_written_that_was_not_planned() {
     // The printed command is one that runs.
     fs::remove_dir_all(&directory).unwrap();
     let text = run(vec![]).await.ok().stdout;
-    let command = text.lines().rfind(|line| line.contains("drctl restore")).unwrap().trim().strip_prefix("drctl ").unwrap();
+    let command =
+        text.lines().rfind(|line| line.contains("drctl restore")).unwrap().trim().strip_prefix("drctl ").unwrap();
     protected.drctl(command.split_whitespace()).run().await.ok();
     assert!(directory.join("global/pg_control").exists());
 }
@@ -309,7 +357,10 @@ async fn a_machine_without_configuration_restores_with_one_key() {
     let run = |options: &[&str]| {
         let fixed = ["--repo", &region, "--age-identity", &key, "restore", "latest", "--json", "--target-dir", &shown];
         let line: Vec<_> = fixed.iter().chain(options).map(|word| (*word).to_owned()).collect();
-        Drctl::new(line).current_dir(protected.scratch.path()).env(&format!("DRCTL_PG_BIN_{MAJOR}"), protected.cluster.bin_dir()).run()
+        Drctl::new(line)
+            .current_dir(protected.scratch.path())
+            .env(&format!("DRCTL_PG_BIN_{MAJOR}"), protected.cluster.bin_dir())
+            .run()
     };
     let digest = run(&[]).await.ok().json()["digest"].as_str().unwrap().to_owned();
     run(&["--execute", "--plan", &digest]).await.ok();

@@ -42,7 +42,8 @@ async fn crashes_at_random_moments_lose_nothing_that_was_reported_durable() {
         let durable = reported_durable(&protected).await;
         let restored = protected.restored(&format!("round-{round}"), &[]).await;
         // The book is closed after the restore: what came back must have been sent by then.
-        let verdict = ledger.book().verify(&restored, durable).await.unwrap_or_else(|wrong| panic!("round {round}: {wrong}"));
+        let verdict =
+            ledger.book().verify(&restored, durable).await.unwrap_or_else(|wrong| panic!("round {round}: {wrong}"));
         assert!(verdict.durable > 0, "round {round} proved nothing: {verdict:?}");
         restored.amcheck().await;
     }

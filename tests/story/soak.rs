@@ -13,14 +13,14 @@ use crate::support::process;
 async fn reported_durable(protected: &Protected) -> Lsn {
     let socket = protected.home().join("state/ledger.sock");
     let target = "ledger".parse().unwrap();
-    let mut durable = Lsn::INVALID;
+    let durable = std::cell::Cell::new(Lsn::INVALID);
     process::eventually("the receiver reports a durable position", Duration::from_secs(30), async || {
         let position = control::position(&socket, &target).await.unwrap();
-        durable = position.map_or(Lsn::INVALID, |position| position.durable_lsn);
-        durable > Lsn::INVALID
+        durable.set(position.map_or(Lsn::INVALID, |position| position.durable_lsn));
+        durable.get() > Lsn::INVALID
     })
     .await;
-    durable
+    durable.get()
 }
 
 #[tokio::test]

@@ -142,6 +142,14 @@ pub async fn create_directories(settings: &Settings) -> Result<()> {
     Ok(())
 }
 
+/// Writes a first configuration, durably; a file that exists stays.
+///
+/// # Errors
+/// The file exists or cannot be written.
+pub fn write_new(path: &Path, text: &str) -> Result<()> {
+    Ok(place::place_new(path, text.as_bytes(), 0o644)?)
+}
+
 /// The regions' addresses, which every region stores.
 pub fn siblings(settings: &Settings) -> Vec<RegionRecord> {
     let record = |region: &RegionSettings| {

@@ -47,7 +47,8 @@ const ALLOWED: [(&str, &[&str]); 16] = [
         ],
     ),
     ("daemon", &["model", "observe", "jobs", "config", "app"]),
-    ("cli", &["model", "observe", "jobs", "config", "app", "daemon"]),
+    // The results of jobs are made of the vault's words, and the command line renders them; it reads and writes nothing.
+    ("cli", &["model", "observe", "repository", "jobs", "config", "app", "daemon"]),
     ("main", &["cli", "daemon"]),
 ];
 

@@ -80,11 +80,12 @@ impl Protected {
         self.drctl(fixed.iter().chain(options)).run().await
     }
 
+    /// Runs the command that the plan prints, as a person would.
     async fn execute(&self, directory: &Path, options: &[&str]) -> Finished {
         let plan = self.plan(directory, options).await.ok().json();
-        let digest = plan["digest"].as_str().unwrap().to_owned();
-        let options: Vec<_> = options.iter().copied().chain(["--execute", "--plan", &digest[..8]]).collect();
-        self.plan(directory, &options).await
+        let command = plan["command"].as_str().unwrap().to_owned();
+        let words = command.split_whitespace().skip_while(|word| *word != "restore");
+        self.drctl(words.map(|word| word.trim_matches('\'')).chain(["--json"])).run().await
     }
 
     /// Restores to a point and starts what came of it.

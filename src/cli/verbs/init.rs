@@ -9,7 +9,6 @@ use crate::cli::Session;
 use crate::cli::exit::Exit;
 use crate::cli::render::Table;
 use crate::config::{self, Settings};
-use crate::disk::place;
 use crate::jobs::init::{self, Made};
 use crate::model::{Error, Result, ResultExt};
 
@@ -79,7 +78,7 @@ async fn first_configuration(dir: &Path, world: &World) -> Result<Summary> {
     let made = std::fs::create_dir_all(&dir);
     made.map_err(|error| Error::failed(format!("create {}", dir.display())).because(error))?;
     let recipient = app::new_recovery_key(&key, world).during(|| "write the recovery key")?;
-    place::place_new(&file, config::initial_text(&recipient).as_bytes(), 0o644)?;
+    app::write_new(&file, &config::initial_text(&recipient))?;
     let settings = config::load(&file)?;
     let made = create(&settings, world).await?;
     Ok(Summary { made, config: Some(file), recovery_key: Some(key) })

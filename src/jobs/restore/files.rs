@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::disk::lock::Lock;
 use crate::disk::{DiskError, empty, place};
-use crate::jobs::restore::plan::{Plan, is_unfinished};
+use crate::jobs::restore::words::Plan;
 use crate::jobs::restore::{MARKER, Request, conf};
 use crate::model::commit::{Commit, WalNeed};
 use crate::model::{BackupId, Error, Result, ResultExt};
@@ -42,6 +42,13 @@ pub(super) struct Site {
     pub(super) directory: PathBuf,
     tablespaces: Vec<PathBuf>,
     _lock: Lock,
+}
+
+/// Whether `directory` holds an unfinished restore of this very plan.
+pub(super) fn is_unfinished(directory: &Path, digest: &str) -> bool {
+    let marker = std::fs::read(directory.join(MARKER)).ok();
+    let marker: Option<Marker> = marker.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    marker.is_some_and(|marker| marker.digest == digest)
 }
 
 /// Whether nothing but a lock that a killed run left is in a directory.

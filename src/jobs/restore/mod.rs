@@ -16,10 +16,11 @@ mod route;
 mod run;
 mod stage;
 mod target;
+mod words;
 
-pub use plan::{Needs, Plan, Refusal, RegionState, WalLeg};
 pub use run::{PhaseTime, Report, Started};
 pub use target::Point;
+pub use words::{Needs, Plan, Refusal, RegionState, WalLeg};
 
 use plan::Prepared;
 

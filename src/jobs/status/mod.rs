@@ -164,7 +164,7 @@ fn status(context: &Context, survey: &Survey, receiver: Option<Position>) -> Tar
         problems.push("no backup can be restored".to_owned());
     }
     if !violated_in.is_empty() {
-        problems.push(format!("no WAL within the objective in {}", violated_in.join(", ")));
+        problems.push(format!("no recent WAL in {}", violated_in.join(", ")));
     }
     for region in regions.iter().filter(|region| region.state != State::Complete) {
         problems.push(match region.state {

@@ -7,6 +7,7 @@ mod buffer;
 pub mod control;
 pub mod position;
 pub mod receiver;
+mod run;
 mod server;
 mod session;
 mod shared;

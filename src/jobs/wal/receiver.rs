@@ -15,17 +15,18 @@ use crate::disk::lock::Lock;
 use crate::jobs::context::{Context, Target};
 use crate::jobs::wal::buffer::Buffer;
 use crate::jobs::wal::position::{Position, State};
+use crate::jobs::wal::run::{Ended, Run, SlotCare, Trouble};
 use crate::jobs::wal::server::{self, Server, Start};
 use crate::jobs::wal::session::Session;
 use crate::jobs::wal::shared::Shared;
-use crate::jobs::wal::shipper::{self, Frame, ShipperHandle};
-use crate::model::{Error, Kind, Lsn, Result, ResultExt, SystemId};
+use crate::jobs::wal::shipper::{self};
+use crate::model::{Error, Kind, Lsn, Result, ResultExt};
 use crate::observe::task;
 use crate::pg::PgError;
 use crate::pg::replication::ReplicationClient;
 use crate::repository::fan_out::{FanOut, LaneOutcome, Patience};
 use crate::repository::gaps::{self, Gap};
-use crate::repository::wal_adopt::take_over;
+use crate::repository::wal_adopt::{Tail, take_over};
 use crate::repository::wal_frame::EpochKind;
 use crate::repository::wal_index::BranchId;
 
@@ -33,6 +34,8 @@ const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// How long a stop waits for regions. What could not be shipped stays on the server.
 const STOP_LIMIT: Duration = Duration::from_secs(60);
+/// A takeover that takes longer than this waits for regions.
+const SLOW_TAKEOVER: Duration = Duration::from_secs(5);
 
 /// A running receiver. Dropping it stops it without shipping the rest; the server keeps that.
 #[derive(Debug)]
@@ -188,77 +191,6 @@ pub(super) fn not_durable(position: &Position, lsn: Lsn, limit: Duration) -> Err
     position.last_error.iter().fold(error.transient(true), Error::because)
 }
 
-/// How a session ended without an error.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Ended {
-    /// As told.
-    Stopped,
-    /// The server continued on another timeline.
-    Timeline,
-}
-
-/// What broke a session.
-#[derive(Debug)]
-pub(super) enum Trouble {
-    /// The server or the connection.
-    Server(PgError),
-    /// The shipper met something that waiting does not mend.
-    ShipperGone,
-    /// Anything else.
-    Other(Error),
-}
-
-impl From<PgError> for Trouble {
-    fn from(error: PgError) -> Self {
-        Self::Server(error)
-    }
-}
-
-impl From<Error> for Trouble {
-    fn from(error: Error) -> Self {
-        Self::Other(error)
-    }
-}
-
-impl From<Trouble> for Error {
-    fn from(trouble: Trouble) -> Self {
-        match trouble {
-            Trouble::Server(error) => error.into(),
-            Trouble::ShipperGone => Self::failed("the epoch cannot be continued"),
-            Trouble::Other(error) => error,
-        }
-    }
-}
-
-/// What to do about the permanent slot before it is used.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum SlotCare {
-    Trust,
-    Ensure,
-    Renew,
-}
-
-/// The receiver's own state.
-#[derive(Debug)]
-pub(super) struct Run {
-    pub(super) context: Context,
-    pub(super) target: Target,
-    kind: EpochKind,
-    out: Arc<FanOut>,
-    pub(super) shared: Arc<Shared>,
-    pub(super) stop: CancellationToken,
-    pub(super) shipper: ShipperHandle,
-    /// Complete frames of earlier sessions that are not shipped yet.
-    pub(super) pending: VecDeque<Frame>,
-    /// Where to go on; unknown at first and after the shipper died.
-    pub(super) cursor: Option<Start>,
-    system_id: Option<SystemId>,
-    sessions: u64,
-    slot: SlotCare,
-    stored_histories: BTreeSet<BranchId>,
-    _lock: Option<Lock>,
-}
-
 impl Run {
     async fn until_stopped(mut self) -> Result<Vec<LaneOutcome>> {
         let mut pause = FIRST_PAUSE;
@@ -339,6 +271,17 @@ impl Run {
         Err(Error::refused(text).hint("if this is meant, start the receiver again"))
     }
 
+    /// Adoption writes at the quorum, for which it waits as long as it takes: what takes long is told.
+    async fn take_over(&self, lineage: &[BranchId]) -> Result<Option<Tail>> {
+        let taken = take_over(&self.context.repository, lineage, &self.out);
+        let mut taken = std::pin::pin!(taken);
+        if let Ok(tail) = timeout(SLOW_TAKEOVER, &mut taken).await {
+            return tail;
+        }
+        self.shared.trouble(State::WaitingForRegions, &"stored WAL is brought to the write quorum first");
+        taken.await
+    }
+
     /// Where to begin, and why there.
     async fn place(
         &mut self,
@@ -351,7 +294,7 @@ impl Run {
         let cursor = match &self.cursor {
             Some(cursor) => Some(cursor.clone()),
             None => {
-                let tail = take_over(&self.context.repository, &server.branches(), &self.out).await;
+                let tail = self.take_over(&server.branches()).await;
                 let tail = tail.inspect_err(|error| self.shared.trouble(State::WaitingForRegions, error))?;
                 tail.map(|tail| Start { branch: tail.branch, lsn: tail.end, at_record: tail.at_record })
             }

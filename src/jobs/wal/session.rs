@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
 
 use crate::jobs::wal::buffer::{Buffer, Chunk};
-use crate::jobs::wal::receiver::{Ended, Run, Trouble};
+use crate::jobs::wal::run::{Ended, Run, Trouble};
 use crate::jobs::wal::server::Start;
 use crate::jobs::wal::shipper::Frame;
 use crate::model::{Error, Lsn};

@@ -1,0 +1,88 @@
+//! What a receiver remembers from one connection to the next, and how a connection ends.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::sync::Arc;
+
+use tokio_util::sync::CancellationToken;
+
+use crate::disk::lock::Lock;
+use crate::jobs::context::{Context, Target};
+use crate::jobs::wal::server::Start;
+use crate::jobs::wal::shared::Shared;
+use crate::jobs::wal::shipper::{Frame, ShipperHandle};
+use crate::model::{Error, SystemId};
+use crate::pg::PgError;
+use crate::repository::fan_out::FanOut;
+use crate::repository::wal_frame::EpochKind;
+use crate::repository::wal_index::BranchId;
+
+/// How a session ended without an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Ended {
+    /// As told.
+    Stopped,
+    /// The server continued on another timeline.
+    Timeline,
+}
+
+/// What broke a session.
+#[derive(Debug)]
+pub(super) enum Trouble {
+    /// The server or the connection.
+    Server(PgError),
+    /// The shipper met something that waiting does not mend.
+    ShipperGone,
+    /// Anything else.
+    Other(Error),
+}
+
+impl From<PgError> for Trouble {
+    fn from(error: PgError) -> Self {
+        Self::Server(error)
+    }
+}
+
+impl From<Error> for Trouble {
+    fn from(error: Error) -> Self {
+        Self::Other(error)
+    }
+}
+
+impl From<Trouble> for Error {
+    fn from(trouble: Trouble) -> Self {
+        match trouble {
+            Trouble::Server(error) => error.into(),
+            Trouble::ShipperGone => Self::failed("the epoch cannot be continued"),
+            Trouble::Other(error) => error,
+        }
+    }
+}
+
+/// What to do about the permanent slot before it is used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum SlotCare {
+    Trust,
+    Ensure,
+    Renew,
+}
+
+/// The receiver's own state.
+#[derive(Debug)]
+pub(super) struct Run {
+    pub(super) context: Context,
+    pub(super) target: Target,
+    pub(super) kind: EpochKind,
+    pub(super) out: Arc<FanOut>,
+    pub(super) shared: Arc<Shared>,
+    pub(super) stop: CancellationToken,
+    pub(super) shipper: ShipperHandle,
+    /// Complete frames of earlier sessions that are not shipped yet.
+    pub(super) pending: VecDeque<Frame>,
+    /// Where to go on; unknown at first and after the shipper died.
+    pub(super) cursor: Option<Start>,
+    pub(super) system_id: Option<SystemId>,
+    pub(super) sessions: u64,
+    pub(super) slot: SlotCare,
+    pub(super) stored_histories: BTreeSet<BranchId>,
+    pub(super) _lock: Option<Lock>,
+}

@@ -1,4 +1,27 @@
 //! drctl keeps PostgreSQL recoverable, and proves it.
+//!
+//! # The house
+//! Arrows point down only; `tests/architecture.rs` fails on any other, and on any cycle between modules.
+//!
+//! | floor | rooms | what they are |
+//! |---|---|---|
+//! | 4 doors | [`cli`], [`app`], [`config`] | arguments and text; the composition root; settings |
+//! | 3 stories | [`jobs`] | one folder per job; a story sees no bucket and no key |
+//! | 2 vault | [`repository`] | what is stored, where, and how it is read back; the restore engine |
+//! | 1b rooms | [`source`], [`store`], [`keys`] | what is protected; one copy of the repository; who can open it |
+//! | 1a tools | [`pg`], [`codec`], [`disk`], [`observe`] | PostgreSQL's words; seals and signatures; durable files; time and progress |
+//! | 0 words | [`model`] | ids, positions, errors, the words of COMMIT |
+//!
+//! # The path of a page
+//! [`source::postgres`] reads it beside a server in backup mode → [`jobs::backup`] hands batches to
+//! [`repository::backup_writer`] → [`repository::packer`] fingerprints, compresses and seals frames into packs →
+//! [`repository::fan_out`] puts each pack into every region and waits for the write quorum → manifest, inventory and, last,
+//! COMMIT. Back: [`repository::catalog`] finds COMMIT → [`jobs::restore`] plans → [`repository::restore`] fetches frames in
+//! pack order, authenticates, writes → WAL is staged, `pg_control` is put in place last.
+//!
+//! # The path of a WAL record
+//! [`pg::replication`] receives → [`pg::wal`] walks records → [`jobs::wal`] collects a frame of at most a second →
+//! [`repository::wal_log`] seals and fans it out → PostgreSQL is told "flushed".
 #![forbid(unsafe_code)]
 
 pub mod model;
@@ -19,4 +42,3 @@ pub mod jobs;
 pub mod app;
 pub mod cli;
 pub mod config;
-pub mod daemon;

@@ -66,7 +66,7 @@ pub struct Packer {
 impl Packer {
     /// Starts `workers` threads.
     pub fn start(settings: &PackSettings, workers: usize) -> Self {
-        let (batches, queue) = mpsc::channel(2);
+        let (batches, queue) = mpsc::channel(1);
         let (packs_in, packs) = mpsc::channel(1);
         let (placed_in, placed) = mpsc::unbounded_channel();
         let queue = Arc::new(Mutex::new(queue));

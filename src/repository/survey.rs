@@ -166,6 +166,16 @@ impl Survey {
         Some(reach.newest_commit.map_or(commit.started_at, |newest| newest.max(commit.started_at)))
     }
 
+    /// Whether the regions that answer hold all of a backup together, whatever each of them lacks.
+    pub fn is_restorable(&self, commit: &Commit, debts: &[(RegionName, Debt)]) -> bool {
+        let answering: Vec<_> = debts.iter().map(|(_, debt)| debt).filter(|debt| debt.unreadable.is_none()).collect();
+        let lacks = |debt: &Debt, key: &String| debt.missing.contains(key) || debt.damaged.contains(key);
+        let Some(first) = answering.first() else { return false };
+        let bad = first.missing.iter().chain(&first.damaged);
+        let whole = !bad.into_iter().any(|key| answering.iter().all(|debt| lacks(debt, key)));
+        whole && self.recoverable_until(commit, None).is_some()
+    }
+
     fn reaches(&self, need: &WalNeed, region: Option<&RegionName>) -> Option<&Vec<Reach>> {
         let branch = BranchId { system_id: need.system_id, timeline: need.timeline, branch: need.branch.clone() };
         let survey = self.branches.iter().find(|survey| survey.branch == branch)?;

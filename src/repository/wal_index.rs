@@ -35,7 +35,13 @@ pub struct Run {
     pub first: FrameHeader,
     /// The last frame; END counts.
     pub last: FrameHeader,
+    /// The newest commit time near its end. Older than [`COMMIT_REACH`] frames nothing is looked for.
+    pub last_commit: Option<DateTime<Utc>>,
 }
+
+/// How many frames are looked at for a commit time: END holds none, and neither do the records that an idle server
+/// writes for its standbys.
+const COMMIT_REACH: u64 = 32;
 
 impl Run {
     /// Position of its first byte.
@@ -202,7 +208,22 @@ impl WalIndex {
             // A SEAL was written by another owner and says nothing of the WAL before it.
             last = self.header(repository, epoch, last.place.seq - 1).await?;
         }
-        Ok(Run { first, last })
+        let last_commit = self.last_commit(repository, &first, &last).await?;
+        Ok(Run { first, last, last_commit })
+    }
+
+    async fn last_commit(
+        &self,
+        repository: &Repository,
+        first: &FrameHeader,
+        last: &FrameHeader,
+    ) -> Result<Option<DateTime<Utc>>> {
+        let (mut at, mut seq) = (last.span.last_commit, last.place.seq);
+        while at.is_none() && seq > first.place.seq && last.place.seq - seq < COMMIT_REACH {
+            seq -= 1;
+            at = self.header(repository, &first.place.epoch, seq).await?.span.last_commit;
+        }
+        Ok(at)
     }
 
     /// The frame of a run that holds the byte at `at`.
@@ -248,7 +269,7 @@ pub fn windows(runs: &[Run]) -> Vec<Window> {
             end: run.end(),
             last_record: span.last_record,
             last_record_end: span.last_record_end,
-            last_commit: span.last_commit,
+            last_commit: run.last_commit,
             written_at: run.last.written_at,
         };
         match windows.last_mut() {

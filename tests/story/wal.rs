@@ -115,6 +115,23 @@ impl Rig {
         assert!(self.status().await.is_whole());
     }
 
+    /// Regions go away for WAL: what was a directory is a file.
+    fn take_away(&self, regions: &[&str]) {
+        for region in regions {
+            let wal = self.scratch.join(&format!("{region}/wal"));
+            std::fs::rename(&wal, wal.with_extension("away")).unwrap();
+            std::fs::write(&wal, "").unwrap();
+        }
+    }
+
+    fn give_back(&self, regions: &[&str]) {
+        for region in regions {
+            let wal = self.scratch.join(&format!("{region}/wal"));
+            std::fs::remove_file(&wal).unwrap();
+            std::fs::rename(wal.with_extension("away"), &wal).unwrap();
+        }
+    }
+
     fn objects(&self, region: &str) -> usize {
         fn count(path: &std::path::Path) -> usize {
             let Ok(entries) = std::fs::read_dir(path) else { return 1 };
@@ -202,7 +219,7 @@ async fn what_was_streamed_is_what_the_server_wrote() {
     assert!(rig.assert_equals_pg_wal(&cluster).await > 1_000_000);
     // Nothing of it needs to be kept by the server any more.
     let restart = cluster.query("SELECT restart_lsn FROM pg_replication_slots").await;
-    assert_eq!(restart.parse::<Lsn>().unwrap(), flushed);
+    assert!(restart.parse::<Lsn>().unwrap() >= flushed, "{restart} is behind {flushed}");
     let text = rig.drctl(&["wal", "status", "ledger"]).run().await.ok().stdout;
     assert!(text.contains("commits to") && text.lines().all(|line| line.chars().count() <= 110), "{text}");
 }
@@ -277,11 +294,7 @@ async fn acknowledgement_waits_for_the_quorum_and_the_server_keeps_its_wal() {
     rig.wait("streaming", SOON, |position| position.state == State::Streaming).await;
     rig.wait_durable(cluster.flush_lsn().await).await;
     let sender = cluster.query("SELECT pid FROM pg_stat_replication").await;
-    // Two of three are gone: what was a directory is a file.
-    for region in ["b/wal", "c/wal"] {
-        std::fs::rename(rig.scratch.join(region), rig.scratch.join(&format!("{region}-away"))).unwrap();
-        std::fs::write(rig.scratch.join(region), "").unwrap();
-    }
+    rig.take_away(&["b", "c"]);
     tokio::time::sleep(Duration::from_secs(1)).await;
     let held = rig.wait("waiting", SOON, |position| position.state == State::WaitingForRegions).await.durable_lsn;
     ledger.wait_for(200).await;
@@ -292,10 +305,7 @@ async fn acknowledgement_waits_for_the_quorum_and_the_server_keeps_its_wal() {
     assert_eq!(cluster.query("SELECT pid FROM pg_stat_replication").await, sender, "status goes on");
     let restart: Lsn = cluster.query("SELECT restart_lsn FROM pg_replication_slots").await.parse().unwrap();
     assert!(restart <= held, "the server was told {restart}, durable is {held}");
-    for region in ["b/wal", "c/wal"] {
-        std::fs::remove_file(rig.scratch.join(region)).unwrap();
-        std::fs::rename(rig.scratch.join(&format!("{region}-away")), rig.scratch.join(region)).unwrap();
-    }
+    rig.give_back(&["b", "c"]);
     ledger.stop().await;
     let flushed = cluster.flush_lsn().await;
     rig.wait("catching up", Duration::from_secs(40), |position| position.reaches(flushed)).await;
@@ -304,6 +314,30 @@ async fn acknowledgement_waits_for_the_quorum_and_the_server_keeps_its_wal() {
     let windows = rig.windows().await;
     let whole = windows.iter().filter(|(_, windows)| windows.len() == 1 && windows[0].1 >= flushed).count();
     assert!(whole >= 2, "{windows:?}");
+    rig.assert_equals_pg_wal(&cluster).await;
+}
+
+#[tokio::test]
+async fn a_frame_that_only_one_region_holds_is_adopted() {
+    let cluster = quiet(17).start().await;
+    let rig = Rig::new(&cluster.conninfo()).await;
+    let stream = rig.stream().expect_log("region").spawn();
+    rig.wait("streaming", SOON, |position| position.state == State::Streaming).await;
+    let held = rig.wait_durable(cluster.flush_lsn().await).await.durable_lsn;
+    rig.take_away(&["b", "c"]);
+    let before = rig.objects("a");
+    cluster.execute("CREATE TABLE seen_by_one (n int)").await;
+    process::eventually("one region has the frame", SOON, async || rig.objects("a") > before).await;
+    assert_eq!(rig.position().await.unwrap().durable_lsn, held);
+    stream.kill9();
+    // Two of three cannot be read: the end of what was acknowledged is unknown, so nothing is streamed.
+    let stream = rig.stream().expect_log("region").spawn();
+    rig.wait("waiting", SOON, |position| position.state == State::WaitingForRegions).await;
+    rig.give_back(&["b", "c"]);
+    let position = rig.wait("streaming", SOON, |position| position.state == State::Streaming).await;
+    assert!(position.start_lsn.unwrap() > held, "it continues behind the adopted frame");
+    let flushed = stop(&rig, stream, &cluster).await;
+    rig.assert_one_window(flushed).await;
     rig.assert_equals_pg_wal(&cluster).await;
 }
 

@@ -4,7 +4,7 @@ use clap::Subcommand;
 
 use crate::cli::Session;
 use crate::cli::exit::Exit;
-use crate::model::{Error, Result};
+use crate::model::Result;
 
 pub mod backup;
 pub mod check;
@@ -73,8 +73,4 @@ pub async fn run(verb: Verb, session: &Session) -> Result<Exit> {
         Verb::Completions(args) => completions::run(&args, session),
         Verb::RecoveryFetch(args) => recovery_fetch::run(args),
     }
-}
-
-fn not_built_yet(verb: &str) -> Error {
-    Error::failed(format!("`drctl {verb}` is not built yet"))
 }

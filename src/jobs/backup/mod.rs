@@ -22,6 +22,18 @@ pub use around::CONFIGURATION;
 
 use wal::WalCover;
 
+/// Threads that pack at the same time; more cores than this are left to PostgreSQL.
+///
+/// A backup stays below 256 MiB. A batch is 8 MiB, a pack 16 MiB, and with `w` workers there are at most
+/// - `w / 2` + 3 + `w` batches: at the readers, on their way (one queued by the source, one in hand, one queued for
+///   the workers), at the workers;
+/// - `w` + 1 + 6 packs that are shared by all regions: filled, queued, and going out, where a region that lags holds four
+///   beside the two of the others;
+///
+/// which is 216 MiB for three workers when nothing compresses and a region lags, and 20 MiB for the process itself. The
+/// files of a cluster add some hundred bytes each for their names.
+const WORKERS: usize = 3;
+
 /// What a backup came to.
 #[derive(Debug, Clone, Serialize)]
 pub struct Report {
@@ -103,9 +115,14 @@ fn source_options(context: &Context, target: &Target, options: Options) -> postg
         fast: options.fast,
         label: format!("drctl {}", target.name),
         max_read_rate: target.max_read_rate,
-        reader_threads: None,
+        // Half of the workers: reading and checking is that much faster than packing.
+        reader_threads: Some((workers() / 2).max(1)),
         clock: std::sync::Arc::clone(&context.clock),
     }
+}
+
+fn workers() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get).min(WORKERS)
 }
 
 fn backup_options(context: &Context, target: &Target, begun: &Begun, method: &str) -> BackupOptions {
@@ -114,7 +131,7 @@ fn backup_options(context: &Context, target: &Target, begun: &Begun, method: &st
         source: "postgres",
         method: method.to_owned(),
         level: context.levels.pages,
-        workers: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+        workers: workers(),
         page_checksums: begun.cluster.checksums,
     }
 }

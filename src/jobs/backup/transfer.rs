@@ -10,8 +10,8 @@ use crate::repository::backup_writer::BackupWriter;
 use crate::repository::manifest::Line;
 use crate::source::{Begun, Finished, Item, PhysicalSource};
 
-/// Items on their way; a batch is up to 8 MiB, so this bounds memory.
-const QUEUE: usize = 2;
+/// Items on their way; a batch is up to 8 MiB, so this bounds memory: see [`super::WORKERS`].
+const QUEUE: usize = 1;
 
 /// Reads everything and hands it to the backup.
 pub(super) async fn run(

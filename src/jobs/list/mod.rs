@@ -45,7 +45,7 @@ pub struct Listed {
     pub stop_lsn: Option<Lsn>,
     /// Its timeline.
     pub timeline: Option<u32>,
-    /// Up to when it can be rolled forward, in the best region.
+    /// Up to when it can be rolled forward: from the best region, or from all together if none is whole.
     pub recoverable_until: Option<DateTime<Utc>>,
     /// How it stands in each region.
     pub regions: Vec<RegionState>,
@@ -103,6 +103,9 @@ pub fn list(survey: &Survey) -> Vec<Listed> {
         };
         let regions: Vec<_> = debts.iter().map(state).collect();
         let wal = commit.wal.as_ref();
+        let best = regions.iter().filter_map(|region| region.recoverable_until).max();
+        // When no region is whole the regions may still be whole together: a restore takes each object where it is good.
+        let together = || survey.is_restorable(commit, debts).then(|| survey.recoverable_until(commit, None)).flatten();
         Listed {
             id: commit.id.clone(),
             target: commit.target.clone(),
@@ -115,7 +118,7 @@ pub fn list(survey: &Survey) -> Vec<Listed> {
             start_lsn: wal.map(|need| need.start_lsn),
             stop_lsn: wal.map(|need| need.stop_lsn),
             timeline: wal.map(|need| need.timeline.0),
-            recoverable_until: regions.iter().filter_map(|region| region.recoverable_until).max(),
+            recoverable_until: best.or_else(together),
             regions,
         }
     };
@@ -125,9 +128,12 @@ pub fn list(survey: &Survey) -> Vec<Listed> {
 /// From the oldest backup on; a window that no backup leads into restores nothing.
 fn restorable(survey: &Survey) -> Restorable {
     let mut spans: Vec<(DateTime<Utc>, DateTime<Utc>)> = Vec::new();
-    for (backup, _) in &survey.backups {
+    for (backup, debts) in &survey.backups {
         let commit = &backup.commit;
         let Some(until) = survey.recoverable_until(commit, None) else { continue };
+        if !survey.is_restorable(commit, debts) {
+            continue;
+        }
         let span = (commit.finished_at, until.max(commit.finished_at));
         match spans.last_mut() {
             Some(last) if leads_into(survey, commit) || span.0 <= last.1 => last.1 = last.1.max(span.1),

@@ -20,8 +20,8 @@ pub(super) struct RecoverySettings<'a> {
     pub(super) drctl: &'a Path,
     /// Where WAL is staged.
     pub(super) staging: &'a Path,
-    /// Start of the last record wanted; `None` for the end of the backup itself.
-    pub(super) record: Option<Lsn>,
+    /// Start of the last record wanted.
+    pub(super) record: Lsn,
     pub(super) timeline: Timeline,
 }
 
@@ -32,23 +32,13 @@ impl RecoverySettings<'_> {
     /// A path that no shell command can carry.
     pub(super) fn block(&self) -> Result<String> {
         let command = format!("{} recovery-fetch --dir {} \"%f\" \"%p\"", shell(self.drctl)?, shell(self.staging)?);
-        let target = match self.record {
-            Some(record) => ("recovery_target_lsn", record.to_string()),
-            None => ("recovery_target", "immediate".to_owned()),
-        };
         // Two targets are fatal, so others that the cluster's own files may set are emptied. They come first: emptying
         // one resets the choice that was made before it.
-        let kinds = [
-            "recovery_target",
-            "recovery_target_name",
-            "recovery_target_time",
-            "recovery_target_xid",
-            "recovery_target_lsn",
-        ];
+        let others = ["recovery_target", "recovery_target_name", "recovery_target_time", "recovery_target_xid"];
         let mut lines = vec![BEGIN.to_owned()];
         let mut set = |name: &str, value: &str| lines.push(format!("{name} = '{}'", value.replace('\'', "''")));
-        kinds.iter().filter(|kind| **kind != target.0).for_each(|kind| set(kind, ""));
-        set(target.0, &target.1);
+        others.iter().for_each(|other| set(other, ""));
+        set("recovery_target_lsn", &self.record.to_string());
         set("recovery_target_timeline", &self.timeline.to_string());
         set("recovery_target_inclusive", "on");
         set("recovery_target_action", "promote");
@@ -178,7 +168,7 @@ mod tests {
         let settings = RecoverySettings {
             drctl: Path::new("/opt/dr 'x'/drctl"),
             staging: Path::new("/srv/100%/wal"),
-            record: Some(Lsn(0x12_F811_30D0)),
+            record: Lsn(0x12_F811_30D0),
             timeline: Timeline(3),
         };
         let block = settings.block().unwrap();
@@ -188,8 +178,6 @@ mod tests {
             block.contains("''/opt/dr ''\\''''x''\\''''/drctl'' recovery-fetch --dir ''/srv/100%%/wal'' \"%f\" \"%p\""),
             "{block}"
         );
-        let immediate = RecoverySettings { record: None, ..settings }.block().unwrap();
-        assert!(immediate.contains("recovery_target = 'immediate'") && immediate.contains("recovery_target_lsn = ''"));
     }
 
     #[test]

@@ -41,8 +41,8 @@ pub struct Plan {
     pub wal: Vec<WalLeg>,
     /// Where the backup is consistent.
     pub consistent_at: Lsn,
-    /// Start of the last record that is replayed; none for `--immediate`.
-    pub last_record: Option<Lsn>,
+    /// Start of the last record that is replayed.
+    pub last_record: Lsn,
     /// End of that record.
     pub end_lsn: Lsn,
     /// The timeline aimed at.
@@ -229,7 +229,7 @@ async fn choose(
         let mut route = Route::find(repository, need, request.timeline)
             .await
             .during(|| format!("find the WAL of {}", commit.id))?;
-        let finder = Finder { context, repository, route: &route };
+        let finder = Finder { context, repository, route: &route, began: commit.started_at };
         match finder.find(&request.point).await? {
             Ok(pin) => {
                 let newest_commit = finder.last_commit(route.end()).await?;
@@ -344,10 +344,7 @@ fn digest(plan: &Plan, request: &Request, repository: &Repository) -> Result<Str
 fn command(plan: &Plan, request: &Request) -> String {
     let mut words = vec!["drctl restore".to_owned(), plan.backup.to_string()];
     words.push(format!("--target-dir {}", quoted(&request.directory.display().to_string())));
-    words.push(match plan.last_record {
-        Some(_) => format!("--to-lsn {}", plan.end_lsn),
-        None => "--immediate".to_owned(),
-    });
+    words.push(format!("--to-lsn {}", plan.end_lsn));
     words.extend(request.timeline.map(|timeline| format!("--timeline {timeline}")));
     words.extend(request.region.as_ref().map(|region| format!("--region {region}")));
     words.extend(request.tablespaces.iter().map(|(old, new)| {

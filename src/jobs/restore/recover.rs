@@ -16,6 +16,7 @@ use crate::jobs::restore::run::{PhaseTime, Report, Started, stage};
 use crate::jobs::restore::stage::{Stager, give};
 use crate::jobs::restore::{Request, STAGING};
 use crate::model::{Error, Result, ResultExt};
+use crate::pg::control::{self, ControlFile, State};
 use crate::pg::instance::{Instance, InstanceError, InstanceOptions, PgBinaries, Readiness, User};
 
 const POLL: Duration = Duration::from_millis(50);
@@ -80,12 +81,12 @@ async fn promoted(context: &Context, instance: &mut Instance) -> Result<(Duratio
             replayed = Some(now);
         }
         match instance.readiness() {
-            Ok(Readiness::Ready) => {
+            Ok(Readiness::Ready) if is_in_production(&instance.options().data_dir) => {
                 let replayed = replayed.unwrap_or(now);
                 return Ok((replayed - began, now - replayed));
             }
             Ok(Readiness::Stopping) => return Err(Error::failed("PostgreSQL shuts down instead of recovering")),
-            Ok(Readiness::Starting | Readiness::Standby) => tokio::time::sleep(POLL).await,
+            Ok(_) => tokio::time::sleep(POLL).await,
             Err(error @ InstanceError::Exited { .. }) => {
                 return Err(Error::from(error)
                     .hint("the data directory is complete: mend the cause and start PostgreSQL on it"));
@@ -93,6 +94,13 @@ async fn promoted(context: &Context, instance: &mut Instance) -> Result<(Duratio
             Err(error) => return Err(error.into()),
         }
     }
+}
+
+/// Whether recovery has ended. A hot standby is "ready", too, and may not let us in to be asked; but recovery removes its
+/// signal file when it ends, and then `pg_control` is set to production, in this order.
+fn is_in_production(directory: &Path) -> bool {
+    let control = || ControlFile::parse(&std::fs::read(directory.join(control::PATH)).ok()?).ok();
+    !directory.join("recovery.signal").exists() && control().is_some_and(|control| control.state == State::InProduction)
 }
 
 /// Recovery is over: its settings and the staged WAL go.

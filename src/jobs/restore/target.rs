@@ -38,8 +38,8 @@ pub enum Point {
 /// The record that recovery ends with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Pin {
-    /// Its start; `None` for the end of the backup itself, which PostgreSQL finds.
-    pub(super) record: Option<Lsn>,
+    /// Its start.
+    pub(super) record: Lsn,
     /// Its end.
     pub(super) end: Lsn,
 }
@@ -68,13 +68,18 @@ pub(super) struct Finder<'a> {
     pub(super) context: &'a Context,
     pub(super) repository: &'a Repository,
     pub(super) route: &'a Route,
+    /// When the backup began.
+    pub(super) began: DateTime<Utc>,
 }
 
 impl Finder<'_> {
     /// The record to end with.
     pub(super) async fn find(&self, point: &Point) -> Result<Found> {
         let pin = match point {
-            Point::Immediate => return Ok(Ok(Pin { record: None, end: self.route.need.stop_lsn })),
+            Point::Immediate => match self.consistent().await? {
+                Some(pin) => pin,
+                None => return Ok(Err(self.not_found("the end of the backup"))),
+            },
             Point::End => self.last_record_before(self.route.end()).await?,
             Point::Lsn(lsn) => match self.at_position(*lsn).await? {
                 Ok(pin) => pin,
@@ -112,6 +117,15 @@ impl Finder<'_> {
         Unreached::NotFound(Error::refused(format!("{what} is not in the WAL from {from} to {to}")))
     }
 
+    /// The record that makes the backup consistent. PostgreSQL's own `immediate` stops only before a further record,
+    /// which a backup alone does not have.
+    async fn consistent(&self) -> Result<Option<Pin>> {
+        let stop = self.route.need.stop_lsn;
+        let last = self.last_record_before(stop).await?;
+        // The end of a backup of a standby need not be that of a record.
+        if last.end == stop { Ok(Some(last)) } else { self.first(|record| record.end >= stop).await }
+    }
+
     async fn at_position(&self, lsn: Lsn) -> Result<Found> {
         let (stop, end) = (self.route.need.stop_lsn, self.route.end());
         if lsn < stop {
@@ -131,6 +145,11 @@ impl Finder<'_> {
     ///
     /// Commit times are not in the order of records, and a clock may be set back: the first crossing counts.
     async fn at_time(&self, time: DateTime<Utc>) -> Result<Found> {
+        if time < self.began {
+            // The pages hold what was committed before the backup began, and the WAL does not tell when that was.
+            let text = format!("{} lies before this backup began at {}", time.to_rfc3339(), self.began.to_rfc3339());
+            return Ok(Err(Unreached::TooEarly(text)));
+        }
         let mut newest = None;
         for leg in &self.route.legs {
             for stretch in &leg.stretches {
@@ -221,7 +240,7 @@ impl Finder<'_> {
                 let seq = leg.log.locate(self.repository, stretch, Lsn(at.0.saturating_sub(1))).await?;
                 match self.previous(leg, stretch, seq).await? {
                     Some(pin) if pin.end == at => return Ok(pin),
-                    Some(pin) if pin.end < at => pin.record.unwrap_or(self.route.need.start_lsn),
+                    Some(pin) if pin.end < at => pin.record,
                     _ => self.route.need.start_lsn,
                 }
             }
@@ -229,7 +248,7 @@ impl Finder<'_> {
         };
         let last = self.walk((from, at), |_| ControlFlow::Continue(())).await?;
         let (record, end) = last.ok_or_else(|| Error::refused(format!("no record ends at or before {at}")))?;
-        Ok(Pin { record: Some(record), end })
+        Ok(Pin { record, end })
     }
 
     /// A record boundary at or before the beginning of a frame.
@@ -246,7 +265,7 @@ impl Finder<'_> {
         }
         let header = leg.log.header(self.repository, &stretch.epoch, seq - 1).await?;
         let start = self.route.need.start_lsn.max(leg.from);
-        Ok(last_record_of(&header).filter(|pin| pin.record.is_some_and(|record| record >= start)))
+        Ok(last_record_of(&header).filter(|pin| pin.record >= start))
     }
 
     fn place_of(&self, at: Lsn) -> Option<(&Leg, &Stretch)> {
@@ -303,7 +322,7 @@ impl Finder<'_> {
         let range = (self.route.need.start_lsn, self.route.end());
         self.walk(range, |record| {
             if fits(record) {
-                found = Some(Pin { record: Some(record.start), end: record.end });
+                found = Some(Pin { record: record.start, end: record.end });
                 return ControlFlow::Break(());
             }
             ControlFlow::Continue(())
@@ -323,7 +342,7 @@ impl Finder<'_> {
 
 fn last_record_of(header: &FrameHeader) -> Option<Pin> {
     let (record, end) = header.span.last_record.zip(header.span.last_record_end)?;
-    Some(Pin { record: Some(record), end })
+    Some(Pin { record, end })
 }
 
 /// When a transaction ended, committed or not.

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use crate::jobs::Context;
 use crate::jobs::list;
+use crate::jobs::wal::{Position, control};
 use crate::model::{BackupId, Lsn, RegionName, Result, TargetName};
 use crate::repository::catalog;
 use crate::repository::survey::{self, State, Survey};
@@ -61,8 +62,8 @@ pub struct RegionStatus {
     pub wal_end: Option<Lsn>,
     /// When its newest WAL was written.
     pub wal_at: Option<DateTime<Utc>>,
-    /// Seconds of commits that are not durable there; `null` = unknown: only the WAL receiver could tell, and none is
-    /// asked here. Never 0 for want of knowledge.
+    /// Seconds of commits that are not durable there, rounded up; `null` = unknown: no WAL receiver answers on this
+    /// machine, or the region lags behind it. Never 0 for want of knowledge.
     pub exposure_seconds: Option<u64>,
     /// Since when the exposure is unknown.
     pub unknown_since: Option<DateTime<Utc>>,
@@ -76,7 +77,10 @@ pub async fn run(context: &Context) -> Result<Report> {
     let repository = &context.repository;
     let (backups, unreadable) = catalog::backups(repository, None).await?;
     let surveys = survey::survey(repository, &backups).await?;
-    let mut targets: Vec<_> = surveys.iter().map(|survey| status(context, survey)).collect();
+    let mut targets = Vec::new();
+    for survey in &surveys {
+        targets.push(status(context, survey, receiver(context, &survey.target).await));
+    }
     for target in &context.targets {
         if !targets.iter().any(|status| status.target == target.name) {
             targets.push(without_backup(context, &target.name, target.objectives.rpo));
@@ -108,7 +112,28 @@ fn without_backup(context: &Context, name: &TargetName, rpo: Option<Duration>) -
     }
 }
 
-fn status(context: &Context, survey: &Survey) -> TargetStatus {
+/// Where the WAL receiver of a target stands, if one runs on this machine.
+async fn receiver(context: &Context, name: &TargetName) -> Option<Position> {
+    let target = context.targets.iter().find(|target| target.name == *name)?;
+    match control::position(&target.control_socket, name).await {
+        Ok(position) => position,
+        Err(error) => {
+            tracing::warn!(%error, "the WAL receiver does not tell where it stands");
+            None
+        }
+    }
+}
+
+/// What the receiver knows holds for the regions that have all of what it wrote.
+fn exposure(receiver: Option<&Position>, region: &RegionName) -> Option<u64> {
+    let receiver = receiver?;
+    let lags = receiver.regions.iter().any(|lane| lane.name == *region && lane.missing_objects > 0);
+    let seconds = receiver.exposure_seconds.filter(|_| !lags)?;
+    // Rounded up: what is exposed for a moment is not 0.
+    Duration::try_from_secs_f64(seconds).ok().map(|exposed| exposed.as_secs() + u64::from(exposed.subsec_nanos() > 0))
+}
+
+fn status(context: &Context, survey: &Survey, receiver: Option<Position>) -> TargetStatus {
     let now = context.clock.now();
     let rpo =
         context.targets.iter().find(|target| target.name == survey.target).and_then(|target| target.objectives.rpo);
@@ -119,19 +144,21 @@ fn status(context: &Context, survey: &Survey) -> TargetStatus {
     let region = |name: &RegionName| {
         let states = listed.iter().flat_map(|backup| &backup.regions).filter(|region| region.name == *name);
         let newest = survey.newest_window(name);
+        let exposure_seconds = exposure(receiver.as_ref(), name);
+        let since = newest.map(|reach| reach.window.written_at).or(usable.map(|backup| backup.finished_at));
         RegionStatus {
             name: name.clone(),
             state: states.map(|region| region.state).max_by_key(|state| *state as u8).unwrap_or(State::Debt),
             debt_objects: debts.get(name).map_or(0, |(objects, _)| objects.len() as u64),
             wal_end: newest.map(|reach| reach.window.end),
             wal_at: newest.map(|reach| reach.window.written_at),
-            exposure_seconds: None,
-            unknown_since: newest.map(|reach| reach.window.written_at).or(usable.map(|backup| backup.finished_at)),
+            exposure_seconds,
+            unknown_since: since.filter(|_| exposure_seconds.is_none()),
         }
     };
     let regions: Vec<_> = names.map(region).collect();
     let mut problems = Vec::new();
-    let late = |region: &&RegionStatus| rpo.is_some_and(|rpo| is_late(now, region.unknown_since, rpo));
+    let late = |region: &&RegionStatus| rpo.is_some_and(|rpo| is_late(now, region, rpo));
     let violated_in: Vec<_> = regions.iter().filter(late).map(|region| region.name.to_string()).collect();
     if usable.is_none() {
         problems.push("no backup can be restored".to_owned());
@@ -159,8 +186,12 @@ fn status(context: &Context, survey: &Survey) -> TargetStatus {
 }
 
 /// Without a receiver that tells the exposure, the age of the newest WAL is all there is, and no WAL at all is late.
-fn is_late(now: DateTime<Utc>, since: Option<DateTime<Utc>>, rpo: Duration) -> bool {
-    since.is_none_or(|since| (now - since).to_std().unwrap_or_default() > rpo)
+fn is_late(now: DateTime<Utc>, region: &RegionStatus, rpo: Duration) -> bool {
+    match (region.exposure_seconds, region.unknown_since) {
+        (Some(seconds), _) => Duration::from_secs(seconds) > rpo,
+        (None, Some(since)) => (now - since).to_std().unwrap_or_default() > rpo,
+        (None, None) => true,
+    }
 }
 
 fn next(target: &TargetName, usable: bool, late: bool, regions: &[RegionStatus]) -> Option<String> {

@@ -263,7 +263,7 @@ impl Instance {
         control.is_some_and(|control| control.state == State::InProduction)
     }
 
-    /// Waits until the server accepts connections, read-only ones included.
+    /// Waits until the server accepts connections, read-only ones included, or replays without.
     ///
     /// # Errors
     /// It ended, or it did not get there in time; then it still runs.

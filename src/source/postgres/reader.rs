@@ -23,8 +23,9 @@ use crate::source::{BATCH_PAGES, FileId, Item, PAGE_SIZE};
 /// Long enough for the server to finish the write that tore the page.
 const SECOND_LOOK: Duration = Duration::from_millis(10);
 
-/// Lower than PostgreSQL's own processes; the kernel derives the I/O priority from it.
-const NICENESS: i32 = 10;
+/// The kernel derives the I/O priority from it: this is the least that puts our reads behind those of PostgreSQL. More
+/// would only starve the readers of processor time on a busy host, and a starved reader keeps the server in backup mode.
+const NICENESS: i32 = 5;
 
 /// Files that one thread reads together: one large file, or small ones that share a batch.
 type Share = Vec<(FileId, listing::File)>;

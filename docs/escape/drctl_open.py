@@ -425,6 +425,10 @@ class Wal:
                 return chosen
             start = stop
 
+    def segment(self, directory, number, size):
+        per_id = (1 << 32) // size
+        return os.path.join(directory, "%08X%08X%08X" % (self.timeline, number // per_id, number % per_id))
+
     def write(self, directory, start, end):
         """Writes segments as PostgreSQL names them; what is not known of the last one stays zero."""
         position = start
@@ -436,14 +440,16 @@ class Wal:
             while data:
                 number, offset = divmod(first, size)
                 piece, data = data[: size - offset], data[size - offset :]
-                per_id = (1 << 32) // size
-                path = os.path.join(directory, "%08X%08X%08X" % (self.timeline, number // per_id, number % per_id))
+                path = self.segment(directory, number, size)
                 with open(path, "r+b" if os.path.exists(path) else "wb") as file:
                     file.truncate(size)
                     file.seek(offset)
                     file.write(piece)
                 first += len(piece)
             position = stop
+        beyond = [lsn(run[0]["span"]["start"]) for run in self.runs if lsn(run[0]["span"]["start"]) > position]
+        if beyond and position != end:
+            say("GAP: WAL of timeline %d from %s to %s is not here" % (self.timeline, show_lsn(position), show_lsn(min(beyond))))
         return position
 
 
@@ -469,12 +475,17 @@ def write_wal(region, branches, wal, directory):
     os.mkdir(directory, mode=0o700)
     size = wal["wal_segment_size"]
     start, position = lsn(wal["start_lsn"]) // size * size, 0
-    for branch, switch in branches:
+    for (branch, switch), following in zip(branches, branches[1:] + [None]):
         position = branch.write(directory, start, switch)
-        if switch and position < switch:
+        if following is None or position < switch:
             break
-        # The segment of a switch begins anew on the next timeline.
-        start = (switch or position) // size * size
+        number, offset = divmod(switch, size)
+        if offset:
+            # The segment in which a timeline begins holds its parent's bytes up to there.
+            with open(branch.segment(directory, number, size), "rb") as parent:
+                with open(following[0].segment(directory, number, size), "wb") as child:
+                    child.write(parent.read(offset))
+        start = switch
     if position < lsn(wal["stop_lsn"]):
         sys.exit("the WAL ends at %s, before the backup is consistent at %s" % (show_lsn(position), wal["stop_lsn"]))
     for name in region.names("history/%s" % wal["system_id"]):

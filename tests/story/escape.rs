@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::process::{Command, Output};
+use std::time::Duration;
 
 use drctl::model::Lsn;
 
@@ -11,6 +12,7 @@ use crate::support::drctl::Drctl;
 use crate::support::from_environment;
 use crate::support::ledger::Ledger;
 use crate::support::pg::Cluster;
+use crate::support::process::eventually;
 
 /// Runs the program that lies in the region, not the one of the source tree.
 fn open(region: &Path, arguments: &[&str]) -> Output {
@@ -70,6 +72,50 @@ async fn a_backup_comes_back_without_drctl() {
     assert!(verdict.durable >= 100, "{verdict:?}");
     assert_eq!(server.query("SELECT count(*) FROM wide").await, "20000");
     server.amcheck().await;
+}
+
+/// Streams until everything that the server has written is durable.
+async fn stream_everything(config: &Path, cluster: &Cluster, sql: &str, expected_log: &str) {
+    let stream = Drctl::new(["wal", "stream", "ledger"]).config(config).expect_log(expected_log).spawn();
+    let receiver = async || {
+        let status = Drctl::new(["wal", "status", "--json"]).config(config).run().await.ok().json();
+        status["targets"][0]["receiver"].clone()
+    };
+    eventually("streaming", Duration::from_secs(20), async || receiver().await["state"] == "streaming").await;
+    if cluster.query("SELECT to_regclass('kept')").await.is_empty() {
+        Drctl::new(["backup", "ledger", "--fast"]).config(config).run().await.ok();
+    }
+    cluster.execute(sql).await;
+    let written = cluster.flush_lsn().await;
+    eventually("durable", Duration::from_secs(20), async || {
+        receiver().await["durable_lsn"].as_str().is_some_and(|lsn| lsn.parse::<Lsn>().unwrap() >= written)
+    })
+    .await;
+    stream.terminate().await.ok();
+}
+
+#[tokio::test]
+async fn the_newest_timeline_is_followed() {
+    let (scratch, mut cluster) = (Scratch::new(), Cluster::start_new(15).await);
+    let config = first_configuration(&scratch, &cluster, "").await;
+    let dir = config.parent().unwrap();
+    let key = dir.join("recovery.age");
+    let restore = async |name: &str| {
+        let target = scratch.join(name);
+        let options = ["ledger", target.to_str().unwrap(), "--age-identity", key.to_str().unwrap()];
+        follow_the_last_lines(&target, &succeeded(&open(&dir.join("region-b"), &options)));
+        Cluster::start_restored(&target, 15).await
+    };
+    stream_everything(&config, &cluster, "CREATE TABLE kept AS SELECT generate_series(1, 1000) n", "-").await;
+    cluster.kill9().await;
+
+    // The successor protects itself under the same name; its base backup is still that of its predecessor.
+    let mut promoted = restore("second").await;
+    let text = std::fs::read_to_string(&config).unwrap();
+    std::fs::write(&config, text.replace(&cluster.conninfo(), &promoted.conninfo())).unwrap();
+    stream_everything(&config, &promoted, "INSERT INTO kept SELECT generate_series(1, 500)", "slot is gone").await;
+    promoted.kill9().await;
+    assert_eq!(restore("third").await.query("SELECT count(*) FROM kept").await, "1500");
 }
 
 #[tokio::test]

@@ -531,7 +531,7 @@ mod proof {
             ("repository/mod.rs", "use crate::source::Word;"),
             ("repository/mod.rs", "use crate::jobs::Word;"),
             ("config/mod.rs", "use crate::jobs::Word;"),
-            ("cli/mod.rs", "use crate::repository::Word;"),
+            ("cli/mod.rs", "use crate::store::Word;"),
             ("main.rs", "use drctl::app::Word;"),
             ("main.rs", "fn main() { drctl::jobs::run() }"),
             ("drawer/mod.rs", "use crate::model::Word;"),

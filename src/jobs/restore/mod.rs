@@ -12,13 +12,14 @@ pub mod feed;
 mod files;
 mod plan;
 mod recover;
+mod report;
 mod route;
 mod run;
 mod stage;
 mod target;
 mod words;
 
-pub use run::{PhaseTime, Report, Started};
+pub use report::{PhaseTime, Report, Started};
 pub use target::Point;
 pub use words::{Needs, Plan, Refusal, RegionState, WalLeg};
 

@@ -3,6 +3,7 @@
 use std::os::unix::fs::lchown;
 use std::path::Path;
 use std::pin::pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::{Either, select};
@@ -12,7 +13,7 @@ use crate::jobs::context::Context;
 use crate::jobs::restore::conf;
 use crate::jobs::restore::files::Site;
 use crate::jobs::restore::plan::Prepared;
-use crate::jobs::restore::run::{PhaseTime, Report, Started, stage};
+use crate::jobs::restore::report::{PhaseTime, Report, Started};
 use crate::jobs::restore::stage::{Stager, give};
 use crate::jobs::restore::{Request, STAGING};
 use crate::model::{Error, Result, ResultExt};
@@ -68,6 +69,15 @@ pub(super) async fn start(
     report.warnings.extend(tidy(&request.directory, owner).err().map(|error| format!("not tidied up: {error}")));
     site.release()?;
     report.started = Some(Started { pid: instance.leave_running(), log });
+    Ok(())
+}
+
+/// Writes the WAL of the plan as segments.
+pub(super) async fn stage(context: &Context, prepared: &Prepared, stager: Stager, report: &mut Report) -> Result<()> {
+    let phase = Arc::new(context.progress.begin("stage", Some(prepared.plan.wal_bytes)));
+    let began = context.clock.monotonic();
+    let bytes = stager.fill(context, &prepared.repository, &prepared.route, &phase).await.during(|| "stage WAL")?;
+    report.phases.push(PhaseTime::new("stage", context.clock.monotonic() - began).of(bytes));
     Ok(())
 }
 

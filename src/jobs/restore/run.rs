@@ -2,88 +2,20 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
-
-use chrono::{DateTime, Utc};
-use serde::Serialize;
 
 use crate::jobs::context::Context;
 use crate::jobs::restore::conf::{self, RecoverySettings};
 use crate::jobs::restore::files::{Manifest, Site};
 use crate::jobs::restore::plan::Prepared;
-use crate::jobs::restore::recover;
+use crate::jobs::restore::recover::{self, stage};
+use crate::jobs::restore::report::{PhaseTime, Report};
 use crate::jobs::restore::stage::Stager;
 use crate::jobs::restore::words::Plan;
 use crate::jobs::restore::{Request, STAGING};
 use crate::model::commit::WalNeed;
-use crate::model::{BackupId, Error, Lsn, Result, ResultExt, TargetName, Timeline};
+use crate::model::{Error, Result, ResultExt};
 use crate::pg::instance::User;
-use crate::repository::regions::Incident;
 use crate::repository::restore::{Destination, Leftover, restore_files};
-
-/// What a restore came to.
-#[derive(Debug, Clone, Serialize)]
-pub struct Report {
-    /// The plan that was run.
-    pub plan: String,
-    /// The backup.
-    pub backup: BackupId,
-    /// What was backed up.
-    pub target: TargetName,
-    /// The data directory.
-    pub directory: PathBuf,
-    /// End of the last record that is or will be replayed.
-    pub recovered_to: Lsn,
-    /// The timeline that was followed.
-    pub timeline: Timeline,
-    /// The newest commit that came back, if it is known.
-    pub last_commit: Option<DateTime<Utc>>,
-    /// How long everything took.
-    pub phases: Vec<PhaseTime>,
-    /// Seconds in all.
-    pub seconds: f64,
-    /// The running server, if it was to be started.
-    pub started: Option<Started>,
-    /// Objects that were taken from another region.
-    pub incidents: Vec<Incident>,
-    /// What the reader should know.
-    pub warnings: Vec<String>,
-    /// What to do next.
-    pub next: Vec<String>,
-}
-
-/// A phase and what it moved.
-#[derive(Debug, Clone, Serialize)]
-pub struct PhaseTime {
-    /// `fetch`, `stage`, `replay`, `open`.
-    pub name: &'static str,
-    /// How long.
-    pub seconds: f64,
-    /// Bytes, if it moves any.
-    pub bytes: Option<u64>,
-    /// Bytes fetched from the regions, if that is another number.
-    pub fetched_bytes: Option<u64>,
-}
-
-/// A server that was started.
-#[derive(Debug, Clone, Serialize)]
-pub struct Started {
-    /// Its postmaster.
-    pub pid: u32,
-    /// What it printed.
-    pub log: PathBuf,
-}
-
-impl PhaseTime {
-    pub(super) const fn new(name: &'static str, took: Duration) -> Self {
-        Self { name, seconds: took.as_secs_f64(), bytes: None, fetched_bytes: None }
-    }
-
-    pub(super) const fn of(mut self, bytes: u64) -> Self {
-        self.bytes = Some(bytes);
-        self
-    }
-}
 
 /// Runs the plan.
 pub(super) async fn run(context: &Context, request: &Request, prepared: Prepared) -> Result<Report> {
@@ -161,15 +93,6 @@ async fn fetch(
     time.fetched_bytes = Some(leftover.fetched);
     report.phases.push(time);
     Ok((leftover, manifest))
-}
-
-/// Writes the WAL of the plan as segments.
-pub(super) async fn stage(context: &Context, prepared: &Prepared, stager: Stager, report: &mut Report) -> Result<()> {
-    let phase = Arc::new(context.progress.begin("stage", Some(prepared.plan.wal_bytes)));
-    let began = context.clock.monotonic();
-    let bytes = stager.fill(context, &prepared.repository, &prepared.route, &phase).await.during(|| "stage WAL")?;
-    report.phases.push(PhaseTime::new("stage", context.clock.monotonic() - began).of(bytes));
-    Ok(())
 }
 
 /// The program that `restore_command` calls: this one, by its absolute path.

@@ -35,7 +35,7 @@ pub struct Run {
     pub first: FrameHeader,
     /// The last frame; END counts.
     pub last: FrameHeader,
-    /// The newest commit time near its end. Older than [`COMMIT_REACH`] frames nothing is looked for.
+    /// The newest commit time near its end. Older than `COMMIT_REACH` frames nothing is looked for.
     pub last_commit: Option<DateTime<Utc>>,
 }
 

@@ -26,7 +26,7 @@ const DATA_CORRUPTED: &str = "XX001";
 
 /// A backup that the server sends.
 ///
-/// The server judges each page as [`super::pages`] does, with a second look, and sends the bytes of that second look;
+/// The server judges each page as `pages` does, with a second look, and sends the bytes of that second look;
 /// judging what arrives here therefore finds the same damage, with its blocks. A server that reports damage where none
 /// arrived fails the backup.
 #[derive(Debug)]

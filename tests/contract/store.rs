@@ -15,7 +15,6 @@ mod faults;
 mod promises;
 mod s3;
 mod servers;
-mod speed;
 
 use servers::{Server, Wall};
 

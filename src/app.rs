@@ -168,19 +168,27 @@ pub fn siblings(settings: &Settings) -> Vec<RegionRecord> {
 /// The signer's key cannot be read or made, or a key holder is not usable as configured.
 pub async fn writer(settings: &Settings, world: &World) -> Result<Writer> {
     let signer = signer(&settings.repository.state_dir, world.rng.as_ref())?;
+    let holders = holders(settings, Role::Write).await?;
+    let (clock, rng) = (Arc::clone(&world.clock), Arc::clone(&world.rng));
+    Ok(Writer { signer: Arc::new(signer), holders, clock, rng, host: host_name() })
+}
+
+/// Everyone who is to wrap keysets, asked on behalf of `role`.
+///
+/// # Errors
+/// A key holder is not usable as configured.
+pub async fn holders(settings: &Settings, role: Role) -> Result<Holders> {
     let mut list: Vec<Arc<dyn KeyHolder>> = Vec::new();
     for region in &settings.regions {
         if let Some(kms) = &region.kms {
-            let access = KmsAccess { endpoint: kms.endpoint.clone(), ..kms_access(region, Role::Write)? };
+            let access = KmsAccess { endpoint: kms.endpoint.clone(), ..kms_access(region, role)? };
             list.push(Arc::new(KmsHolder::connect(&region.name, &kms.key, &kms.aws_region, &access).await?));
         }
     }
     for key in &settings.keys {
         list.push(Arc::new(AgeHolder::new(&key.recipient)?));
     }
-    let holders = Holders { list, min_wraps: settings.repository.min_wraps };
-    let (clock, rng) = (Arc::clone(&world.clock), Arc::clone(&world.rng));
-    Ok(Writer { signer: Arc::new(signer), holders, clock, rng, host: host_name() })
+    Ok(Holders { list, min_wraps: settings.repository.min_wraps })
 }
 
 /// What `check` examines: nothing is opened, since it serves where opening does not work.

@@ -53,6 +53,9 @@ pub struct Globals {
     /// `repo` with the options that follow each.
     #[arg(skip)]
     repositories: Vec<RepoArg>,
+    /// Whether `config` stands on the command line, and not only in the environment.
+    #[arg(skip)]
+    config_named: bool,
 }
 
 /// How log lines look.
@@ -151,7 +154,21 @@ impl Globals {
             return Err(Error::usage("--config and --repo exclude each other").hint("leave one of them out"));
         }
         self.repositories = repositories;
+        self.config_named = named;
         Ok(())
+    }
+
+    /// The options with which another command finds and opens the same repository.
+    pub(super) fn words(&self) -> Vec<String> {
+        let config = self.config.iter().filter(|_| self.config_named);
+        let config = config.flat_map(|file| ["--config".to_owned(), file.display().to_string()]);
+        let repositories = self.repositories.iter().flat_map(repository_words);
+        let keys = self.age_identity.iter().map(|file| ("--age-identity", file.display().to_string()));
+        let kms = self.kms_endpoint.iter();
+        let kms = kms.map(|kms| ("--kms-endpoint", format!("{}={}", kms.aws_region, kms.endpoint)));
+        let signers = self.trust_signer.iter().map(|signer| ("--trust-signer", signer.to_string()));
+        let pairs = keys.chain(kms).chain(signers).flat_map(|(option, value)| [option.to_owned(), value]);
+        config.chain(repositories).chain(pairs).collect()
     }
 
     /// The settings that the command line asks for.
@@ -172,6 +189,15 @@ impl Globals {
         settings.repository.signers.extend(self.trust_signer.iter().cloned());
         Ok(settings)
     }
+}
+
+fn repository_words(repository: &RepoArg) -> Vec<String> {
+    let RepoArg { url, endpoint, aws_region, path_style } = repository;
+    let mut words = vec!["--repo".to_owned(), url.clone()];
+    words.extend(endpoint.iter().flat_map(|url| ["--endpoint".to_owned(), url.clone()]));
+    words.extend(aws_region.iter().flat_map(|region| ["--s3-region".to_owned(), region.clone()]));
+    words.extend(path_style.then(|| "--path-style".to_owned()));
+    words
 }
 
 enum Given<'a> {
@@ -253,6 +279,19 @@ mod tests {
             let line = format!("drctl {} restore ledger {}", before.join(" "), after.join(" "));
             assert_eq!(globals(&line).unwrap().repositories, expected, "{line}");
         }
+    }
+
+    #[test]
+    fn the_words_for_the_next_command_mean_the_same() {
+        let line = "drctl --repo s3://a --endpoint http://a --path-style restore ledger --repo s3://b --s3-region x \
+                    --age-identity k --kms-endpoint x=http://k --json";
+        let first = globals(line).unwrap();
+        let next = format!("drctl restore ledger {}", first.words().join(" "));
+        let second = globals(&next).unwrap();
+        assert_eq!(second.repositories, first.repositories);
+        assert_eq!((&second.age_identity, &second.kms_endpoint), (&first.age_identity, &first.kms_endpoint));
+        assert_eq!(second.words(), first.words());
+        assert_eq!(globals("drctl --config here.toml restore").unwrap().words(), ["--config", "here.toml"]);
     }
 
     #[test]

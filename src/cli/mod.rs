@@ -43,6 +43,7 @@ pub struct Session {
     pub output: Output,
     /// The clock of this process.
     pub clock: Arc<dyn Clock>,
+    program: String,
     globals: Globals,
 }
 
@@ -53,6 +54,11 @@ impl Session {
     /// There is no configuration, or it is wrong.
     pub fn settings(&self) -> Result<Settings> {
         self.globals.settings()
+    }
+
+    /// The words before the verb with which another command finds this program and the same repository.
+    pub fn invocation(&self) -> Vec<String> {
+        [self.program.clone()].into_iter().chain(self.globals.words()).collect()
     }
 }
 
@@ -79,17 +85,23 @@ fn reader_of(arguments: &[OsString]) -> Reader {
     if recovery { Reader::Recovery } else { Reader::Script }
 }
 
-fn parse_and_run(arguments: &[OsString], output: &Output) -> Result<Exit> {
-    let arguments = match parse(arguments) {
+fn parse_and_run(line: &[OsString], output: &Output) -> Result<Exit> {
+    let Arguments { globals, verb } = match parse(line) {
         Ok(arguments) => arguments?,
         Err(told) => return told_by_clap(&told, output),
     };
-    let Arguments { globals, verb } = arguments;
     log::init_with(globals.log_level.as_deref(), globals.log_format.into(), output.clone())?;
-    let session = Session { output: output.clone(), clock: Arc::new(SystemClock::new()), globals };
+    let clock = Arc::new(SystemClock::new());
+    let session = Session { output: output.clone(), clock, program: program(line.first()), globals };
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let runtime = runtime.map_err(|error| Error::failed("no thread could be started").because(error))?;
     runtime.block_on(verbs::run(verb, &session))
+}
+
+/// How this program was called: a shell that found it by a path finds it by that path again.
+fn program(called: Option<&OsString>) -> String {
+    let path = called.map(|name| name.to_string_lossy().into_owned()).filter(|name| name.contains('/'));
+    path.unwrap_or_else(|| "drctl".to_owned())
 }
 
 /// The outer error is what clap tells in its own words: help, the version, wrong usage.

@@ -7,6 +7,7 @@ pub mod backup;
 pub mod check;
 pub mod context;
 pub mod init;
+pub mod keys;
 pub mod list;
 pub mod repair;
 pub mod restore;

@@ -1,6 +1,6 @@
 //! Keysets in the repository: drawn, wrapped by every holder, stored everywhere, opened again by any one of them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ use crate::repository::regions::Regions;
 use crate::store::Digest;
 
 /// How long one key holder may take; the others do not wait for it longer than this.
-const HOLDER_DEADLINE: Duration = Duration::from_secs(15);
+pub(super) const HOLDER_DEADLINE: Duration = Duration::from_secs(15);
 
 /// Who wraps, and how many wraps make a keyset safe.
 #[derive(Debug, Clone)]
@@ -37,6 +37,13 @@ impl Holders {
     /// Whether one of them belongs to no region.
     pub fn has_offline(&self) -> bool {
         self.list.iter().any(|holder| holder.region().is_none())
+    }
+
+    /// Those that are not among `wrapped`.
+    #[must_use]
+    pub fn without(&self, wrapped: &BTreeSet<HolderId>) -> Self {
+        let list = self.list.iter().filter(|holder| !wrapped.contains(holder.id())).cloned().collect();
+        Self { list, min_wraps: self.min_wraps }
     }
 
     /// How many remain when `lost` is lost together with the holders that belong to it.
@@ -67,14 +74,14 @@ pub async fn create(
     rng: &dyn Rng,
     out: &FanOut,
 ) -> Result<StoredKeyset> {
-    let keyset = Keyset::generate(repository, target, rng)?;
-    let mut stored = StoredKeyset { keyset: Arc::new(keyset), wraps: Vec::new(), missing: Vec::new() };
-    for (holder, wrap) in wrap_everywhere(&holders.list, &stored.keyset, HOLDER_DEADLINE).await {
+    let keyset = Arc::new(Keyset::generate(repository, target, rng)?);
+    let mut stored = StoredKeyset { keyset, wraps: Vec::new(), missing: Vec::new() };
+    for (holder, wrap) in add_wraps(&stored.keyset, &holders.list, out).await? {
         match wrap {
-            Ok(wrap) => stored.wraps.push(store_wrap(&wrap, out).await?),
-            Err(error) => {
-                tracing::warn!(%holder, %error, "keyset is not wrapped by this holder; the wrap is owed");
-                stored.missing.push((holder, error.to_string()));
+            Ok(line) => stored.wraps.push(line),
+            Err(reason) => {
+                tracing::warn!(%holder, reason, "keyset is not wrapped by this holder; the wrap is owed");
+                stored.missing.push((holder, reason));
             }
         }
     }
@@ -90,7 +97,46 @@ pub async fn create(
     Ok(stored)
 }
 
-async fn store_wrap(wrap: &Wrap, out: &FanOut) -> Result<InventoryLine> {
+/// Asks each of `list` for a wrap of `keyset` and stores those that come, as objects of their own; for the others, why
+/// they did not.
+///
+/// # Errors
+/// A wrap did not reach the quorum, or `keyset` is only the half that `meta` opens: a wrap of it would pass for a whole
+/// one.
+pub async fn add_wraps(
+    keyset: &Keyset,
+    list: &[Arc<dyn KeyHolder>],
+    out: &FanOut,
+) -> Result<Vec<(HolderId, std::result::Result<InventoryLine, String>)>> {
+    if keyset.data().is_none() {
+        return Err(Error::new(Kind::NoKey, format!("what opened keyset {} gives its `meta` half alone", keyset.id())));
+    }
+    let mut outcomes = Vec::new();
+    for (holder, wrap) in wrap_everywhere(list, keyset, HOLDER_DEADLINE).await {
+        let outcome = match wrap {
+            Ok(wrap) => Ok(store_wrap(&wrap, out).await?),
+            Err(error) => Err(error.to_string()),
+        };
+        outcomes.push((holder, outcome));
+    }
+    Ok(outcomes)
+}
+
+/// Every keyset that a region holds a wrap of, and who wrapped it.
+///
+/// # Errors
+/// No region answers.
+pub async fn wrapped_by(regions: &Regions) -> Result<BTreeMap<(TargetName, KeysetId), BTreeSet<HolderId>>> {
+    let mut found: BTreeMap<_, BTreeSet<HolderId>> = BTreeMap::new();
+    for key in regions.list_union(layout::KEYSETS).await? {
+        if let Some((target, keyset, holder)) = layout::parse_wrap(&key) {
+            found.entry((target, keyset)).or_default().insert(holder);
+        }
+    }
+    Ok(found)
+}
+
+pub(super) async fn store_wrap(wrap: &Wrap, out: &FanOut) -> Result<InventoryLine> {
     let key = layout::wrap(&wrap.context.target, &wrap.context.keyset, &wrap.holder);
     let body = wrap.to_bytes()?;
     let (size, digest) = (body.len() as u64, Digest::of(&body));

@@ -27,6 +27,9 @@ pub const WAL: &str = "wal/";
 /// Timeline history files.
 pub const HISTORY: &str = "history/";
 
+/// Keysets, wrapped by their holders.
+pub const KEYSETS: &str = "keysets/";
+
 /// Recorded gaps in the WAL.
 pub const GAPS: &str = "gaps/";
 
@@ -40,7 +43,7 @@ pub const REPAIR_ORDER: [&str; 12] = [
     ESCAPE,
     REGIONS,
     SIGNERS,
-    "keysets/",
+    KEYSETS,
     HISTORY,
     WAL,
     GAPS,
@@ -62,12 +65,19 @@ pub fn signer(id: &SignerId) -> String {
 
 /// All wraps of one keyset.
 pub fn keyset(target: &TargetName, keyset: &KeysetId) -> String {
-    format!("keysets/{target}/{keyset}/")
+    format!("{KEYSETS}{target}/{keyset}/")
 }
 
 /// One holder's wrap of a keyset.
 pub fn wrap(target: &TargetName, id: &KeysetId, holder: &HolderId) -> String {
     format!("{}{holder}", keyset(target, id))
+}
+
+/// The target, keyset and holder that a wrap's name gives; `None` for a name that is not one of ours.
+pub fn parse_wrap(key: &str) -> Option<(TargetName, KeysetId, HolderId)> {
+    let mut parts = key.strip_prefix(KEYSETS)?.split('/');
+    let wrap = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
+    parts.next().is_none().then_some(wrap)
 }
 
 /// The commits of one target.

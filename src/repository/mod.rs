@@ -35,6 +35,7 @@ pub mod wal_frame;
 pub mod wal_index;
 pub mod wal_log;
 pub mod wal_reader;
+pub mod wrap_debts;
 
 /// The version of the repository format that this program writes and reads.
 pub const FORMAT: u32 = 1;

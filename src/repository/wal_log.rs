@@ -15,6 +15,7 @@ use crate::repository::handle::{Repository, Writer};
 use crate::repository::keysets;
 use crate::repository::layout;
 use crate::repository::wal_frame::{EpochKind, FrameHeader, FrameKind, FramePlace, FrameSealer, WalSpan};
+use crate::repository::wrap_debts::WrapDebts;
 use crate::store::Digest;
 
 /// The most WAL in one frame: it must fit an object even if it does not compress.
@@ -56,6 +57,7 @@ pub struct Epoch {
     writer: Writer,
     out: Arc<FanOut>,
     keyset: Arc<Keyset>,
+    wrap_debts: WrapDebts,
     level: i32,
     next_seq: u64,
     position: Lsn,
@@ -86,6 +88,7 @@ impl Epoch {
             repository: repository.clone(),
             writer: writer.clone(),
             out,
+            wrap_debts: WrapDebts::new(&writer.holders, &stored, &writer.clock),
             keyset: stored.keyset,
             level,
             next_seq: 0,
@@ -144,6 +147,7 @@ impl Epoch {
         };
         self.put(FrameKind::Data, span, wal).await?;
         self.position = end;
+        self.wrap_debts.pay(&self.out).await;
         Ok(end)
     }
 
@@ -152,6 +156,7 @@ impl Epoch {
     /// # Errors
     /// The quorum was not reached; the frames before are durable all the same.
     pub async fn close(mut self) -> Result<()> {
+        self.wrap_debts.settle(&self.out).await;
         let span = WalSpan {
             start: self.position,
             end: self.position,

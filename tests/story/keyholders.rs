@@ -48,7 +48,37 @@ async fn a_key_holder_that_is_down_owes_a_wrap() {
     assert_eq!(debts(&report), BTreeMap::new());
     assert_eq!(report["wrap_debts"].as_array().unwrap().len(), 1, "{report}");
     rig.alpha.keys.set(Mode::Pass).await;
+
+    // The backup's keyset and that of its WAL. Whoever may open them pays for the holder that was away.
+    let owed = rig.drctl(["keys", "rewrap", "--dry-run", "--json"]).run().await.ok().json();
+    assert_eq!((owed["keysets"].as_u64(), owed["added"].as_array().unwrap().len()), (Some(2), 2), "{owed}");
+    rig.beta.keys.set(Mode::Refuse).await;
+    let closed = rig.drctl(["keys", "rewrap", "--json"]).run().await.code(4).json();
+    assert_eq!(
+        (closed["added"].as_array().unwrap().len(), closed["owed"].as_array().unwrap().len()),
+        (0, 2),
+        "{closed}"
+    );
+    rig.beta.keys.set(Mode::Pass).await;
+    let paid = rig.drctl(["keys", "rewrap", "--json"]).run().await.ok().json();
+    assert_eq!((paid["added"].as_array().unwrap().len(), paid["owed"].as_array().unwrap().len()), (2, 0), "{paid}");
+    let again = rig.drctl(["keys", "rewrap"]).run().await.ok();
+    assert!(again.stdout.contains("no wrap was owed"), "{again}");
+    rig.beta.keys.set(Mode::Refuse).await;
     rig.assert_restores("restored", &[]).await;
+}
+
+#[tokio::test]
+async fn a_receiver_asks_again_while_it_holds_the_secret() {
+    let rig = Rig3::new().await;
+    rig.alpha.keys.set(Mode::Refuse).await;
+    let stream = rig.stream().await;
+    let owed = rig.drctl(["keys", "rewrap", "--dry-run", "--json"]).run().await.ok().json();
+    assert_eq!(owed["added"].as_array().unwrap().len(), 1, "{owed}");
+    rig.alpha.keys.set(Mode::Pass).await;
+    stream.terminate().await.ok();
+    let owed = rig.drctl(["keys", "rewrap", "--dry-run", "--json"]).run().await.ok().json();
+    assert_eq!((owed["keysets"].as_u64(), owed["added"].as_array().unwrap().len()), (Some(1), 0), "{owed}");
 }
 
 #[tokio::test]

@@ -45,8 +45,13 @@ impl Protected {
     }
 
     fn drctl<S: AsRef<std::ffi::OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Drctl {
+        self.here(Drctl::new(arguments))
+    }
+
+    /// With the configuration and PostgreSQL of this cluster.
+    fn here(&self, drctl: Drctl) -> Drctl {
         let bin = self.cluster.bin_dir();
-        Drctl::new(arguments).config(&self.home().join("drctl.toml")).env(&format!("DRCTL_PG_BIN_{MAJOR}"), bin)
+        drctl.config(&self.home().join("drctl.toml")).env(&format!("DRCTL_PG_BIN_{MAJOR}"), bin)
     }
 
     pub async fn backup(&self) -> Value {
@@ -80,12 +85,10 @@ impl Protected {
         self.drctl(fixed.iter().chain(options)).run().await
     }
 
-    /// Runs the command that the plan prints, as a person would.
+    /// Runs the command that the plan prints, as a person would: pasted into a shell.
     async fn execute(&self, directory: &Path, options: &[&str]) -> Finished {
         let plan = self.plan(directory, options).await.ok().json();
-        let command = plan["command"].as_str().unwrap().to_owned();
-        let words = command.split_whitespace().skip_while(|word| *word != "restore");
-        self.drctl(words.map(|word| word.trim_matches('\'')).chain(["--json"])).run().await
+        self.here(Drctl::pasted(plan["command"].as_str().unwrap())).run().await
     }
 
     /// Restores to a point and starts what came of it.
@@ -339,9 +342,8 @@ async fn nothing_is_written_that_was_not_planned() {
     // The printed command is one that runs.
     fs::remove_dir_all(&directory).unwrap();
     let text = run(vec![]).await.ok().stdout;
-    let command =
-        text.lines().rfind(|line| line.contains("drctl restore")).unwrap().trim().strip_prefix("drctl ").unwrap();
-    protected.drctl(command.split_whitespace()).run().await.ok();
+    let command = text.lines().rfind(|line| line.contains("drctl restore")).unwrap();
+    protected.here(Drctl::pasted(command)).run().await.ok();
     assert!(directory.join("global/pg_control").exists());
 }
 
@@ -355,16 +357,13 @@ async fn a_machine_without_configuration_restores_with_one_key() {
     let region = home.join("region-b").display().to_string();
     let directory = protected.scratch.join("restored");
     let shown = directory.display().to_string();
-    let run = |options: &[&str]| {
-        let fixed = ["--repo", &region, "--age-identity", &key, "restore", "latest", "--json", "--target-dir", &shown];
-        let line: Vec<_> = fixed.iter().chain(options).map(|word| (*word).to_owned()).collect();
-        Drctl::new(line)
-            .current_dir(protected.scratch.path())
-            .env(&format!("DRCTL_PG_BIN_{MAJOR}"), protected.cluster.bin_dir())
-            .run()
+    let here = |drctl: Drctl| {
+        let bin = format!("DRCTL_PG_BIN_{MAJOR}");
+        drctl.current_dir(protected.scratch.path()).env(&bin, protected.cluster.bin_dir()).run()
     };
-    let digest = run(&[]).await.ok().json()["digest"].as_str().unwrap().to_owned();
-    run(&["--execute", "--plan", &digest]).await.ok();
+    let line = ["restore", "latest", "--json", "--target-dir", &shown, "--repo", &region, "--age-identity", &key];
+    let plan = here(Drctl::new(line)).await.ok().json();
+    here(Drctl::pasted(plan["command"].as_str().unwrap())).await.ok();
     let restored = Cluster::start_restored(&directory, MAJOR).await;
     assert_eq!(numbers(&restored).await, "7");
 }

@@ -25,6 +25,13 @@ impl Drctl {
         Self::of(command)
     }
 
+    /// A command line that drctl printed, run by a shell to give JSON.
+    pub fn pasted(line: &str) -> Self {
+        let mut command = Command::new("sh");
+        command.args(["-ec", &format!("exec {line} --json")]);
+        Self::of(command)
+    }
+
     /// The same care for another program.
     pub fn of(mut command: Command) -> Self {
         for (name, _) in std::env::vars() {

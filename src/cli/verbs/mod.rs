@@ -11,6 +11,7 @@ pub mod check;
 pub mod completions;
 pub mod config;
 pub mod init;
+pub mod keys;
 pub mod list;
 pub mod recovery_fetch;
 pub mod repair;
@@ -44,6 +45,8 @@ pub enum Verb {
     Verify(verify::Args),
     /// Bring a lagging or damaged region back from a healthy one
     Repair(repair::Args),
+    /// Pay wraps of keysets that key holders owe
+    Keys(keys::Args),
     /// Look at the configuration
     Config(config::Args),
     /// Print the completion script of a shell
@@ -69,6 +72,7 @@ pub async fn run(verb: Verb, session: &Session) -> Result<Exit> {
         Verb::Restore(args) => restore::run(*args, session).await,
         Verb::Verify(args) => verify::run(args, session).await,
         Verb::Repair(args) => repair::run(args, session).await,
+        Verb::Keys(args) => keys::run(&args, session).await,
         Verb::Config(args) => config::run(&args, session),
         Verb::Completions(args) => completions::run(&args, session),
         Verb::RecoveryFetch(args) => recovery_fetch::run(args),

@@ -114,7 +114,7 @@ impl FromStr for TablespaceMove {
 /// What stopped it.
 pub async fn run(args: Args, session: &Session) -> Result<Exit> {
     let context = app::context(&session.settings()?, Role::Restore, &World::real()).await?;
-    let request = request(&args)?;
+    let request = request(&args, session)?;
     let digest = match (args.execute, args.plan) {
         (true, Some(digest)) => digest,
         (execute, None) => {
@@ -140,7 +140,7 @@ pub async fn run(args: Args, session: &Session) -> Result<Exit> {
     Ok(Exit::Ok)
 }
 
-fn request(args: &Args) -> Result<Request> {
+fn request(args: &Args, session: &Session) -> Result<Request> {
     let directory = std::path::absolute(&args.target_dir);
     let directory = directory.map_err(|error| Error::usage("--target-dir names no directory").because(error))?;
     let moves = args.tablespace.iter();
@@ -154,6 +154,7 @@ fn request(args: &Args) -> Result<Request> {
         timeline: args.timeline.map(Timeline),
         start: args.start,
         run_as: args.run_as.clone(),
+        invocation: session.invocation(),
     })
 }
 

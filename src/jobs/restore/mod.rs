@@ -23,12 +23,17 @@ pub use report::{PhaseTime, Report, Started};
 pub use target::Point;
 pub use words::{Needs, Plan, Refusal, RegionState, WalLeg};
 
-use plan::Prepared;
+pub use plan::Prepared;
+
+use crate::pg::instance::Instance;
 
 /// The marker of a restore that has not ended.
 pub const MARKER: &str = "drctl-restore.json";
 /// Where WAL is staged, below the data directory: in `pg_wal`, whose contents no backup and no `pg_verifybackup` reads.
 pub const STAGING: &str = "pg_wal/drctl-wal";
+
+/// The port in the name of a scratch server's socket.
+pub const SCRATCH_PORT: u16 = 5432;
 
 /// What is to be restored, and where.
 #[derive(Debug, Clone)]
@@ -49,6 +54,8 @@ pub struct Request {
     pub start: bool,
     /// The account that PostgreSQL runs as, when drctl is root.
     pub run_as: Option<String>,
+    /// The words before the verb, with which the command that the plan prints finds the same repository.
+    pub invocation: Vec<String>,
 }
 
 /// Computes the plan; nothing is touched.
@@ -71,7 +78,45 @@ pub async fn run(context: &Context, request: &Request, digest: Option<&str>) -> 
         check_digest(&prepared.plan, wanted)?;
     }
     prepared.plan.refuse()?;
-    run::run(context, request, prepared).await
+    let (report, server) = run::run(context, request, prepared, None).await?;
+    server.map(Instance::leave_running);
+    Ok(report)
+}
+
+/// A server that is only to be examined: where it listens and logs, and settings that no file of the restored cluster
+/// can override.
+#[derive(Debug, Clone)]
+pub struct Scratch {
+    /// Where its only socket goes.
+    pub socket_dir: PathBuf,
+    /// Where it logs.
+    pub log_file: PathBuf,
+    /// Settings for its command line.
+    pub settings: Vec<(String, String)>,
+}
+
+/// Plans and runs a restore whose server is examined instead of used: it listens on [`Scratch::socket_dir`] alone, at
+/// [`SCRATCH_PORT`], and stops when the instance is dropped.
+///
+/// # Errors
+/// As [`plan`] and [`run`].
+pub async fn rehearse(
+    context: &Context,
+    request: &Request,
+    prepared: Prepared,
+    scratch: &Scratch,
+) -> Result<(Report, Instance)> {
+    prepared.plan.refuse()?;
+    let (report, server) = run::run(context, request, prepared, Some(scratch)).await?;
+    server.map(|server| (report, server)).ok_or_else(|| Error::failed("the rehearsal started no server"))
+}
+
+/// Computes a plan that [`rehearse`] runs as it is.
+///
+/// # Errors
+/// As [`plan`].
+pub async fn prepare(context: &Context, request: &Request) -> Result<Prepared> {
+    Prepared::new(context, request).await
 }
 
 fn check_digest(plan: &Plan, wanted: &str) -> Result<()> {

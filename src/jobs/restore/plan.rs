@@ -22,8 +22,9 @@ const ASSUMED_RATE: u64 = 150_000_000;
 
 /// The plan, and what its run needs.
 #[derive(Debug)]
-pub(super) struct Prepared {
-    pub(super) plan: Plan,
+pub struct Prepared {
+    /// What is going to be done.
+    pub plan: Plan,
     pub(super) repository: Repository,
     pub(super) commit: Commit,
     pub(super) inventory: Vec<InventoryLine>,
@@ -223,7 +224,8 @@ fn digest(plan: &Plan, request: &Request, repository: &Repository) -> Result<Str
 
 /// The command that runs exactly this plan: the backup by its id, the end pinned.
 fn command(plan: &Plan, request: &Request) -> String {
-    let mut words = vec!["drctl restore".to_owned(), plan.backup.to_string()];
+    let mut words: Vec<_> = request.invocation.iter().map(|word| quoted(word)).collect();
+    words.extend(["restore".to_owned(), plan.backup.to_string()]);
     words.push(format!("--target-dir {}", quoted(&request.directory.display().to_string())));
     words.push(format!("--to-lsn {}", plan.end_lsn));
     words.extend(request.timeline.map(|timeline| format!("--timeline {timeline}")));

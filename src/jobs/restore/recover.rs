@@ -15,9 +15,8 @@ use crate::jobs::restore::files::Site;
 use crate::jobs::restore::plan::Prepared;
 use crate::jobs::restore::report::{PhaseTime, Report, Started};
 use crate::jobs::restore::stage::{Stager, give};
-use crate::jobs::restore::{Request, STAGING};
+use crate::jobs::restore::{Request, SCRATCH_PORT, STAGING, Scratch};
 use crate::model::{Error, Result, ResultExt};
-use crate::pg::control::{self, ControlFile, State};
 use crate::pg::instance::{Instance, InstanceError, InstanceOptions, PgBinaries, Readiness, User};
 
 const POLL: Duration = Duration::from_millis(50);
@@ -29,20 +28,12 @@ pub(super) async fn start(
     context: &Context,
     (request, prepared, owner): (&Request, &Prepared, Option<User>),
     (site, stager): (Site, Stager),
-    report: &mut Report,
-) -> Result<()> {
+    (scratch, report): (Option<&Scratch>, &mut Report),
+) -> Result<Instance> {
     let binaries = PgBinaries::find(prepared.plan.needs.major, None).await?;
     site.make_startable()?;
-    let log = request.directory.join("drctl-recovery.log");
-    let options = InstanceOptions {
-        data_dir: request.directory.clone(),
-        socket_dir: request.directory.clone(),
-        port: 0,
-        settings: Vec::new(),
-        log_file: log.clone(),
-        as_user: owner,
-        listens: true,
-    };
+    let options = options(request, scratch, owner);
+    let log = options.log_file.clone();
     let mut instance = Instance::start(&binaries, options).during(|| "start PostgreSQL")?;
     let phase = context.progress.begin("replay", None);
     let times = {
@@ -68,8 +59,32 @@ pub(super) async fn start(
     give(&log, owner)?;
     report.warnings.extend(tidy(&request.directory, owner).err().map(|error| format!("not tidied up: {error}")));
     site.release()?;
-    report.started = Some(Started { pid: instance.leave_running(), log });
-    Ok(())
+    report.started = Some(Started { pid: instance.pid(), log });
+    Ok(instance)
+}
+
+fn options(request: &Request, scratch: Option<&Scratch>, owner: Option<User>) -> InstanceOptions {
+    let data_dir = request.directory.clone();
+    match scratch {
+        Some(Scratch { socket_dir, log_file, settings }) => InstanceOptions {
+            data_dir,
+            socket_dir: socket_dir.clone(),
+            port: SCRATCH_PORT,
+            settings: settings.clone(),
+            log_file: log_file.clone(),
+            as_user: owner,
+            listens: false,
+        },
+        None => InstanceOptions {
+            socket_dir: data_dir.clone(),
+            port: 0,
+            settings: Vec::new(),
+            log_file: data_dir.join("drctl-recovery.log"),
+            as_user: owner,
+            listens: true,
+            data_dir,
+        },
+    }
 }
 
 /// Writes the WAL of the plan as segments.
@@ -91,7 +106,7 @@ async fn promoted(context: &Context, instance: &mut Instance) -> Result<(Duratio
             replayed = Some(now);
         }
         match instance.readiness() {
-            Ok(Readiness::Ready) if is_in_production(&instance.options().data_dir) => {
+            Ok(Readiness::Ready) => {
                 let replayed = replayed.unwrap_or(now);
                 return Ok((replayed - began, now - replayed));
             }
@@ -104,13 +119,6 @@ async fn promoted(context: &Context, instance: &mut Instance) -> Result<(Duratio
             Err(error) => return Err(error.into()),
         }
     }
-}
-
-/// Whether recovery has ended. A hot standby is "ready", too, and may not let us in to be asked; but recovery removes its
-/// signal file when it ends, and then `pg_control` is set to production, in this order.
-fn is_in_production(directory: &Path) -> bool {
-    let control = || ControlFile::parse(&std::fs::read(directory.join(control::PATH)).ok()?).ok();
-    !directory.join("recovery.signal").exists() && control().is_some_and(|control| control.state == State::InProduction)
 }
 
 /// Recovery is over: its settings and the staged WAL go.

@@ -11,14 +11,19 @@ use crate::jobs::restore::recover::{self, stage};
 use crate::jobs::restore::report::{PhaseTime, Report};
 use crate::jobs::restore::stage::Stager;
 use crate::jobs::restore::words::Plan;
-use crate::jobs::restore::{Request, STAGING};
+use crate::jobs::restore::{Request, STAGING, Scratch};
 use crate::model::commit::WalNeed;
 use crate::model::{Error, Result, ResultExt};
-use crate::pg::instance::User;
+use crate::pg::instance::{Instance, User};
 use crate::repository::restore::{Destination, Leftover, restore_files};
 
-/// Runs the plan.
-pub(super) async fn run(context: &Context, request: &Request, prepared: Prepared) -> Result<Report> {
+/// Runs the plan; gives the server if the request is to start one.
+pub(super) async fn run(
+    context: &Context,
+    request: &Request,
+    prepared: Prepared,
+    scratch: Option<&Scratch>,
+) -> Result<(Report, Option<Instance>)> {
     let begun = context.clock.monotonic();
     let owner = request.run_as.as_deref().map(User::named).transpose()?;
     let site = Site::take(request, &prepared.plan, context.clock.now())?;
@@ -41,17 +46,19 @@ pub(super) async fn run(context: &Context, request: &Request, prepared: Prepared
         recover::hand_over(&site.directory, owner)?;
         request.tablespaces.values().try_for_each(|place| recover::hand_over(place, owner))?;
     }
-    if request.start {
-        recover::start(context, (request, &prepared, owner), (site, stager), &mut report).await?;
+    let instance = if request.start {
+        let subject = (request, &prepared, owner);
+        Some(recover::start(context, subject, (site, stager), (scratch, &mut report)).await?)
     } else {
         stage(context, &prepared, stager, &mut report).await?;
         site.make_startable()?;
         site.release()?;
         report.next = by_hand(request, &prepared.plan);
-    }
+        None
+    };
     report.incidents = prepared.repository.regions.incidents();
     report.seconds = (context.clock.monotonic() - begun).as_secs_f64();
-    Ok(report)
+    Ok((report, instance))
 }
 
 fn report(plan: &Plan) -> Report {

@@ -9,16 +9,17 @@ use std::time::Duration;
 use crate::codec::random::SystemRng;
 use crate::codec::sign::Signer;
 use crate::config::{
-    AwsAccess, Checksum, Method, OnPressure, Region as RegionSettings, S3Settings, Settings, Source, Store,
+    Assertion, AwsAccess, Checksum, Method, OnPressure, Region as RegionSettings, S3Settings, Settings, Source, Store,
     Target as TargetSettings,
 };
 use crate::disk::place;
 use crate::jobs::check::Subject;
+use crate::jobs::drill;
 use crate::jobs::{Context, Levels, Objectives, Target};
 use crate::keys::{
     AgeHolder, AgeOpener, AwsCredentials, KeyHolder, KeyOpener, KmsAccess, KmsHolder, KmsOpener, generate_identity,
 };
-use crate::model::{Clock, Error, RegionName, Result, ResultExt, Rng};
+use crate::model::{Clock, Error, RegionName, Result, ResultExt, Rng, TargetName};
 use crate::observe::clock::SystemClock;
 use crate::observe::progress::Progress;
 use crate::pg::conninfo::ConnInfo;
@@ -389,7 +390,28 @@ fn targets(settings: &Settings) -> Result<Vec<Target>> {
             wal_disk_bytes: pg.wal_disk_bytes,
             control_socket: pg.control_socket.clone(),
             config_files: pg.config_files.clone(),
+            heartbeat_database: pg.heartbeat_database.clone(),
         })
     };
     settings.targets.iter().map(target).collect()
+}
+
+/// How `target` is rehearsed.
+///
+/// # Errors
+/// There is no such target.
+pub fn drill(settings: &Settings, target: &TargetName) -> Result<drill::Options> {
+    let configured = settings.target(target)?;
+    let assertion = |assertion: &Assertion| drill::Assertion {
+        name: assertion.name.clone(),
+        sql: assertion.sql.clone(),
+        expect: assertion.expect.clone(),
+        database: assertion.database.clone(),
+    };
+    Ok(drill::Options {
+        target: target.clone(),
+        region: None,
+        place: drill::Place { directory: settings.drill.dir.clone(), run_as: settings.drill.run_as.clone() },
+        assertions: configured.assertions.iter().map(assertion).collect(),
+    })
 }

@@ -6,6 +6,7 @@
 //!
 //! Every key is described in `docs/configuration.md`; a test compares the two.
 
+mod drill;
 mod file;
 mod initial;
 mod place;
@@ -17,6 +18,7 @@ mod show;
 mod target;
 pub mod units;
 
+pub use drill::{Assertion, Drill};
 pub use initial::initial_text;
 pub use place::{BucketPath, Place};
 pub use resolve::{RepoArg, load, parse};
@@ -39,6 +41,7 @@ mod tests {
         let needed = match section {
             "regions.NAME" => "url = \"s3://bucket\"",
             "keys.NAME" => "age = \"age1qqq\"",
+            "targets.NAME.assertions.NAME" => "sql = \"SELECT 1\"",
             "targets.NAME" => "source = \"postgres\"\nconninfo = \"host=a\"",
             _ => "",
         };

@@ -4,6 +4,7 @@ use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
+use crate::config::drill::{Drill, drill};
 use crate::config::file::{Document, Section};
 use crate::config::place::Place;
 use crate::config::region::{DEFAULT_TIMEOUT, chain_for_all, checked_endpoint, region};
@@ -61,6 +62,7 @@ pub fn parse(text: &str, name: &str, directory: &Path) -> Result<Settings> {
     let regions = root.named("regions")?;
     let keys = root.named("keys")?;
     let targets = root.named("targets")?;
+    let drills = root.section("drill")?;
     root.finish()?;
     if regions.is_empty() {
         return Err(Error::usage(format!("{name} names no region")).hint("add [regions.NAME] with a url"));
@@ -71,7 +73,8 @@ pub fn parse(text: &str, name: &str, directory: &Path) -> Result<Settings> {
     let keys = keys.iter().map(|(name, section)| offline_key(name, section)).collect::<Result<_>>()?;
     let targets = targets.iter().map(|(name, section)| target(name, section, &repository.state_dir));
     let targets = targets.collect::<Result<_>>()?;
-    Ok(Settings { file: None, repository, regions, keys, targets, openers: Openers::default() })
+    let drill = drill(&drills, &repository.state_dir)?;
+    Ok(Settings { file: None, repository, regions, keys, targets, drill, openers: Openers::default() })
 }
 
 impl Settings {
@@ -99,7 +102,8 @@ impl Settings {
             compression_level: CompressionLevels { pages: 3, dumps: 3, wal: 1 },
         };
         let openers = Openers::default();
-        Ok(Self { file: None, repository, regions, keys: Vec::new(), targets: Vec::new(), openers })
+        let drill = Drill::below(&repository.state_dir);
+        Ok(Self { file: None, repository, regions, keys: Vec::new(), targets: Vec::new(), drill, openers })
     }
 }
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use crate::config::drill::{Assertion, Drill};
 use crate::config::file::nearest;
 use crate::config::place::{BucketPath, Place};
 use crate::config::secret::Secret;
@@ -30,6 +31,8 @@ pub struct Settings {
     /// `[targets.NAME]`.
     #[serde(serialize_with = "show::by_name", skip_serializing_if = "Vec::is_empty")]
     pub targets: Vec<Target>,
+    /// `[drill]`.
+    pub drill: Drill,
     /// What only the command line says about opening what is sealed.
     #[serde(skip)]
     pub openers: Openers,
@@ -337,6 +340,9 @@ pub struct Target {
     /// What it is.
     #[serde(flatten)]
     pub source: Source,
+    /// What holds in every good copy of it; drills ask.
+    #[serde(serialize_with = "show::by_name", skip_serializing_if = "Vec::is_empty")]
+    pub assertions: Vec<Assertion>,
 }
 
 /// What the owner of a target was promised; nothing promised is nothing violated.

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
+use crate::config::drill::assertions;
 use crate::config::file::Section;
 use crate::config::settings::{Method, Objectives, OnPressure, PostgresTarget, Source, Target};
 use crate::model::{Error, Result, TargetName};
@@ -16,8 +17,9 @@ pub(super) fn target(name: &str, section: &Section<'_>, state_dir: &Path) -> Res
     };
     section.choice("source", &[("postgres", ())])?.ok_or_else(|| section.missing("source"))?;
     let source = Source::Postgres(Box::new(postgres(&name, section, state_dir)?));
+    let assertions = assertions(section)?;
     section.finish()?;
-    Ok(Target { name, objectives, source })
+    Ok(Target { name, objectives, source, assertions })
 }
 
 fn postgres(name: &TargetName, section: &Section<'_>, state_dir: &Path) -> Result<PostgresTarget> {

@@ -72,6 +72,8 @@ pub struct Target {
     pub control_socket: PathBuf,
     /// Further configuration files to capture, as globs.
     pub config_files: Vec<String>,
+    /// The database that holds the heartbeat row.
+    pub heartbeat_database: String,
 }
 
 /// Recovery objectives of a target.

@@ -6,6 +6,7 @@
 pub mod backup;
 pub mod check;
 pub mod context;
+pub mod drill;
 pub mod init;
 pub mod keys;
 pub mod list;

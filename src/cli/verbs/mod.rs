@@ -10,6 +10,8 @@ pub mod backup;
 pub mod check;
 pub mod completions;
 pub mod config;
+pub mod drill;
+mod drill_text;
 pub mod init;
 pub mod keys;
 pub mod list;
@@ -41,6 +43,8 @@ pub enum Verb {
     Status(status::Args),
     /// Plan a restore, and run it with --execute
     Restore(Box<restore::Args>),
+    /// Restore a target into a scratch cluster, start it, check it, and measure RPO and recovery time
+    Drill(drill::Args),
     /// Check stored backups in every region
     Verify(verify::Args),
     /// Bring a lagging or damaged region back from a healthy one
@@ -70,6 +74,7 @@ pub async fn run(verb: Verb, session: &Session) -> Result<Exit> {
         Verb::Show(args) => show::run(args, session).await,
         Verb::Status(args) => status::run(args, session).await,
         Verb::Restore(args) => restore::run(*args, session).await,
+        Verb::Drill(args) => drill::run(args, session).await,
         Verb::Verify(args) => verify::run(args, session).await,
         Verb::Repair(args) => repair::run(args, session).await,
         Verb::Keys(args) => keys::run(&args, session).await,

@@ -99,7 +99,7 @@ pub struct Scratch {
 /// [`SCRATCH_PORT`], and stops when the instance is dropped.
 ///
 /// # Errors
-/// As [`plan`] and [`run`].
+/// As [`plan()`] and [`run()`].
 pub async fn rehearse(
     context: &Context,
     request: &Request,
@@ -114,7 +114,7 @@ pub async fn rehearse(
 /// Computes a plan that [`rehearse`] runs as it is.
 ///
 /// # Errors
-/// As [`plan`].
+/// As [`plan()`].
 pub async fn prepare(context: &Context, request: &Request) -> Result<Prepared> {
     Prepared::new(context, request).await
 }

@@ -63,7 +63,8 @@ pub struct Started {
 }
 
 impl PhaseTime {
-    pub(super) const fn new(name: &'static str, took: Duration) -> Self {
+    /// A phase that took this long.
+    pub const fn new(name: &'static str, took: Duration) -> Self {
         Self { name, seconds: took.as_secs_f64(), bytes: None, fetched_bytes: None }
     }
 

@@ -20,6 +20,7 @@ mod archive;
 pub mod capture;
 pub mod conffiles;
 pub mod error;
+pub mod heartbeat;
 pub mod listing;
 pub mod local;
 mod options;

@@ -1,0 +1,56 @@
+//! `drctl drill`.
+
+use std::path::PathBuf;
+
+use crate::app::{self, Role, World};
+use crate::cli::Session;
+use crate::cli::exit::Exit;
+use crate::cli::progress;
+use crate::cli::verbs::drill_text::text;
+use crate::jobs::drill::{self, Options, Outcome};
+use crate::model::{Error, RegionName, Result, TargetName};
+
+/// Arguments.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The target
+    pub target: TargetName,
+    /// Restore from this region, alone [default: the last one of the configuration]
+    #[arg(long, value_name = "NAME")]
+    pub region: Option<RegionName>,
+    /// Where the scratch cluster is to stand [default: dir in [drill]]
+    #[arg(long, value_name = "DIR")]
+    pub dir: Option<PathBuf>,
+    /// The account that is to run PostgreSQL, when drctl is root [default: run_as in [drill]]
+    #[arg(long, value_name = "USER")]
+    pub run_as: Option<String>,
+}
+
+/// Runs the verb.
+///
+/// # Errors
+/// What stopped it.
+pub async fn run(args: Args, session: &Session) -> Result<Exit> {
+    let settings = session.settings()?;
+    let mut options: Options = app::drill(&settings, &args.target)?;
+    if let Some(directory) = args.dir {
+        let absolute = std::path::absolute(directory);
+        options.place.directory = absolute.map_err(|error| Error::usage("--dir names no directory").because(error))?;
+    }
+    options.place.run_as = args.run_as.or(options.place.run_as);
+    options.region = args.region;
+    let context = app::context(&settings, Role::Restore, &World::real()).await?;
+    let shown = progress::show(context.progress.clone(), &session.output);
+    let report = drill::run(&context, &options).await;
+    shown.end().await;
+    let report = report?;
+    match session.output.json {
+        true => session.output.print_json(&report)?,
+        false => session.output.print(&text(&report, &session.output))?,
+    }
+    Ok(match report.outcome {
+        Outcome::Pass => Exit::Ok,
+        Outcome::Fail => Exit::Failed,
+        Outcome::Inconclusive => Exit::Inconclusive,
+    })
+}

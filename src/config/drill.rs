@@ -1,0 +1,71 @@
+//! `[drill]`, and the assertions of a target.
+
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use crate::config::file::Section;
+use crate::config::show;
+use crate::model::{Error, Result};
+
+/// `[drill]`: where scratch clusters live.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Drill {
+    /// The directory below which each drill has its own.
+    pub dir: PathBuf,
+    /// The account that scratch clusters run as, when drctl is root.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub run_as: Option<String>,
+}
+
+impl Drill {
+    /// Without a `[drill]`.
+    pub(super) fn below(state_dir: &Path) -> Self {
+        Self { dir: state_dir.join("scratch"), run_as: None }
+    }
+}
+
+/// `[targets.NAME.assertions.NAME]`: what holds in every good copy of a target.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Assertion {
+    /// Its name.
+    #[serde(skip)]
+    pub name: String,
+    /// A query that gives one row with one column.
+    pub sql: String,
+    /// What it gives, as text.
+    pub expect: String,
+    /// The database to ask.
+    pub database: String,
+}
+
+impl show::Named for Assertion {
+    fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+pub(super) fn drill(section: &Section<'_>, state_dir: &Path) -> Result<Drill> {
+    let default = Drill::below(state_dir);
+    let dir = section.path("dir")?.unwrap_or(default.dir);
+    let run_as = section.string("run_as")?.map(str::to_owned);
+    section.finish()?;
+    Ok(Drill { dir, run_as })
+}
+
+pub(super) fn assertions(section: &Section<'_>) -> Result<Vec<Assertion>> {
+    section.named("assertions")?.iter().map(|(name, section)| assertion(name, section)).collect()
+}
+
+fn assertion(name: &str, section: &Section<'_>) -> Result<Assertion> {
+    // The heartbeat is a check of that name in every report.
+    if name.is_empty() || name == "heartbeat" {
+        return Err(section.wrong_here(&Error::usage("an assertion needs a name of its own")));
+    }
+    let text = |key| section.string(key).map(|text| text.map(str::to_owned));
+    let sql = text("sql")?.ok_or_else(|| section.missing("sql"))?;
+    let expect = text("expect")?.unwrap_or_else(|| "t".to_owned());
+    let database = text("database")?.unwrap_or_else(|| "postgres".to_owned());
+    section.finish()?;
+    Ok(Assertion { name: name.to_owned(), sql, expect, database })
+}

@@ -1,0 +1,194 @@
+//! `drill`: a real restore into a scratch cluster that starts, replays, is promoted, checked, measured and torn down.
+//!
+//! It reads one region alone, because what is to be proven is that this region alone is enough. What it cannot find out
+//! is *inconclusive*, which is neither good nor bad news; a drill that measured nothing has failed.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+
+use crate::jobs::context::{Context, Target};
+use crate::jobs::restore::{self, PhaseTime, Point, Prepared, Request};
+use crate::model::{Error, Kind, Lsn, RegionName, Result, ResultExt, TargetName};
+use crate::pg::instance::Instance;
+use crate::pg::sql;
+use crate::repository::handle::Repository;
+use crate::source::postgres::heartbeat::{self, Beat};
+
+mod checks;
+mod examine;
+mod report;
+mod scratch;
+
+pub use report::{Check, Control, Level, Measured, Outcome, Report};
+pub use scratch::Place;
+
+use scratch::Scratch;
+
+/// How long the region may take to hold the beat that precedes the drill. Afterwards the drill goes on, and finds an
+/// older beat: that is what it measures.
+const BEAT_ARRIVES: Duration = Duration::from_secs(10);
+
+/// What is rehearsed, and where.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The target.
+    pub target: TargetName,
+    /// The region that is read; the last one of the configuration if none is named.
+    pub region: Option<RegionName>,
+    /// Where scratch clusters live.
+    pub place: Place,
+    /// Assertions that the target's owner wrote.
+    pub assertions: Vec<Assertion>,
+}
+
+/// A statement about the data that holds in every good copy of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Assertion {
+    /// Its name.
+    pub name: String,
+    /// A query that gives one row with one column.
+    pub sql: String,
+    /// What it gives, as text.
+    pub expect: String,
+    /// The database to ask.
+    pub database: String,
+}
+
+/// Rehearses a recovery. Whatever stops it on the way is in the report; the scratch cluster is gone in every case.
+///
+/// # Errors
+/// There is no such target or region, or no place for a scratch cluster.
+pub async fn run(context: &Context, options: &Options) -> Result<Report> {
+    let target = context.target(&options.target)?;
+    let region = chosen(context, options.region.as_ref())?;
+    let alone = within(context, &region)?;
+    let scratch = Scratch::create(&options.place, &options.target, context).await?;
+    let mut report = Report::new(context, target, region, &scratch);
+    let rehearsed = rehearse(&alone, target, (options, &scratch), &mut report).await;
+    if let Err(error) = rehearsed {
+        report.stopped_by(&error);
+    }
+    report.torn_down = scratch.tear_down().map_err(|error| tracing::error!(%error, "scratch cluster remains")).is_ok();
+    report.conclude(context.clock.now());
+    Ok(report)
+}
+
+fn chosen(context: &Context, wanted: Option<&RegionName>) -> Result<RegionName> {
+    let regions = &context.repository.regions;
+    match wanted {
+        Some(name) => Ok(regions.named(name)?.name.clone()),
+        // Restores prefer the first, so the last is the one that nobody would miss for a long time.
+        None => {
+            regions.all().last().map(|region| region.name.clone()).ok_or_else(|| Error::usage("there is no region"))
+        }
+    }
+}
+
+/// The same hands, for one region: nothing is taken from another.
+fn within(context: &Context, region: &RegionName) -> Result<Context> {
+    let regions = context.repository.regions.only(region)?;
+    let ring = Arc::new(context.ring.within(regions.clone()));
+    let repository = Repository { regions, ..context.repository.clone() };
+    Ok(Context { repository, ring, ..context.clone() })
+}
+
+async fn rehearse(
+    context: &Context,
+    target: &Target,
+    (options, scratch): (&Options, &Scratch),
+    report: &mut Report,
+) -> Result<()> {
+    let began = context.clock.monotonic();
+    let beat = precede(target, report).await;
+    let (request, prepared) = prepare(context, scratch, options, beat.as_ref().map(|(_, lsn)| *lsn)).await?;
+    // The fault happens now: whatever reaches the region from here on is lost to this drill.
+    let fault_at = context.clock.now();
+    report.faulted(fault_at, &prepared.plan);
+    let server = scratch.server(&prepared.plan)?;
+    report.phases.push(PhaseTime::new("provision", context.clock.monotonic() - began));
+    let (restored, mut instance) = restore::rehearse(context, &request, prepared, &server).await?;
+    report.restored(restored);
+    let began = context.clock.monotonic();
+    let examined = examine::all(context, options, (scratch, fault_at), report).await;
+    report.phases.push(PhaseTime::new("validate", context.clock.monotonic() - began));
+    examined?;
+    stop(&mut instance).await?;
+    checks::offline(scratch, report).await
+}
+
+/// One beat before the fault, so that even an idle cluster has something to be found. A primary that is gone cannot beat.
+async fn precede(target: &Target, report: &mut Report) -> Option<(Beat, Lsn)> {
+    let info = target.conninfo.clone().with_application_name("drctl drill").with_dbname(&*target.heartbeat_database);
+    let beat = async {
+        let client = sql::connect(&info).await.during(|| "reach the primary")?;
+        heartbeat::beat(&client, &target.name).await
+    };
+    match beat.await {
+        Ok(beat) => Some(beat),
+        Err(error) => {
+            report.warnings.push(format!("no heartbeat was written before the drill: {error}"));
+            None
+        }
+    }
+}
+
+/// The plan, once the region holds the beat or is given up waiting for.
+async fn prepare(
+    context: &Context,
+    scratch: &Scratch,
+    options: &Options,
+    beat: Option<Lsn>,
+) -> Result<(Request, Prepared)> {
+    let give_up = context.clock.monotonic() + BEAT_ARRIVES;
+    let mut request = request(scratch, options, &[]);
+    loop {
+        let prepared = restore::prepare(context, &request).await.during(|| "plan the restore")?;
+        let homeless: Vec<_> = prepared.plan.tablespaces.iter().filter(|(_, place)| place.is_none()).collect();
+        if !homeless.is_empty() {
+            let locations: Vec<_> = prepared.plan.tablespaces.iter().map(|(location, _)| location.clone()).collect();
+            request = self::request(scratch, options, &locations);
+            continue;
+        }
+        let arrived = beat.is_none_or(|beat| prepared.plan.end_lsn >= beat);
+        if arrived || context.clock.monotonic() >= give_up {
+            return Ok((request, prepared));
+        }
+        tokio::time::sleep(Duration::from_millis(300)).await;
+    }
+}
+
+fn request(scratch: &Scratch, options: &Options, tablespaces: &[String]) -> Request {
+    let place = |(number, location): (usize, &String)| (location.clone(), scratch.tablespace(number));
+    let tablespaces: BTreeMap<String, PathBuf> = tablespaces.iter().enumerate().map(place).collect();
+    Request {
+        what: options.target.to_string(),
+        directory: scratch.data(),
+        tablespaces,
+        region: None,
+        point: Point::End,
+        timeline: None,
+        start: true,
+        run_as: options.place.run_as.clone(),
+        invocation: vec!["drctl".to_owned()],
+    }
+}
+
+async fn stop(instance: &mut Instance) -> Result<()> {
+    const LIMIT: Duration = Duration::from_secs(60);
+    let stopped = instance.stop(crate::pg::instance::StopMode::Fast, LIMIT).await;
+    stopped.during(|| "stop the scratch cluster")
+}
+
+/// Whether an error says something about the backup, or only that nothing could be found out.
+fn is_inconclusive(error: &Error) -> bool {
+    matches!(error.kind(), Kind::Unavailable | Kind::Cancelled | Kind::Refused | Kind::Usage)
+}
+
+/// How far the newest beat that came back lies before the fault.
+fn lost(fault_at: DateTime<Utc>, beat: &Beat) -> f64 {
+    (fault_at - beat.at).to_std().unwrap_or_default().as_secs_f64()
+}

@@ -1,0 +1,198 @@
+//! Drills: a restore that starts, is checked and measured, and leaves nothing behind.
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::support::dirs::Scratch;
+use crate::support::drctl::{Background, Drctl, Finished};
+use crate::support::pg::Cluster;
+use crate::support::process;
+
+const MAJOR: u32 = 15;
+
+/// A bank whose accounts always sum up to nothing, protected into two directory regions.
+struct Bank {
+    cluster: Cluster,
+    scratch: Scratch,
+}
+
+impl Bank {
+    async fn new() -> Self {
+        let cluster = Cluster::builder(MAJOR)
+            .setting("wal_level", "replica")
+            .setting("shared_preload_libraries", "pg_stat_statements")
+            .start()
+            .await;
+        let bank = Self { cluster, scratch: Scratch::new() };
+        Drctl::new(["init".as_ref(), bank.home().as_os_str()]).run().await.ok();
+        let text = fs::read_to_string(bank.config()).unwrap();
+        let target = format!(
+            "\n[targets.ledger]\nsource = \"postgres\"\nconninfo = \"{}\"\nship_interval = \"100ms\"\n\
+             rpo = \"30s\"\nrto_restore = \"10m\"\n\
+             [targets.ledger.assertions.balances]\nsql = \"SELECT sum(amount) FROM account\"\nexpect = \"0\"\n\
+             [targets.ledger.assertions.enough]\nsql = \"SELECT count(*) >= 1000 FROM account\"\n\
+             [drill]\ndir = \"{}\"\nrun_as = \"postgres\"\n",
+            bank.cluster.conninfo(),
+            bank.drills().display()
+        );
+        fs::write(bank.config(), text + &target).unwrap();
+        let sql = "CREATE TABLE account AS SELECT n, CASE WHEN n % 2 = 0 THEN 7 ELSE -7 END AS amount
+                     FROM generate_series(1, 1000) n; CREATE INDEX ON account (n)";
+        bank.cluster.execute(sql).await;
+        bank
+    }
+
+    fn home(&self) -> PathBuf {
+        self.scratch.join("drctl")
+    }
+
+    fn config(&self) -> PathBuf {
+        self.home().join("drctl.toml")
+    }
+
+    fn drills(&self) -> PathBuf {
+        self.scratch.join("drills")
+    }
+
+    fn drctl<S: AsRef<std::ffi::OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Drctl {
+        let bin = self.cluster.bin_dir();
+        Drctl::new(arguments).config(&self.config()).env(&format!("DRCTL_PG_BIN_{MAJOR}"), bin)
+    }
+
+    async fn stream(&self) -> Background {
+        let stream = self.drctl(["wal", "stream", "ledger"]).spawn();
+        process::eventually("streaming", Duration::from_secs(20), async || {
+            let status = self.drctl(["wal", "status", "--json"]).run().await.ok().json();
+            status["targets"][0]["receiver"]["state"] == "streaming"
+        })
+        .await;
+        stream
+    }
+
+    async fn backup(&self) {
+        self.drctl(["backup", "ledger", "--fast"]).run().await.ok();
+    }
+
+    async fn drill(&self, options: &[&str]) -> Finished {
+        let line = ["drill", "ledger", "--json"].iter().chain(options);
+        let drill = self.drctl(line).expect_log("drill left").expect_log("is not readable").expect_log("not intact");
+        drill.run().await
+    }
+
+    fn left(&self) -> Vec<PathBuf> {
+        fs::read_dir(self.drills()).map(|list| list.map(|entry| entry.unwrap().path()).collect()).unwrap_or_default()
+    }
+}
+
+fn checks(report: &Value, outcome: &str) -> Vec<String> {
+    let checks = report["checks"].as_array().unwrap().iter().filter(|check| check["outcome"] == outcome);
+    checks.map(|check| check["name"].as_str().unwrap().to_owned()).collect()
+}
+
+#[tokio::test]
+async fn a_drill_proves_a_recovery_and_measures_it() {
+    let bank = Bank::new().await;
+    let space = bank.cluster.extra_dir("space").display().to_string();
+    bank.cluster.execute(&format!("CREATE TABLESPACE space LOCATION '{space}'")).await;
+    bank.cluster.execute("CREATE TABLE elsewhere TABLESPACE space AS SELECT generate_series(1, 100) n").await;
+    let stream = bank.stream().await;
+    bank.backup().await;
+    bank.cluster.execute("INSERT INTO account VALUES (1001, 5), (1002, -5)").await;
+    let report = bank.drill(&[]).await.ok().json();
+    assert_eq!((&report["outcome"], &report["level"]), (&"pass".into(), &"L6".into()), "{report:#}");
+    assert_eq!(report["region"], "region-b", "the region that a restore would not take first");
+    let passed = checks(&report, "pass");
+    for name in
+        ["started, replayed and promoted", "amcheck with heapallindexed", "page checksums", "heartbeat", "balances"]
+    {
+        assert!(passed.iter().any(|check| check == name), "{name}: {report:#}");
+    }
+    let (rpo, rto) = (&report["rpo"]["measured_seconds"], &report["rto"]["measured_seconds"]);
+    assert!(rpo.as_f64().unwrap() < 30.0 && rto.as_f64().unwrap() > 0.0, "{report:#}");
+    let phases: Vec<_> = report["phases"].as_array().unwrap().iter().map(|phase| phase["name"].clone()).collect();
+    assert_eq!(phases, ["provision", "fetch", "stage", "replay", "open", "validate"]);
+    assert_eq!(report["control"]["caught"], true);
+    assert!(report["torn_down"] == true && bank.left().is_empty(), "{:?}", bank.left());
+
+    // Without --json it reads like a verdict.
+    let text = bank.drctl(["drill", "ledger", "--region", "region-a"]).run().await.ok().stdout;
+    assert!(text.starts_with("PASS  drill of ledger from region-a alone, level L6"), "{text}");
+    stream.terminate().await.ok();
+    assert_eq!(bank.cluster.query("SELECT sum(amount) FROM account").await, "0", "the source is as it was");
+}
+
+#[tokio::test]
+async fn what_is_wrong_fails_and_what_is_unknown_is_neither() {
+    let bank = Bank::new().await;
+    let stream = bank.stream().await;
+    bank.backup().await;
+    // A deploy breaks the books: the restore works, and the drill says that the data is wrong.
+    bank.cluster.execute("INSERT INTO account VALUES (1003, 1)").await;
+    let report = bank.drill(&[]).await.code(1).json();
+    assert_eq!((checks(&report, "fail"), &report["level"]), (vec!["balances".to_owned()], &"L5".into()), "{report:#}");
+    assert!(report["reasons"].to_string().contains("expected 0, got 1"), "{report:#}");
+    bank.cluster.execute("DELETE FROM account WHERE n = 1003").await;
+
+    // Damage in the region that is drilled is a failure, although another region is well.
+    let pack = largest(&bank.home().join("region-b/packs"));
+    let good = fs::read(&pack).unwrap();
+    let mut bad = good.clone();
+    let middle = bad.len() / 2;
+    bad[middle] ^= 1;
+    fs::write(&pack, bad).unwrap();
+    let report = bank.drill(&[]).await.code(1).json();
+    assert!(report["reasons"].to_string().contains("packs/"), "{report:#}");
+    assert!(report["level"].is_null() && bank.left().is_empty(), "{report:#}");
+    fs::write(&pack, good).unwrap();
+
+    // A region that is away proves nothing.
+    let (region, away) = (bank.home().join("region-b"), bank.scratch.join("away"));
+    fs::rename(&region, &away).unwrap();
+    let report = bank.drill(&[]).await.code(3).json();
+    assert_eq!(report["outcome"], "inconclusive", "{report:#}");
+    fs::rename(&away, &region).unwrap();
+    stream.terminate().await;
+
+    // Without a receiver nothing new is durable: what came back is older than the fault allows, or no beat at all.
+    let text = fs::read_to_string(bank.config()).unwrap();
+    fs::write(bank.config(), text.replace("rpo = \"30s\"", "rpo = \"1s\"")).unwrap();
+    let report = bank.drill(&[]).await.code(1).json();
+    assert!(report["reasons"].to_string().contains("RPO"), "{report:#}");
+    let measured = report["rpo"]["measured_seconds"].as_f64().unwrap();
+    assert!(measured > 1.0, "{report:#}");
+}
+
+#[tokio::test]
+async fn a_killed_drill_leaves_nothing_for_long() {
+    let bank = Bank::new().await;
+    let stream = bank.stream().await;
+    bank.backup().await;
+    let drill = bank.drctl(["drill", "ledger"]).expect_log("drill left").spawn();
+    process::eventually("the scratch cluster runs", Duration::from_secs(60), async || {
+        bank.left().iter().any(|root| root.join("data/postmaster.pid").exists())
+    })
+    .await;
+    drill.kill9();
+    let root = bank.left().remove(0);
+    assert!(root.exists());
+    let text = fs::read_to_string(root.join("data/postmaster.pid")).unwrap_or_default();
+    let pid = text.lines().next().and_then(|line| line.parse().ok());
+    bank.drill(&[]).await.ok();
+    stream.terminate().await.ok();
+    assert_eq!(bank.left(), Vec::<PathBuf>::new());
+    assert!(pid.is_none_or(|pid| !process::is_alive(pid)));
+}
+
+fn largest(directory: &std::path::Path) -> PathBuf {
+    let mut found = Vec::new();
+    let mut open = vec![directory.to_owned()];
+    while let Some(directory) = open.pop() {
+        for path in fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path()) {
+            if path.is_dir() { open.push(path) } else { found.push(path) }
+        }
+    }
+    found.into_iter().max_by_key(|path| fs::metadata(path).unwrap().len()).unwrap()
+}

@@ -342,7 +342,7 @@ pub async fn beside(
     Ok(beside)
 }
 
-async fn intents(repository: &Repository) -> Result<BTreeMap<BackupId, Intent>> {
+pub(super) async fn intents(repository: &Repository) -> Result<BTreeMap<BackupId, Intent>> {
     let mut intents = BTreeMap::new();
     for key in repository.regions.list_union(layout::INTENTS).await? {
         let Some(id) = key.strip_prefix(layout::INTENTS).and_then(|id| id.parse::<BackupId>().ok()) else { continue };

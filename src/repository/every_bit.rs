@@ -318,7 +318,7 @@ async fn without_a_good_copy_the_reader_stops_and_nothing_can_be_started() {
     let good = vault.restore(whole.path()).await.unwrap();
     for (key, bytes) in samples(&vault) {
         let bits = read_from(&key) * 8..bytes.len() * 8;
-        for (round, bit) in bits.step_by(bytes.len() * 8 / 64 + 1).enumerate() {
+        for (round, bit) in bits.step_by(bytes.len() * 8 / 24 + 1).enumerate() {
             let wrong = if round % 4 == 3 { bytes[..bit / 8].to_vec() } else { flipped(&bytes, bit) };
             vault.assert_stops(&key, &wrong, &format!("bit {bit}")).await;
             let directory = tempfile::tempdir().unwrap();

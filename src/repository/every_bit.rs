@@ -428,7 +428,10 @@ async fn repair_mends_what_proves_itself_with_one_other_region() {
             vault.put(key, &flipped(bytes, bit)).await;
             let mended = mend(&vault.fresh(2), &Scope::default(), &phase()).await.unwrap();
             assert_eq!(mended[0].replaced, [key.clone()], "bit {bit} of {key}: {mended:?}");
-            assert_eq!(Digest::of(&vault.fixture.stores[0].contents().await.iter().find(|(k, _)| k == key).unwrap().1), Digest::of(bytes));
+            assert_eq!(
+                Digest::of(&vault.fixture.stores[0].contents().await.iter().find(|(k, _)| k == key).unwrap().1),
+                Digest::of(bytes)
+            );
         }
     }
 }

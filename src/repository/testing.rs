@@ -361,7 +361,8 @@ pub fn need(start: u64, stop: u64) -> WalNeed {
 
 /// Hands made-up files to a backup as a source does: small files share batches, large ones send their own.
 pub async fn send(writer: &mut BackupWriter, files: &[Made]) {
-    let parents: BTreeSet<_> = files.iter().filter_map(|file| file.path.split_once('/')).map(|(first, _)| first).collect();
+    let parents: BTreeSet<_> =
+        files.iter().filter_map(|file| file.path.split_once('/')).map(|(first, _)| first).collect();
     for path in parents.into_iter().map(str::to_owned) {
         writer.line(&Line::Directory { path, mode: 0o700 }).await.unwrap();
     }

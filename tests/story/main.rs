@@ -12,7 +12,9 @@ mod support;
 
 mod check;
 mod escape;
+mod full_disk;
 mod keyholders;
+mod majors;
 mod memory;
 mod regions;
 mod restore;

@@ -18,7 +18,7 @@ const MAJOR: u32 = 15;
 /// A cluster that is protected into two directory regions.
 pub struct Protected {
     pub cluster: Cluster,
-    scratch: Scratch,
+    pub scratch: Scratch,
 }
 
 impl Protected {
@@ -26,7 +26,7 @@ impl Protected {
         Self::of(Cluster::builder(MAJOR).setting("wal_level", "replica")).await
     }
 
-    async fn of(builder: crate::support::pg::Builder) -> Self {
+    pub async fn of(builder: crate::support::pg::Builder) -> Self {
         let cluster = builder.start().await;
         let protected = Self { cluster, scratch: Scratch::new() };
         let home = protected.home();
@@ -34,10 +34,21 @@ impl Protected {
         let mut text = fs::read_to_string(home.join("drctl.toml")).unwrap();
         let conninfo = protected.cluster.conninfo();
         text.push_str(&format!(
-            "\n[targets.ledger]\nsource = \"postgres\"\nconninfo = \"{conninfo}\"\nship_interval = \"100ms\"\n"
+            "\n[targets.ledger]\nsource = \"postgres\"\nconninfo = \"{conninfo}\"\nmethod = \"auto\"\nship_interval = \"100ms\"\n"
         ));
         fs::write(home.join("drctl.toml"), text).unwrap();
         protected
+    }
+
+    /// How the next backup reads the cluster.
+    pub fn set_method(&self, method: &str) {
+        let path = self.home().join("drctl.toml");
+        let text = fs::read_to_string(&path).unwrap();
+        let lines = text.lines().map(|line| match line.starts_with("method = ") {
+            true => format!("method = \"{method}\"\n"),
+            false => format!("{line}\n"),
+        });
+        fs::write(&path, lines.collect::<String>()).unwrap();
     }
 
     pub fn home(&self) -> PathBuf {
@@ -46,7 +57,9 @@ impl Protected {
 
     fn drctl<S: AsRef<std::ffi::OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Drctl {
         let bin = self.cluster.bin_dir();
-        Drctl::new(arguments).config(&self.home().join("drctl.toml")).env(&format!("DRCTL_PG_BIN_{MAJOR}"), bin)
+        Drctl::new(arguments)
+            .config(&self.home().join("drctl.toml"))
+            .env(&format!("DRCTL_PG_BIN_{}", self.cluster.major()), bin)
     }
 
     pub async fn backup(&self) -> Value {
@@ -58,7 +71,7 @@ impl Protected {
     }
 
     /// Waits until everything written so far is durable.
-    async fn durable(&self) -> Lsn {
+    pub async fn durable(&self) -> Lsn {
         self.cluster.execute("SELECT txid_current(); CHECKPOINT").await;
         let wanted = self.cluster.flush_lsn().await;
         process::eventually("WAL is durable", Duration::from_secs(30), async || {
@@ -81,7 +94,7 @@ impl Protected {
     }
 
     /// Runs the command that the plan prints, as a person would.
-    async fn execute(&self, directory: &Path, options: &[&str]) -> Finished {
+    pub async fn execute(&self, directory: &Path, options: &[&str]) -> Finished {
         let plan = self.plan(directory, options).await.ok().json();
         let command = plan["command"].as_str().unwrap().to_owned();
         let words = command.split_whitespace().skip_while(|word| *word != "restore");
@@ -92,7 +105,7 @@ impl Protected {
     pub async fn restored(&self, name: &str, options: &[&str]) -> Cluster {
         let directory = self.scratch.join(name);
         self.execute(&directory, options).await.ok();
-        Cluster::start_restored(&directory, MAJOR).await
+        Cluster::start_restored(&directory, self.cluster.major()).await
     }
 }
 

@@ -153,8 +153,8 @@ impl Vault {
                 format!("{:?}", found.ok_or_else(error)?.commit)
             }
             ["intents", id] => {
-                let intents = scrub::intents(repository).await?;
-                format!("{:?}", intents.get(&id.parse().unwrap()).ok_or_else(missing)?)
+                let intent = scrub::read_intent(repository, &id.parse().unwrap()).await;
+                format!("{:?}", intent.ok_or_else(missing)?)
             }
             _ => panic!("nobody reads {key}"),
         })

@@ -78,7 +78,8 @@ async fn furnish(cluster: &Cluster) -> String {
         cluster.execute(&format!("CREATE TABLE {table} ({columns}) TABLESPACE {place}")).await;
         let rows = "SELECT g, md5(g::text) FROM generate_series(1, 3000) g";
         cluster.execute(&format!("INSERT INTO {table} (n, text) {rows}")).await;
-        cluster.execute(&format!("CREATE UNIQUE INDEX ON {table} (id) TABLESPACE {place}; VACUUM {table}")).await;
+        cluster.execute(&format!("CREATE UNIQUE INDEX ON {table} (id) TABLESPACE {place}")).await;
+        cluster.execute(&format!("VACUUM {table}")).await;
     }
     cluster.execute("CREATE UNLOGGED TABLE fleeting AS SELECT generate_series(1, 500) n").await;
     space

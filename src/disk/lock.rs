@@ -34,12 +34,17 @@ impl Lock {
             }
             Err(error) => return Err(DiskError::new("lock", path, error.into())),
         }
-        // For people and for the message above only; the kernel's lock is what counts.
-        file.set_len(0).at("truncate", path)?;
-        file.rewind().at("seek", path)?;
-        writeln!(file, "{}", std::process::id()).at("write", path)?;
+        // For people and for the message above only; the kernel's lock is what counts. A disk too full for a number is no
+        // reason to turn a backup away.
+        let _unnamed = note_holder(&mut file);
         Ok(Self { _file: file })
     }
+}
+
+fn note_holder(file: &mut File) -> std::io::Result<()> {
+    file.set_len(0)?;
+    file.rewind()?;
+    writeln!(file, "{}", std::process::id())
 }
 
 fn read_holder(file: &mut File) -> Option<u32> {

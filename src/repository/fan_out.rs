@@ -247,7 +247,8 @@ impl Lane {
             self.note(&error);
             match error {
                 StoreError::Conflict { .. } => return Delivery::Fatal(error.into()),
-                ref error if !error.is_transient() && patience.quorum.is_some() => {
+                // A job that ends does not wait until somebody frees space.
+                ref error if (!error.is_transient() || error.is_full()) && patience.quorum.is_some() => {
                     self.leave_behind(&error.to_string(), patience);
                     self.missing.fetch_add(1, Ordering::Relaxed);
                     return Delivery::LeftBehind;

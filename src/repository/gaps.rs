@@ -66,7 +66,11 @@ impl Gap {
         Ok(Bytes::from(sign_text(&writer.signer, &context(repository, &self.key()), &body)?))
     }
 
-    fn decode(repository: &Repository, key: &str, bytes: &[u8]) -> Result<Self> {
+    /// Reads the record of this name.
+    ///
+    /// # Errors
+    /// It is not signed by a trusted signer as this gap, or not readable.
+    pub fn decode(repository: &Repository, key: &str, bytes: &[u8]) -> Result<Self> {
         let wrong = |why: &str| Error::damaged(format!("{key} {why}"));
         let body = repository.trust.verify_text(&context(&repository.id, key), bytes)?;
         let gap: Self = serde_json::from_slice(body).map_err(|error| wrong("is not readable").because(error))?;

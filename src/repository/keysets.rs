@@ -173,16 +173,26 @@ pub async fn wraps(
 
 /// Every copy of every wrap, also those that other regions hold differently. What a wrap says is proven only by opening
 /// it, so when the first copies fail the others deserve a try.
-async fn all_copies(regions: &Regions, context: &WrapContext) -> Result<Vec<Wrap>> {
+async fn all_copies(regions: &Regions, context: &WrapContext) -> Result<Vec<(RegionName, Wrap)>> {
     let mut copies = Vec::new();
     for region in regions.all() {
         let Ok(alone) = regions.only(&region.name) else { continue };
         match wraps(&alone, &context.repository, &context.target, &context.keyset).await {
-            Ok((_, held)) => copies.extend(held.into_iter().filter(|wrap| !copies.contains(wrap)).collect::<Vec<_>>()),
+            Ok((_, held)) => copies.extend(held.into_iter().map(|wrap| (region.name.clone(), wrap))),
             Err(error) => tracing::warn!(region = %region.name, %error, "key wraps are not readable"),
         }
     }
     Ok(copies)
+}
+
+fn distinct(copies: &[(RegionName, Wrap)]) -> Vec<Wrap> {
+    let mut wraps: Vec<Wrap> = Vec::new();
+    for (_, wrap) in copies {
+        if !wraps.contains(wrap) {
+            wraps.push(wrap.clone());
+        }
+    }
+    wraps
 }
 
 /// Opens keysets once and keeps them for the job.
@@ -227,12 +237,27 @@ impl KeyRing {
         let (context, mut wraps) = wraps(&self.regions, &self.repository, target, id).await?;
         let mut opened = open_any(&self.openers, &context, &wraps, HOLDER_DEADLINE).await;
         if opened.is_err() && self.regions.all().len() > 1 {
-            wraps = all_copies(&self.regions, &context).await?;
+            let copies = all_copies(&self.regions, &context).await?;
+            wraps = distinct(&copies);
             opened = open_any(&self.openers, &context, &wraps, HOLDER_DEADLINE).await;
+            if let Ok(opened) = &opened {
+                self.tell_wrong_copies(&context, &copies, &opened.opened_by).await;
+            }
         }
         let Opened { keyset, opened_by, .. } = opened.during(|| format!("open keyset {id} of {target}"))?;
         let key = wraps.iter().find(|wrap| wrap.holder == opened_by).map(|wrap| wrap.key.clone());
         Ok((Arc::new(keyset), key.unwrap_or_else(|| opened_by.to_string())))
+    }
+
+    /// Of one holder's wrap there is one right copy. Where it took a second region to find it, the first holds another.
+    async fn tell_wrong_copies(&self, context: &WrapContext, copies: &[(RegionName, Wrap)], holder: &HolderId) {
+        let key = layout::wrap(&context.target, &context.keyset, holder);
+        for (region, wrap) in copies.iter().filter(|(_, wrap)| wrap.holder == *holder) {
+            let opened = open_any(&self.openers, context, std::slice::from_ref(wrap), HOLDER_DEADLINE).await;
+            if let Err(error) = opened {
+                self.regions.tell_damaged(region, &key, Error::from(error).to_string());
+            }
+        }
     }
 
     /// The wraps of a keyset that a holder at hand says are wrong, by holder and reason. Wraps that nobody here may open

@@ -16,6 +16,7 @@ use crate::model::{Branch, Error, HolderId, Kind, RegionName, Result, SignerId, 
 use crate::observe::progress::Phase;
 use crate::repository::catalog::{self, Backup};
 use crate::repository::escape;
+use crate::repository::gaps::Gap;
 use crate::repository::handle::{Repository, RepositoryRecord};
 use crate::repository::inventory::{self, InventoryLine};
 use crate::repository::layout;
@@ -210,7 +211,8 @@ impl Mender<'_> {
                 let needed = self.closure.needs.values().any(|needs| needs.iter().any(|need| need == key));
                 needed.then_some(Proof::Own)
             }
-            // A wrap is authenticated by its holder alone, and no key is at hand here.
+            // A wrap is authenticated by its holder alone, and no key is at hand here. A gap that two writers met has two
+            // signed records of it.
             "escape" | "gaps" | "keysets" => Some(Proof::Majority),
             _ => Some(Proof::Own),
         }
@@ -355,6 +357,7 @@ impl Mender<'_> {
                 let (id, part) = (id.parse().ok()?, part.parse().ok()?);
                 inventory::decode_part(bytes, &repository.id, (&id, part), &repository.trust).map(|_| ())
             }
+            ["gaps", ..] => Gap::decode(repository, key, bytes).map(|_| ()),
             ["commits", ..] => catalog::parse_commit(repository, key, bytes).map(|_| ()),
             _ => return None,
         })

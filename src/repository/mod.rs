@@ -6,6 +6,9 @@
 pub mod backup_writer;
 pub mod catalog;
 pub mod escape;
+#[cfg(test)]
+#[allow(clippy::cast_possible_truncation, reason = "made-up data is small")]
+mod every_bit;
 pub mod fan_out;
 pub mod gaps;
 pub mod handle;

@@ -132,6 +132,13 @@ impl Regions {
         self.trouble.incidents.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Notes an object that was found damaged by other means than [`read`](Self::read), and was taken elsewhere.
+    pub(super) fn tell_damaged(&self, region: &RegionName, key: &str, reason: String) {
+        let (region, key) = (region.clone(), key.to_owned());
+        let incident = Incident { region, key, reason, damaged: true };
+        self.record(vec![Failure { incident, kind: Kind::Damaged }]);
+    }
+
     /// Reads an object, or a range of it, from the first region whose bytes `check` accepts.
     ///
     /// # Errors

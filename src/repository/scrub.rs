@@ -325,14 +325,17 @@ pub async fn beside(
             }
         }
     }
-    let intents = intents(repository).await?;
-    let newest =
-        found.keys().chain(commits).chain(intents.keys().filter(|id| id.target().ok().as_ref() == Some(target))).max();
+    let announced = announced(repository).await?;
+    let newest = found
+        .keys()
+        .chain(commits)
+        .chain(announced.iter().filter(|id| id.target().ok().as_ref() == Some(target)))
+        .max();
     let newest = newest.cloned();
     let mut beside = Beside::default();
     for (id, regions) in found {
-        let intent = intents.get(&id);
-        let alive = intent.is_some_and(|intent| intent.expires_at > now) && newest.as_ref() == Some(&id);
+        let intent = if announced.contains(&id) { read_intent(repository, &id).await } else { None };
+        let alive = intent.as_ref().is_some_and(|intent| intent.expires_at > now) && newest.as_ref() == Some(&id);
         let objects = regions.values().copied().max().unwrap_or(0);
         let started_at = intent.map(|intent| intent.created_at);
         let regions = regions.into_keys().collect();
@@ -342,19 +345,23 @@ pub async fn beside(
     Ok(beside)
 }
 
-async fn intents(repository: &Repository) -> Result<BTreeMap<BackupId, Intent>> {
-    let mut intents = BTreeMap::new();
-    for key in repository.regions.list_union(layout::INTENTS).await? {
-        let Some(id) = key.strip_prefix(layout::INTENTS).and_then(|id| id.parse::<BackupId>().ok()) else { continue };
-        let parse = |bytes: Bytes| parse_intent(repository, &repository.trust, &id, &bytes);
-        match repository.regions.read(&key, None, parse).await {
-            Ok((intent, _)) => {
-                intents.insert(id, intent);
-            }
-            Err(error) => tracing::warn!(%error, "intent is not readable"),
+/// The backups that some region holds an intent of.
+async fn announced(repository: &Repository) -> Result<BTreeSet<BackupId>> {
+    let keys = repository.regions.list_union(layout::INTENTS).await?;
+    Ok(keys.iter().filter_map(|key| key.strip_prefix(layout::INTENTS)?.parse().ok()).collect())
+}
+
+/// The intent of a backup that may be in progress. An intent ends with its COMMIT and is not repaired, so nobody asks for
+/// those of backups that exist.
+pub(super) async fn read_intent(repository: &Repository, id: &BackupId) -> Option<Intent> {
+    let parse = |bytes: Bytes| parse_intent(repository, &repository.trust, id, &bytes);
+    match repository.regions.read(&layout::intent(id), None, parse).await {
+        Ok((intent, _)) => Some(intent),
+        Err(error) => {
+            tracing::warn!(%error, "intent is not readable");
+            None
         }
     }
-    Ok(intents)
 }
 
 fn parse_intent(repository: &Repository, trust: &Trust, id: &BackupId, bytes: &[u8]) -> Result<Intent> {

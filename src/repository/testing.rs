@@ -269,9 +269,14 @@ impl Fixture {
 
     /// Writes an epoch whose frames hold `lengths` bytes each; END too if `close`.
     pub async fn epoch(&self, start: u64, lengths: &[usize], close: bool) {
+        self.epoch_by(&self.writer, start, lengths, close).await;
+    }
+
+    /// The same, by a writer of choice.
+    pub async fn epoch_by(&self, writer: &Writer, start: u64, lengths: &[usize], close: bool) {
         let out = Arc::new(FanOut::new(&self.repository.regions, Patience::WAL));
         let opening = (log(), EpochKind::Stream, Lsn(start));
-        let mut epoch = Epoch::open(&self.repository, &self.writer, opening, 1, Arc::clone(&out)).await.unwrap();
+        let mut epoch = Epoch::open(&self.repository, writer, opening, 1, Arc::clone(&out)).await.unwrap();
         let mut at = start;
         for length in lengths {
             let end = at + *length as u64;
@@ -293,7 +298,8 @@ impl Fixture {
     }
 }
 
-fn regions_of(stores: &[Arc<FaultyStore>], quorum: usize) -> Regions {
+/// Regions over these stores, named `a`, `b`, …
+pub fn regions_of(stores: &[Arc<FaultyStore>], quorum: usize) -> Regions {
     let region = |(at, store): (usize, &Arc<FaultyStore>)| {
         let name = char::from(b'a' + at as u8).to_string().parse().unwrap();
         Region { name, store: Arc::clone(store) as Arc<dyn ObjectStore> }
@@ -355,7 +361,11 @@ pub fn need(start: u64, stop: u64) -> WalNeed {
 
 /// Hands made-up files to a backup as a source does: small files share batches, large ones send their own.
 pub async fn send(writer: &mut BackupWriter, files: &[Made]) {
-    writer.line(&Line::Directory { path: "base".into(), mode: 0o700 }).await.unwrap();
+    let parents: BTreeSet<_> =
+        files.iter().filter_map(|file| file.path.split_once('/')).map(|(first, _)| first).collect();
+    for path in parents.into_iter().map(str::to_owned) {
+        writer.line(&Line::Directory { path, mode: 0o700 }).await.unwrap();
+    }
     let mut shared = Batch { pieces: Vec::new(), data: Vec::new() };
     for (number, file) in files.iter().enumerate() {
         let id = FileId(number as u32);

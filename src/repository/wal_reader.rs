@@ -166,7 +166,7 @@ impl BranchLog {
 }
 
 /// A whole frame from the first region that has it intact: signed, in its place, and opening with its key.
-async fn fetch_frame(
+pub(super) async fn fetch_frame(
     repository: &Repository,
     place: &FramePlace,
     open: impl Fn(&Frame) -> Result<Vec<u8>>,

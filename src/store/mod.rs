@@ -240,7 +240,7 @@ pub enum StoreError {
         expected: u64,
     },
     /// Full disk or exhausted quota.
-    #[error("{address} has no room for {key}")]
+    #[error("{address} has no room for {key}: No space left")]
     Full {
         /// The name.
         key: String,
@@ -273,6 +273,11 @@ impl StoreError {
     /// Whether the same call may succeed later.
     pub const fn is_transient(&self) -> bool {
         matches!(self, Self::Unavailable { .. } | Self::Truncated { .. } | Self::Full { .. })
+    }
+
+    /// Whether somebody must make room first.
+    pub const fn is_full(&self) -> bool {
+        matches!(self, Self::Full { .. })
     }
 
     /// Whether the store answered that there is no such object.

@@ -40,6 +40,20 @@ fn high_water_mark(status: &str) -> Option<u64> {
     line.trim().strip_suffix(" kB")?.parse().ok()
 }
 
+/// Restores the newest backup and measures it; what is written is removed again.
+async fn restored(config: &Path, directory: &Path) -> (u64, Value) {
+    let shown = directory.display().to_string();
+    let plan = ["restore", "many", "--json", "--target-dir", &shown];
+    let (planning, plan) = measured(config, &plan).await;
+    let digest = plan["digest"].as_str().unwrap();
+    let run = ["restore", "many", "--json", "--target-dir", &shown, "--execute", "--plan", digest];
+    let (running, report) = measured(config, &run).await;
+    assert!(directory.join("global/pg_control").exists(), "{report:#}");
+    assert_eq!(report["phases"][0]["name"], "fetch", "{report:#}");
+    fs::remove_dir_all(directory).unwrap();
+    (planning.max(running), report)
+}
+
 async fn protected(cluster: &Cluster, scratch: &Scratch) -> PathBuf {
     let directory = scratch.join("dr");
     Drctl::new(["init", directory.to_str().unwrap()]).run().await.ok();
@@ -67,18 +81,21 @@ async fn table_file(cluster: &Cluster, rows: &str) -> PathBuf {
 }
 
 #[tokio::test]
-async fn a_backup_of_fifty_thousand_relation_files_stays_within_the_bound() {
+async fn fifty_thousand_relation_files_stay_within_the_bound() {
     let (cluster, scratch) = (Cluster::start_new(15).await, Scratch::new());
     let config = protected(&cluster, &scratch).await;
     link(&table_file(&cluster, "SELECT 1 AS a").await, 50_000);
     let (peak, report) = measured(&config, &["backup", "many", "--fast", "--json"]).await;
     assert!(report["backup"]["size_bytes"].as_u64().unwrap() > 50_000 * 8192, "{report:#}");
     assert!(peak < BOUND, "the backup took {peak} KiB");
+    let (peak, report) = restored(&config, &scratch.join("restored")).await;
+    assert!(report["phases"][0]["bytes"].as_u64().unwrap() > 50_000 * 8192, "{report:#}");
+    assert!(peak < BOUND, "the restore took {peak} KiB");
 }
 
 /// Nothing of it can be compressed, so every pack is full while both regions write: the worst case in flight.
 #[tokio::test]
-async fn a_backup_of_what_does_not_compress_stays_within_the_bound() {
+async fn what_does_not_compress_stays_within_the_bound() {
     let (cluster, scratch) = (Cluster::builder(15).checksums(false).start().await, Scratch::new());
     let config = protected(&cluster, &scratch).await;
     let relation = table_file(&cluster, "SELECT 1 AS a").await;
@@ -89,6 +106,9 @@ async fn a_backup_of_what_does_not_compress_stays_within_the_bound() {
     let (peak, report) = measured(&config, &["backup", "many", "--fast", "--json"]).await;
     assert!(report["backup"]["stored_bytes"].as_u64().unwrap() > 500 << 20, "{report:#}");
     assert!(peak < BOUND, "the backup took {peak} KiB");
+    let (peak, report) = restored(&config, &scratch.join("restored")).await;
+    assert!(report["phases"][0]["fetched_bytes"].as_u64().unwrap() > 500 << 20, "{report:#}");
+    assert!(peak < BOUND, "the restore took {peak} KiB");
 }
 
 /// Bytes that no compressor shortens; the same ones every time.

@@ -62,7 +62,7 @@ async fn a_region_that_crawls_during_a_backup_owes_and_repair_pays() {
 }
 
 #[tokio::test]
-async fn a_region_that_is_killed_during_a_backup_owes_and_repair_pays() {
+async fn a_region_that_is_killed_during_a_backup_owes_and_during_a_restore_is_replaced() {
     let server = Rgw::start().await;
     let rig = Rig3::of(Site::new("alpha", &server.endpoint, &Endpoint::localstack_a()).await, Site::beta().await).await;
     rig.fill(16).await;
@@ -77,6 +77,29 @@ async fn a_region_that_is_killed_during_a_backup_owes_and_repair_pays() {
     assert_eq!(debts(&report).into_keys().collect::<Vec<_>>(), ["alpha"], "{report}");
     server.restart().await;
     rig.assert_repairs().await;
+    rig.drctl(["verify", "--scrub"]).run().await.ok();
+
+    // The same again while a restore reads from it, this time with the storage behind the gateway.
+    let directory = rig.target_dir("restored");
+    let plan = rig.plan(&directory, &[]).await.ok().json();
+    rig.alpha.objects.set(Mode::Delay(Duration::from_millis(2))).await;
+    let before = rig.alpha.objects.passed();
+    let mut restore = rig.execute(&directory, &[], plan["digest"].as_str().unwrap()).spawn();
+    process::eventually("the restore flows", Duration::from_secs(60), async || {
+        rig.alpha.objects.passed() > before + MIB
+    })
+    .await;
+    server.kill9(true).await;
+    assert!(restore.is_running(), "{}", restore.wait().await);
+    let report = restore.wait().await.ok().json();
+    let incidents = report["incidents"].as_array().unwrap();
+    assert!(!incidents.is_empty() && incidents.iter().all(|incident| incident["region"] == "alpha"), "{report}");
+    let restored = Cluster::start_restored(&directory, MAJOR).await;
+    rig.assert_filled(&restored).await;
+    server.restart().await;
+    rig.alpha.objects.set(Mode::Pass).await;
+    rig.assert_repairs().await;
+    rig.drctl(["verify", "--scrub"]).run().await.ok();
 }
 
 #[tokio::test]

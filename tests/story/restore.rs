@@ -18,7 +18,7 @@ const MAJOR: u32 = 15;
 /// A cluster that is protected into two directory regions.
 pub struct Protected {
     pub cluster: Cluster,
-    scratch: Scratch,
+    pub scratch: Scratch,
 }
 
 impl Protected {
@@ -26,7 +26,7 @@ impl Protected {
         Self::of(Cluster::builder(MAJOR).setting("wal_level", "replica")).await
     }
 
-    async fn of(builder: crate::support::pg::Builder) -> Self {
+    pub async fn of(builder: crate::support::pg::Builder) -> Self {
         let cluster = builder.start().await;
         let protected = Self { cluster, scratch: Scratch::new() };
         let home = protected.home();
@@ -34,10 +34,21 @@ impl Protected {
         let mut text = fs::read_to_string(home.join("drctl.toml")).unwrap();
         let conninfo = protected.cluster.conninfo();
         text.push_str(&format!(
-            "\n[targets.ledger]\nsource = \"postgres\"\nconninfo = \"{conninfo}\"\nship_interval = \"100ms\"\n"
+            "\n[targets.ledger]\nsource = \"postgres\"\nconninfo = \"{conninfo}\"\nmethod = \"auto\"\nship_interval = \"100ms\"\n"
         ));
         fs::write(home.join("drctl.toml"), text).unwrap();
         protected
+    }
+
+    /// How the next backup reads the cluster.
+    pub fn set_method(&self, method: &str) {
+        let path = self.home().join("drctl.toml");
+        let text = fs::read_to_string(&path).unwrap();
+        let lines = text.lines().map(|line| match line.starts_with("method = ") {
+            true => format!("method = \"{method}\"\n"),
+            false => format!("{line}\n"),
+        });
+        fs::write(&path, lines.collect::<String>()).unwrap();
     }
 
     pub fn home(&self) -> PathBuf {
@@ -51,7 +62,7 @@ impl Protected {
     /// With the configuration and PostgreSQL of this cluster.
     fn here(&self, drctl: Drctl) -> Drctl {
         let bin = self.cluster.bin_dir();
-        drctl.config(&self.home().join("drctl.toml")).env(&format!("DRCTL_PG_BIN_{MAJOR}"), bin)
+        drctl.config(&self.home().join("drctl.toml")).env(&format!("DRCTL_PG_BIN_{}", self.cluster.major()), bin)
     }
 
     pub async fn backup(&self) -> Value {
@@ -63,7 +74,7 @@ impl Protected {
     }
 
     /// Waits until everything written so far is durable.
-    async fn durable(&self) -> Lsn {
+    pub async fn durable(&self) -> Lsn {
         self.cluster.execute("SELECT txid_current(); CHECKPOINT").await;
         let wanted = self.cluster.flush_lsn().await;
         process::eventually("WAL is durable", Duration::from_secs(30), async || {
@@ -86,7 +97,7 @@ impl Protected {
     }
 
     /// Runs the command that the plan prints, as a person would: pasted into a shell.
-    async fn execute(&self, directory: &Path, options: &[&str]) -> Finished {
+    pub async fn execute(&self, directory: &Path, options: &[&str]) -> Finished {
         let plan = self.plan(directory, options).await.ok().json();
         self.here(Drctl::pasted(plan["command"].as_str().unwrap())).run().await
     }
@@ -95,7 +106,7 @@ impl Protected {
     pub async fn restored(&self, name: &str, options: &[&str]) -> Cluster {
         let directory = self.scratch.join(name);
         self.execute(&directory, options).await.ok();
-        Cluster::start_restored(&directory, MAJOR).await
+        Cluster::start_restored(&directory, self.cluster.major()).await
     }
 }
 

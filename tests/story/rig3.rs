@@ -323,7 +323,8 @@ pub fn debts(report: &Value) -> BTreeMap<String, u64> {
     debts.filter(|(_, missing)| *missing > 0).collect()
 }
 
-fn files_below(root: &Path) -> BTreeMap<String, Vec<u8>> {
+/// Every regular file below a directory, by its path from there.
+pub fn files_below(root: &Path) -> BTreeMap<String, Vec<u8>> {
     let (mut files, mut open) = (BTreeMap::new(), vec![root.to_owned()]);
     while let Some(directory) = open.pop() {
         for entry in fs::read_dir(directory).unwrap().map(Result::unwrap) {

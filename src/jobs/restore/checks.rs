@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use crate::disk::empty::{Contents, contents};
-use crate::disk::space::free_bytes;
+use crate::disk::space::{free_bytes, taken_bytes};
 use crate::jobs::context::{Context, Target};
 use crate::jobs::restore::Request;
 use crate::jobs::restore::files::{is_free, is_unfinished};
@@ -87,7 +87,12 @@ fn directory(directory: &Path, plan: &mut Plan) -> Result<()> {
 
 fn space(directory: &Path, plan: &mut Plan) {
     let existing = directory.ancestors().find(|path| path.is_dir());
-    plan.free_bytes = existing.and_then(|path| free_bytes(path).ok());
+    // What an unfinished run of this plan left is wiped before anything is written.
+    let left_over = match is_unfinished(directory, &plan.digest) {
+        true => taken_bytes(directory).unwrap_or(0),
+        false => 0,
+    };
+    plan.free_bytes = existing.and_then(|path| free_bytes(path).ok()).map(|free| free.saturating_add(left_over));
     let wanted = plan.write_bytes.0 + plan.write_bytes.1;
     if let Some(free) = plan.free_bytes.filter(|free| *free < wanted) {
         let why = format!("{wanted} bytes are written, {free} are free");

@@ -73,7 +73,8 @@ impl Retry {
         loop {
             let error = match timeout_at(end, attempt(failed)).await {
                 Err(_elapsed) => return Err(self.out_of_time(call)),
-                Ok(Err(error)) if error.is_transient() => error,
+                // A disk does not empty itself within these seconds.
+                Ok(Err(error)) if error.is_transient() && !error.is_full() => error,
                 Ok(done) => return done,
             };
             failed += 1;

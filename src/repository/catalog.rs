@@ -6,7 +6,7 @@ use bytes::Bytes;
 use futures::{StreamExt, stream};
 
 use crate::model::commit::Commit;
-use crate::model::{BackupId, Error, RegionName, Result, TargetName};
+use crate::model::{BackupId, Error, KeysetId, RegionName, Result, TargetName};
 use crate::repository::backup_writer::commit_context;
 use crate::repository::handle::Repository;
 use crate::repository::inventory::{self, InventoryLine};
@@ -144,6 +144,15 @@ pub async fn inventory(repository: &Repository, commit: &Commit) -> Result<Vec<I
     Ok(lines)
 }
 
+/// Every keyset of a backup's closure: its own, and those of earlier backups whose pages it shares.
+pub fn keysets(commit: &Commit, inventory: &[InventoryLine]) -> BTreeSet<KeysetId> {
+    let wrapped = inventory.iter().filter_map(|line| {
+        let mut parts = line.key.strip_prefix("keysets/")?.split('/').skip(1);
+        parts.next()?.parse().ok()
+    });
+    wrapped.chain([commit.keyset.clone()]).collect()
+}
+
 /// The objects of a backup beyond its inventory: the inventory's own parts and COMMIT. Their sizes are not listed
 /// anywhere; they authenticate themselves.
 pub fn own_records(commit: &Commit) -> Vec<String> {
@@ -186,6 +195,13 @@ impl Held {
         }
         debt.missing.extend(own_records(commit).into_iter().filter(|key| !objects.contains_key(key)));
         debt
+    }
+
+    /// Which of these objects are not there with their size; `None` if the region could not be read.
+    pub fn lacks(&self, lines: &[InventoryLine]) -> Option<Vec<String>> {
+        let objects = self.objects.as_ref().ok()?;
+        let lacking = lines.iter().filter(|line| objects.get(&line.key) != Some(&line.size));
+        Some(lacking.map(|line| line.key.clone()).collect())
     }
 
     /// The names it holds below `prefix`.

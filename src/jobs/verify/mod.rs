@@ -140,8 +140,8 @@ pub async fn run(context: &Context, options: &Options) -> Result<Report> {
         for Backup { commit } in chosen.iter().rev().filter(|backup| backup.commit.target == target) {
             backups.push(look.backup(commit, &held).await);
         }
-        let commits: BTreeSet<_> = all.iter().map(|backup| backup.commit.id.clone()).collect();
-        let left = scrub::beside(repository, &target, &held, (&commits, context.clock.now())).await?;
+        let of_target: Vec<_> = all.iter().filter(|backup| backup.commit.target == target).cloned().collect();
+        let left = scrub::beside(repository, &target, &held, (&of_target, context.clock.now())).await?;
         beside.orphans.extend(left.orphans);
         beside.in_progress.extend(left.in_progress);
     }
@@ -217,7 +217,9 @@ impl Look<'_> {
         report.problems.extend(scrub::check_records(repository, region, commit).await);
         if let Ok(alone) = scrub::alone(repository, &region.name) {
             let ring = self.context.ring.within(alone.regions);
-            report.problems.extend(scrub::check_wraps(&ring, region, (&commit.target, &commit.keyset)).await);
+            for keyset in catalog::keysets(commit, lines) {
+                report.problems.extend(scrub::check_wraps(&ring, region, (&commit.target, &keyset)).await);
+            }
         }
         report.reached(Level::L0);
         if self.options.level >= Level::L1 {

@@ -13,6 +13,9 @@ use crate::repository::page_state::{KnownFile, KnownPages, KnownRun};
 /// than it needs.
 pub const FRAME_PAGES: usize = 16;
 
+/// Chunks of the parent at hand at the same time; neighbours mostly share one, and one may take 300 KiB.
+const RECALLED: usize = 32;
+
 /// What is seen of a page before it is stored.
 #[derive(Debug, Clone, Copy)]
 pub struct Look {
@@ -72,7 +75,7 @@ impl Tally {
     }
 }
 
-/// The parent's map chunks that one batch needs, each read once.
+/// The parent's map chunks that one batch needs.
 #[derive(Debug)]
 pub struct Recall<'a> {
     parent: Option<&'a KnownPages>,
@@ -88,6 +91,9 @@ impl<'a> Recall<'a> {
     /// A chunk; `None` if it is not readable any more: what it describes is then stored anew.
     pub fn chunk(&mut self, number: u32) -> Option<&(FrameRef, MapChunk)> {
         let parent = self.parent?;
+        if self.chunks.len() >= RECALLED && !self.chunks.contains_key(&number) {
+            self.chunks.clear();
+        }
         let read = || {
             let read = parent.chunk(number);
             read.inspect_err(|error| tracing::warn!(%error, "pages are stored anew")).ok()

@@ -74,6 +74,11 @@ async fn a_backup_of_fifty_thousand_relation_files_stays_within_the_bound() {
     let (peak, report) = measured(&config, &["backup", "many", "--fast", "--json"]).await;
     assert!(report["backup"]["size_bytes"].as_u64().unwrap() > 50_000 * 8192, "{report:#}");
     assert!(peak < BOUND, "the backup took {peak} KiB");
+    // The next one remembers all of them.
+    cluster.execute("UPDATE t SET a = 2; CHECKPOINT").await;
+    let (peak, report) = measured(&config, &["backup", "many", "--fast", "--json"]).await;
+    assert_eq!((report["backup"]["kind"].as_str(), &report["full_because"]), (Some("incremental"), &Value::Null));
+    assert!(peak < BOUND, "the incremental backup took {peak} KiB");
 }
 
 /// Nothing of it can be compressed, so every pack is full while both regions write: the worst case in flight.

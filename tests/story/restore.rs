@@ -18,7 +18,7 @@ const MAJOR: u32 = 15;
 /// A cluster that is protected into two directory regions.
 pub struct Protected {
     pub cluster: Cluster,
-    scratch: Scratch,
+    pub scratch: Scratch,
 }
 
 impl Protected {
@@ -44,7 +44,7 @@ impl Protected {
         self.scratch.join("drctl")
     }
 
-    fn drctl<S: AsRef<std::ffi::OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Drctl {
+    pub fn drctl<S: AsRef<std::ffi::OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Drctl {
         let bin = self.cluster.bin_dir();
         Drctl::new(arguments).config(&self.home().join("drctl.toml")).env(&format!("DRCTL_PG_BIN_{MAJOR}"), bin)
     }

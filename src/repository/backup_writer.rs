@@ -20,6 +20,7 @@ use crate::model::commit::{BackupKind, Commit, Provenance, WalNeed};
 use crate::model::pages::{Batch, FileId, PAGE_SIZE};
 use crate::model::{BackupId, Error, HolderId, KeysetId, RepositoryId, Result, ResultExt, TargetName};
 use crate::repository::FORMAT;
+use crate::repository::catalog::commit_context;
 use crate::repository::compare::Tally;
 use crate::repository::fan_out::{FanOut, LaneOutcome, Patience};
 use crate::repository::handle::{Repository, Writer};
@@ -445,11 +446,6 @@ fn sources(id: &BackupId, keyset: &KeysetId, parent: Option<&Parent>) -> Vec<(Ba
 
 fn manifest_seal<'a>(repository: &'a RepositoryId, keyset: &'a Keyset, backup: &'a BackupId) -> ManifestSeal<'a> {
     ManifestSeal { repository, keyset: keyset.id(), backup, key: keyset.meta() }
-}
-
-/// What a COMMIT's signature is bound to.
-pub fn commit_context(repository: &RepositoryId, id: &BackupId) -> String {
-    format!("commit {repository} {id}")
 }
 
 /// What an intent's signature is bound to.

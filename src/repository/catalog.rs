@@ -6,8 +6,7 @@ use bytes::Bytes;
 use futures::{StreamExt, stream};
 
 use crate::model::commit::Commit;
-use crate::model::{BackupId, Error, KeysetId, RegionName, Result, TargetName};
-use crate::repository::backup_writer::commit_context;
+use crate::model::{BackupId, Error, KeysetId, RegionName, RepositoryId, Result, TargetName};
 use crate::repository::handle::Repository;
 use crate::repository::inventory::{self, InventoryLine};
 use crate::repository::layout;
@@ -67,6 +66,11 @@ pub async fn backups(repository: &Repository, target: Option<&TargetName>) -> Re
 async fn read_commit(repository: &Repository, key: &str) -> Result<Commit> {
     let parse = |bytes: Bytes| parse_commit(repository, key, &bytes);
     repository.regions.read(key, None, parse).await.map(|(commit, _)| commit)
+}
+
+/// What a COMMIT's signature is bound to.
+pub fn commit_context(repository: &RepositoryId, id: &BackupId) -> String {
+    format!("commit {repository} {id}")
 }
 
 /// Reads a COMMIT object and checks signature and name.
@@ -211,6 +215,16 @@ impl Held {
     }
 }
 
+/// What every region lists of a target.
+pub async fn held_everywhere(repository: &Repository, target: &TargetName) -> Vec<(RegionName, Held)> {
+    let held = repository
+        .regions
+        .all()
+        .iter()
+        .map(|region| async move { (region.name.clone(), Held::list(region, target).await) });
+    futures::future::join_all(held).await
+}
+
 /// What each region lacks of each backup of one target.
 ///
 /// # Errors
@@ -219,12 +233,7 @@ pub async fn debts(repository: &Repository, backups: &[Backup]) -> Result<BTreeM
     let targets: BTreeSet<_> = backups.iter().map(|backup| &backup.commit.target).collect();
     let mut debts = BTreeMap::new();
     for target in targets {
-        let held = repository
-            .regions
-            .all()
-            .iter()
-            .map(|region| async move { (region.name.clone(), Held::list(region, target).await) });
-        let held = futures::future::join_all(held).await;
+        let held = held_everywhere(repository, target).await;
         for backup in backups.iter().filter(|backup| backup.commit.target == *target) {
             let lines = inventory(repository, &backup.commit).await?;
             let of_region = |(name, held): &(RegionName, Held)| (name.clone(), held.debt(&backup.commit, &lines));

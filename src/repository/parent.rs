@@ -7,11 +7,10 @@ use std::sync::Arc;
 
 use crate::model::commit::Commit;
 use crate::model::{Error, RegionName, Result, SystemId, TargetName};
-use crate::repository::catalog::{self, Backup};
+use crate::repository::catalog::{self, Backup, held_everywhere};
 use crate::repository::handle::Repository;
 use crate::repository::inventory::InventoryLine;
 use crate::repository::page_state::KnownPages;
-use crate::repository::survey::held_everywhere;
 
 /// What a backup is compared with.
 #[derive(Debug)]

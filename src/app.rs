@@ -78,6 +78,7 @@ pub async fn context(settings: &Settings, role: Role, world: &World) -> Result<C
         writer,
         targets: targets(settings)?,
         levels: levels(settings),
+        pack_size: settings.repository.pack_size,
         state_dir: settings.repository.state_dir.clone(),
         progress: Progress::new(Arc::clone(&world.clock)),
         clock: Arc::clone(&world.clock),

@@ -14,7 +14,8 @@
 //!
 //! # The path of a page
 //! [`source::postgres`] reads it beside a server in backup mode → [`jobs::backup`] hands batches to
-//! [`repository::backup_writer`] → [`repository::packer`] fingerprints, compresses and seals frames into packs →
+//! [`repository::backup_writer`] → [`repository::packer`] fingerprints, leaves out what the parent holds
+//! ([`repository::parent`]), compresses and seals frames into packs →
 //! [`repository::fan_out`] puts each pack into every region and waits for the write quorum → manifest, inventory and, last,
 //! COMMIT. Back: [`repository::catalog`] finds COMMIT → [`jobs::restore`] plans → [`repository::restore`] fetches frames in
 //! pack order, authenticates, writes → WAL is staged, `pg_control` is put in place last.

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::ErrorKind;
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use crate::config::drill::{Drill, drill};
@@ -99,6 +100,7 @@ impl Settings {
             state_dir: PathBuf::from(DEFAULT_STATE_DIR),
             min_wraps: default_min_wraps(&regions),
             detach_after: None,
+            pack_size: *PACK_SIZES.end(),
             compression_level: CompressionLevels { pages: 3, dumps: 3, wal: 1 },
         };
         let openers = Openers::default();
@@ -169,10 +171,20 @@ fn repository(section: &Section<'_>, regions: &[Region]) -> Result<Repository> {
         state_dir: section.path("state_dir")?.unwrap_or_else(|| PathBuf::from(DEFAULT_STATE_DIR)),
         detach_after: section.interval("detach_after")?,
         min_wraps: section.integer("min_wraps", 1..=100)?.map_or_else(|| default_min_wraps(regions), to_usize),
+        pack_size: pack_size(section)?,
         compression_level: compression_levels(&section.section("compression_level")?)?,
     };
     section.finish()?;
     Ok(repository)
+}
+
+/// An object of the repository has at most 16 MiB. Below 256 KiB not every frame would fit a pack.
+const PACK_SIZES: RangeInclusive<usize> = 256 * 1024..=16 * 1024 * 1024;
+
+fn pack_size(section: &Section<'_>) -> Result<usize> {
+    let Some(bytes) = section.size("pack_size")? else { return Ok(*PACK_SIZES.end()) };
+    let fits = usize::try_from(bytes).ok().filter(|bytes| PACK_SIZES.contains(bytes));
+    fits.ok_or_else(|| section.wrong("pack_size", &Error::usage("it must be from 256KiB to 16MiB")))
 }
 
 /// For numbers whose range excludes negative ones.
@@ -269,6 +281,7 @@ mod tests {
             (&format!("[repository]\nwrite_quorum = 2\n{region}"), "expected a whole number from 1 to 1, found 2"),
             (&format!("{region}endpoint = \"http://user:hunter2@h\""), "a URL must not carry credentials"),
             (&format!("{region}credentials.write = {{ access_key_id = \"env:ID\" }}"), "has no `secret_access_key`"),
+            (&format!("[repository]\npack_size = \"17MiB\"\n{region}"), "line 2: it must be from 256KiB to 16MiB"),
             (&format!("{region}kms.key = \"alias/drctl\""), "[regions.a.kms] of drctl.toml has no `aws_region`"),
             (&format!("{region}[targets.latest]\nsource = \"postgres\""), "`latest` is not a target name"),
             (&format!("{region}[targets.l]\nsource = \"postgre\""), "use postgres"),

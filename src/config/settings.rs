@@ -101,6 +101,9 @@ pub struct Repository {
     /// How long a region may lag behind the quorum before a job goes on without it; `None` leaves it to the job.
     #[serde(serialize_with = "show::optional_duration", skip_serializing_if = "Option::is_none")]
     pub detach_after: Option<Duration>,
+    /// Bytes that a pack stays within.
+    #[serde(serialize_with = "show::size")]
+    pub pack_size: usize,
     /// zstd levels.
     pub compression_level: CompressionLevels,
 }

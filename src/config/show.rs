@@ -32,6 +32,10 @@ pub(super) fn optional_duration<S: Serializer>(duration: &Option<Duration>, seri
     duration.map(format_duration).serialize(serializer)
 }
 
+pub(super) fn size<S: Serializer>(bytes: &usize, serializer: S) -> Result<S::Ok, S::Error> {
+    format_size(*bytes as u64).serialize(serializer)
+}
+
 pub(super) fn optional_size<S: Serializer>(bytes: &Option<u64>, serializer: S) -> Result<S::Ok, S::Error> {
     bytes.map(format_size).serialize(serializer)
 }
@@ -56,6 +60,7 @@ write_quorum = 2
 degrade = { to = 1, after = "10m" }
 signers = ["00112233445566778899aabbccddeeff"]
 state_dir = "state"
+pack_size = "1MiB"
 compression_level = { pages = 5 }
 
 [regions.us-east-1]

@@ -1,9 +1,9 @@
 //! Whole files that are either all there or not there, also after a power failure.
 
-use std::fs::{File, Permissions};
-use std::io::Write;
-use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::fs::{File, OpenOptions, Permissions};
+use std::io::{BufWriter, ErrorKind, Write};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
 
 use tempfile::NamedTempFile;
 
@@ -27,6 +27,68 @@ pub fn place_new(path: &Path, bytes: &[u8], mode: u32) -> Result<(), DiskError> 
     let temporary = write_beside(path, bytes, mode)?;
     temporary.persist_noclobber(path).map_err(|error| error.error).at("create", path)?;
     sync_dir(parent(path))
+}
+
+/// A whole file that is too large for memory: written piece by piece beside its place, and put there at the end. Until then
+/// readers see what was there before.
+///
+/// It is written under one fixed name, so that what a killed process left is replaced by the next one. The caller holds a
+/// lock that keeps others from writing the same file.
+#[derive(Debug)]
+pub struct Draft {
+    out: BufWriter<File>,
+    path: PathBuf,
+    place: PathBuf,
+}
+
+impl Draft {
+    /// Begins the file that is to stand at `place`.
+    ///
+    /// # Errors
+    /// It cannot be created.
+    pub fn begin(place: &Path, mode: u32) -> Result<Self, DiskError> {
+        let mut name = place.as_os_str().to_owned();
+        name.push(".next");
+        let path = PathBuf::from(name);
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(error).at("remove", &path),
+            _ => {}
+        }
+        let file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&path).at("create", &path)?;
+        Ok(Self { out: BufWriter::new(file), path, place: place.to_owned() })
+    }
+
+    /// Adds bytes.
+    ///
+    /// # Errors
+    /// The disk is full or fails.
+    pub fn write(&mut self, bytes: &[u8]) -> Result<(), DiskError> {
+        self.out.write_all(bytes).at("write", &self.path)
+    }
+
+    /// Writes out what is buffered.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write).
+    pub fn flush(&mut self) -> Result<(), DiskError> {
+        self.out.flush().at("write", &self.path)
+    }
+
+    /// Puts the file in its place, durably.
+    ///
+    /// # Errors
+    /// As [`rename`].
+    pub fn place(mut self) -> Result<(), DiskError> {
+        self.flush()?;
+        rename(&self.path, &self.place)
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        // Gone already if it was placed; what stays of it costs space alone.
+        let _ = std::fs::remove_file(&self.path);
+    }
 }
 
 /// A rename that survives a power failure: the contents first, then the name, then both directories.
@@ -112,6 +174,25 @@ mod tests {
         assert!(!from.exists());
         assert_eq!(fs::read(&to).unwrap(), b"x");
         sync_filesystem(&to).unwrap();
+    }
+
+    #[test]
+    fn a_draft_is_seen_only_once_it_is_placed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state");
+        place(&path, b"old", 0o600).unwrap();
+        File::create(dir.path().join("state.next")).unwrap().write_all(b"of a killed run").unwrap();
+        let mut draft = Draft::begin(&path, 0o600).unwrap();
+        draft.write(b"new ").unwrap();
+        drop(draft);
+        assert_eq!(fs::read(&path).unwrap(), b"old");
+        let mut draft = Draft::begin(&path, 0o600).unwrap();
+        draft.write(b"new ").unwrap();
+        draft.write(b"state").unwrap();
+        draft.place().unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"new state");
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o600);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no draft stays behind");
     }
 
     #[test]

@@ -24,6 +24,8 @@ pub struct Context {
     pub targets: Vec<Target>,
     /// zstd levels.
     pub levels: Levels,
+    /// Bytes that a pack stays within.
+    pub pack_size: usize,
     /// Caches, locks, the signer's key.
     pub state_dir: PathBuf,
     /// What is going on, for whoever draws it.

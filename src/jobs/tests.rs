@@ -24,6 +24,7 @@ async fn context(fixture: &Fixture) -> Context {
         writer: None,
         targets: Vec::new(),
         levels: Levels { pages: 1, dumps: 1, wal: 1 },
+        pack_size: crate::repository::pack::OBJECT_LIMIT,
         state_dir: PathBuf::new(),
         progress: Progress::new(Arc::clone(&clock)),
         clock,
@@ -179,9 +180,11 @@ async fn a_run_that_never_committed_is_an_orphan_once_a_newer_one_began() {
     let fixture = tiny(2, 2).await;
     let unfinished = {
         use crate::repository::backup_writer::BackupWriter;
+        use crate::repository::parent::Basis;
         use crate::repository::testing::{options, send};
         fixture.clock.advance(5);
-        let mut writer = BackupWriter::begin(&fixture.repository, &fixture.writer, options()).await.unwrap();
+        let writer = BackupWriter::begin(&fixture.repository, &fixture.writer, options(), Basis::nothing("a test"));
+        let mut writer = writer.await.unwrap();
         send(&mut writer, &[Made::new("base/1", vec![7; 70 * 8192])]).await;
         writer.flush().await.unwrap();
         writer.id().clone()

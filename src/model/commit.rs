@@ -67,6 +67,9 @@ pub struct Commit {
     pub manifest: Parts,
     /// The inventory's parts.
     pub inventory: Parts,
+    /// The writer's page-map state of this backup, which never leaves its machine; `None` if it kept none. The next
+    /// backup shares pages with this one only if the state that the writer finds is the one named here.
+    pub page_map: Option<StateDigest>,
     /// How many regions had to hold every object before this record was written.
     pub quorum: u8,
     /// Who wrote it: host and drctl version.
@@ -102,6 +105,17 @@ pub struct Parts {
     /// Stored bytes of all together.
     pub bytes: u64,
     /// SHA-256 over the parts' SHA-256 digests (32 raw bytes each), in order.
+    #[serde(with = "crate::model::commit::hex32")]
+    pub sha256: [u8; 32],
+}
+
+/// What proves a file of the writer's state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StateDigest {
+    /// Its bytes.
+    pub bytes: u64,
+    /// SHA-256 of them.
     #[serde(with = "crate::model::commit::hex32")]
     pub sha256: [u8; 32],
 }

@@ -3,7 +3,9 @@
 //! Until COMMIT is in `write_quorum` regions there is no backup, whatever else was written; what a killed run leaves is
 //! orphaned packs that `verify` lists and prune removes.
 
-use std::sync::Arc;
+use std::collections::{BTreeSet, HashMap};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use chrono::{DateTime, TimeDelta, Utc};
@@ -16,8 +18,10 @@ use crate::codec::sign::sign_text;
 use crate::keys::keyset::Keyset;
 use crate::model::commit::{BackupKind, Commit, Provenance, WalNeed};
 use crate::model::pages::{Batch, FileId, PAGE_SIZE};
-use crate::model::{BackupId, Error, HolderId, RepositoryId, Result, ResultExt, TargetName};
+use crate::model::{BackupId, Error, HolderId, KeysetId, RepositoryId, Result, ResultExt, TargetName};
 use crate::repository::FORMAT;
+use crate::repository::catalog::commit_context;
+use crate::repository::compare::Tally;
 use crate::repository::fan_out::{FanOut, LaneOutcome, Patience};
 use crate::repository::handle::{Repository, Writer};
 use crate::repository::inventory::{self, InventoryLine};
@@ -25,8 +29,10 @@ use crate::repository::keysets;
 use crate::repository::layout;
 use crate::repository::manifest::{self, ChunkUse, Line, ManifestSeal, ManifestWriter, PartsSummary};
 use crate::repository::pack::FrameSeal;
-use crate::repository::packer::{PackSettings, Packer, Placed, Sealed};
-use crate::repository::tree::{CompleteFile, Tree};
+use crate::repository::packer::{PackSettings, Packer, Placed, Sealed, Work};
+use crate::repository::page_state::{Keeper, Kept, StateHead};
+use crate::repository::parent::{Basis, Parent};
+use crate::repository::tree::{CompleteFile, FileRun, Tree};
 use crate::store::Digest;
 
 /// A backup under way, so that prune leaves its objects and its parent alone.
@@ -60,6 +66,10 @@ pub struct BackupOptions {
     pub workers: usize,
     /// Whether the source's pages carry checksums.
     pub page_checksums: bool,
+    /// Bytes that a pack stays within.
+    pub pack_size: usize,
+    /// Where its pages are remembered for the next backup; `None` to forget them.
+    pub state: Option<PathBuf>,
 }
 
 /// An intent holds for a week: longer than any backup that is still alive.
@@ -84,7 +94,12 @@ pub struct BackupWriter {
     manifest: ManifestWriter,
     manifest_parts: PartsSummary,
     tree: Tree,
-    batches: Option<mpsc::Sender<Batch>>,
+    basis: Basis,
+    sources: Vec<(BackupId, KeysetId)>,
+    source_numbers: HashMap<BackupId, u16>,
+    keeper: Arc<Keeper>,
+    tally: Arc<Mutex<Tally>>,
+    batches: Option<mpsc::Sender<Work>>,
     placed: mpsc::UnboundedReceiver<Placed>,
     uploads: JoinHandle<Result<Vec<InventoryLine>>>,
     damaged_pages: u64,
@@ -99,6 +114,21 @@ pub struct Written {
     pub regions: Vec<LaneOutcome>,
     /// Key holders that could not wrap the keyset.
     pub wrap_debts: Vec<(HolderId, String)>,
+    /// Why it shares no pages with an earlier one; `None` if it does.
+    pub full_because: Option<String>,
+    /// What was looked at.
+    pub pages: PageCounts,
+    /// Why the next backup will not find its pages remembered.
+    pub not_remembered: Option<String>,
+}
+
+/// Pages of a backup.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct PageCounts {
+    /// Read from the source.
+    pub read: u64,
+    /// Not the same as in the parent, at the same place; all of them in a full backup.
+    pub changed: u64,
 }
 
 impl BackupWriter {
@@ -106,22 +136,35 @@ impl BackupWriter {
     ///
     /// # Errors
     /// Intent or keyset did not reach the quorum; too few key holders answered.
-    pub async fn begin(repository: &Repository, writer: &Writer, options: BackupOptions) -> Result<Self> {
+    pub async fn begin(repository: &Repository, writer: &Writer, options: BackupOptions, basis: Basis) -> Result<Self> {
         let out = Arc::new(FanOut::new(&repository.regions, Patience::BACKUP));
         let started_at = writer.clock.now();
         let id = BackupId::new(&options.target, started_at, writer.rng.as_ref())?;
         repository.enroll(writer, &out).await.during(|| "enrol the signer")?;
         let expires_at = started_at + TimeDelta::days(INTENT_DAYS);
-        let intent = Intent { format: FORMAT, backup: id.clone(), parent: None, created_at: started_at, expires_at };
+        let parent = basis.parent().map(|parent| parent.commit.id.clone());
+        let intent = Intent { format: FORMAT, backup: id.clone(), parent, created_at: started_at, expires_at };
         put_signed(&out, writer, layout::intent(&id), &intent_context(&repository.id, &id), &intent).await?;
         let stored =
             keysets::create(&repository.id, &options.target, &writer.holders, writer.rng.as_ref(), &out).await?;
-        let fingerprints = Arc::new(PageFingerprinter::generate(writer.rng.as_ref())?);
+        // One secret for a generation: under another one no page would look the same.
+        let fingerprints = match basis.parent() {
+            Some(parent) => parent.pages.fingerprints(),
+            None => Arc::new(PageFingerprinter::generate(writer.rng.as_ref())?),
+        };
         let seal =
             FrameSeal { repository: repository.id.clone(), keyset: stored.keyset.id().clone(), backup: id.clone() };
-        let keyset = Arc::clone(&stored.keyset);
-        let settings = PackSettings { seal, keyset, fingerprints: Arc::clone(&fingerprints), level: options.level };
-        let Packer { batches, packs, placed } = Packer::start(&settings, options.workers);
+        let settings = PackSettings {
+            seal,
+            keyset: Arc::clone(&stored.keyset),
+            fingerprints: Arc::clone(&fingerprints),
+            level: options.level,
+            pack_size: options.pack_size,
+            parent: basis.parent().map(|parent| Arc::clone(&parent.pages)),
+            keeper: Arc::new(Keeper::begin(options.state.as_deref(), &state_head(&repository.id, &id, &fingerprints))),
+        };
+        let sources = sources(&id, stored.keyset.id(), basis.parent());
+        let Packer { batches, packs, placed, tally } = Packer::start(&settings, options.workers);
         let uploads = spawn_uploads(Arc::clone(&out), options.target.clone(), packs);
         let mut backup = Self {
             id,
@@ -136,6 +179,11 @@ impl BackupWriter {
             manifest: ManifestWriter::default(),
             manifest_parts: PartsSummary::default(),
             tree: Tree::default(),
+            basis,
+            source_numbers: (0..).zip(&sources).map(|(number, (id, _))| (id.clone(), number)).collect(),
+            sources,
+            keeper: settings.keeper,
+            tally,
             batches: Some(batches),
             placed,
             uploads,
@@ -159,7 +207,7 @@ impl BackupWriter {
             page_size: u32::try_from(PAGE_SIZE).unwrap_or(u32::MAX),
             fingerprint_secret: hex::encode(fingerprints.secret()),
             page_checksums: self.options.page_checksums,
-            sources: vec![(self.id.clone(), self.keyset.id().clone())],
+            sources: self.sources.clone(),
         })
     }
 
@@ -193,8 +241,13 @@ impl BackupWriter {
     /// # Errors
     /// Packing or uploading failed.
     pub async fn batch(&mut self, batch: Batch) -> Result<()> {
+        let known = batch.pieces.iter().map(|piece| {
+            let path = self.tree.path(piece.file)?;
+            self.basis.parent()?.pages.file(path)
+        });
+        let work = Work { known: known.collect(), batch };
         let sent = match &self.batches {
-            Some(batches) => batches.send(batch).await.is_ok(),
+            Some(batches) => batches.send(work).await.is_ok(),
             None => false,
         };
         if !sent {
@@ -241,37 +294,86 @@ impl BackupWriter {
         for part in parts {
             self.put_manifest_part(part).await?;
         }
+        let own_bytes: u64 = self.inventory.iter().map(|line| line.size).sum();
+        let carried = self.carried()?;
+        let closure = self.inventory.iter().chain(&carried).filter(|line| !line.key.starts_with("manifests/"));
+        let (kept, not_remembered) = self.keeper.finish(closure);
+        self.inventory.extend(carried);
         let inventory = self.put_inventory().await?;
         let now = self.writer.clock.now();
         if now >= self.expires_at {
             let text = format!("backup {} took longer than its intent allows", self.id);
             return Err(Error::failed(text).hint("its objects may be pruned already: take a new backup"));
         }
-        let stored: u64 = self.inventory.iter().map(|line| line.size).sum();
+        let parent = self.basis.parent().map(|parent| parent.commit.id.clone());
         let commit = Commit {
             format: FORMAT,
             repository: self.repository.id.clone(),
             id: self.id.clone(),
             target: self.options.target.clone(),
             source: self.options.source.to_owned(),
-            kind: BackupKind::Full,
-            parent: None,
+            kind: if parent.is_some() { BackupKind::Incremental } else { BackupKind::Full },
+            parent,
             started_at: self.started_at,
             finished_at: now,
             size_bytes,
-            stored_bytes: stored + inventory.bytes,
+            stored_bytes: own_bytes + inventory.bytes,
             damaged_pages: self.damaged_pages,
             keyset: self.keyset.id().clone(),
             wal,
             manifest: self.manifest_parts.finish(),
             inventory,
+            page_map: kept.as_ref().map(|kept| kept.digest),
             quorum: u8::try_from(self.repository.regions.quorum()).unwrap_or(u8::MAX),
             provenance: self.provenance(),
         };
         let key = layout::commit(&self.options.target, &self.id);
         put_signed(&self.out, &self.writer, key, &commit_context(&self.repository.id, &self.id), &commit).await?;
+        // From here on the backup exists; a state that does not get into its place costs the next one a full.
+        let placed = kept.map_or(Ok(()), Kept::place).map_err(|error| error.to_string());
+        let pages = self.counts();
         let out = Arc::into_inner(self.out).ok_or_else(|| Error::failed("an upload is still running"))?;
-        Ok(Written { commit, regions: out.drain().await, wrap_debts: self.wrap_debts })
+        let mut regions = out.drain().await;
+        if let Some(parent) = self.basis.parent() {
+            regions
+                .iter_mut()
+                .for_each(|lane| lane.missing_objects += parent.missing_in(&lane.region, &self.inventory));
+        }
+        Ok(Written {
+            commit,
+            regions,
+            wrap_debts: self.wrap_debts,
+            full_because: self.basis.full_because().map(str::to_owned),
+            pages,
+            not_remembered: not_remembered.or(placed.err()),
+        })
+    }
+
+    fn counts(&self) -> PageCounts {
+        let tally = self.tally.lock().unwrap_or_else(PoisonError::into_inner);
+        PageCounts { read: tally.read, changed: tally.changed }
+    }
+
+    /// The objects of earlier backups without which this one cannot be read: packs that it refers to, and the wraps of
+    /// the keysets that open them.
+    fn carried(&self) -> Result<Vec<InventoryLine>> {
+        let Some(parent) = self.basis.parent() else { return Ok(Vec::new()) };
+        let tally = self.tally.lock().unwrap_or_else(PoisonError::into_inner);
+        let target = &self.options.target;
+        let packs = tally.packs.iter().map(|pack| layout::pack(target, &pack.backup, pack.ordinal));
+        let packs: BTreeSet<_> = packs.collect();
+        let keysets: Vec<_> = tally.keysets.iter().map(|keyset| layout::keyset(target, keyset)).collect();
+        let wanted = |line: &&InventoryLine| {
+            packs.contains(&line.key) || keysets.iter().any(|keyset| line.key.starts_with(keyset))
+        };
+        let lines: Vec<_> = parent.pages.objects().iter().filter(wanted).cloned().collect();
+        let keys: BTreeSet<_> = lines.iter().map(|line| line.key.as_str()).collect();
+        let wrapped = |keyset: &String| keys.range(keyset.as_str()..).next().is_some_and(|key| key.starts_with(keyset));
+        if packs.iter().all(|pack| keys.contains(pack.as_str())) && keysets.iter().all(wrapped) {
+            return Ok(lines);
+        }
+        let text = format!("the closure of {} lacks what its pages are in", parent.commit.id);
+        Err(Error::failed(text).hint("take a full backup: drctl backup --full"))
     }
 
     fn provenance(&self) -> Provenance {
@@ -285,10 +387,14 @@ impl BackupWriter {
     }
 
     async fn complete(&mut self, files: impl IntoIterator<Item = CompleteFile>) -> Result<()> {
-        for CompleteFile { mut line, chunks } in files {
-            // A full backup's chunks are all its own: source 0.
-            let uses = chunks.iter().map(|(frame, first, pages)| ChunkUse::new(frame, |_| 0, *first, *pages));
-            line.chunks = uses.collect();
+        for CompleteFile { mut line, runs } in files {
+            let number = |backup: &BackupId| {
+                let unknown = || Error::failed(format!("{backup} is not among the sources of {}", self.id));
+                self.source_numbers.get(backup).copied().ok_or_else(unknown)
+            };
+            let chunk_use = |run: &FileRun| ChunkUse::new(&run.chunk, number, (run.first_entry, run.pages));
+            line.chunks = runs.iter().map(chunk_use).collect::<Result<_>>()?;
+            self.keeper.file(&line.path, runs.iter().map(|run| (run.kept, run.first_entry, run.pages)).collect());
             self.line(&Line::File(line)).await?;
         }
         Ok(())
@@ -321,13 +427,25 @@ impl BackupWriter {
     }
 }
 
-fn manifest_seal<'a>(repository: &'a RepositoryId, keyset: &'a Keyset, backup: &'a BackupId) -> ManifestSeal<'a> {
-    ManifestSeal { repository, keyset: keyset.id(), backup, key: keyset.meta() }
+fn state_head(repository: &RepositoryId, backup: &BackupId, fingerprints: &PageFingerprinter) -> StateHead {
+    StateHead {
+        format: FORMAT,
+        repository: repository.clone(),
+        backup: backup.clone(),
+        fingerprint_secret: hex::encode(fingerprints.secret()),
+    }
 }
 
-/// What a COMMIT's signature is bound to.
-pub fn commit_context(repository: &RepositoryId, id: &BackupId) -> String {
-    format!("commit {repository} {id}")
+/// The backups whose map chunks this one may use, itself first. They must be known before the first page is read, since
+/// the manifest begins with them: every source of the parent.
+fn sources(id: &BackupId, keyset: &KeysetId, parent: Option<&Parent>) -> Vec<(BackupId, KeysetId)> {
+    let earlier = parent.into_iter().flat_map(|parent| parent.pages.sources());
+    let earlier = earlier.map(|(backup, keyset)| (backup.clone(), keyset.clone()));
+    [(id.clone(), keyset.clone())].into_iter().chain(earlier).collect()
+}
+
+fn manifest_seal<'a>(repository: &'a RepositoryId, keyset: &'a Keyset, backup: &'a BackupId) -> ManifestSeal<'a> {
+    ManifestSeal { repository, keyset: keyset.id(), backup, key: keyset.meta() }
 }
 
 /// What an intent's signature is bound to.

@@ -6,8 +6,7 @@ use bytes::Bytes;
 use futures::{StreamExt, stream};
 
 use crate::model::commit::Commit;
-use crate::model::{BackupId, Error, RegionName, Result, TargetName};
-use crate::repository::backup_writer::commit_context;
+use crate::model::{BackupId, Error, KeysetId, RegionName, RepositoryId, Result, TargetName};
 use crate::repository::handle::Repository;
 use crate::repository::inventory::{self, InventoryLine};
 use crate::repository::layout;
@@ -67,6 +66,11 @@ pub async fn backups(repository: &Repository, target: Option<&TargetName>) -> Re
 async fn read_commit(repository: &Repository, key: &str) -> Result<Commit> {
     let parse = |bytes: Bytes| parse_commit(repository, key, &bytes);
     repository.regions.read(key, None, parse).await.map(|(commit, _)| commit)
+}
+
+/// What a COMMIT's signature is bound to.
+pub fn commit_context(repository: &RepositoryId, id: &BackupId) -> String {
+    format!("commit {repository} {id}")
 }
 
 /// Reads a COMMIT object and checks signature and name.
@@ -144,6 +148,15 @@ pub async fn inventory(repository: &Repository, commit: &Commit) -> Result<Vec<I
     Ok(lines)
 }
 
+/// Every keyset of a backup's closure: its own, and those of earlier backups whose pages it shares.
+pub fn keysets(commit: &Commit, inventory: &[InventoryLine]) -> BTreeSet<KeysetId> {
+    let wrapped = inventory.iter().filter_map(|line| {
+        let mut parts = line.key.strip_prefix("keysets/")?.split('/').skip(1);
+        parts.next()?.parse().ok()
+    });
+    wrapped.chain([commit.keyset.clone()]).collect()
+}
+
 /// The objects of a backup beyond its inventory: the inventory's own parts and COMMIT. Their sizes are not listed
 /// anywhere; they authenticate themselves.
 pub fn own_records(commit: &Commit) -> Vec<String> {
@@ -188,11 +201,28 @@ impl Held {
         debt
     }
 
+    /// Which of these objects are not there with their size; `None` if the region could not be read.
+    pub fn lacks(&self, lines: &[InventoryLine]) -> Option<Vec<String>> {
+        let objects = self.objects.as_ref().ok()?;
+        let lacking = lines.iter().filter(|line| objects.get(&line.key) != Some(&line.size));
+        Some(lacking.map(|line| line.key.clone()).collect())
+    }
+
     /// The names it holds below `prefix`.
     pub fn below<'a>(&'a self, prefix: &'a str) -> impl Iterator<Item = &'a str> {
         let keys = self.objects.iter().flat_map(BTreeMap::keys);
         keys.map(String::as_str).filter(move |key| key.starts_with(prefix))
     }
+}
+
+/// What every region lists of a target.
+pub async fn held_everywhere(repository: &Repository, target: &TargetName) -> Vec<(RegionName, Held)> {
+    let held = repository
+        .regions
+        .all()
+        .iter()
+        .map(|region| async move { (region.name.clone(), Held::list(region, target).await) });
+    futures::future::join_all(held).await
 }
 
 /// What each region lacks of each backup of one target.
@@ -203,12 +233,7 @@ pub async fn debts(repository: &Repository, backups: &[Backup]) -> Result<BTreeM
     let targets: BTreeSet<_> = backups.iter().map(|backup| &backup.commit.target).collect();
     let mut debts = BTreeMap::new();
     for target in targets {
-        let held = repository
-            .regions
-            .all()
-            .iter()
-            .map(|region| async move { (region.name.clone(), Held::list(region, target).await) });
-        let held = futures::future::join_all(held).await;
+        let held = held_everywhere(repository, target).await;
         for backup in backups.iter().filter(|backup| backup.commit.target == *target) {
             let lines = inventory(repository, &backup.commit).await?;
             let of_region = |(name, held): &(RegionName, Held)| (name.clone(), held.debt(&backup.commit, &lines));

@@ -260,7 +260,8 @@ async fn fill(fixture: &Fixture, writer: &handle::Writer) {
         let control = Made::new(CONTROL_FILE, vec![round; 100]);
         let files = [Made::new("base/1", format!("tiny {round}").into_bytes()), control];
         let options = crate::repository::testing::options();
-        let begun = crate::repository::backup_writer::BackupWriter::begin(repository, writer, options).await;
+        let basis = crate::repository::parent::Basis::nothing("a test");
+        let begun = crate::repository::backup_writer::BackupWriter::begin(repository, writer, options, basis).await;
         let mut backup = begun.unwrap();
         send(&mut backup, &files).await;
         backup.flush().await.unwrap();

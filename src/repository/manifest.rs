@@ -107,10 +107,17 @@ pub struct ChunkUse(pub u16, pub u32, pub u32, pub u16, pub u32, pub u32, pub u3
 
 impl ChunkUse {
     /// Writes a use of `frame`; `source_of` numbers backups.
-    pub fn new(frame: &FrameRef, source_of: impl Fn(&BackupId) -> u16, first: u16, pages: u16) -> Self {
-        let (born, now) = (source_of(&frame.id.pack.backup), source_of(&frame.pack.backup));
+    ///
+    /// # Errors
+    /// Those of `source_of`.
+    pub fn new(
+        frame: &FrameRef,
+        source_of: impl Fn(&BackupId) -> Result<u16>,
+        (first, pages): (u16, u16),
+    ) -> Result<Self> {
+        let (born, now) = (source_of(&frame.id.pack.backup)?, source_of(&frame.pack.backup)?);
         let FrameRef { id, pack, offset, length, .. } = frame;
-        Self(born, id.pack.ordinal, id.ordinal, now, pack.ordinal, *offset, *length, first, pages)
+        Ok(Self(born, id.pack.ordinal, id.ordinal, now, pack.ordinal, *offset, *length, first, pages))
     }
 
     /// The chunk's frame.

@@ -5,6 +5,7 @@
 
 pub mod backup_writer;
 pub mod catalog;
+pub mod compare;
 pub mod escape;
 #[cfg(test)]
 #[allow(clippy::cast_possible_truncation, reason = "made-up data is small")]
@@ -21,9 +22,14 @@ pub mod mend;
 pub mod pack;
 pub mod packer;
 pub mod page_map;
+pub mod page_state;
+pub mod parent;
 pub mod regions;
 pub mod restore;
 pub mod scrub;
+#[cfg(test)]
+#[allow(clippy::cast_possible_truncation, reason = "made-up data is small")]
+mod share_tests;
 pub mod survey;
 #[cfg(test)]
 #[allow(clippy::cast_possible_truncation, reason = "made-up data is small")]

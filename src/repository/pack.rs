@@ -12,6 +12,8 @@ use crate::repository::page_map::{FrameId, FrameRef, PackId};
 
 /// The most that one object holds.
 pub const OBJECT_LIMIT: usize = 16 * 1024 * 1024;
+/// The least that a pack may be limited to: room for the largest frame, whatever it compresses to.
+pub const SMALLEST_PACK: usize = 256 * 1024;
 
 const MAGIC: &[u8; 8] = b"DRCTLP1\n";
 
@@ -47,21 +49,22 @@ impl FrameSeal {
 pub struct PackBuilder {
     id: PackId,
     bytes: Vec<u8>,
+    limit: usize,
     frames: u32,
 }
 
 impl PackBuilder {
-    /// An empty pack.
-    pub fn new(id: PackId) -> Self {
-        let mut bytes = Vec::with_capacity(OBJECT_LIMIT);
+    /// An empty pack that is to stay within `limit` bytes.
+    pub fn new(id: PackId, limit: usize) -> Self {
+        let mut bytes = Vec::with_capacity(limit);
         bytes.extend_from_slice(MAGIC);
-        Self { id, bytes, frames: 0 }
+        Self { id, bytes, limit, frames: 0 }
     }
 
     /// Whether a frame of `plain` bytes still fits, whatever it compresses to.
     pub fn has_room(&self, plain: usize) -> bool {
         // Header, segment and payload overhead of a seal stay far below 4 KiB at this size.
-        self.bytes.len() + plain + 4096 <= OBJECT_LIMIT
+        self.bytes.len() + plain + 4096 <= self.limit
     }
 
     /// Compresses, seals and appends one frame.

@@ -1,7 +1,10 @@
-//! From pages to packs: fingerprint, compress, seal, on every core.
+//! From pages to packs: fingerprint, compare, compress, seal, on every core.
 //!
 //! Workers share one bounded queue. Each fills a pack of its own and hands it on when it is full, so memory is bounded by
 //! workers, queue and uploads in flight, whatever the size of the cluster.
+//!
+//! A page whose fingerprint is the parent's for the same block of the same file is not stored again: the map names the
+//! parent's frame. Where nothing changed at all, the file refers to the parent's map chunk.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -13,13 +16,11 @@ use crate::codec::seal::Unit;
 use crate::keys::keyset::Keyset;
 use crate::model::pages::{Batch, PAGE_SIZE, Piece};
 use crate::model::{Error, Result};
+use crate::repository::compare::{ChunkBuilder, Look, Recall, Tally};
 use crate::repository::pack::{FrameSeal, OBJECT_LIMIT, Pack, PackBuilder};
-use crate::repository::page_map::{FrameRef, MapChunk, PackId, PageEntry};
+use crate::repository::page_map::{FrameRef, PackId};
+use crate::repository::page_state::{Keeper, KnownFile, KnownPages};
 use crate::store::Digest;
-
-/// Pages compressed together. 64 KiB already reach 99 % of the ratio of 1 MiB; more would only make restore read more
-/// than it needs.
-pub const FRAME_PAGES: usize = 16;
 
 /// What every worker needs.
 #[derive(Debug, Clone)]
@@ -32,15 +33,41 @@ pub struct PackSettings {
     pub fingerprints: Arc<PageFingerprinter>,
     /// zstd level.
     pub level: i32,
+    /// Bytes that a pack stays within.
+    pub pack_size: usize,
+    /// What the parent holds.
+    pub parent: Option<Arc<KnownPages>>,
+    /// Remembers the maps for the next backup.
+    pub keeper: Arc<Keeper>,
+}
+
+/// A batch and what the parent knows of its files, piece by piece.
+#[derive(Debug)]
+pub struct Work {
+    /// The pages.
+    pub batch: Batch,
+    /// One for each piece; `None` for a file that the parent does not have.
+    pub known: Vec<Option<Arc<KnownFile>>>,
 }
 
 /// Where the pages of one batch are kept.
 #[derive(Debug)]
 pub struct Placed {
-    /// The map chunk that describes the batch.
+    /// Its pieces.
+    pub pieces: Vec<PlacedPiece>,
+}
+
+/// A piece and the map chunk that describes it.
+#[derive(Debug)]
+pub struct PlacedPiece {
+    /// The piece.
+    pub piece: Piece,
+    /// The chunk: a new one of this backup, or one that the parent uses.
     pub chunk: FrameRef,
-    /// Each piece and the first of its entries in the chunk.
-    pub pieces: Vec<(Piece, u16)>,
+    /// The entry of the piece's first page.
+    pub first_entry: u16,
+    /// The chunk's number in the page-map state.
+    pub kept: u32,
 }
 
 /// A pack on its way to the regions.
@@ -56,11 +83,13 @@ pub struct Sealed {
 #[derive(Debug)]
 pub struct Packer {
     /// Takes batches; full means wait. Dropping it lets the workers finish.
-    pub batches: mpsc::Sender<Batch>,
+    pub batches: mpsc::Sender<Work>,
     /// Gives finished packs.
     pub packs: mpsc::Receiver<Result<Sealed>>,
     /// Gives the places of pages; unbounded, because a worker must never wait for the one who also feeds it.
     pub placed: mpsc::UnboundedReceiver<Placed>,
+    /// Counts, complete once the workers have finished.
+    pub tally: Arc<Mutex<Tally>>,
 }
 
 impl Packer {
@@ -71,86 +100,111 @@ impl Packer {
         let (placed_in, placed) = mpsc::unbounded_channel();
         let queue = Arc::new(Mutex::new(queue));
         let ordinals = Arc::new(std::sync::atomic::AtomicU32::new(0));
+        let tally = Arc::new(Mutex::new(Tally::default()));
         for _ in 0..workers.max(1) {
             let worker = Worker {
                 settings: settings.clone(),
                 ordinals: Arc::clone(&ordinals),
                 packs: packs_in.clone(),
                 placed: placed_in.clone(),
+                tally: Arc::clone(&tally),
             };
             let queue = Arc::clone(&queue);
             tokio::task::spawn_blocking(move || worker.run(&queue));
         }
-        Self { batches, packs, placed }
+        Self { batches, packs, placed, tally }
     }
 }
+
+/// The pack that a worker fills, and its compressor.
+type Sink<'a> = (&'a mut Option<PackBuilder>, &'a mut Compressor);
 
 struct Worker {
     settings: PackSettings,
     ordinals: Arc<std::sync::atomic::AtomicU32>,
     packs: mpsc::Sender<Result<Sealed>>,
     placed: mpsc::UnboundedSender<Placed>,
+    tally: Arc<Mutex<Tally>>,
 }
 
 impl Worker {
-    fn run(&self, queue: &Mutex<mpsc::Receiver<Batch>>) {
+    fn run(&self, queue: &Mutex<mpsc::Receiver<Work>>) {
         if let Err(error) = self.work(queue) {
             // The receiver is gone only when the job has failed already.
             let _ = self.packs.blocking_send(Err(error));
         }
     }
 
-    fn work(&self, queue: &Mutex<mpsc::Receiver<Batch>>) -> Result<()> {
+    fn work(&self, queue: &Mutex<mpsc::Receiver<Work>>) -> Result<()> {
         let mut compressor = Compressor::new(self.settings.level)?;
         let mut open: Option<PackBuilder> = None;
         loop {
             // One worker waits in the queue and holds the lock; the others wait for the lock.
-            let batch = queue.lock().unwrap_or_else(PoisonError::into_inner).blocking_recv();
-            let Some(batch) = batch else { break };
-            let placed = self.place(&batch, &mut open, &mut compressor)?;
+            let work = queue.lock().unwrap_or_else(PoisonError::into_inner).blocking_recv();
+            let Some(work) = work else { break };
+            let mut tally = Tally::default();
+            let placed = self.place(&work, &mut tally, (&mut open, &mut compressor))?;
+            self.tally.lock().unwrap_or_else(PoisonError::into_inner).add(tally);
             let _ = self.placed.send(placed);
         }
         open.filter(|pack| !pack.is_empty()).map_or(Ok(()), |pack| self.hand_on(pack))
     }
 
-    fn place(&self, batch: &Batch, open: &mut Option<PackBuilder>, compressor: &mut Compressor) -> Result<Placed> {
-        let mut chunk = MapChunk::default();
-        let mut plain = Vec::with_capacity(FRAME_PAGES * PAGE_SIZE);
-        let pages = batch.data.chunks_exact(PAGE_SIZE);
-        for group in pages.collect::<Vec<_>>().chunks(FRAME_PAGES) {
-            plain.clear();
-            let frame = u16::try_from(chunk.frames.len()).unwrap_or(u16::MAX);
-            for page in group {
-                let zero = page.iter().all(|byte| *byte == 0);
-                let slot = u8::try_from(plain.len() / PAGE_SIZE).unwrap_or(u8::MAX);
-                if !zero {
-                    plain.extend_from_slice(page);
-                }
-                let place = (!zero).then_some((frame, slot));
-                chunk.entries.push(PageEntry { place, fingerprint: self.settings.fingerprints.of(page) });
+    fn place(&self, work: &Work, tally: &mut Tally, (open, compressor): Sink<'_>) -> Result<Placed> {
+        let mut recall = Recall::new(self.settings.parent.as_deref());
+        let mut builder = ChunkBuilder::default();
+        // Pieces of the new chunk wait here for its name.
+        let (mut pieces, mut new) = (Vec::with_capacity(work.batch.pieces.len()), Vec::new());
+        let mut data = work.batch.data.as_slice();
+        for (piece, known) in work.batch.pieces.iter().zip(&work.known) {
+            let (bytes, rest) = data.split_at_checked(piece.pages as usize * PAGE_SIZE).ok_or_else(short_batch)?;
+            data = rest;
+            let pages = bytes.chunks_exact(PAGE_SIZE);
+            let looks: Vec<_> = pages.clone().map(|page| Look::at(page, &self.settings.fingerprints)).collect();
+            tally.read += looks.len() as u64;
+            if let Some(run) = known.as_ref().and_then(|known| recall.unchanged(known, piece, &looks)) {
+                let (chunk, map) = recall.chunk(run.chunk).ok_or_else(forgotten)?;
+                let kept = self.settings.keeper.carry(run.chunk, chunk, map);
+                tally.refer_to_chunk(chunk, map, run.entries());
+                let chunk = chunk.clone();
+                pieces.push(PlacedPiece { piece: *piece, chunk, first_entry: run.first_entry, kept });
+                continue;
             }
-            if !plain.is_empty() {
-                chunk.frames.push(self.add(Unit::Frame, &plain, open, compressor)?);
+            new.push((*piece, builder.entries()));
+            for ((number, page), look) in (piece.first_page..).zip(pages).zip(&looks) {
+                match known.as_ref().and_then(|known| recall.same(known, number, look)) {
+                    Some(place) => builder.share(place, look, tally),
+                    None => {
+                        tally.changed += 1;
+                        builder.store(page, look);
+                    }
+                }
+                if builder.is_full() {
+                    self.store_frame(&mut builder, (open, compressor))?;
+                }
             }
         }
-        let mut first = 0;
-        let pieces = batch.pieces.iter().map(|piece| {
-            let at = first;
-            first += u16::try_from(piece.pages).unwrap_or(u16::MAX);
-            (*piece, at)
-        });
-        let pieces = pieces.collect();
-        let chunk = self.add(Unit::Map, &chunk.encode(), open, compressor)?;
-        Ok(Placed { chunk, pieces })
+        self.store_frame(&mut builder, (open, compressor))?;
+        if !new.is_empty() {
+            let encoded = builder.finish().encode();
+            let chunk = self.add(Unit::Map, &encoded, (open, compressor))?;
+            let kept = self.settings.keeper.chunk(&chunk, &encoded);
+            let place = |(piece, first_entry)| PlacedPiece { piece, chunk: chunk.clone(), first_entry, kept };
+            pieces.extend(new.into_iter().map(place));
+        }
+        Ok(Placed { pieces })
     }
 
-    fn add(
-        &self,
-        unit: Unit,
-        plain: &[u8],
-        open: &mut Option<PackBuilder>,
-        compressor: &mut Compressor,
-    ) -> Result<FrameRef> {
+    fn store_frame(&self, builder: &mut ChunkBuilder, sink: Sink<'_>) -> Result<()> {
+        if builder.waiting().is_empty() {
+            return Ok(());
+        }
+        let frame = self.add(Unit::Frame, builder.waiting(), sink)?;
+        builder.stored(frame);
+        Ok(())
+    }
+
+    fn add(&self, unit: Unit, plain: &[u8], (open, compressor): Sink<'_>) -> Result<FrameRef> {
         if plain.len() + 8192 > OBJECT_LIMIT {
             return Err(Error::failed(format!("a frame of {} bytes does not fit a pack", plain.len())));
         }
@@ -159,7 +213,8 @@ impl Worker {
         }
         let pack = open.get_or_insert_with(|| {
             let ordinal = self.ordinals.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-            PackBuilder::new(PackId { backup: self.settings.seal.backup.clone(), ordinal })
+            let id = PackId { backup: self.settings.seal.backup.clone(), ordinal };
+            PackBuilder::new(id, self.settings.pack_size)
         });
         let keyset = &self.settings.keyset;
         let key = match unit {
@@ -175,4 +230,12 @@ impl Worker {
         let sent = self.packs.blocking_send(Ok(Sealed { pack, digest }));
         sent.map_err(|_| Error::failed("the upload has stopped"))
     }
+}
+
+fn short_batch() -> Error {
+    Error::failed("the source sent a batch with fewer pages than it says")
+}
+
+fn forgotten() -> Error {
+    Error::failed("a map chunk of the parent is not at hand")
 }

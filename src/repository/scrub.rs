@@ -304,7 +304,8 @@ pub struct Beside {
     pub in_progress: Vec<Orphan>,
 }
 
-/// Objects of one target that belong to no COMMIT. A backup may be in progress as long as its intent has not expired and
+/// Objects of one target that belong to no backup. Those of one whose COMMIT is gone are needed all the same where a
+/// later one shares its pages. A backup may be in progress as long as its intent has not expired and
 /// no newer backup of the target has begun.
 ///
 /// # Errors
@@ -313,24 +314,30 @@ pub async fn beside(
     repository: &Repository,
     target: &TargetName,
     held: &BTreeMap<RegionName, Held>,
-    (commits, now): (&BTreeSet<BackupId>, DateTime<Utc>),
+    (backups, now): (&[Backup], DateTime<Utc>),
 ) -> Result<Beside> {
+    let commits: BTreeSet<_> = backups.iter().map(|backup| backup.commit.id.clone()).collect();
+    let mut needed: BTreeSet<String> = BTreeSet::new();
+    for Backup { commit } in backups.iter().filter(|backup| backup.commit.parent.is_some()) {
+        match catalog::inventory(repository, commit).await {
+            Ok(lines) => needed.extend(lines.into_iter().map(|line| line.key)),
+            Err(error) => tracing::warn!(%error, backup = %commit.id, "what it needs may be shown as orphaned"),
+        }
+    }
     let mut found: BTreeMap<BackupId, BTreeMap<RegionName, u64>> = BTreeMap::new();
     for (region, held) in held {
         for kind in ["packs", "manifests", "inventories"] {
             let prefix = format!("{kind}/{target}/");
-            let ids = held.below(&prefix).filter_map(|key| key.strip_prefix(&prefix)?.split('/').next()?.parse().ok());
+            let keys = held.below(&prefix).filter(|key| !needed.contains(*key));
+            let ids = keys.filter_map(|key| key.strip_prefix(&prefix)?.split('/').next()?.parse().ok());
             for id in ids.filter(|id| !commits.contains(id)) {
                 *found.entry(id).or_default().entry(region.clone()).or_default() += 1;
             }
         }
     }
     let announced = announced(repository).await?;
-    let newest = found
-        .keys()
-        .chain(commits)
-        .chain(announced.iter().filter(|id| id.target().ok().as_ref() == Some(target)))
-        .max();
+    let own = announced.iter().filter(|id| id.target().ok().as_ref() == Some(target));
+    let newest = found.keys().chain(&commits).chain(own).max();
     let newest = newest.cloned();
     let mut beside = Beside::default();
     for (id, regions) in found {

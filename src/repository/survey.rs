@@ -6,7 +6,7 @@ use chrono::{DateTime, Utc};
 
 use crate::model::commit::{Commit, WalNeed};
 use crate::model::{Error, RegionName, Result, TargetName};
-use crate::repository::catalog::{self, Backup, Debt, Held};
+use crate::repository::catalog::{self, Backup, Debt, Held, held_everywhere};
 use crate::repository::handle::Repository;
 use crate::repository::scrub::branches_of;
 use crate::repository::wal_index::{BranchId, Run, WalIndex, Window, windows};
@@ -81,16 +81,6 @@ pub async fn survey(repository: &Repository, backups: &[Backup]) -> Result<Vec<S
         surveys.push(Survey { target, backups: judged, branches });
     }
     Ok(surveys)
-}
-
-/// What every region lists of a target.
-pub async fn held_everywhere(repository: &Repository, target: &TargetName) -> Vec<(RegionName, Held)> {
-    let held = repository
-        .regions
-        .all()
-        .iter()
-        .map(|region| async move { (region.name.clone(), Held::list(region, target).await) });
-    futures::future::join_all(held).await
 }
 
 async fn debts(repository: &Repository, commit: &Commit, held: &[(RegionName, Held)]) -> Vec<(RegionName, Debt)> {

@@ -23,6 +23,8 @@ use crate::repository::fan_out::{FanOut, Patience};
 use crate::repository::handle::{RegionRecord, Repository, Writer};
 use crate::repository::keysets::{Holders, KeyRing};
 use crate::repository::manifest::Line;
+use crate::repository::pack::OBJECT_LIMIT;
+use crate::repository::parent::{Basis, choose, state_path};
 use crate::repository::regions::{Region, Regions};
 use crate::repository::wal_frame::EpochKind;
 use crate::repository::wal_log::{Epoch, Log, Marks, store_history};
@@ -261,10 +263,23 @@ impl Fixture {
 
     /// Writes a backup of made-up files.
     pub async fn backup(&self, files: &[Made], wal: Option<WalNeed>) -> Written {
-        let mut writer = BackupWriter::begin(&self.repository, &self.writer, options()).await.unwrap();
+        let basis = Basis::nothing("a test");
+        let mut writer = BackupWriter::begin(&self.repository, &self.writer, options(), basis).await.unwrap();
         send(&mut writer, files).await;
         writer.flush().await.unwrap();
         writer.commit(wal).await.unwrap()
+    }
+
+    /// The next backup as the job takes it: compared with the newest one, and remembered.
+    pub async fn next_backup(&self, files: &[Made]) -> Written {
+        let target = options().target;
+        let state = state_path(self.files.path(), &target);
+        let basis = choose(&self.repository, (&target, SystemId(7)), state.clone()).await.unwrap();
+        let options = BackupOptions { state: Some(state), ..options() };
+        let mut writer = BackupWriter::begin(&self.repository, &self.writer, options, basis).await.unwrap();
+        send(&mut writer, files).await;
+        writer.flush().await.unwrap();
+        writer.commit(Some(need(1000, 1090))).await.unwrap()
     }
 
     /// Writes an epoch whose frames hold `lengths` bytes each; END too if `close`.
@@ -332,6 +347,8 @@ pub fn options() -> BackupOptions {
         level: 1,
         workers: 2,
         page_checksums: true,
+        pack_size: OBJECT_LIMIT,
+        state: None,
     }
 }
 

@@ -17,13 +17,14 @@ use crate::repository::catalog;
 use crate::repository::fan_out::{FanOut, Patience};
 use crate::repository::handle::Repository;
 use crate::repository::keysets::KeyRing;
+use crate::repository::parent::Basis;
 use crate::repository::restore::{CONTROL_FILE, CONTROL_FILE_PENDING, Destination, restore_files};
 use crate::repository::testing::{Fault, Fixture, HISTORY, Made, log, options, send, tiny};
 use crate::repository::wal_index::{BranchId, Stretch, WalIndex, cover, windows};
 use crate::repository::wal_log::read_history;
 use crate::store::Digest;
 
-fn noise(seed: u64, length: usize) -> Vec<u8> {
+pub(super) fn noise(seed: u64, length: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut next = || {
         state ^= state << 13;
@@ -35,7 +36,11 @@ fn noise(seed: u64, length: usize) -> Vec<u8> {
 }
 
 /// Restores a backup into a new directory and gives back every file.
-async fn read_back(repository: &Repository, ring: &KeyRing, commit: &Commit) -> Result<BTreeMap<String, Vec<u8>>> {
+pub(super) async fn read_back(
+    repository: &Repository,
+    ring: &KeyRing,
+    commit: &Commit,
+) -> Result<BTreeMap<String, Vec<u8>>> {
     let directory = tempfile::tempdir().unwrap();
     let destination = Destination { directory: directory.path().to_owned(), tablespaces: BTreeMap::new() };
     let inventory = catalog::inventory(repository, commit).await?;
@@ -57,11 +62,11 @@ async fn read_back(repository: &Repository, ring: &KeyRing, commit: &Commit) -> 
     Ok(files)
 }
 
-fn expected(files: &[Made]) -> BTreeMap<String, Vec<u8>> {
+pub(super) fn expected(files: &[Made]) -> BTreeMap<String, Vec<u8>> {
     files.iter().map(|file| (file.path.clone(), file.bytes.clone())).collect()
 }
 
-fn awkward_files() -> Vec<Made> {
+pub(super) fn awkward_files() -> Vec<Made> {
     let mut sparse = vec![0; 300 * PAGE_SIZE];
     sparse[17 * PAGE_SIZE..19 * PAGE_SIZE].copy_from_slice(&noise(3, 2 * PAGE_SIZE));
     let mut files = vec![
@@ -105,7 +110,9 @@ async fn a_backup_outlives_a_region_that_fails() {
         let fixture = Fixture::memory(3, 2).await;
         fixture.stores[0].set(fault);
         let files = [Made::new("base/1", noise(9, 100 * PAGE_SIZE))];
-        let mut writer = BackupWriter::begin(&fixture.repository, &fixture.writer, options()).await.unwrap();
+        let mut writer = BackupWriter::begin(&fixture.repository, &fixture.writer, options(), Basis::nothing("a test"))
+            .await
+            .unwrap();
         send(&mut writer, &files).await;
         writer.flush().await.unwrap();
         let commit = tokio::time::timeout(Duration::from_secs(70), async {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use crate::model::pages::{FileId, PAGE_SIZE};
 use crate::model::{Error, Result};
 use crate::repository::manifest::FileLine;
-use crate::repository::packer::Placed;
+use crate::repository::packer::{Placed, PlacedPiece};
 use crate::repository::page_map::FrameRef;
 
 /// Files in progress.
@@ -29,15 +29,29 @@ struct Run {
     pages: u32,
     chunk: FrameRef,
     first_entry: u16,
+    kept: u32,
 }
 
-/// A complete file; `chunks` are frames with first entry and count, ascending by page.
+/// A complete file; its runs ascend by page.
 #[derive(Debug)]
 pub struct CompleteFile {
     /// Path, mode, size and damage; its `chunks` are still empty.
     pub line: FileLine,
     /// What to put there.
-    pub chunks: Vec<(FrameRef, u16, u16)>,
+    pub runs: Vec<FileRun>,
+}
+
+/// A run of pages of a complete file.
+#[derive(Debug)]
+pub struct FileRun {
+    /// The map chunk that describes it.
+    pub chunk: FrameRef,
+    /// Its first entry there.
+    pub first_entry: u16,
+    /// How many.
+    pub pages: u16,
+    /// The chunk's number in the page-map state.
+    pub kept: u32,
 }
 
 impl Tree {
@@ -49,6 +63,11 @@ impl Tree {
         let twice = Error::failed(format!("the source announced file {} ({path}) twice", id.0));
         let file = OpenFile { path, mode, runs: Vec::new(), done: None };
         self.open.insert(id, file).map_or(Ok(()), |_| Err(twice))
+    }
+
+    /// The path of a file in progress.
+    pub fn path(&self, id: FileId) -> Option<&str> {
+        self.open.get(&id).map(|file| file.path.as_str())
     }
 
     /// A file was gone before it was read; pieces of it may still be on their way.
@@ -72,13 +91,14 @@ impl Tree {
     /// Pages of one file overlap.
     pub fn placed(&mut self, placed: &Placed) -> Result<Vec<CompleteFile>> {
         let mut complete = Vec::new();
-        for (piece, first_entry) in &placed.pieces {
+        for PlacedPiece { piece, chunk, first_entry, kept } in &placed.pieces {
             if let Some(file) = self.open.get_mut(&piece.file) {
                 let run = Run {
                     first_page: piece.first_page,
                     pages: piece.pages,
-                    chunk: placed.chunk.clone(),
+                    chunk: chunk.clone(),
                     first_entry: *first_entry,
+                    kept: *kept,
                 };
                 file.runs.push(run);
                 complete.extend(self.close_if_complete(piece.file)?);
@@ -117,7 +137,7 @@ impl OpenFile {
         let (size, damaged_blocks) = self.done.take().unwrap_or_default();
         let pages = size.div_ceil(PAGE_SIZE as u64);
         self.runs.sort_by_key(|run| run.first_page);
-        let mut chunks = Vec::with_capacity(self.runs.len());
+        let mut runs = Vec::with_capacity(self.runs.len());
         let mut next = 0;
         for run in self.runs {
             // Pages beyond the size were read from a file that shrank meanwhile: they do not exist.
@@ -127,10 +147,12 @@ impl OpenFile {
             }
             next += u64::from(run.pages);
             if wanted > 0 {
-                chunks.push((run.chunk, run.first_entry, u16::try_from(wanted).unwrap_or(u16::MAX)));
+                let pages = u16::try_from(wanted).unwrap_or(u16::MAX);
+                let Run { chunk, first_entry, kept, .. } = run;
+                runs.push(FileRun { chunk, first_entry, pages, kept });
             }
         }
         let line = FileLine { path: self.path, mode: self.mode, size, chunks: Vec::new(), damaged_blocks };
-        Ok(CompleteFile { line, chunks })
+        Ok(CompleteFile { line, runs })
     }
 }

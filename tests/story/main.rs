@@ -14,6 +14,7 @@ mod check;
 mod drill;
 mod escape;
 mod full_disk;
+mod incremental;
 mod keyholders;
 mod majors;
 mod memory;

@@ -91,6 +91,11 @@ async fn fifty_thousand_relation_files_stay_within_the_bound() {
     let (peak, report) = restored(&config, &scratch.join("restored")).await;
     assert!(report["phases"][0]["bytes"].as_u64().unwrap() > 50_000 * 8192, "{report:#}");
     assert!(peak < BOUND, "the restore took {peak} KiB");
+    // The next one remembers all of them.
+    cluster.execute("UPDATE t SET a = 2; CHECKPOINT").await;
+    let (peak, report) = measured(&config, &["backup", "many", "--fast", "--json"]).await;
+    assert_eq!((report["backup"]["kind"].as_str(), &report["full_because"]), (Some("incremental"), &Value::Null));
+    assert!(peak < BOUND, "the incremental backup took {peak} KiB");
 }
 
 /// Nothing of it can be compressed, so every pack is full while both regions write: the worst case in flight.

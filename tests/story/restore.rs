@@ -55,7 +55,7 @@ impl Protected {
         self.scratch.join("drctl")
     }
 
-    fn drctl<S: AsRef<std::ffi::OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Drctl {
+    pub fn drctl<S: AsRef<std::ffi::OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Drctl {
         self.here(Drctl::new(arguments))
     }
 

@@ -16,6 +16,9 @@ pub struct Args {
     /// Ask the server for an immediate checkpoint instead of one spread over minutes
     #[arg(long)]
     pub fast: bool,
+    /// Store every page, also those that the newest backup holds
+    #[arg(long)]
+    pub full: bool,
 }
 
 /// Runs the verb.
@@ -25,7 +28,7 @@ pub struct Args {
 pub async fn run(args: Args, session: &Session) -> Result<Exit> {
     let context = app::context(&session.settings()?, Role::Write, &World::real()).await?;
     let shown = progress::show(context.progress.clone(), &session.output);
-    let report = backup::run(&context, &args.target, Options { fast: args.fast }).await;
+    let report = backup::run(&context, &args.target, Options { fast: args.fast, full: args.full }).await;
     shown.end().await;
     let report = report?;
     if session.output.json {
@@ -56,6 +59,13 @@ fn text(report: &Report, quorum: usize) -> String {
             commit.provenance.method,
         ),
     ];
+    let (read, changed) = (figures::count(report.pages.read), figures::count(report.pages.changed));
+    match (&commit.parent, &report.full_because) {
+        (Some(parent), _) => lines.push(format!("  {changed} of {read} pages changed since {parent}")),
+        (None, because) => {
+            lines.push(format!("  all {read} pages: {}", because.as_deref().unwrap_or("it has no parent")));
+        }
+    }
     if let Some(wal) = &commit.wal {
         let by = if report.wal_by == "own" { "by its own receiver" } else { "by the running WAL receiver" };
         lines.push(format!("  WAL {} to {}, timeline {}, {by}", wal.start_lsn, wal.stop_lsn, wal.timeline));
@@ -73,6 +83,9 @@ fn text(report: &Report, quorum: usize) -> String {
         report.wrap_debts.iter().map(|(holder, reason)| format!("  key holder {holder} owes a wrap: {reason}")),
     );
     lines.extend(report.not_captured.iter().map(|what| format!("  not captured: {what}")));
+    if let Some(why) = &report.not_remembered {
+        lines.push(format!("  the next backup will be a full one: {why}"));
+    }
     if report.has_debts() {
         lines.push(format!("Next: drctl repair {}", commit.target));
     }

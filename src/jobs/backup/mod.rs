@@ -1,4 +1,5 @@
-//! `backup`: one base backup of one target, into every region at once.
+//! `backup`: one base backup of one target, into every region at once. It stores the pages that changed since the newest
+//! backup, if this machine remembers that one's pages, and all of them otherwise; either restores on its own.
 //!
 //! It exists when COMMIT is at the write quorum, and COMMIT is written only when every page and all WAL from the start to
 //! the stop of the backup are durable there.
@@ -9,8 +10,9 @@ use crate::disk::lock::Lock;
 use crate::jobs::context::{Context, Target};
 use crate::model::commit::{Commit, WalNeed};
 use crate::model::{HolderId, Result, ResultExt, TargetName};
-use crate::repository::backup_writer::{BackupOptions, BackupWriter};
+use crate::repository::backup_writer::{BackupOptions, BackupWriter, PageCounts};
 use crate::repository::fan_out::LaneOutcome;
+use crate::repository::parent::{self, Basis, state_path};
 use crate::source::postgres;
 use crate::source::{Begun, Finished};
 
@@ -47,6 +49,12 @@ pub struct Report {
     pub not_captured: Vec<String>,
     /// Who made the WAL durable: `receiver` (a running `drctl wal stream`) or `own`.
     pub wal_by: &'static str,
+    /// Why it stores every page; `None` for an incremental backup.
+    pub full_because: Option<String>,
+    /// Pages read, and those of them that changed since the parent.
+    pub pages: PageCounts,
+    /// Why this machine does not remember its pages, so that the next backup will be a full one.
+    pub not_remembered: Option<String>,
 }
 
 impl Report {
@@ -61,6 +69,8 @@ impl Report {
 pub struct Options {
     /// Ask for an immediate checkpoint instead of one spread over minutes.
     pub fast: bool,
+    /// Store every page, whatever the newest backup holds.
+    pub full: bool,
 }
 
 /// Takes a base backup of `name`.
@@ -75,9 +85,9 @@ pub async fn run(context: &Context, name: &TargetName, options: Options) -> Resu
         postgres::open(source_options(context, target, options)).await.during(|| format!("reach {name}"))?;
     let cover = WalCover::prepare(context, target).await.during(|| "secure the WAL of the backup")?;
     let begun = source.begin().await.during(|| format!("begin the backup of {name}"))?;
-    let mut backup =
-        BackupWriter::begin(&context.repository, writer, backup_options(context, target, &begun, source.method()))
-            .await?;
+    let basis = basis(context, target, &begun, options).await.during(|| "find the parent of the backup")?;
+    let how = backup_options(context, target, &begun, source.method());
+    let mut backup = BackupWriter::begin(&context.repository, writer, how, basis).await?;
     let around = around::capture(target, source.method()).await;
     transfer::run(context, source.as_mut(), &mut backup, &begun).await.during(|| format!("back up {name}"))?;
     let finished = source.finish().await.during(|| format!("end the backup of {name}"))?;
@@ -92,7 +102,18 @@ pub async fn run(context: &Context, name: &TargetName, options: Options) -> Resu
         wrap_debts: written.wrap_debts,
         not_captured,
         wal_by: wal.by,
+        full_because: written.full_because,
+        pages: written.pages,
+        not_remembered: written.not_remembered,
     })
+}
+
+async fn basis(context: &Context, target: &Target, begun: &Begun, options: Options) -> Result<Basis> {
+    if options.full {
+        return Ok(Basis::nothing("it was asked for"));
+    }
+    let state = state_path(&context.state_dir, &target.name);
+    parent::choose(&context.repository, (&target.name, begun.cluster.system_id), state).await
 }
 
 /// What each region lacks of the pages and of the WAL.
@@ -133,6 +154,8 @@ fn backup_options(context: &Context, target: &Target, begun: &Begun, method: &st
         level: context.levels.pages,
         workers: workers(),
         page_checksums: begun.cluster.checksums,
+        pack_size: context.pack_size,
+        state: Some(state_path(&context.state_dir, &target.name)),
     }
 }
 

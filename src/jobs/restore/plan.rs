@@ -58,7 +58,7 @@ impl Prepared {
         plan.digest = digest(&plan, request, &repository)?;
         plan.warnings.extend(damaged.iter().map(|error| format!("a COMMIT is not readable: {error}")));
         plan.command = command(&plan, request);
-        let outline = plan.open(context, &commit, outline).await?;
+        let outline = plan.open(context, (&commit, &inventory), outline).await?;
         let checked = Checked { context, request, commit: &commit, outline: outline.as_ref() };
         checks::check(&checked, &mut plan).await?;
         let unlisted = repository.trust.unlisted();
@@ -273,7 +273,7 @@ impl Plan {
     async fn open(
         &mut self,
         context: &Context,
-        commit: &Commit,
+        (commit, inventory): (&Commit, &[InventoryLine]),
         outline: Result<Leftover>,
     ) -> Result<Option<Leftover>> {
         match context.ring.try_open(&commit.target, &commit.keyset).await {
@@ -281,6 +281,13 @@ impl Plan {
             Err(error) => {
                 let next = "pass --age-identity FILE, or credentials for one of the KMS keys";
                 self.refuse_because("no key opens the backup", error.to_string(), next);
+            }
+        }
+        for keyset in catalog::keysets(commit, inventory).into_iter().filter(|keyset| *keyset != commit.keyset) {
+            if let Err(error) = context.ring.open(&commit.target, &keyset).await {
+                let what = "no key opens pages that the backup shares with an earlier one";
+                let next = "pass --age-identity FILE, or credentials for one of the KMS keys";
+                self.refuse_because(what, error.to_string(), next);
             }
         }
         match outline {

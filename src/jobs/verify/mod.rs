@@ -9,11 +9,10 @@ use crate::jobs::Context;
 use crate::model::commit::Commit;
 use crate::model::{BackupId, Error, RegionName, Result, TargetName};
 use crate::observe::progress::Phase;
-use crate::repository::catalog::{self, Backup, Held};
+use crate::repository::catalog::{self, Backup, Held, held_everywhere};
 use crate::repository::inventory::InventoryLine;
 use crate::repository::regions::Region;
 use crate::repository::scrub::{self, Beside, Problem, Trouble};
-use crate::repository::survey::held_everywhere;
 use crate::repository::wal_index::{BranchId, WalIndex};
 
 mod walk;
@@ -125,7 +124,9 @@ pub async fn run(context: &Context, options: &Options) -> Result<Report> {
     let repository = &context.repository;
     let (all, unreadable) = catalog::backups(repository, None).await?;
     let chosen = choose(context, &all, options.what.as_deref())?;
-    let total = chosen.iter().map(|backup| backup.commit.stored_bytes).sum::<u64>();
+    // An incremental backup is read whole as well.
+    let bytes = |commit: &Commit| if options.level >= Level::L2 { commit.size_bytes } else { commit.stored_bytes };
+    let total = chosen.iter().map(|backup| bytes(&backup.commit)).sum::<u64>();
     let regions = regions(context, options)?;
     let phase = Arc::new(context.progress.begin("verify", Some(total * regions.len() as u64)));
     let mut indexes = BTreeMap::new();
@@ -140,8 +141,8 @@ pub async fn run(context: &Context, options: &Options) -> Result<Report> {
         for Backup { commit } in chosen.iter().rev().filter(|backup| backup.commit.target == target) {
             backups.push(look.backup(commit, &held).await);
         }
-        let commits: BTreeSet<_> = all.iter().map(|backup| backup.commit.id.clone()).collect();
-        let left = scrub::beside(repository, &target, &held, (&commits, context.clock.now())).await?;
+        let of_target: Vec<_> = all.iter().filter(|backup| backup.commit.target == target).cloned().collect();
+        let left = scrub::beside(repository, &target, &held, (&of_target, context.clock.now())).await?;
         beside.orphans.extend(left.orphans);
         beside.in_progress.extend(left.in_progress);
     }
@@ -217,7 +218,9 @@ impl Look<'_> {
         report.problems.extend(scrub::check_records(repository, region, commit).await);
         if let Ok(alone) = scrub::alone(repository, &region.name) {
             let ring = self.context.ring.within(alone.regions);
-            report.problems.extend(scrub::check_wraps(&ring, region, (&commit.target, &commit.keyset)).await);
+            for keyset in catalog::keysets(commit, lines) {
+                report.problems.extend(scrub::check_wraps(&ring, region, (&commit.target, &keyset)).await);
+            }
         }
         report.reached(Level::L0);
         if self.options.level >= Level::L1 {

@@ -4,13 +4,14 @@
 //! [`Settings`] is what the rest of drctl sees: typed, complete, with absolute paths. Secrets are references until the
 //! moment of their use, so settings may be printed, logged and compared.
 //!
-//! Every key is described in `docs/configuration.md`; a test compares the two.
+//! Every key is described in `docs/configuration.md` and `docs/schedules.md`; tests compare.
 
 mod file;
 mod initial;
 mod place;
 mod region;
 mod resolve;
+mod schedules;
 mod secret;
 mod settings;
 mod show;
@@ -20,10 +21,11 @@ pub mod units;
 pub use initial::initial_text;
 pub use place::{BucketPath, Place};
 pub use resolve::{RepoArg, load, parse};
+pub use schedules::{Mistake, Mistakes, load_schedules};
 pub use secret::{Secret, SecretText};
 pub use settings::{
     AwsAccess, Checksum, CompressionLevels, Credentials, Degrade, KmsEndpoint, KmsKey, Method, Objectives, OfflineKey,
-    OnPressure, Openers, PostgresTarget, Region, Repository, S3Settings, Settings, Source, Store, Target,
+    OnPressure, Openers, PostgresTarget, Region, Repository, S3Settings, Schedules, Settings, Source, Store, Target,
 };
 
 #[cfg(test)]
@@ -87,6 +89,7 @@ mod tests {
             "regions.NAME.credentials.write",
             "keys.NAME",
             "targets.NAME",
+            "schedules",
         ];
         assert_eq!(sections, BTreeSet::from(tables));
     }

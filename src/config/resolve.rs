@@ -9,11 +9,13 @@ use crate::config::place::Place;
 use crate::config::region::{DEFAULT_TIMEOUT, chain_for_all, checked_endpoint, region};
 use crate::config::secret::Secret;
 use crate::config::settings::{
-    Checksum, CompressionLevels, Degrade, OfflineKey, Openers, Region, Repository, S3Settings, Settings, Store,
+    Checksum, CompressionLevels, Degrade, OfflineKey, Openers, Region, Repository, S3Settings, Schedules, Settings,
+    Store,
 };
 use crate::config::target::target;
 use crate::model::{Error, Result};
 
+const DEFAULT_SCHEDULES: &str = "schedules";
 const DEFAULT_STATE_DIR: &str = "/var/lib/drctl";
 
 /// A region named on the command line.
@@ -58,6 +60,7 @@ pub fn parse(text: &str, name: &str, directory: &Path) -> Result<Settings> {
     let document = Document::parse(name, directory, text)?;
     let root = document.root();
     let section = root.section("repository")?;
+    let schedules = root.section("schedules")?;
     let regions = root.named("regions")?;
     let keys = root.named("keys")?;
     let targets = root.named("targets")?;
@@ -68,10 +71,11 @@ pub fn parse(text: &str, name: &str, directory: &Path) -> Result<Settings> {
     let regions = regions.iter().map(|(name, section)| region(name, section, directory)).collect::<Result<Vec<_>>>()?;
     refuse_twins(&regions)?;
     let repository = repository(&section, &regions)?;
+    let schedules = schedule_folder(&schedules, directory)?;
     let keys = keys.iter().map(|(name, section)| offline_key(name, section)).collect::<Result<_>>()?;
     let targets = targets.iter().map(|(name, section)| target(name, section, &repository.state_dir));
     let targets = targets.collect::<Result<_>>()?;
-    Ok(Settings { file: None, repository, regions, keys, targets, openers: Openers::default() })
+    Ok(Settings { file: None, repository, schedules, regions, keys, targets, openers: Openers::default() })
 }
 
 impl Settings {
@@ -98,8 +102,9 @@ impl Settings {
             detach_after: None,
             compression_level: CompressionLevels { pages: 3, dumps: 3, wal: 1 },
         };
+        let schedules = Schedules { dir: directory.join(DEFAULT_SCHEDULES) };
         let openers = Openers::default();
-        Ok(Self { file: None, repository, regions, keys: Vec::new(), targets: Vec::new(), openers })
+        Ok(Self { file: None, repository, schedules, regions, keys: Vec::new(), targets: Vec::new(), openers })
     }
 }
 
@@ -169,6 +174,12 @@ fn repository(section: &Section<'_>, regions: &[Region]) -> Result<Repository> {
     };
     section.finish()?;
     Ok(repository)
+}
+
+fn schedule_folder(section: &Section<'_>, directory: &Path) -> Result<Schedules> {
+    let dir = section.path("dir")?.unwrap_or_else(|| directory.join(DEFAULT_SCHEDULES));
+    section.finish()?;
+    Ok(Schedules { dir })
 }
 
 /// For numbers whose range excludes negative ones.

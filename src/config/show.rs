@@ -51,6 +51,9 @@ mod tests {
     use super::*;
 
     const FULL: &str = r#"
+[schedules]
+dir = "/srv/schedules"
+
 [repository]
 write_quorum = 2
 degrade = { to = 1, after = "10m" }

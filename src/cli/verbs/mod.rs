@@ -16,6 +16,7 @@ pub mod recovery_fetch;
 pub mod repair;
 pub mod restore;
 mod restore_text;
+pub mod schedule;
 pub mod show;
 pub mod status;
 pub mod verify;
@@ -44,6 +45,8 @@ pub enum Verb {
     Verify(verify::Args),
     /// Bring a lagging or damaged region back from a healthy one
     Repair(repair::Args),
+    /// Look at the schedules
+    Schedule(schedule::Args),
     /// Look at the configuration
     Config(config::Args),
     /// Print the completion script of a shell
@@ -69,6 +72,7 @@ pub async fn run(verb: Verb, session: &Session) -> Result<Exit> {
         Verb::Restore(args) => restore::run(*args, session).await,
         Verb::Verify(args) => verify::run(args, session).await,
         Verb::Repair(args) => repair::run(args, session).await,
+        Verb::Schedule(args) => schedule::run(args, session),
         Verb::Config(args) => config::run(&args, session),
         Verb::Completions(args) => completions::run(&args, session),
         Verb::RecoveryFetch(args) => recovery_fetch::run(args),

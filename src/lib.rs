@@ -10,7 +10,7 @@
 //! | 2 vault | [`repository`] | what is stored, where, and how it is read back; the restore engine |
 //! | 1b rooms | [`source`], [`store`], [`keys`] | what is protected; one copy of the repository; who can open it |
 //! | 1a tools | [`pg`], [`codec`], [`disk`], [`observe`] | PostgreSQL's words; seals and signatures; durable files; time and progress |
-//! | 0 words | [`model`] | ids, positions, errors, the words of COMMIT |
+//! | 0 words | [`model`] | ids, positions, errors, the words of COMMIT, schedules and their slots |
 //!
 //! # The path of a page
 //! [`source::postgres`] reads it beside a server in backup mode → [`jobs::backup`] hands batches to

@@ -36,12 +36,39 @@ pub(super) struct Section<'d> {
     asked: RefCell<BTreeSet<&'static str>>,
 }
 
+/// A key that nobody asked for.
+#[derive(Debug, Clone)]
+pub(super) struct UnknownKey {
+    pub(super) key: String,
+    pub(super) position: Position,
+    /// The nearest known name, or all.
+    pub(super) hint: String,
+}
+
+/// A place in a file; both count from 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Position {
+    pub(super) line: usize,
+    pub(super) column: usize,
+}
+
 impl<'t> Document<'t> {
     pub(super) fn parse(name: &'t str, directory: &'t Path, text: &'t str) -> Result<Self> {
+        Self::parse_placed(name, directory, text).map_err(|(Position { line, .. }, message)| {
+            Error::usage(format!("{name} is not TOML")).because(format!("line {line}: {message}"))
+        })
+    }
+
+    /// The same, where the place of a mistake is wanted apart from its words.
+    pub(super) fn parse_placed(
+        name: &'t str,
+        directory: &'t Path,
+        text: &'t str,
+    ) -> std::result::Result<Self, (Position, String)> {
         let root = DeTable::parse(text).map_err(|error| {
             // The library's own Display repeats the line, which may hold what should have been a reference.
-            let line = error.span().map_or(1, |span| line_at(text, span.start));
-            Error::usage(format!("{name} is not TOML")).because(format!("line {line}: {}", error.message()))
+            let start = error.span().map_or(0, |span| span.start);
+            (position_at(text, start), error.message().to_owned())
         })?;
         Ok(Self { name, directory, text, root: root.into_inner() })
     }
@@ -63,10 +90,22 @@ fn line_at(text: &str, offset: usize) -> usize {
     text.bytes().take(offset).filter(|byte| *byte == b'\n').count() + 1
 }
 
+fn position_at(text: &str, offset: usize) -> Position {
+    let before = text.get(..offset).unwrap_or(text);
+    let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
+    let column = before.get(line_start..).unwrap_or_default().chars().count() + 1;
+    Position { line: line_at(text, offset), column }
+}
+
 impl<'d> Section<'d> {
     /// Whether the table stands in the file.
     pub(super) fn is_present(&self) -> bool {
         self.table.is_some()
+    }
+
+    /// Whether the key stands in the table, with whatever value.
+    pub(super) fn has(&self, key: &str) -> bool {
+        self.table.is_some_and(|table| table.contains_key(key))
     }
 
     pub(super) fn string(&self, key: &'static str) -> Result<Option<&'d str>> {
@@ -164,18 +203,35 @@ impl<'d> Section<'d> {
 
     /// Refuses the first key that nobody asked for. Call it after every key was asked for.
     pub(super) fn finish(&self) -> Result<()> {
+        let Some(unknown) = self.unknown_keys().into_iter().next() else { return Ok(()) };
+        let UnknownKey { key, position, hint } = unknown;
+        Err(Error::usage(format!("unknown key `{key}` in {}", self.place()))
+            .because(format!("line {}", position.line))
+            .hint(hint))
+    }
+
+    /// Every key that nobody asked for, in the order of the file.
+    pub(super) fn unknown_keys(&self) -> Vec<UnknownKey> {
         let asked = self.asked.borrow();
         let mut unknown: Vec<_> = self.table.iter().flat_map(|table| table.iter()).collect();
         unknown.retain(|(key, _)| !asked.contains(key.get_ref().as_ref()));
         unknown.sort_by_key(|(key, _)| key.span().start);
-        let Some((key, _)) = unknown.first() else { return Ok(()) };
-        let hint = match nearest(key.get_ref(), asked.iter().copied()) {
-            Some(near) => format!("did you mean `{near}`?"),
-            None => format!("known keys: {}", asked.iter().copied().collect::<Vec<_>>().join(", ")),
-        };
-        Err(Error::usage(format!("unknown key `{}` in {}", key.get_ref(), self.place()))
-            .because(format!("line {}", self.document.line_of(key)))
-            .hint(hint))
+        let told = unknown.into_iter().map(|(key, _)| {
+            let hint = match nearest(key.get_ref(), asked.iter().copied()) {
+                Some(near) => format!("did you mean `{near}`?"),
+                None => format!("known keys: {}", asked.iter().copied().collect::<Vec<_>>().join(", ")),
+            };
+            let position = position_at(self.document.text, key.span().start);
+            UnknownKey { key: key.get_ref().to_string(), position, hint }
+        });
+        told.collect()
+    }
+
+    /// Where the value of a key stands; for an absent one, where its section begins.
+    pub(super) fn position_of(&self, key: &str) -> Position {
+        let value = self.table.and_then(|table| table.get(key));
+        let start = Position { line: self.line.unwrap_or(1), column: 1 };
+        value.map_or(start, |value| position_at(self.document.text, value.span().start))
     }
 
     /// `error`, which is about the value of `key`, with its place in the file.

@@ -4,7 +4,7 @@
 //! [`Settings`] is what the rest of drctl sees: typed, complete, with absolute paths. Secrets are references until the
 //! moment of their use, so settings may be printed, logged and compared.
 //!
-//! Every key is described in `docs/configuration.md`; a test compares the two.
+//! Every key is described in `docs/configuration.md` and `docs/schedules.md`; tests compare.
 
 mod drill;
 mod file;
@@ -12,6 +12,7 @@ mod initial;
 mod place;
 mod region;
 mod resolve;
+mod schedules;
 mod secret;
 mod settings;
 mod show;
@@ -22,10 +23,11 @@ pub use drill::{Assertion, Drill};
 pub use initial::initial_text;
 pub use place::{BucketPath, Place};
 pub use resolve::{RepoArg, load, parse};
+pub use schedules::{Mistake, Mistakes, load_schedules};
 pub use secret::{Secret, SecretText};
 pub use settings::{
     AwsAccess, Checksum, CompressionLevels, Credentials, Degrade, KmsEndpoint, KmsKey, Method, Objectives, OfflineKey,
-    OnPressure, Openers, PostgresTarget, Region, Repository, S3Settings, Settings, Source, Store, Target,
+    OnPressure, Openers, PostgresTarget, Region, Repository, S3Settings, Schedules, Settings, Source, Store, Target,
 };
 
 #[cfg(test)]
@@ -90,6 +92,7 @@ mod tests {
             "regions.NAME.credentials.write",
             "keys.NAME",
             "targets.NAME",
+            "schedules",
         ];
         assert_eq!(sections, BTreeSet::from(tables));
     }

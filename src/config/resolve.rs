@@ -11,11 +11,13 @@ use crate::config::place::Place;
 use crate::config::region::{DEFAULT_TIMEOUT, chain_for_all, checked_endpoint, region};
 use crate::config::secret::Secret;
 use crate::config::settings::{
-    Checksum, CompressionLevels, Degrade, OfflineKey, Openers, Region, Repository, S3Settings, Settings, Store,
+    Checksum, CompressionLevels, Degrade, OfflineKey, Openers, Region, Repository, S3Settings, Schedules, Settings,
+    Store,
 };
 use crate::config::target::target;
 use crate::model::{Error, Result};
 
+const DEFAULT_SCHEDULES: &str = "schedules";
 const DEFAULT_STATE_DIR: &str = "/var/lib/drctl";
 
 /// A region named on the command line.
@@ -60,6 +62,7 @@ pub fn parse(text: &str, name: &str, directory: &Path) -> Result<Settings> {
     let document = Document::parse(name, directory, text)?;
     let root = document.root();
     let section = root.section("repository")?;
+    let schedules = root.section("schedules")?;
     let regions = root.named("regions")?;
     let keys = root.named("keys")?;
     let targets = root.named("targets")?;
@@ -71,11 +74,12 @@ pub fn parse(text: &str, name: &str, directory: &Path) -> Result<Settings> {
     let regions = regions.iter().map(|(name, section)| region(name, section, directory)).collect::<Result<Vec<_>>>()?;
     refuse_twins(&regions)?;
     let repository = repository(&section, &regions)?;
+    let schedules = schedule_folder(&schedules, directory)?;
     let keys = keys.iter().map(|(name, section)| offline_key(name, section)).collect::<Result<_>>()?;
     let targets = targets.iter().map(|(name, section)| target(name, section, &repository.state_dir));
     let targets = targets.collect::<Result<_>>()?;
     let drill = drill(&drills, &repository.state_dir)?;
-    Ok(Settings { file: None, repository, regions, keys, targets, drill, openers: Openers::default() })
+    Ok(Settings { file: None, repository, schedules, regions, keys, targets, drill, openers: Openers::default() })
 }
 
 impl Settings {
@@ -103,9 +107,11 @@ impl Settings {
             pack_size: *PACK_SIZES.end(),
             compression_level: CompressionLevels { pages: 3, dumps: 3, wal: 1 },
         };
+        let schedules = Schedules { dir: directory.join(DEFAULT_SCHEDULES) };
         let openers = Openers::default();
         let drill = Drill::below(&repository.state_dir);
-        Ok(Self { file: None, repository, regions, keys: Vec::new(), targets: Vec::new(), drill, openers })
+        let (keys, targets) = (Vec::new(), Vec::new());
+        Ok(Self { file: None, repository, schedules, regions, keys, targets, drill, openers })
     }
 }
 
@@ -185,6 +191,12 @@ fn pack_size(section: &Section<'_>) -> Result<usize> {
     let Some(bytes) = section.size("pack_size")? else { return Ok(*PACK_SIZES.end()) };
     let fits = usize::try_from(bytes).ok().filter(|bytes| PACK_SIZES.contains(bytes));
     fits.ok_or_else(|| section.wrong("pack_size", &Error::usage("it must be from 256KiB to 16MiB")))
+}
+
+fn schedule_folder(section: &Section<'_>, directory: &Path) -> Result<Schedules> {
+    let dir = section.path("dir")?.unwrap_or_else(|| directory.join(DEFAULT_SCHEDULES));
+    section.finish()?;
+    Ok(Schedules { dir })
 }
 
 /// For numbers whose range excludes negative ones.

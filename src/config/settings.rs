@@ -22,6 +22,8 @@ pub struct Settings {
     pub file: Option<PathBuf>,
     /// `[repository]`.
     pub repository: Repository,
+    /// `[schedules]`.
+    pub schedules: Schedules,
     /// `[regions.NAME]`, at least one. Restores prefer the first, drills the last.
     #[serde(serialize_with = "show::by_name")]
     pub regions: Vec<Region>,
@@ -82,6 +84,13 @@ fn unknown<'n, I: Iterator<Item = &'n str>>(what: &str, name: &str, names: impl 
         None if all.is_empty() => error.hint(format!("the configuration names no {what} at all")),
         None => error.hint(format!("there are: {all}")),
     }
+}
+
+/// `[schedules]`: where the schedules are.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Schedules {
+    /// The folder with one file per schedule.
+    pub dir: PathBuf,
 }
 
 /// `[repository]`: what holds for all regions together.

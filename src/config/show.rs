@@ -55,6 +55,9 @@ mod tests {
     use super::*;
 
     const FULL: &str = r#"
+[schedules]
+dir = "/srv/schedules"
+
 [repository]
 write_quorum = 2
 degrade = { to = 1, after = "10m" }

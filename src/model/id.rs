@@ -82,6 +82,13 @@ name!(
     "use a-z, 0-9 and -, beginning with a letter, at most 40 characters"
 );
 name!(
+    /// The name of a schedule, which is the stem of its file: `ledger-base`.
+    ScheduleName,
+    "schedule name",
+    is_label,
+    "use a-z, 0-9 and -, beginning with a letter, at most 40 characters"
+);
+name!(
     /// The repository's identity: 32 hex digits drawn at init, the same in every region.
     RepositoryId,
     "repository id",

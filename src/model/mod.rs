@@ -9,8 +9,11 @@ pub mod error;
 pub mod id;
 pub mod pages;
 pub mod position;
+pub mod schedule;
 
 pub use clock::{Clock, Rng};
 pub use error::{Error, Kind, Result, ResultExt};
-pub use id::{BackupId, EpochId, HolderId, KeysetId, RegionName, RepositoryId, SignerId, SystemId, TargetName};
+pub use id::{
+    BackupId, EpochId, HolderId, KeysetId, RegionName, RepositoryId, ScheduleName, SignerId, SystemId, TargetName,
+};
 pub use position::{Branch, Lsn, SegmentName, Timeline, WalSegmentSize};

@@ -19,6 +19,7 @@ pub mod recovery_fetch;
 pub mod repair;
 pub mod restore;
 mod restore_text;
+pub mod schedule;
 pub mod show;
 pub mod status;
 pub mod verify;
@@ -51,6 +52,8 @@ pub enum Verb {
     Repair(repair::Args),
     /// Pay wraps of keysets that key holders owe
     Keys(keys::Args),
+    /// Look at the schedules
+    Schedule(schedule::Args),
     /// Look at the configuration
     Config(config::Args),
     /// Print the completion script of a shell
@@ -78,6 +81,7 @@ pub async fn run(verb: Verb, session: &Session) -> Result<Exit> {
         Verb::Verify(args) => verify::run(args, session).await,
         Verb::Repair(args) => repair::run(args, session).await,
         Verb::Keys(args) => keys::run(&args, session).await,
+        Verb::Schedule(args) => schedule::run(args, session),
         Verb::Config(args) => config::run(&args, session),
         Verb::Completions(args) => completions::run(&args, session),
         Verb::RecoveryFetch(args) => recovery_fetch::run(args),

@@ -36,7 +36,7 @@ pub(super) async fn all(
         let answer = login.ask(assertion).await.and_then(|answer| judge(&assertion.expect, &answer));
         report.check(assertion.name.clone(), Level::L6, answer);
     }
-    report.control = Some(control(&login, options, &target.heartbeat_database, report).await);
+    report.control = control(&login, options, &target.heartbeat_database, report).await;
     checks::amcheck(context, scratch, &login, report).await;
     Ok(())
 }
@@ -114,7 +114,7 @@ fn judge(expected: &str, answer: &str) -> Result<String> {
 }
 
 /// Gives one of the checks a wrong expectation, another one each time, and sees whether it is told.
-async fn control(login: &Login, options: &Options, database: &str, report: &Report) -> Control {
+async fn control(login: &Login, options: &Options, database: &str, report: &Report) -> Option<Control> {
     let turn = usize::try_from(report.started_at.timestamp()).unwrap_or_default();
     let heartbeat = Assertion {
         name: "heartbeat".to_owned(),
@@ -123,12 +123,12 @@ async fn control(login: &Login, options: &Options, database: &str, report: &Repo
         database: database.to_owned(),
     };
     let candidates: Vec<_> = options.assertions.iter().chain(report.heartbeat.as_ref().map(|_| &heartbeat)).collect();
-    let chosen = candidates.get(turn % candidates.len().max(1)).copied().unwrap_or(&heartbeat);
+    let chosen = *candidates.get(turn.checked_rem(candidates.len())?)?;
     let expectation = format!("{} or anything else", chosen.expect);
     // Only an answer that was judged wrong counts: a question that could not be asked catches nothing.
     let caught = match login.ask(chosen).await {
         Ok(answer) => judge(&expectation, &answer).is_err(),
         Err(_) => false,
     };
-    Control { name: chosen.name.clone(), expectation, caught }
+    Some(Control { name: chosen.name.clone(), expectation, caught })
 }

@@ -102,14 +102,13 @@ async fn rehearse(
     (options, scratch): (&Options, &Scratch),
     report: &mut Report,
 ) -> Result<()> {
-    let began = context.clock.monotonic();
     let beat = precede(target, report).await;
-    let (request, prepared) = prepare(context, scratch, options, beat.as_ref().map(|(_, lsn)| *lsn)).await?;
+    let (request, prepared, planned_in) = prepare(context, scratch, options, beat.map(|(_, lsn)| lsn)).await?;
     // The fault happens now: whatever reaches the region from here on is lost to this drill.
     let fault_at = context.clock.now();
     report.faulted(fault_at, &prepared.plan);
     let server = scratch.server(&prepared.plan)?;
-    report.phases.push(PhaseTime::new("provision", context.clock.monotonic() - began));
+    report.phases.push(PhaseTime::new("provision", planned_in));
     let (restored, mut instance) = restore::rehearse(context, &request, prepared, &server).await?;
     report.restored(restored);
     let began = context.clock.monotonic();
@@ -136,16 +135,18 @@ async fn precede(target: &Target, report: &mut Report) -> Option<(Beat, Lsn)> {
     }
 }
 
-/// The plan, once the region holds the beat or is given up waiting for.
+/// The plan, once the region holds the beat or is given up waiting for, and how long the planning took: the wait belongs
+/// to the drill, not to a recovery.
 async fn prepare(
     context: &Context,
     scratch: &Scratch,
     options: &Options,
     beat: Option<Lsn>,
-) -> Result<(Request, Prepared)> {
+) -> Result<(Request, Prepared, Duration)> {
     let give_up = context.clock.monotonic() + BEAT_ARRIVES;
     let mut request = request(scratch, options, &[]);
     loop {
+        let began = context.clock.monotonic();
         let prepared = restore::prepare(context, &request).await.during(|| "plan the restore")?;
         let homeless: Vec<_> = prepared.plan.tablespaces.iter().filter(|(_, place)| place.is_none()).collect();
         if !homeless.is_empty() {
@@ -154,8 +155,9 @@ async fn prepare(
             continue;
         }
         let arrived = beat.is_none_or(|beat| prepared.plan.end_lsn >= beat);
-        if arrived || context.clock.monotonic() >= give_up {
-            return Ok((request, prepared));
+        let now = context.clock.monotonic();
+        if arrived || now >= give_up {
+            return Ok((request, prepared, now - began));
         }
         tokio::time::sleep(Duration::from_millis(300)).await;
     }

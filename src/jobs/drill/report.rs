@@ -218,12 +218,18 @@ impl Report {
             let sequential = self.phases.iter().filter(|phase| phase.name != "stage");
             self.rto.measured_seconds = Some(sequential.map(|phase| phase.seconds).sum());
             if self.rpo.measured_seconds.is_none() {
-                failures.push("no recovery point was measured: no heartbeat came back".to_owned());
+                failures.push(
+                    "no recovery point was measured: no heartbeat came back (does `drctl wal stream` run?)".to_owned(),
+                );
             }
-            if self.control.as_ref().is_none_or(|control| !control.caught) {
-                failures
-                    .push("the negative control was not caught: a check that cannot fail proves nothing".to_owned());
-            }
+            let told = self.control.as_ref().map(|control| control.caught);
+            failures.extend(match told {
+                Some(true) => None,
+                Some(false) => {
+                    Some("the negative control was not caught: a check that cannot fail proves nothing".to_owned())
+                }
+                None => Some("there was no check to give a wrong expectation to".to_owned()),
+            });
             let missed = [("RPO", &self.rpo), ("technical recovery time", &self.rto)];
             let missed = missed.into_iter().filter(|(_, measured)| measured.is_missed());
             failures.extend(missed.map(|(name, _)| format!("the objective for {name} was missed")));

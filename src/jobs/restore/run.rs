@@ -1,12 +1,12 @@
 //! The run of a plan.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::jobs::context::Context;
 use crate::jobs::restore::conf::{self, RecoverySettings};
 use crate::jobs::restore::files::{Manifest, Site};
-use crate::jobs::restore::plan::Prepared;
+use crate::jobs::restore::plan::{Prepared, quoted};
 use crate::jobs::restore::recover::{self, stage};
 use crate::jobs::restore::report::{PhaseTime, Report};
 use crate::jobs::restore::stage::Stager;
@@ -108,10 +108,11 @@ fn this_program() -> Result<PathBuf> {
 }
 
 fn by_hand(request: &Request, plan: &Plan) -> Vec<String> {
-    let directory = request.directory.display();
-    let programs = plan.needs.found_at.as_ref().map_or_else(String::new, |path| format!("{}/", path.display()));
+    let word = |path: &Path| quoted(&path.display().to_string());
+    let (directory, staged) = (word(&request.directory), word(&request.directory.join(STAGING)));
+    let program = plan.needs.found_at.as_ref().map_or_else(|| "pg_ctl".to_owned(), |path| word(&path.join("pg_ctl")));
     vec![
-        format!("start it as the PostgreSQL user: {programs}pg_ctl -D {directory} start"),
-        format!("after promotion: rm -r {directory}/{STAGING}"),
+        format!("start it as the PostgreSQL user: {program} -D {directory} start"),
+        format!("after promotion: rm -r {staged}"),
     ]
 }

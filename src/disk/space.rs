@@ -53,7 +53,7 @@ mod tests {
     fn what_is_taken_is_counted_below_and_holes_are_not() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir(dir.path().join("base")).unwrap();
-        std::fs::write(dir.path().join("base/1"), vec![1; 1 << 20]).unwrap();
+        super::super::place::place(&dir.path().join("base/1"), &vec![1; 1 << 20], 0o600).unwrap();
         std::fs::File::create(dir.path().join("base/hole")).unwrap().set_len(1 << 30).unwrap();
         std::os::unix::fs::symlink("/", dir.path().join("link")).unwrap();
         let taken = taken_bytes(dir.path()).unwrap();

@@ -407,7 +407,7 @@ async fn repair_mends_every_class() {
         for wrong in [flipped(bytes, bytes.len() * 4), bytes[..bytes.len() - 1].to_vec()] {
             vault.put(key, &wrong).await;
             let mended = mend(&vault.fresh(3), &scope, &phase()).await.unwrap();
-            assert_eq!(mended[0].replaced, [key.clone()], "{mended:?}");
+            assert_eq!(mended[0].replaced, std::slice::from_ref(key), "{mended:?}");
             assert!(mended.iter().all(|region| region.still_missing.is_empty()), "{mended:?}");
             let there = crate::store::ObjectStore::get(vault.fixture.stores[0].as_ref(), key, None).await.unwrap();
             assert!(there == *bytes, "{key}");
@@ -428,7 +428,7 @@ async fn repair_mends_what_proves_itself_with_one_other_region() {
         for bit in (0..bytes.len() * 8).step_by(bytes.len() / 2 + 1) {
             vault.put(key, &flipped(bytes, bit)).await;
             let mended = mend(&vault.fresh(2), &Scope::default(), &phase()).await.unwrap();
-            assert_eq!(mended[0].replaced, [key.clone()], "bit {bit} of {key}: {mended:?}");
+            assert_eq!(mended[0].replaced, std::slice::from_ref(key), "bit {bit} of {key}: {mended:?}");
             assert_eq!(
                 Digest::of(&vault.fixture.stores[0].contents().await.iter().find(|(k, _)| k == key).unwrap().1),
                 Digest::of(bytes)

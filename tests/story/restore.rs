@@ -48,7 +48,10 @@ impl Protected {
             true => format!("method = \"{method}\"\n"),
             false => format!("{line}\n"),
         });
-        fs::write(&path, lines.collect::<String>()).unwrap();
+        // In one step: a receiver that starts may read it now.
+        let whole = path.with_extension("new");
+        fs::write(&whole, lines.collect::<String>()).unwrap();
+        fs::rename(whole, path).unwrap();
     }
 
     pub fn home(&self) -> PathBuf {

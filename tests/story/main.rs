@@ -12,6 +12,7 @@ mod support;
 
 mod check;
 mod escape;
+mod golden;
 mod incremental;
 mod keyholders;
 mod memory;

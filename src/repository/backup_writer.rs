@@ -330,9 +330,14 @@ impl BackupWriter {
         let out = Arc::into_inner(self.out).ok_or_else(|| Error::failed("an upload is still running"))?;
         let mut regions = out.drain().await;
         if let Some(parent) = self.basis.parent() {
-            regions
-                .iter_mut()
-                .for_each(|lane| lane.missing_objects += parent.missing_in(&lane.region, &self.inventory));
+            for lane in &mut regions {
+                let missing = parent.missing_in(&lane.region, &self.inventory);
+                lane.missing_objects += missing;
+                if missing > 0 {
+                    let why = || format!("it lacks objects of {}, whose pages are shared", parent.commit.id);
+                    lane.last_error.get_or_insert_with(why);
+                }
+            }
         }
         Ok(Written {
             commit,

@@ -7,14 +7,12 @@ use std::collections::{BTreeSet, HashMap};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use bytes::Bytes;
 use chrono::{DateTime, TimeDelta, Utc};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use crate::codec::fingerprint::PageFingerprinter;
-use crate::codec::sign::sign_text;
 use crate::keys::keyset::Keyset;
 use crate::model::commit::{BackupKind, Commit, Provenance, WalNeed};
 use crate::model::pages::{Batch, FileId, PAGE_SIZE};
@@ -29,11 +27,11 @@ use crate::repository::keysets;
 use crate::repository::layout;
 use crate::repository::manifest::{self, ChunkUse, Line, ManifestSeal, ManifestWriter, PartsSummary};
 use crate::repository::pack::FrameSeal;
-use crate::repository::packer::{PackSettings, Packer, Placed, Sealed, Work};
+use crate::repository::packer::{PackSettings, Packer, Placed, Work};
 use crate::repository::page_state::{Keeper, Kept, StateHead};
 use crate::repository::parent::{Basis, Parent};
 use crate::repository::tree::{CompleteFile, FileRun, Tree};
-use crate::store::Digest;
+use crate::repository::uploads::{put_object, put_signed, spawn_uploads};
 
 /// A backup under way, so that prune leaves its objects and its parent alone.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -74,9 +72,6 @@ pub struct BackupOptions {
 
 /// An intent holds for a week: longer than any backup that is still alive.
 const INTENT_DAYS: i64 = 7;
-
-/// Packs on their way at the same time, beyond those that the lanes hold.
-const UPLOADS: usize = 2;
 
 /// A backup that is being written.
 #[derive(Debug)]
@@ -335,9 +330,14 @@ impl BackupWriter {
         let out = Arc::into_inner(self.out).ok_or_else(|| Error::failed("an upload is still running"))?;
         let mut regions = out.drain().await;
         if let Some(parent) = self.basis.parent() {
-            regions
-                .iter_mut()
-                .for_each(|lane| lane.missing_objects += parent.missing_in(&lane.region, &self.inventory));
+            for lane in &mut regions {
+                let missing = parent.missing_in(&lane.region, &self.inventory);
+                lane.missing_objects += missing;
+                if missing > 0 {
+                    let why = || format!("it lacks objects of {}, whose pages are shared", parent.commit.id);
+                    lane.last_error.get_or_insert_with(why);
+                }
+            }
         }
         Ok(Written {
             commit,
@@ -451,51 +451,4 @@ fn manifest_seal<'a>(repository: &'a RepositoryId, keyset: &'a Keyset, backup: &
 /// What an intent's signature is bound to.
 pub fn intent_context(repository: &RepositoryId, id: &BackupId) -> String {
     format!("intent {repository} {id}")
-}
-
-async fn put_signed<T: Serialize>(out: &FanOut, writer: &Writer, key: String, context: &str, record: &T) -> Result<()> {
-    let mut body = serde_json::to_vec(record).map_err(|error| Error::failed("a record is not JSON").because(error))?;
-    body.push(b'\n');
-    let text = sign_text(&writer.signer, context, &body)?;
-    put_object(out, key, text).await.map(|_| ())
-}
-
-async fn put_object(out: &FanOut, key: String, bytes: Vec<u8>) -> Result<InventoryLine> {
-    let (size, digest) = (bytes.len() as u64, Digest::of(&bytes));
-    out.put(key.clone(), Bytes::from(bytes), digest).await?;
-    Ok(InventoryLine { key, size, sha256: digest.0 })
-}
-
-/// Uploads packs, a few at a time; ends with their inventory or with the first error, which also stops the workers.
-fn spawn_uploads(
-    out: Arc<FanOut>,
-    target: TargetName,
-    mut packs: mpsc::Receiver<Result<Sealed>>,
-) -> JoinHandle<Result<Vec<InventoryLine>>> {
-    crate::observe::task::spawn("backup uploads", async move {
-        let mut lines = Vec::new();
-        let mut running = tokio::task::JoinSet::new();
-        loop {
-            tokio::select! {
-                Some(uploaded) = running.join_next() => {
-                    lines.push(uploaded.map_err(|error| Error::failed("an upload died").because(error))??);
-                }
-                sealed = packs.recv(), if running.len() < UPLOADS => {
-                    let Some(sealed) = sealed else { break };
-                    let Sealed { pack, digest } = sealed?;
-                    let (out, key) = (Arc::clone(&out), layout::pack(&target, &pack.id.backup, pack.id.ordinal));
-                    running.spawn(async move {
-                        let size = pack.bytes.len() as u64;
-                        out.put(key.clone(), pack.bytes, digest).await.during(|| "upload a pack")?;
-                        Ok::<_, Error>(InventoryLine { key, size, sha256: digest.0 })
-                    });
-                }
-            }
-        }
-        while let Some(uploaded) = running.join_next().await {
-            lines.push(uploaded.map_err(|error| Error::failed("an upload died").because(error))??);
-        }
-        lines.sort_by(|a, b| a.key.cmp(&b.key));
-        Ok(lines)
-    })
 }

@@ -208,6 +208,11 @@ impl Held {
         Some(lacking.map(|line| line.key.clone()).collect())
     }
 
+    /// Whether it holds this name.
+    pub fn has(&self, key: &str) -> bool {
+        self.objects.as_ref().is_ok_and(|objects| objects.contains_key(key))
+    }
+
     /// The names it holds below `prefix`.
     pub fn below<'a>(&'a self, prefix: &'a str) -> impl Iterator<Item = &'a str> {
         let keys = self.objects.iter().flat_map(BTreeMap::keys);

@@ -215,6 +215,11 @@ impl KeyRing {
         Self::new(self.repository.clone(), regions, self.openers.clone())
     }
 
+    /// Where it looks for wraps.
+    pub const fn regions(&self) -> &Regions {
+        &self.regions
+    }
+
     /// A keyset's secrets.
     ///
     /// # Errors

@@ -39,6 +39,7 @@ pub mod testing;
 mod tests;
 pub mod tree;
 pub mod trust;
+pub mod uploads;
 pub mod wal_adopt;
 pub mod wal_frame;
 pub mod wal_index;

@@ -1,15 +1,18 @@
-//! Which backup the next one shares pages with: the newest of its target, if this writer remembers its pages and the
-//! regions still hold them. Anything else means a full backup, with the reason said.
+//! Which backup the next one shares pages with: the newest of its target, if this writer remembers its pages, the regions
+//! still hold them, and everyone who is to open the next backup can open them. Anything else means a full backup, with the
+//! reason said.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::model::commit::Commit;
-use crate::model::{Error, RegionName, Result, SystemId, TargetName};
-use crate::repository::catalog::{self, Backup, held_everywhere};
+use crate::model::{Error, KeysetId, Kind, RegionName, Result, SystemId, TargetName};
+use crate::repository::catalog::{self, Backup, Held, held_everywhere};
 use crate::repository::handle::Repository;
 use crate::repository::inventory::InventoryLine;
+use crate::repository::keysets::Holders;
+use crate::repository::layout;
 use crate::repository::page_state::KnownPages;
 
 /// What a backup is compared with.
@@ -44,6 +47,7 @@ const SOURCES_LIMIT: usize = u16::MAX as usize - 1;
 /// No region answers.
 pub async fn choose(
     repository: &Repository,
+    holders: &Holders,
     (target, system_id): (&TargetName, SystemId),
     state: PathBuf,
 ) -> Result<Basis> {
@@ -54,14 +58,19 @@ pub async fn choose(
     let Some(Backup { commit }) = backups.pop() else {
         return Ok(Basis::nothing(format!("there is no earlier backup of {target}")));
     };
-    let parent = match of_commit(repository, commit, (system_id, state)).await {
+    let parent = match of_commit(repository, holders, commit, (system_id, state)).await {
         Ok(parent) => parent,
         Err(error) => return Ok(Basis::nothing(error.to_string())),
     };
     Ok(Basis::Parent(Box::new(parent)))
 }
 
-async fn of_commit(repository: &Repository, commit: Commit, (system_id, state): (SystemId, PathBuf)) -> Result<Parent> {
+async fn of_commit(
+    repository: &Repository,
+    holders: &Holders,
+    commit: Commit,
+    (system_id, state): (SystemId, PathBuf),
+) -> Result<Parent> {
     let id = &commit.id;
     if commit.wal.as_ref().is_none_or(|wal| wal.system_id != system_id) {
         return Err(Error::refused(format!("{id} is of a cluster with another system identifier")));
@@ -70,7 +79,11 @@ async fn of_commit(repository: &Repository, commit: Commit, (system_id, state): 
     if pages.sources().len() > SOURCES_LIMIT {
         return Err(Error::refused(format!("the pages of {id} come from too many backups")));
     }
-    let lacking = lacking(repository, &commit, pages.objects()).await?;
+    let held = held_everywhere(repository, &commit.target).await;
+    for keyset in catalog::keysets(&commit, pages.objects()) {
+        wrapped_by_all(holders, &commit, &keyset, &held)?;
+    }
+    let lacking = lacking(repository, &commit, (pages.objects(), held))?;
     Ok(Parent { commit, pages, lacking })
 }
 
@@ -82,16 +95,29 @@ async fn remembered(repository: &Repository, commit: &Commit, state: PathBuf) ->
     tokio::task::spawn_blocking(open).await.map_err(|error| Error::failed("read the page map").because(error))?
 }
 
+/// A key holder that was added later, or could not be reached then, would open the new backup and not the pages that it
+/// shares.
+fn wrapped_by_all(holders: &Holders, commit: &Commit, keyset: &KeysetId, held: &[(RegionName, Held)]) -> Result<()> {
+    for holder in &holders.list {
+        let key = layout::wrap(&commit.target, keyset, holder.id());
+        if !held.iter().any(|(_, held)| held.has(&key)) {
+            let text = format!("{} cannot open all pages of {}", holder.describe(), commit.id);
+            return Err(Error::new(Kind::NoKey, text));
+        }
+    }
+    Ok(())
+}
+
 /// A backup is safe only where all that it refers to is: each object of the parent must be in as many regions as an
 /// object that is written now.
-async fn lacking(
+fn lacking(
     repository: &Repository,
     commit: &Commit,
-    objects: &[InventoryLine],
+    (objects, held): (&[InventoryLine], Vec<(RegionName, Held)>),
 ) -> Result<BTreeMap<RegionName, BTreeSet<String>>> {
     let mut lacking: BTreeMap<RegionName, BTreeSet<String>> = BTreeMap::new();
     let mut copies: BTreeMap<&str, usize> = BTreeMap::new();
-    for (region, held) in held_everywhere(repository, &commit.target).await {
+    for (region, held) in held {
         let missing: BTreeSet<_> = match held.lacks(objects) {
             Some(missing) => missing.into_iter().collect(),
             None => objects.iter().map(|line| line.key.clone()).collect(),

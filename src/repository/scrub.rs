@@ -19,7 +19,7 @@ use crate::repository::backup_writer::Intent;
 use crate::repository::catalog::{self, Backup, Held};
 use crate::repository::handle::Repository;
 use crate::repository::inventory::{self, InventoryLine};
-use crate::repository::keysets::KeyRing;
+use crate::repository::keysets::{self, KeyRing};
 use crate::repository::layout;
 use crate::repository::manifest::PartsSummary;
 use crate::repository::regions::Region;
@@ -126,6 +126,31 @@ pub async fn check_wraps(ring: &KeyRing, region: &Region, (target, id): (&Target
         }
         Err(error) => problem(layout::keyset(target, id), &error),
     }
+}
+
+/// Level 2: the wraps of every keyset that seals WAL of a branch, in this region. No inventory lists them, and without one
+/// the WAL stays closed.
+pub async fn check_wal_wraps(
+    repository: &Repository,
+    ring: &KeyRing,
+    index: &WalIndex,
+    region: &Region,
+) -> Vec<Problem> {
+    let mut problems = Vec::new();
+    for (epoch, seqs) in index.epochs() {
+        let Some((first, _)) = seqs.iter().find(|(_, held)| held.contains(&region.name)) else { continue };
+        // A head that is not readable is told as a frame.
+        let Ok(header) = index.header(repository, epoch, *first).await else { continue };
+        let keyset = (&header.target, &header.keyset);
+        match keysets::wraps(ring.regions(), &repository.id, keyset.0, keyset.1).await {
+            Ok((_, wraps)) if wraps.is_empty() => {
+                let what = format!("no wrap of the keyset of WAL epoch {epoch} is there");
+                problems.push(Problem::new(region, layout::keyset(keyset.0, keyset.1), Trouble::Missing, what));
+            }
+            _ => problems.extend(check_wraps(ring, region, keyset).await),
+        }
+    }
+    problems
 }
 
 /// Level 1: every object of the closure, by name and size.

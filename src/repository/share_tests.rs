@@ -2,13 +2,15 @@
 //! if it is what COMMIT names.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use proptest::prelude::*;
 
 use crate::disk::place::place;
-use crate::model::SystemId;
+use crate::keys::{AgeHolder, generate_identity};
 use crate::model::commit::BackupKind;
 use crate::model::pages::PAGE_SIZE;
+use crate::model::{Clock, SystemId};
 use crate::repository::backup_writer::{BackupOptions, BackupWriter, Written};
 use crate::repository::catalog;
 use crate::repository::handle::Repository;
@@ -167,7 +169,8 @@ fn any_history_restores_at_every_point() {
 async fn reason(fixture: &Fixture, system_id: u64) -> Option<String> {
     let target = options().target;
     let state = state_path(fixture.files.path(), &target);
-    let basis = choose(&fixture.repository, (&target, SystemId(system_id)), state).await.unwrap();
+    let basis =
+        choose(&fixture.repository, &fixture.writer.holders, (&target, SystemId(system_id)), state).await.unwrap();
     basis.full_because().map(str::to_owned)
 }
 
@@ -219,7 +222,8 @@ async fn pages_that_rot_in_the_state_during_a_backup_are_stored_anew() {
     let full = next(&fixture, &files).await;
     let target = options().target;
     let path = state_path(fixture.files.path(), &target);
-    let basis = choose(&fixture.repository, (&target, SystemId(7)), path.clone()).await.unwrap();
+    let basis =
+        choose(&fixture.repository, &fixture.writer.holders, (&target, SystemId(7)), path.clone()).await.unwrap();
     assert!(matches!(basis, Basis::Parent(_)));
     let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
     file.write_all_at(&[0xff; 64], 6000).unwrap();
@@ -264,6 +268,20 @@ async fn nothing_is_shared_that_too_few_regions_hold() {
     let written = fixture.next_backup(&files).await;
     assert_eq!(written.commit.kind, BackupKind::Full);
     assert_restores(&fixture, &written, &files).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_shared_that_a_new_key_holder_could_not_open() {
+    let mut fixture = Fixture::memory(1, 1).await;
+    let files = [Made::new("base/1", noise(5, 90 * PAGE_SIZE))];
+    next(&fixture, &files).await;
+    assert_eq!(reason(&fixture, 7).await, None);
+    let (_, recipient) = generate_identity(fixture.clock.now());
+    fixture.writer.holders.list.push(Arc::new(AgeHolder::new(&recipient).unwrap()));
+    let told = reason(&fixture, 7).await.unwrap();
+    assert!(told.contains(&recipient) && told.contains("cannot open all pages"), "{told}");
+    assert_eq!(next(&fixture, &files).await.commit.kind, BackupKind::Full);
+    assert_eq!(next(&fixture, &files).await.commit.kind, BackupKind::Incremental);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

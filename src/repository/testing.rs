@@ -274,7 +274,8 @@ impl Fixture {
     pub async fn next_backup(&self, files: &[Made]) -> Written {
         let target = options().target;
         let state = state_path(self.files.path(), &target);
-        let basis = choose(&self.repository, (&target, SystemId(7)), state.clone()).await.unwrap();
+        let basis =
+            choose(&self.repository, &self.writer.holders, (&target, SystemId(7)), state.clone()).await.unwrap();
         let options = BackupOptions { state: Some(state), ..options() };
         let mut writer = BackupWriter::begin(&self.repository, &self.writer, options, basis).await.unwrap();
         send(&mut writer, files).await;

@@ -15,7 +15,7 @@ use crate::support::pg::Cluster;
 use crate::support::process::eventually;
 
 /// Runs the program that lies in the region, not the one of the source tree.
-fn open(region: &Path, arguments: &[&str]) -> Output {
+pub fn open(region: &Path, arguments: &[&str]) -> Output {
     let mut command = Command::new(from_environment("DRCTL_TEST_PYTHON"));
     command.arg(region.join("escape/1/drctl_open.py")).arg(region).args(arguments);
     // Python would leave compiled files in the region.
@@ -23,7 +23,7 @@ fn open(region: &Path, arguments: &[&str]) -> Output {
 }
 
 #[track_caller]
-fn succeeded(output: &Output) -> String {
+pub fn succeeded(output: &Output) -> String {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout.clone()).unwrap()
 }
@@ -163,7 +163,7 @@ async fn trusted_signer(config: &Path) -> String {
 }
 
 /// Does what the program says a person should do before `pg_ctl start`.
-fn follow_the_last_lines(restored: &Path, told: &str) {
+pub fn follow_the_last_lines(restored: &Path, told: &str) {
     let (_, script) = told.split_once("as the user that owns").unwrap();
     let (_, script) = script.split_once('\n').unwrap();
     let script: Vec<_> = script.lines().map(str::trim).filter(|line| !line.starts_with("pg_ctl")).collect();

@@ -14,6 +14,7 @@ mod check;
 mod drill;
 mod escape;
 mod full_disk;
+mod golden;
 mod incremental;
 mod keyholders;
 mod majors;

@@ -249,7 +249,7 @@ async fn a_region_that_turns_us_away_is_told_and_owes() {
     });
     assert!(told, "{skewed}");
     // A client that is told so signs by the server's clock from then on.
-    let skewed = rig.drctl_at("+2h", &["backup", "ledger", "--fast", "--json"]).expect_log("");
+    let skewed = rig.drctl_at("+2h", &["backup", "ledger", "--fast", "--full", "--json"]).expect_log("");
     assert_eq!(debts(&skewed.run().await.ok().json()), BTreeMap::new());
     rig.assert_repairs().await;
 }

@@ -86,6 +86,7 @@ pub struct Cluster {
     scratch: Scratch,
     data: PathBuf,
     port: u16,
+    database: String,
     overrides: Vec<(String, String)>,
     postmaster: Option<Child>,
 }
@@ -105,6 +106,16 @@ impl Cluster {
     /// until it is promoted.
     pub async fn start_restored(data: &Path, major: u32) -> Self {
         Self::try_start_restored(data, major, &[], Until::Promoted).await.unwrap_or_else(|log| panic!("{log}"))
+    }
+
+    /// As [`start_restored`](Self::start_restored), for a cluster that has no database `postgres`.
+    pub async fn start_restored_database(data: &Path, major: u32, database: &str) -> Self {
+        give_to_postgres(data);
+        let mut cluster = Self::at(major, Scratch::new(), data.to_owned());
+        database.clone_into(&mut cluster.database);
+        cluster.start().await;
+        cluster.wait_promoted(Duration::from_secs(120)).await.unwrap_or_else(|log| panic!("{log}"));
+        cluster
     }
 
     /// As [`start_restored`](Self::start_restored), with settings of the command line.
@@ -129,7 +140,15 @@ impl Cluster {
 
     fn at(major: u32, scratch: Scratch, data: PathBuf) -> Self {
         scratch.postgres_dir("s");
-        Self { major, scratch, data, port: process::free_ports(1), overrides: Vec::new(), postmaster: None }
+        Self {
+            major,
+            scratch,
+            data,
+            port: process::free_ports(1),
+            database: "postgres".to_owned(),
+            overrides: Vec::new(),
+            postmaster: None,
+        }
     }
 
     /// The major version.
@@ -159,7 +178,8 @@ impl Cluster {
 
     /// A libpq connection string through the unix socket.
     pub fn conninfo(&self) -> String {
-        format!("host={} port={} user=postgres dbname=postgres", self.socket_dir().display(), self.port)
+        let Self { port, database, .. } = self;
+        format!("host={} port={port} user=postgres dbname={database}", self.socket_dir().display())
     }
 
     /// A libpq connection string over TCP, fit for a proxy in between.
@@ -181,6 +201,7 @@ impl Cluster {
     pub fn tool(&self, name: &str) -> Command {
         let mut command = tool(self.major, name);
         command.current_dir(self.scratch.path()).env("PGHOST", self.socket_dir()).env("PGPORT", self.port.to_string());
+        command.env("PGDATABASE", &self.database);
         command
     }
 

@@ -113,7 +113,8 @@ async fn basis(context: &Context, target: &Target, begun: &Begun, options: Optio
         return Ok(Basis::nothing("it was asked for"));
     }
     let state = state_path(&context.state_dir, &target.name);
-    parent::choose(&context.repository, (&target.name, begun.cluster.system_id), state).await
+    let holders = &context.writer()?.holders;
+    parent::choose(&context.repository, holders, (&target.name, begun.cluster.system_id), state).await
 }
 
 /// What each region lacks of the pages and of the WAL.

@@ -287,6 +287,10 @@ impl Look<'_> {
                 let now = self.context.clock.now();
                 let repository = &self.context.repository;
                 report.problems.extend(scrub::missing_frames(repository, index, region, now).await);
+                if let (Level::L2, Ok(alone)) = (self.options.level, scrub::alone(repository, &region.name)) {
+                    let ring = self.context.ring.within(alone.regions);
+                    report.problems.extend(scrub::check_wal_wraps(repository, &ring, index, region).await);
+                }
                 if self.options.scrub {
                     let (frames, problems) = scrub::scrub_wal(repository, index, region).await;
                     report.scrubbed_frames += frames;

@@ -69,7 +69,7 @@ pub async fn context(settings: &Settings, role: Role, world: &World) -> Result<C
     let openers = openers(settings)?;
     let ring = KeyRing::new(repository.id.clone(), repository.regions.clone(), openers);
     let writer = match role {
-        Role::Write => Some(writer(settings, world).await?),
+        Role::Write => Some(writer(settings, role, world).await?),
         Role::Restore => None,
     };
     Ok(Context {
@@ -168,9 +168,9 @@ pub fn siblings(settings: &Settings) -> Vec<RegionRecord> {
 ///
 /// # Errors
 /// The signer's key cannot be read or made, or a key holder is not usable as configured.
-pub async fn writer(settings: &Settings, world: &World) -> Result<Writer> {
+pub async fn writer(settings: &Settings, role: Role, world: &World) -> Result<Writer> {
     let signer = signer(&settings.repository.state_dir, world.rng.as_ref())?;
-    let holders = holders(settings, Role::Write).await?;
+    let holders = holders(settings, role).await?;
     let (clock, rng) = (Arc::clone(&world.clock), Arc::clone(&world.rng));
     Ok(Writer { signer: Arc::new(signer), holders, clock, rng, host: host_name() })
 }
@@ -204,7 +204,7 @@ pub async fn subject(settings: &Settings, world: &World) -> Result<Subject> {
         regions: regions(settings, Role::Write, world).await?,
         addresses: siblings(settings),
         shared_roles: settings.regions.iter().filter_map(shared_roles).collect(),
-        writer: writer(settings, world).await,
+        writer: writer(settings, Role::Write, world).await,
         listed_signers: settings.repository.signers.iter().cloned().collect(),
         identities: identities.filter_map(|secret| secret.file()).map(Path::to_owned).collect(),
         secret_files: settings.secrets().filter_map(|secret| secret.file()).map(Path::to_owned).collect(),

@@ -11,6 +11,7 @@ pub mod init;
 pub mod keys;
 pub mod list;
 pub mod repair;
+pub mod reports;
 pub mod restore;
 pub mod show;
 pub mod status;

@@ -126,6 +126,14 @@ name!(
     "expected 32 hex digits"
 );
 
+name!(
+    /// A report: the target, the UTC time at which its job began, three random characters, as in [`BackupId`].
+    ReportId,
+    "report id",
+    |text| BackupId::split(text).is_some(),
+    "a report id looks like ledger-261120-033000-q4x"
+);
+
 /// PostgreSQL's system identifier, drawn at initdb; every copy of a cluster shares it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SystemId(pub u64);
@@ -274,6 +282,24 @@ impl EpochId {
     pub fn new(now: DateTime<Utc>, rng: &dyn Rng) -> Result<Self> {
         let seconds = u32::try_from(now.timestamp().max(0)).unwrap_or(u32::MAX);
         Ok(Self(format!("{seconds:08x}{}", random_hex(rng, 8)?)))
+    }
+}
+
+impl ReportId {
+    /// Draws a new id.
+    ///
+    /// # Errors
+    /// No randomness.
+    pub fn new(target: &TargetName, started: DateTime<Utc>, rng: &dyn Rng) -> Result<Self> {
+        BackupId::new(target, started, rng).map(|id| Self(id.0))
+    }
+
+    /// The target that the id begins with.
+    ///
+    /// # Errors
+    /// Never for an id that was parsed.
+    pub fn target(&self) -> Result<TargetName> {
+        BackupId::split(&self.0).map(|(target, _)| target).ok_or_else(|| not_an_id(&self.0))
     }
 }
 

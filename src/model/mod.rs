@@ -14,6 +14,7 @@ pub mod schedule;
 pub use clock::{Clock, Rng};
 pub use error::{Error, Kind, Result, ResultExt};
 pub use id::{
-    BackupId, EpochId, HolderId, KeysetId, RegionName, RepositoryId, ScheduleName, SignerId, SystemId, TargetName,
+    BackupId, EpochId, HolderId, KeysetId, RegionName, ReportId, RepositoryId, ScheduleName, SignerId, SystemId,
+    TargetName,
 };
 pub use position::{Branch, Lsn, SegmentName, Timeline, WalSegmentSize};

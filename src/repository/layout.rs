@@ -3,7 +3,7 @@
 //! Every name is create-only. Nothing that a reader needs is found through a pointer that moves: readers list.
 
 use crate::model::{
-    BackupId, Branch, EpochId, HolderId, KeysetId, Lsn, RegionName, SignerId, SystemId, TargetName, Timeline,
+    BackupId, Branch, EpochId, HolderId, KeysetId, Lsn, RegionName, ReportId, SignerId, SystemId, TargetName, Timeline,
 };
 
 /// The record that names the repository; the first object of every region.
@@ -33,12 +33,15 @@ pub const KEYSETS: &str = "keysets/";
 /// Recorded gaps in the WAL.
 pub const GAPS: &str = "gaps/";
 
+/// What jobs found.
+pub const REPORTS: &str = "reports/";
+
 /// Backups in progress.
 pub const INTENTS: &str = "intents/";
 
 /// The kinds of top-level names that repair copies from region to region, COMMIT last: a backup exists in a region only
 /// when all of it is there.
-pub const REPAIR_ORDER: [&str; 12] = [
+pub const REPAIR_ORDER: [&str; 13] = [
     REPOSITORY,
     ESCAPE,
     REGIONS,
@@ -51,6 +54,7 @@ pub const REPAIR_ORDER: [&str; 12] = [
     "manifests/",
     "inventories/",
     COMMITS,
+    REPORTS,
 ];
 
 /// One sibling's address; `digest` tells its successive addresses apart.
@@ -108,6 +112,16 @@ pub fn packs(target: &TargetName) -> String {
 /// A pack.
 pub fn pack(target: &TargetName, id: &BackupId, ordinal: u32) -> String {
     format!("packs/{target}/{id}/{ordinal:06}")
+}
+
+/// The reports on one target.
+pub fn reports(target: &TargetName) -> String {
+    format!("{REPORTS}{target}/")
+}
+
+/// A report.
+pub fn report(target: &TargetName, id: &ReportId) -> String {
+    format!("{}{id}", reports(target))
 }
 
 /// The record that a backup is under way.

@@ -21,6 +21,7 @@ use crate::repository::handle::{Repository, RepositoryRecord};
 use crate::repository::inventory::{self, InventoryLine};
 use crate::repository::layout;
 use crate::repository::regions::Region;
+use crate::repository::reports;
 use crate::repository::trust::SignerRecord;
 use crate::repository::wal_frame::{Frame, FramePlace};
 use crate::store::{Digest, PutOptions};
@@ -358,6 +359,7 @@ impl Mender<'_> {
                 inventory::decode_part(bytes, &repository.id, (&id, part), &repository.trust).map(|_| ())
             }
             ["gaps", ..] => Gap::decode(repository, key, bytes).map(|_| ()),
+            ["reports", ..] => reports::decode_head(repository, key, bytes).map(|_| ()),
             ["commits", ..] => catalog::parse_commit(repository, key, bytes).map(|_| ()),
             _ => return None,
         })

@@ -25,6 +25,7 @@ pub mod page_map;
 pub mod page_state;
 pub mod parent;
 pub mod regions;
+pub mod reports;
 pub mod restore;
 pub mod scrub;
 #[cfg(test)]

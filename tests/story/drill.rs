@@ -78,7 +78,8 @@ impl Bank {
 
     async fn drill(&self, options: &[&str]) -> Finished {
         let line = ["drill", "ledger", "--json"].iter().chain(options);
-        let drill = self.drctl(line).expect_log("drill left").expect_log("is not readable").expect_log("not intact");
+        let drill =
+            self.drctl(line).expect_log("drill left").expect_log("is not readable").expect_log("region is left behind");
         drill.run().await
     }
 
@@ -122,6 +123,19 @@ async fn a_drill_proves_a_recovery_and_measures_it() {
     assert!(text.starts_with("PASS  drill of ledger from region-a alone, level L6"), "{text}");
     stream.terminate().await.ok();
     assert_eq!(bank.cluster.query("SELECT sum(amount) FROM account").await, "0", "the source is as it was");
+
+    // Both reports lie in every region: their heads for everybody, the rest for whoever has a key.
+    let listed = bank.drctl(["report", "list", "ledger", "--json"]).run().await.ok().json();
+    assert_eq!(listed["reports"].as_array().unwrap().len(), 2, "{listed:#}");
+    assert_eq!(listed["reports"][1]["id"], report["stored_as"]);
+    let id = report["stored_as"].as_str().unwrap();
+    let shown = bank.drctl(["report", "show", id, "--json"]).run().await.ok().json();
+    assert_eq!(shown["body"]["report"]["checks"], report["checks"], "{shown:#}");
+    let page = bank.drctl(["report", "show", id]).run().await.ok().stdout;
+    assert!(page.starts_with("# Drill of ledger: pass") && page.contains("| balances | L6 | pass | 0 |"), "{page}");
+    let region = bank.home().join("region-b").display().to_string();
+    let keyless = Drctl::new(["--repo", &region, "report", "show", id]).run().await.ok().stdout;
+    assert!(keyless.contains("level L6") && keyless.contains("sealed") && !keyless.contains("balances"), "{keyless}");
 }
 
 #[tokio::test]

@@ -39,7 +39,12 @@ pub async fn run(args: Args, session: &Session) -> Result<Exit> {
     }
     options.place.run_as = args.run_as.or(options.place.run_as);
     options.region = args.region;
-    let context = app::context(&settings, Role::Restore, &World::real()).await?;
+    let world = World::real();
+    let mut context = app::context(&settings, Role::Restore, &world).await?;
+    match app::writer(&settings, Role::Restore, &world).await {
+        Ok(writer) => context.writer = Some(writer),
+        Err(error) => tracing::warn!(%error, "the report will not be stored"),
+    }
     let shown = progress::show(context.progress.clone(), &session.output);
     let report = drill::run(&context, &options).await;
     shown.end().await;

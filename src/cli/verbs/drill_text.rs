@@ -20,8 +20,9 @@ pub(super) fn text(report: &Report, output: &Output) -> String {
         Outcome::Inconclusive => ("INCONCLUSIVE", Colour::Yellow),
     };
     let level = report.level.map_or_else(String::new, |level| format!(", level {level:?}"));
+    let stored = report.stored_as.as_ref().map_or_else(String::new, |id| format!("   report {id}"));
     let (word, target, region) = (output.paint(colour, word), &report.target, &report.region);
-    let mut lines = vec![format!("{word}  drill of {target} from {region} alone{level}")];
+    let mut lines = vec![format!("{word}  drill of {target} from {region} alone{level}{stored}")];
     lines.extend(report.reasons.iter().map(|reason| format!("  {}", reason.replace('\n', "\n    "))));
     lines.push(figures_line("asked", |measured| measured.objective_seconds, report));
     lines.push(figures_line("measured", |measured| measured.measured_seconds, report));

@@ -58,7 +58,7 @@ pub async fn run(args: Args, session: &Session) -> Result<Exit> {
 
 async fn create(settings: &Settings, world: &World) -> Result<Made> {
     app::create_directories(settings).await?;
-    let writer = app::writer(settings, world).await?;
+    let writer = app::writer(settings, Role::Write, world).await?;
     let regions = app::regions(settings, Role::Write, world).await?;
     init::run(&regions, &writer, &app::siblings(settings)).await
 }

@@ -17,6 +17,7 @@ pub mod keys;
 pub mod list;
 pub mod recovery_fetch;
 pub mod repair;
+pub mod report;
 pub mod restore;
 mod restore_text;
 pub mod schedule;
@@ -46,6 +47,8 @@ pub enum Verb {
     Restore(Box<restore::Args>),
     /// Restore a target into a scratch cluster, start it, check it, and measure RPO and recovery time
     Drill(drill::Args),
+    /// Look at the reports that drills left in the regions
+    Report(report::Args),
     /// Check stored backups in every region
     Verify(verify::Args),
     /// Bring a lagging or damaged region back from a healthy one
@@ -78,6 +81,7 @@ pub async fn run(verb: Verb, session: &Session) -> Result<Exit> {
         Verb::Status(args) => status::run(args, session).await,
         Verb::Restore(args) => restore::run(*args, session).await,
         Verb::Drill(args) => drill::run(args, session).await,
+        Verb::Report(args) => report::run(&args, session).await,
         Verb::Verify(args) => verify::run(args, session).await,
         Verb::Repair(args) => repair::run(args, session).await,
         Verb::Keys(args) => keys::run(&args, session).await,

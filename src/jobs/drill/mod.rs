@@ -19,6 +19,7 @@ use crate::repository::handle::Repository;
 use crate::source::postgres::heartbeat::{self, Beat};
 
 mod checks;
+mod evidence;
 mod examine;
 mod report;
 mod scratch;
@@ -74,7 +75,20 @@ pub async fn run(context: &Context, options: &Options) -> Result<Report> {
     }
     report.torn_down = scratch.tear_down().map_err(|error| tracing::error!(%error, "scratch cluster remains")).is_ok();
     report.conclude(context.clock.now());
+    keep(context, &mut report).await;
     Ok(report)
+}
+
+/// The report goes into every region, beside what it reports on. A drill is no worse for it if that fails; it is told.
+async fn keep(context: &Context, report: &mut Report) {
+    let Some(writer) = &context.writer else {
+        report.warnings.push("the report was not stored: this machine has no signer".to_owned());
+        return;
+    };
+    match evidence::store(context, writer, report).await {
+        Ok((id, regions)) => (report.stored_as, report.stored_in) = (Some(id), regions),
+        Err(error) => report.warnings.push(format!("the report was not stored: {error}")),
+    }
 }
 
 fn chosen(context: &Context, wanted: Option<&RegionName>) -> Result<RegionName> {

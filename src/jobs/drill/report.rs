@@ -7,7 +7,8 @@ use crate::jobs::context::{Context, Objectives, Target};
 use crate::jobs::drill::scratch::Scratch;
 use crate::jobs::drill::{is_inconclusive, lost};
 use crate::jobs::restore::{self, PhaseTime, Plan};
-use crate::model::{BackupId, Error, Lsn, RegionName, TargetName};
+use crate::model::{BackupId, Error, Lsn, RegionName, ReportId, TargetName};
+use crate::repository::fan_out::LaneOutcome;
 use crate::repository::regions::Incident;
 use crate::source::postgres::heartbeat::Beat;
 
@@ -123,6 +124,12 @@ pub struct Report {
     pub environment: Environment,
     /// Whether the scratch cluster is gone.
     pub torn_down: bool,
+    /// The name of this report in the regions.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stored_as: Option<ReportId>,
+    /// Which region owes it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub stored_in: Vec<LaneOutcome>,
 }
 
 /// Where a drill ran; figures of different machines are not to be compared.
@@ -169,6 +176,8 @@ impl Report {
                 network: "shared",
             },
             torn_down: false,
+            stored_as: None,
+            stored_in: Vec::new(),
         }
     }
 

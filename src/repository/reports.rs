@@ -1,0 +1,235 @@
+//! Reports: the evidence of what was done and found, in every region beside the backups.
+//!
+//! A report has a head in clear text, which metrics and prune read without keys, and a body sealed with the reporter's own
+//! keyset, because what was found in the data is data. One signature covers both.
+
+use std::sync::Arc;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use bytes::Bytes;
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+
+use crate::codec::compress::{pack_payload, unpack_payload};
+use crate::codec::seal::{Aad, Unit, open, seal};
+use crate::codec::sign::sign_text;
+use crate::keys::keyset::Keyset;
+use crate::model::{BackupId, Error, KeysetId, RegionName, ReportId, RepositoryId, Result, ResultExt, TargetName};
+use crate::repository::FORMAT;
+use crate::repository::fan_out::{FanOut, LaneOutcome, Patience};
+use crate::repository::handle::{Repository, Writer};
+use crate::repository::keysets::{self, KeyRing};
+use crate::repository::layout;
+use crate::repository::regions::Regions;
+use crate::store::Digest;
+
+/// What everybody may read.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReportHead {
+    /// Version of the repository format.
+    pub format: u32,
+    /// The report.
+    pub id: ReportId,
+    /// What was done: `drill`.
+    pub job: String,
+    /// To what.
+    pub target: TargetName,
+    /// With which backup.
+    pub backup: Option<BackupId>,
+    /// From which region.
+    pub region: Option<RegionName>,
+    /// `pass`, `fail`, `inconclusive`.
+    pub outcome: String,
+    /// The deepest level that was proven, `L4` to `L7`.
+    pub level: Option<String>,
+    /// When it began.
+    pub started_at: DateTime<Utc>,
+    /// When it was over.
+    pub finished_at: DateTime<Utc>,
+    /// Recovery point objective and what was measured, in seconds.
+    pub rpo: (Option<f64>, Option<f64>),
+    /// Recovery time objective and what was measured, in seconds.
+    pub rto: (Option<f64>, Option<f64>),
+    /// The phases of the recovery time, in seconds.
+    pub phases: Vec<(String, f64)>,
+    /// Who did it.
+    pub host: String,
+    /// drctl's version.
+    pub drctl: String,
+}
+
+/// What only holders of keys read.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReportBody {
+    /// The whole report, by the schema of its job.
+    pub report: serde_json::Value,
+    /// The same for people.
+    pub markdown: String,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Stored {
+    head: ReportHead,
+    keyset: KeysetId,
+    /// Sealed, base64.
+    body: String,
+}
+
+fn context(repository: &RepositoryId, id: &ReportId) -> String {
+    format!("report {repository} {id}")
+}
+
+fn aad<'a>(repository: &'a RepositoryId, keyset: &'a KeysetId, id: &'a ReportId) -> Aad<'a> {
+    Aad { repository, keyset, kind: Unit::Report, id: id.as_str() }
+}
+
+fn encode(
+    repository: &RepositoryId,
+    writer: &Writer,
+    keyset: &Keyset,
+    (head, body): (&ReportHead, &ReportBody),
+) -> Result<Bytes> {
+    let not_json = |error| Error::failed("a report is not JSON").because(error);
+    let key = keyset.data().ok_or_else(|| Error::failed("the report's keyset lacks its data secret"))?;
+    let plain = pack_payload(3, &serde_json::to_vec(body).map_err(not_json)?)?;
+    let sealed = seal(key, &aad(repository, keyset.id(), &head.id), &plain)?;
+    let stored = Stored { head: head.clone(), keyset: keyset.id().clone(), body: STANDARD.encode(sealed) };
+    let mut text = serde_json::to_vec(&stored).map_err(not_json)?;
+    text.push(b'\n');
+    Ok(Bytes::from(sign_text(&writer.signer, &context(repository, &head.id), &text)?))
+}
+
+fn decode_stored(repository: &Repository, key: &str, bytes: &[u8]) -> Result<Stored> {
+    let wrong = |why: &str| Error::damaged(format!("{key} {why}"));
+    let id: ReportId = key.rsplit('/').next().unwrap_or_default().parse().map_err(|_| wrong("is no report"))?;
+    let text = repository.trust.verify_text(&context(&repository.id, &id), bytes)?;
+    let stored: Stored = serde_json::from_slice(text).map_err(|error| wrong("is not readable").because(error))?;
+    if stored.head.format != FORMAT {
+        return Err(wrong("was written by a newer drctl"));
+    }
+    let own = stored.head.id == id && layout::report(&stored.head.target, &id) == key;
+    if own { Ok(stored) } else { Err(wrong("belongs elsewhere")) }
+}
+
+/// Reads the head of a stored report, and believes it only under its own name.
+///
+/// # Errors
+/// It is damaged, not trusted, of a newer format, or belongs elsewhere.
+pub fn decode_head(repository: &Repository, key: &str, bytes: &[u8]) -> Result<ReportHead> {
+    decode_stored(repository, key, bytes).map(|stored| stored.head)
+}
+
+/// Stores a report in every region; one that holds it is enough, because a report about an outage must not wait for its
+/// end. The others get it from repair.
+///
+/// # Errors
+/// No region took it, or too few key holders wrapped its keyset.
+pub async fn store(
+    repository: &Repository,
+    writer: &Writer,
+    head: &ReportHead,
+    body: &ReportBody,
+) -> Result<Vec<LaneOutcome>> {
+    let regions = Regions::new(repository.regions.all().to_vec(), 1, 1)?;
+    let out = FanOut::new(&regions, Patience::REPORT);
+    repository.enroll(writer, &out).await.during(|| "enrol the signer")?;
+    let keyset =
+        keysets::create(&repository.id, &head.target, &writer.holders, writer.rng.as_ref(), &out).await?.keyset;
+    let bytes = encode(&repository.id, writer, &keyset, (head, body))?;
+    let digest = Digest::of(&bytes);
+    out.put(layout::report(&head.target, &head.id), bytes, digest).await?;
+    Ok(out.drain().await)
+}
+
+/// The heads of all reports, oldest first, and those that no region holds intact.
+///
+/// # Errors
+/// No region answers.
+pub async fn list(repository: &Repository, target: Option<&TargetName>) -> Result<(Vec<ReportHead>, Vec<Error>)> {
+    let prefix = target.map_or_else(|| layout::REPORTS.to_owned(), layout::reports);
+    let (mut heads, mut errors) = (Vec::new(), Vec::new());
+    for key in repository.regions.list_union(&prefix).await? {
+        match repository.regions.read(&key, None, |bytes| decode_head(repository, &key, &bytes)).await {
+            Ok((head, _)) => heads.push(head),
+            Err(error) => errors.push(error),
+        }
+    }
+    heads.sort_by(|a, b| (a.started_at, &a.id).cmp(&(b.started_at, &b.id)));
+    Ok((heads, errors))
+}
+
+/// A report with its body.
+///
+/// # Errors
+/// No region holds it intact, or no key opens it.
+pub async fn read(repository: &Repository, ring: &KeyRing, id: &ReportId) -> Result<(ReportHead, ReportBody)> {
+    let key = layout::report(&id.target()?, id);
+    let parse = |bytes: Bytes| decode_stored(repository, &key, &bytes);
+    let (stored, _) = repository.regions.read(&key, None, parse).await?;
+    let keyset: Arc<Keyset> = ring.open(&stored.head.target, &stored.keyset).await?;
+    let secret = keyset.data().ok_or_else(|| Error::failed("the report's keyset lacks its data secret"))?;
+    let wrong = || Error::damaged(format!("the body of report {id} is not readable"));
+    let sealed = STANDARD.decode(&stored.body).map_err(|error| wrong().because(error))?;
+    let payload =
+        open(secret, &aad(&repository.id, &stored.keyset, id), &sealed).during(|| format!("open report {id}"))?;
+    let plain = unpack_payload(&payload, None).during(|| format!("unpack report {id}"))?;
+    let body = serde_json::from_slice(&plain).map_err(|error| wrong().because(error))?;
+    Ok((stored.head, body))
+}
+
+#[cfg(test)]
+mod tests {
+    use chrono::TimeDelta;
+
+    use super::*;
+    use crate::repository::testing::tiny;
+
+    fn head(id: &ReportId) -> ReportHead {
+        let at = DateTime::UNIX_EPOCH + TimeDelta::days(20_000);
+        ReportHead {
+            format: FORMAT,
+            id: id.clone(),
+            job: "drill".into(),
+            target: id.target().unwrap(),
+            backup: None,
+            region: Some("a".parse().unwrap()),
+            outcome: "pass".into(),
+            level: Some("L6".into()),
+            started_at: at,
+            finished_at: at + TimeDelta::minutes(7),
+            rpo: (Some(5.0), Some(0.9)),
+            rto: (None, Some(408.25)),
+            phases: vec![("fetch".into(), 91.5)],
+            host: "db1".into(),
+            drctl: "0.1.0".into(),
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_report_reads_back_and_every_bit_of_it_counts() {
+        let fixture = tiny(2, 2).await;
+        let repository = fixture.reopen().await.unwrap();
+        let id: ReportId = "ledger-241004-000000-q4x".parse().unwrap();
+        let body = ReportBody { report: serde_json::json!({"checks": [1, 2]}), markdown: "# Passed".into() };
+        store(&repository, &fixture.writer, &head(&id), &body).await.unwrap();
+        repository.trust.refresh(&repository.regions).await.unwrap();
+        let (heads, errors) = list(&repository, None).await.unwrap();
+        assert_eq!((heads.as_slice(), errors.len()), ([head(&id)].as_slice(), 0));
+        assert_eq!(read(&repository, &fixture.ring, &id).await.unwrap(), (head(&id), body));
+
+        let key = layout::report(&"ledger".parse().unwrap(), &id);
+        let contents = fixture.stores[0].contents().await;
+        let (_, bytes) = contents.into_iter().find(|(name, _)| *name == key).unwrap();
+        for bit in 0..bytes.len() * 8 {
+            let mut damaged = bytes.to_vec();
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            assert!(decode_head(&repository, &key, &damaged).is_err(), "bit {bit}");
+        }
+        let elsewhere = key.replace("q4x", "q4y");
+        assert!(decode_head(&repository, &elsewhere, &bytes).is_err());
+    }
+}

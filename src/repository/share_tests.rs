@@ -279,7 +279,7 @@ async fn nothing_is_shared_that_a_new_key_holder_could_not_open() {
     let (_, recipient) = generate_identity(fixture.clock.now());
     fixture.writer.holders.list.push(Arc::new(AgeHolder::new(&recipient).unwrap()));
     let told = reason(&fixture, 7).await.unwrap();
-    assert!(told.contains(&recipient) && told.contains("cannot open all pages"), "{told}");
+    assert!(told.contains(&recipient[..12]) && told.contains("cannot open all pages"), "{told}");
     assert_eq!(next(&fixture, &files).await.commit.kind, BackupKind::Full);
     assert_eq!(next(&fixture, &files).await.commit.kind, BackupKind::Incremental);
 }

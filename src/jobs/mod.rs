@@ -10,10 +10,12 @@ pub mod init;
 pub mod list;
 pub mod repair;
 pub mod restore;
+pub mod runs;
 pub mod show;
 pub mod status;
 pub mod verify;
 pub mod wal;
+pub mod work;
 
 #[cfg(test)]
 mod tests;

@@ -2,8 +2,12 @@
 //!
 //! Every name is create-only. Nothing that a reader needs is found through a pointer that moves: readers list.
 
+use chrono::{DateTime, Utc};
+
+use crate::model::run::slot_text;
 use crate::model::{
-    BackupId, Branch, EpochId, HolderId, KeysetId, Lsn, RegionName, SignerId, SystemId, TargetName, Timeline,
+    BackupId, Branch, EpochId, HolderId, KeysetId, Lsn, RegionName, ScheduleName, SignerId, SystemId, TargetName,
+    Timeline,
 };
 
 /// The record that names the repository; the first object of every region.
@@ -30,12 +34,15 @@ pub const HISTORY: &str = "history/";
 /// Recorded gaps in the WAL.
 pub const GAPS: &str = "gaps/";
 
+/// What became of every slot of every schedule.
+pub const RUNS: &str = "runs/";
+
 /// Backups in progress.
 pub const INTENTS: &str = "intents/";
 
 /// The kinds of top-level names that repair copies from region to region, COMMIT last: a backup exists in a region only
 /// when all of it is there.
-pub const REPAIR_ORDER: [&str; 12] = [
+pub const REPAIR_ORDER: [&str; 13] = [
     REPOSITORY,
     ESCAPE,
     REGIONS,
@@ -48,6 +55,7 @@ pub const REPAIR_ORDER: [&str; 12] = [
     "manifests/",
     "inventories/",
     COMMITS,
+    RUNS,
 ];
 
 /// One sibling's address; `digest` tells its successive addresses apart.
@@ -98,6 +106,16 @@ pub fn packs(target: &TargetName) -> String {
 /// A pack.
 pub fn pack(target: &TargetName, id: &BackupId, ordinal: u32) -> String {
     format!("packs/{target}/{id}/{ordinal:06}")
+}
+
+/// The records of one schedule.
+pub fn runs(schedule: &ScheduleName) -> String {
+    format!("{RUNS}{schedule}/")
+}
+
+/// What became of a slot.
+pub fn run(schedule: &ScheduleName, slot: DateTime<Utc>) -> String {
+    format!("{RUNS}{schedule}/{}", slot_text(slot))
 }
 
 /// The record that a backup is under way.

@@ -20,6 +20,7 @@ use crate::repository::handle::{Repository, RepositoryRecord};
 use crate::repository::inventory::{self, InventoryLine};
 use crate::repository::layout;
 use crate::repository::regions::Region;
+use crate::repository::runs;
 use crate::repository::trust::SignerRecord;
 use crate::repository::wal_frame::{Frame, FramePlace};
 use crate::store::{Digest, PutOptions};
@@ -356,6 +357,7 @@ impl Mender<'_> {
                 inventory::decode_part(bytes, &repository.id, (&id, part), &repository.trust).map(|_| ())
             }
             ["commits", ..] => catalog::parse_commit(repository, key, bytes).map(|_| ()),
+            ["runs", ..] => runs::decode(repository, key, bytes).map(|_| ()),
             _ => return None,
         })
     }

@@ -20,6 +20,7 @@ pub mod packer;
 pub mod page_map;
 pub mod regions;
 pub mod restore;
+pub mod runs;
 pub mod scrub;
 pub mod survey;
 #[cfg(test)]

@@ -10,6 +10,7 @@ pub mod backup;
 pub mod check;
 pub mod completions;
 pub mod config;
+pub mod daemon;
 pub mod init;
 pub mod list;
 pub mod recovery_fetch;
@@ -45,6 +46,8 @@ pub enum Verb {
     Verify(verify::Args),
     /// Bring a lagging or damaged region back from a healthy one
     Repair(repair::Args),
+    /// Stream WAL and run jobs to their schedules, until told to stop
+    Daemon(daemon::Args),
     /// Look at the schedules
     Schedule(schedule::Args),
     /// Look at the configuration
@@ -54,6 +57,14 @@ pub enum Verb {
     /// Hand a staged WAL file to PostgreSQL
     #[command(name = recovery_fetch::NAME, hide = true)]
     RecoveryFetch(recovery_fetch::Args),
+}
+
+impl Verb {
+    /// What is logged when neither the command line nor `RUST_LOG` says it; none leaves it to the log.
+    pub fn log_level(&self) -> Option<&'static str> {
+        let unset = std::env::var_os("RUST_LOG").is_none_or(|value| value.is_empty());
+        (unset && matches!(self, Self::Daemon(_))).then_some(daemon::LOG_LEVEL)
+    }
 }
 
 /// Runs one verb.
@@ -72,6 +83,7 @@ pub async fn run(verb: Verb, session: &Session) -> Result<Exit> {
         Verb::Restore(args) => restore::run(*args, session).await,
         Verb::Verify(args) => verify::run(args, session).await,
         Verb::Repair(args) => repair::run(args, session).await,
+        Verb::Daemon(args) => daemon::run(args, session).await,
         Verb::Schedule(args) => schedule::run(args, session),
         Verb::Config(args) => config::run(&args, session),
         Verb::Completions(args) => completions::run(&args, session),

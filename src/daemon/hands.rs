@@ -24,6 +24,8 @@ use crate::observe::task;
 
 /// How often records are brought to regions that did not answer.
 const SPREAD_AGAIN: Duration = Duration::from_secs(30);
+/// How often a write into the state directory is repeated that failed.
+const WRITE_AGAIN: Duration = Duration::from_secs(5);
 /// How long a daemon that goes still tries.
 const LAST_SPREAD: Duration = Duration::from_secs(15);
 
@@ -60,7 +62,7 @@ impl Hands {
             match action {
                 Action::Settle(schedule, until) => {
                     let log = Arc::clone(&self.log);
-                    blocking(move || log.settle(&schedule, until)).await?;
+                    durably(move || log.settle(&schedule, until)).await?;
                 }
                 Action::Accept(open) => self.note(open).await?,
                 Action::Start(open, work) => {
@@ -99,13 +101,13 @@ impl Hands {
 
     async fn note(&self, open: Open) -> Result<()> {
         let log = Arc::clone(&self.log);
-        blocking(move || log.note(&open)).await
+        durably(move || log.note(&open)).await
     }
 
     async fn record(&self, run: Run) -> Result<()> {
         tell(&run);
         let log = Arc::clone(&self.log);
-        blocking(move || log.record(&run)).await?;
+        durably(move || log.record(&run)).await?;
         self.recorded.notify_one();
         Ok(())
     }
@@ -159,9 +161,19 @@ async fn attempt(settings: &Settings, world: &World, work: &Work) -> Result<Done
     work::run(&context, work).await
 }
 
-async fn blocking(write: impl FnOnce() -> Result<()> + Send + 'static) -> Result<()> {
-    let written = tokio::task::spawn_blocking(write).await;
-    written.map_err(|error| Error::failed("a record could not be written").because(error))?
+/// Writes into the state directory, as often as it takes: a full disk is no reason to stop streaming WAL, and whatever
+/// comes next may only be done when this is durable. A daemon that is killed meanwhile loses nothing.
+async fn durably(write: impl Fn() -> Result<()> + Send + Sync + 'static) -> Result<()> {
+    let write = Arc::new(write);
+    loop {
+        let once = Arc::clone(&write);
+        let written = tokio::task::spawn_blocking(move || once()).await;
+        match written.map_err(|error| Error::failed("a record could not be written").because(error))? {
+            Ok(()) => return Ok(()),
+            Err(error) => tracing::error!(%error, "the state directory cannot be written; schedules wait for it"),
+        }
+        tokio::time::sleep(WRITE_AGAIN).await;
+    }
 }
 
 fn tell(run: &Run) {

@@ -152,8 +152,12 @@ fn now(world: &World) -> Now {
     Now { wall: world.clock.now(), monotonic: world.clock.monotonic() }
 }
 
-/// The schedules of this process; the folder counts as a whole, whichever jobs are wanted here.
+/// The schedules of this process. The folder counts as a whole, whichever jobs are wanted here; streaming alone needs
+/// none, and no mistake in it can hold it up.
 fn chosen(settings: &Settings, options: &Options) -> Result<Vec<Schedule>> {
+    if options.only.iter().eq([&Job::Wal]) {
+        return Ok(Vec::new());
+    }
     let mut schedules = load_schedules(settings)?;
     schedules.retain(|schedule| options.wants(schedule.work.job()));
     Ok(schedules)

@@ -20,6 +20,8 @@ use crate::model::schedule::{CatchUp, Overlap, Schedule, Work};
 const ON_TIME: TimeDelta = TimeDelta::seconds(60);
 /// The longest sleep, because wall time can jump.
 const LONGEST_SLEEP: Duration = Duration::from_secs(20);
+/// Characters of a record's own words.
+const LONGEST_DETAIL: usize = 1000;
 /// The longest pause between two attempts.
 const LONGEST_PAUSE: Duration = Duration::from_secs(3600);
 
@@ -268,7 +270,8 @@ impl<'h> Turn<'h> {
             attempts,
             started_at,
             ended_at: self.now.wall,
-            detail: Some(why.to_owned()),
+            // A server may have said anything at any length; the record stays small.
+            detail: Some(why.chars().map(|c| if c.is_control() { ' ' } else { c }).take(LONGEST_DETAIL).collect()),
             host: self.host.to_owned(),
             drctl: env!("CARGO_PKG_VERSION").to_owned(),
         }

@@ -92,13 +92,22 @@ pub async fn newest_slots(repository: &Repository) -> Result<BTreeMap<ScheduleNa
     Ok(newest)
 }
 
-/// The records of one schedule, ascending, and those that no region holds intact.
+/// The newest `count` records of one schedule or of all, newest first, and those that no region holds intact.
 ///
 /// # Errors
 /// No region answers.
-pub async fn read(repository: &Repository, schedule: &ScheduleName) -> Result<(Vec<Run>, Vec<Error>)> {
+pub async fn newest(
+    repository: &Repository,
+    only: Option<&ScheduleName>,
+    count: usize,
+) -> Result<(Vec<Run>, Vec<Error>)> {
+    let prefix = only.map_or_else(|| layout::RUNS.to_owned(), layout::runs);
+    let mut keys: Vec<_> = repository.regions.list_union(&prefix).await?.into_iter().collect();
+    // The last part is the slot, and slots sort by time.
+    keys.sort_by(|a, b| b.rsplit('/').next().cmp(&a.rsplit('/').next()).then_with(|| a.cmp(b)));
+    keys.truncate(count);
     let (mut runs, mut errors) = (Vec::new(), Vec::new());
-    for key in repository.regions.list_union(&layout::runs(schedule)).await? {
+    for key in keys {
         match repository.regions.read(&key, None, |bytes| decode(repository, &key, &bytes)).await {
             Ok((run, _)) => runs.push(run),
             Err(error) => errors.push(error),
@@ -148,7 +157,7 @@ mod tests {
         let other = Run { outcome: Outcome::Failed, ..run.clone() };
         let refused = spread(&repository, &fixture.writer, &other).await.unwrap();
         assert!(refused.iter().all(|(_, spread)| *spread == Spread::Other), "{refused:?}");
-        let (runs, errors) = read(&repository, &run.schedule).await.unwrap();
+        let (runs, errors) = newest(&repository, None, 5).await.unwrap();
         assert_eq!((runs, errors.len()), (vec![run.clone()], 0));
         assert_eq!(newest_slots(&repository).await.unwrap(), BTreeMap::from([(run.schedule.clone(), run.slot)]));
 

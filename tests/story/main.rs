@@ -11,6 +11,7 @@
 mod support;
 
 mod check;
+mod daemon;
 mod escape;
 mod keyholders;
 mod memory;

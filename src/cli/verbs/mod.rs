@@ -17,6 +17,7 @@ pub mod recovery_fetch;
 pub mod repair;
 pub mod restore;
 mod restore_text;
+pub mod runs;
 pub mod schedule;
 pub mod show;
 pub mod status;
@@ -48,6 +49,8 @@ pub enum Verb {
     Repair(repair::Args),
     /// Stream WAL and run jobs to their schedules, until told to stop
     Daemon(daemon::Args),
+    /// Show what became of the slots of schedules, the newest first
+    Runs(runs::Args),
     /// Look at the schedules
     Schedule(schedule::Args),
     /// Look at the configuration
@@ -84,6 +87,7 @@ pub async fn run(verb: Verb, session: &Session) -> Result<Exit> {
         Verb::Verify(args) => verify::run(args, session).await,
         Verb::Repair(args) => repair::run(args, session).await,
         Verb::Daemon(args) => daemon::run(args, session).await,
+        Verb::Runs(args) => runs::run(args, session).await,
         Verb::Schedule(args) => schedule::run(args, session),
         Verb::Config(args) => config::run(&args, session),
         Verb::Completions(args) => completions::run(&args, session),

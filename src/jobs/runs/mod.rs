@@ -105,8 +105,11 @@ impl RunLog {
     /// It could not be written.
     pub fn record(&self, run: &Run) -> Result<()> {
         let path = self.path(DONE, &run.schedule, run.slot);
-        match place::place_new(&path, &to_json(run)?, 0o600) {
+        let bytes = to_json(run)?;
+        match place::place_new(&path, &bytes, 0o600) {
             Ok(()) => {}
+            // The same record, when an earlier call got no farther than this.
+            Err(DiskError::Exists { .. }) if std::fs::read(&path).is_ok_and(|known| known == bytes) => {}
             Err(DiskError::Exists { .. }) => tracing::error!(path = %path.display(), "this slot has a record already"),
             Err(error) => return Err(error.into()),
         }
@@ -175,6 +178,24 @@ impl RunLog {
 /// No region answers.
 pub async fn newest_slots(context: &Context) -> Result<BTreeMap<ScheduleName, DateTime<Utc>>> {
     runs::newest_slots(&context.repository).await
+}
+
+/// What became of slots, as the regions tell it.
+#[derive(Debug, Clone, Serialize)]
+pub struct History {
+    /// The newest first.
+    pub runs: Vec<Run>,
+    /// Records that no region holds intact.
+    pub unreadable: Vec<String>,
+}
+
+/// The newest `count` records of one schedule, or of all.
+///
+/// # Errors
+/// No region answers.
+pub async fn history(context: &Context, only: Option<&ScheduleName>, count: usize) -> Result<History> {
+    let (runs, errors) = runs::newest(&context.repository, only, count).await?;
+    Ok(History { runs, unreadable: errors.iter().map(Error::to_string).collect() })
 }
 
 fn files(dir: &Path) -> Result<Vec<PathBuf>> {

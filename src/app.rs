@@ -236,7 +236,7 @@ pub fn new_recovery_key(path: &Path, world: &World) -> Result<String> {
 }
 
 /// The machine's name, for provenance.
-fn host_name() -> String {
+pub fn host_name() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
 }
 

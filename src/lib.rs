@@ -5,7 +5,7 @@
 //!
 //! | floor | rooms | what they are |
 //! |---|---|---|
-//! | 4 doors | [`cli`], [`app`], [`config`] | arguments and text; the composition root; settings |
+//! | 4 doors | [`cli`], [`daemon`], [`app`], [`config`] | arguments and text; what runs by itself; the composition root; settings |
 //! | 3 stories | [`jobs`] | one folder per job; a story sees no bucket and no key |
 //! | 2 vault | [`repository`] | what is stored, where, and how it is read back; the restore engine |
 //! | 1b rooms | [`source`], [`store`], [`keys`] | what is protected; one copy of the repository; who can open it |
@@ -43,3 +43,4 @@ pub mod jobs;
 pub mod app;
 pub mod cli;
 pub mod config;
+pub mod daemon;

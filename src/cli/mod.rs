@@ -7,6 +7,7 @@ use std::ffi::OsString;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::{CommandFactory, FromArgMatches, Parser};
 
@@ -35,6 +36,9 @@ struct Arguments {
     #[command(subcommand)]
     verb: Verb,
 }
+
+/// How long threads that still work are waited for after the result is known.
+const SHUTDOWN_LIMIT: Duration = Duration::from_secs(10);
 
 /// What every verb has at hand.
 #[derive(Debug)]
@@ -90,12 +94,16 @@ fn parse_and_run(line: &[OsString], output: &Output) -> Result<Exit> {
         Ok(arguments) => arguments?,
         Err(told) => return told_by_clap(&told, output),
     };
-    log::init_with(globals.log_level.as_deref(), globals.log_format.into(), output.clone())?;
+    let level = globals.log_level.as_deref().or_else(|| verb.log_level());
+    log::init_with(level, globals.log_format.into(), output.clone())?;
     let clock = Arc::new(SystemClock::new());
     let session = Session { output: output.clone(), clock, program: program(line.first()), globals };
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let runtime = runtime.map_err(|error| Error::failed("no thread could be started").because(error))?;
-    runtime.block_on(verbs::run(verb, &session))
+    let ended = runtime.block_on(verbs::run(verb, &session));
+    // A job that hangs in a system call cannot be ended; the process can.
+    runtime.shutdown_timeout(SHUTDOWN_LIMIT);
+    ended
 }
 
 /// How this program was called: a shell that found it by a path finds it by that path again.

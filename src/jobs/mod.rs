@@ -13,10 +13,12 @@ pub mod list;
 pub mod repair;
 pub mod reports;
 pub mod restore;
+pub mod runs;
 pub mod show;
 pub mod status;
 pub mod verify;
 pub mod wal;
+pub mod work;
 
 #[cfg(test)]
 mod tests;

@@ -9,6 +9,7 @@ pub mod error;
 pub mod id;
 pub mod pages;
 pub mod position;
+pub mod run;
 pub mod schedule;
 
 pub use clock::{Clock, Rng};

@@ -207,7 +207,7 @@ pub(super) fn sibling_object(record: &RegionRecord) -> Result<(String, Vec<u8>)>
     Ok((layout::region(&record.name, &digest[..8]), body))
 }
 
-async fn enroll_at(region: &Region, writer: &Writer) -> Result<()> {
+pub(super) async fn enroll_at(region: &Region, writer: &Writer) -> Result<()> {
     put_unless_there(region, &layout::signer(writer.signer.id()), &signer_record(writer)?).await
 }
 

@@ -2,8 +2,12 @@
 //!
 //! Every name is create-only. Nothing that a reader needs is found through a pointer that moves: readers list.
 
+use chrono::{DateTime, Utc};
+
+use crate::model::run::slot_text;
 use crate::model::{
-    BackupId, Branch, EpochId, HolderId, KeysetId, Lsn, RegionName, ReportId, SignerId, SystemId, TargetName, Timeline,
+    BackupId, Branch, EpochId, HolderId, KeysetId, Lsn, RegionName, ReportId, ScheduleName, SignerId, SystemId,
+    TargetName, Timeline,
 };
 
 /// The record that names the repository; the first object of every region.
@@ -36,12 +40,15 @@ pub const GAPS: &str = "gaps/";
 /// What jobs found.
 pub const REPORTS: &str = "reports/";
 
+/// What became of every slot of every schedule.
+pub const RUNS: &str = "runs/";
+
 /// Backups in progress.
 pub const INTENTS: &str = "intents/";
 
 /// The kinds of top-level names that repair copies from region to region, COMMIT last: a backup exists in a region only
 /// when all of it is there.
-pub const REPAIR_ORDER: [&str; 13] = [
+pub const REPAIR_ORDER: [&str; 14] = [
     REPOSITORY,
     ESCAPE,
     REGIONS,
@@ -55,6 +62,7 @@ pub const REPAIR_ORDER: [&str; 13] = [
     "inventories/",
     COMMITS,
     REPORTS,
+    RUNS,
 ];
 
 /// One sibling's address; `digest` tells its successive addresses apart.
@@ -122,6 +130,16 @@ pub fn reports(target: &TargetName) -> String {
 /// A report.
 pub fn report(target: &TargetName, id: &ReportId) -> String {
     format!("{}{id}", reports(target))
+}
+
+/// The records of one schedule.
+pub fn runs(schedule: &ScheduleName) -> String {
+    format!("{RUNS}{schedule}/")
+}
+
+/// What became of a slot.
+pub fn run(schedule: &ScheduleName, slot: DateTime<Utc>) -> String {
+    format!("{RUNS}{schedule}/{}", slot_text(slot))
 }
 
 /// The record that a backup is under way.

@@ -22,6 +22,7 @@ use crate::repository::inventory::{self, InventoryLine};
 use crate::repository::layout;
 use crate::repository::regions::Region;
 use crate::repository::reports;
+use crate::repository::runs;
 use crate::repository::trust::SignerRecord;
 use crate::repository::wal_frame::{Frame, FramePlace};
 use crate::store::{Digest, PutOptions};
@@ -361,6 +362,7 @@ impl Mender<'_> {
             ["gaps", ..] => Gap::decode(repository, key, bytes).map(|_| ()),
             ["reports", ..] => reports::decode_head(repository, key, bytes).map(|_| ()),
             ["commits", ..] => catalog::parse_commit(repository, key, bytes).map(|_| ()),
+            ["runs", ..] => runs::decode(repository, key, bytes).map(|_| ()),
             _ => return None,
         })
     }

@@ -27,6 +27,7 @@ pub mod parent;
 pub mod regions;
 pub mod reports;
 pub mod restore;
+pub mod runs;
 pub mod scrub;
 #[cfg(test)]
 #[allow(clippy::cast_possible_truncation, reason = "made-up data is small")]

@@ -11,6 +11,7 @@
 mod support;
 
 mod check;
+mod daemon;
 mod drill;
 mod escape;
 mod full_disk;

@@ -10,6 +10,7 @@ pub mod backup;
 pub mod check;
 pub mod completions;
 pub mod config;
+pub mod daemon;
 pub mod drill;
 mod drill_text;
 pub mod init;
@@ -20,6 +21,7 @@ pub mod repair;
 pub mod report;
 pub mod restore;
 mod restore_text;
+pub mod runs;
 pub mod schedule;
 pub mod show;
 pub mod status;
@@ -55,6 +57,10 @@ pub enum Verb {
     Repair(repair::Args),
     /// Pay wraps of keysets that key holders owe
     Keys(keys::Args),
+    /// Stream WAL and run jobs to their schedules, until told to stop
+    Daemon(daemon::Args),
+    /// Show what became of the slots of schedules, the newest first
+    Runs(runs::Args),
     /// Look at the schedules
     Schedule(schedule::Args),
     /// Look at the configuration
@@ -64,6 +70,14 @@ pub enum Verb {
     /// Hand a staged WAL file to PostgreSQL
     #[command(name = recovery_fetch::NAME, hide = true)]
     RecoveryFetch(recovery_fetch::Args),
+}
+
+impl Verb {
+    /// What is logged when neither the command line nor `RUST_LOG` says it; none leaves it to the log.
+    pub fn log_level(&self) -> Option<&'static str> {
+        let unset = std::env::var_os("RUST_LOG").is_none_or(|value| value.is_empty());
+        (unset && matches!(self, Self::Daemon(_))).then_some(daemon::LOG_LEVEL)
+    }
 }
 
 /// Runs one verb.
@@ -85,6 +99,8 @@ pub async fn run(verb: Verb, session: &Session) -> Result<Exit> {
         Verb::Verify(args) => verify::run(args, session).await,
         Verb::Repair(args) => repair::run(args, session).await,
         Verb::Keys(args) => keys::run(&args, session).await,
+        Verb::Daemon(args) => daemon::run(args, session).await,
+        Verb::Runs(args) => runs::run(args, session).await,
         Verb::Schedule(args) => schedule::run(args, session),
         Verb::Config(args) => config::run(&args, session),
         Verb::Completions(args) => completions::run(&args, session),

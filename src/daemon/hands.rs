@@ -1,0 +1,211 @@
+//! Does what the scheduler decided: notes, runs, stops, records, and brings records into the regions.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use futures::StreamExt;
+use futures::future::BoxFuture;
+use futures::stream::FuturesUnordered;
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use crate::app::{self, Role, World};
+use crate::config::Settings;
+use crate::daemon::scheduler::{Action, End};
+use crate::jobs::runs::RunLog;
+use crate::jobs::work::{self, Done};
+use crate::model::run::{Open, Outcome, Run};
+use crate::model::schedule::Work;
+use crate::model::{Error, Kind, Result, ScheduleName};
+use crate::observe::task;
+
+/// How often records are brought to regions that did not answer.
+const SPREAD_AGAIN: Duration = Duration::from_secs(30);
+/// How often a write into the state directory is repeated that failed.
+const WRITE_AGAIN: Duration = Duration::from_secs(5);
+/// How long a daemon that goes still tries.
+const LAST_SPREAD: Duration = Duration::from_secs(15);
+
+/// The hands.
+pub(super) struct Hands {
+    settings: Arc<Settings>,
+    world: World,
+    log: Arc<RunLog>,
+    jobs: FuturesUnordered<BoxFuture<'static, (Open, End)>>,
+    stops: BTreeMap<(ScheduleName, DateTime<Utc>), CancellationToken>,
+    recorded: Arc<Notify>,
+    spreader: JoinHandle<()>,
+}
+
+impl Hands {
+    pub(super) fn new(settings: Settings, world: World, log: RunLog) -> Self {
+        let (settings, log, recorded) = (Arc::new(settings), Arc::new(log), Arc::new(Notify::new()));
+        let spreading = keep_spreading(Arc::clone(&settings), world.clone(), Arc::clone(&log), Arc::clone(&recorded));
+        let spreader = task::spawn("run-spreader", spreading);
+        Self { settings, world, log, jobs: FuturesUnordered::new(), stops: BTreeMap::new(), recorded, spreader }
+    }
+
+    pub(super) fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    pub(super) const fn world(&self) -> &World {
+        &self.world
+    }
+
+    /// Does all of it, in order.
+    pub(super) async fn act(&mut self, actions: Vec<Action>) -> Result<()> {
+        for action in actions {
+            match action {
+                Action::Settle(schedule, until) => {
+                    let log = Arc::clone(&self.log);
+                    durably(move || log.settle(&schedule, until)).await?;
+                }
+                Action::Accept(open) => self.note(open).await?,
+                Action::Start(open, work) => {
+                    self.note(open.clone()).await?;
+                    self.start(open, work);
+                }
+                Action::Stop(open) => {
+                    if let Some(stop) = self.stops.remove(&(open.schedule, open.slot)) {
+                        stop.cancel();
+                    }
+                }
+                Action::Record(run) => self.record(run).await?,
+            }
+        }
+        Ok(())
+    }
+
+    /// The next job that ends by itself; without any it never comes.
+    pub(super) async fn ended(&mut self) -> Option<(Open, End)> {
+        if self.jobs.is_empty() {
+            std::future::pending::<()>().await;
+        }
+        let (open, end) = self.jobs.next().await?;
+        self.stops.remove(&(open.schedule.clone(), open.slot));
+        Some((open, end))
+    }
+
+    /// Brings what is owed to the regions once more, and ends.
+    pub(super) async fn rest(&mut self) {
+        self.spreader.abort();
+        let spread = spread(&self.settings, &self.world, &self.log);
+        if tokio::time::timeout(LAST_SPREAD, spread).await.is_err() {
+            tracing::warn!("records of runs stay in the state directory until the next start");
+        }
+    }
+
+    async fn note(&self, open: Open) -> Result<()> {
+        let log = Arc::clone(&self.log);
+        durably(move || log.note(&open)).await
+    }
+
+    async fn record(&self, run: Run) -> Result<()> {
+        tell(&run);
+        let log = Arc::clone(&self.log);
+        durably(move || log.record(&run)).await?;
+        self.recorded.notify_one();
+        Ok(())
+    }
+
+    fn start(&mut self, open: Open, work: Work) {
+        let Open { schedule, slot, attempts, caught_up, .. } = &open;
+        tracing::info!(%schedule, %slot, job = %work.job(), attempt = attempts, caught_up, "starts");
+        let (settings, world) = (Arc::clone(&self.settings), self.world.clone());
+        let stop = CancellationToken::new();
+        self.stops.insert((schedule.clone(), *slot), stop.clone());
+        // A thread of its own: a job that hangs in a system call takes nobody else's.
+        let runtime = tokio::runtime::Handle::current();
+        let handle = tokio::task::spawn_blocking(move || {
+            runtime.block_on(async {
+                tokio::select! {
+                    done = attempt(&settings, &world, &work) => done,
+                    () = stop.cancelled() => Err(Error::new(Kind::Cancelled, "it was stopped")),
+                }
+            })
+        });
+        self.jobs.push(Box::pin(async move {
+            let end = match handle.await {
+                Ok(Ok(Done { outcome, detail })) => End::Done(outcome, detail),
+                Ok(Err(error)) => End::Failed(error.to_string()),
+                Err(error) => End::Failed(format!("the job stopped at a fault of its own: {error}")),
+            };
+            (open, end)
+        }));
+    }
+}
+
+impl Drop for Hands {
+    fn drop(&mut self) {
+        self.spreader.abort();
+        self.stops.values().for_each(CancellationToken::cancel);
+    }
+}
+
+/// One attempt opens everything anew: a region that was away an hour ago is back, and a password that was changed is read.
+async fn attempt(settings: &Settings, world: &World, work: &Work) -> Result<Done> {
+    let role = match work {
+        Work::Backup { .. } => Role::Write,
+        Work::Verify { .. } => Role::Restore,
+        Work::Repair { .. } => {
+            // A directory that vanished is a region that was lost: repair makes it anew and fills it.
+            app::create_directories(settings).await?;
+            Role::Write
+        }
+    };
+    let context = app::context(settings, role, world).await?;
+    work::run(&context, work).await
+}
+
+/// Writes into the state directory, as often as it takes: a full disk is no reason to stop streaming WAL, and whatever
+/// comes next may only be done when this is durable. A daemon that is killed meanwhile loses nothing.
+async fn durably(write: impl Fn() -> Result<()> + Send + Sync + 'static) -> Result<()> {
+    let write = Arc::new(write);
+    loop {
+        let once = Arc::clone(&write);
+        let written = tokio::task::spawn_blocking(move || once()).await;
+        match written.map_err(|error| Error::failed("a record could not be written").because(error))? {
+            Ok(()) => return Ok(()),
+            Err(error) => tracing::error!(%error, "the state directory cannot be written; schedules wait for it"),
+        }
+        tokio::time::sleep(WRITE_AGAIN).await;
+    }
+}
+
+fn tell(run: &Run) {
+    let Run { schedule, slot, outcome, caught_up, attempts, slots, .. } = run;
+    let detail = run.detail.as_deref().unwrap_or_default();
+    let outcome_text = outcome.as_str();
+    match outcome {
+        Outcome::Success => {
+            tracing::info!(%schedule, %slot, outcome = outcome_text, caught_up, attempts, detail, "ended");
+        }
+        _ => tracing::warn!(%schedule, %slot, outcome = outcome_text, caught_up, attempts, slots, detail, "ended"),
+    }
+}
+
+async fn keep_spreading(settings: Arc<Settings>, world: World, log: Arc<RunLog>, recorded: Arc<Notify>) {
+    loop {
+        spread(&settings, &world, &log).await;
+        let _ = tokio::time::timeout(SPREAD_AGAIN, recorded.notified()).await;
+    }
+}
+
+async fn spread(settings: &Settings, world: &World, log: &RunLog) {
+    let brought = async {
+        if log.owed()?.is_empty() {
+            return Ok(0);
+        }
+        let context = app::context(settings, Role::Write, world).await?;
+        log.spread(&context).await
+    };
+    match brought.await {
+        Ok(0) => {}
+        Ok(owed) => tracing::info!(owed, "records of runs are in the state directory and not yet in every region"),
+        Err(error) => tracing::warn!(%error, "records of runs cannot be brought to any region yet"),
+    }
+}

@@ -1,0 +1,187 @@
+//! Floor 4, the daemon: runs jobs to their schedules and streams WAL, until it is told to stop.
+//!
+//! `scheduler` decides, and is pure; `hands` does what it decides; `streams` keeps one WAL stream per target alive. What
+//! was decided is durable in the state directory before it is done, so that a daemon that is killed leaves every slot
+//! with an outcome for the next one to tell.
+
+mod hands;
+pub mod scheduler;
+#[cfg(test)]
+mod simulation;
+mod streams;
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+
+use crate::app::{self, Role, World};
+use crate::config::{Settings, load_schedules};
+use crate::daemon::hands::Hands;
+use crate::daemon::scheduler::{Now, Scheduler};
+use crate::daemon::streams::Streams;
+use crate::jobs::runs::{self, Memory, RunLog};
+use crate::model::schedule::{Job, Schedule};
+use crate::model::{Result, ResultExt};
+
+/// How long a start waits for regions to tell which slots were recorded.
+const RECALL_LIMIT: Duration = Duration::from_secs(30);
+
+/// What people ask a running daemon for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wish {
+    /// Read the schedules again.
+    Reload,
+    /// Start nothing more, let jobs end, go.
+    Stop,
+}
+
+/// How the daemon works.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Only these jobs; none named means all.
+    pub only: BTreeSet<Job>,
+    /// How long jobs may go on after a wish to stop.
+    pub grace: Duration,
+}
+
+impl Options {
+    fn wants(&self, job: Job) -> bool {
+        self.only.is_empty() || self.only.contains(&job)
+    }
+}
+
+/// Runs until it is told to stop.
+///
+/// # Errors
+/// The schedules are wrong, another daemon has the state directory, or that directory cannot be written: a daemon that
+/// cannot keep its promises stops rather than run on.
+pub async fn run(settings: Settings, options: Options, world: World, wishes: mpsc::Receiver<Wish>) -> Result<()> {
+    let schedules = chosen(&settings, &options)?;
+    let (log, memory) = RunLog::open(&settings.repository.state_dir)?;
+    let streams = Streams::start(&settings, &world, options.wants(Job::Wal));
+    let memory = recall(&settings, &world, memory).await;
+    tracing::info!(schedules = schedules.len(), streams = streams.count(), "the daemon works");
+    let now = now(&world);
+    let (scheduler, actions) = Scheduler::new(app::host_name(), schedules, &memory.cursors, memory.open, now);
+    let mut daemon = Daemon { scheduler, hands: Hands::new(settings, world, log), options, wishes };
+    let worked = match daemon.hands.act(actions).await {
+        Ok(()) => daemon.work().await,
+        Err(error) => Err(error),
+    };
+    let drained = daemon.drain().await;
+    streams.stop().await;
+    worked.and(drained)
+}
+
+struct Daemon {
+    scheduler: Scheduler,
+    hands: Hands,
+    options: Options,
+    wishes: mpsc::Receiver<Wish>,
+}
+
+impl Daemon {
+    async fn work(&mut self) -> Result<()> {
+        loop {
+            let actions = self.scheduler.tick(self.now());
+            self.hands.act(actions).await?;
+            let idle = self.scheduler.idle(self.now());
+            tokio::select! {
+                () = tokio::time::sleep(idle) => {}
+                Some((open, end)) = self.hands.ended() => {
+                    let actions = self.scheduler.ended(&open.schedule, open.slot, end, self.now());
+                    self.hands.act(actions).await?;
+                }
+                wish = self.wishes.recv() => match wish {
+                    Some(Wish::Reload) => self.reload().await?,
+                    Some(Wish::Stop) | None => return Ok(()),
+                },
+            }
+        }
+    }
+
+    async fn reload(&mut self) -> Result<()> {
+        match chosen(self.hands.settings(), &self.options) {
+            Ok(schedules) => {
+                tracing::info!(schedules = schedules.len(), "the schedules were read again");
+                let actions = self.scheduler.reload(schedules, self.now());
+                self.hands.act(actions).await
+            }
+            Err(error) => {
+                tracing::error!(%error, "the schedules are wrong; the old ones stay");
+                Ok(())
+            }
+        }
+    }
+
+    /// Lets jobs end, within the grace; a second wish to stop ends it.
+    async fn drain(&mut self) -> Result<()> {
+        let actions = self.scheduler.drain(self.now());
+        self.hands.act(actions).await?;
+        let end = self.now().monotonic + self.options.grace;
+        while self.scheduler.running() > 0 {
+            let left = end.saturating_sub(self.now().monotonic).min(self.scheduler.idle(self.now()));
+            if self.now().monotonic >= end {
+                break;
+            }
+            tokio::select! {
+                () = tokio::time::sleep(left) => {
+                    let actions = self.scheduler.tick(self.now());
+                    self.hands.act(actions).await?;
+                }
+                Some((open, end)) = self.hands.ended() => {
+                    let actions = self.scheduler.ended(&open.schedule, open.slot, end, self.now());
+                    self.hands.act(actions).await?;
+                }
+                Some(Wish::Stop) = self.wishes.recv() => break,
+            }
+        }
+        let actions = self.scheduler.abandon(self.now());
+        self.hands.act(actions).await?;
+        self.hands.rest().await;
+        Ok(())
+    }
+
+    fn now(&self) -> Now {
+        now(self.hands.world())
+    }
+}
+
+fn now(world: &World) -> Now {
+    Now { wall: world.clock.now(), monotonic: world.clock.monotonic() }
+}
+
+/// The schedules of this process. The folder counts as a whole, whichever jobs are wanted here; streaming alone needs
+/// none, and no mistake in it can hold it up.
+fn chosen(settings: &Settings, options: &Options) -> Result<Vec<Schedule>> {
+    if options.only.iter().eq([&Job::Wal]) {
+        return Ok(Vec::new());
+    }
+    let mut schedules = load_schedules(settings)?;
+    schedules.retain(|schedule| options.wants(schedule.work.job()));
+    Ok(schedules)
+}
+
+/// What the regions know beyond the state directory, which may be a new one.
+async fn recall(settings: &Settings, world: &World, mut memory: Memory) -> Memory {
+    let ask = async {
+        let context = app::context(settings, Role::Write, world).await?;
+        runs::newest_slots(&context).await.during(|| "list what was run")
+    };
+    let told = match tokio::time::timeout(RECALL_LIMIT, ask).await {
+        Ok(Ok(slots)) => slots,
+        Ok(Err(error)) => {
+            tracing::warn!(%error, "no region tells what was run; the state directory counts alone");
+            return memory;
+        }
+        Err(_) => {
+            tracing::warn!("no region tells in time what was run; the state directory counts alone");
+            return memory;
+        }
+    };
+    for (name, slot) in told {
+        memory.cursors.entry(name).and_modify(|known| *known = slot.max(*known)).or_insert(slot);
+    }
+    memory
+}

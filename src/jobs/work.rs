@@ -1,0 +1,66 @@
+//! The one door for whoever runs jobs without being asked by a person: a job with its parameters in, what it came to out.
+
+use crate::jobs::context::Context;
+use crate::jobs::{backup, repair, verify};
+use crate::model::run::Outcome;
+use crate::model::schedule::{Depth, Work};
+use crate::model::{Error, Result};
+use crate::repository::mend::Scope;
+
+/// What a job came to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Done {
+    /// [`Outcome::Success`] or [`Outcome::Debts`].
+    pub outcome: Outcome,
+    /// In words.
+    pub detail: String,
+}
+
+/// Runs a job.
+///
+/// # Errors
+/// What stopped it; or what it found, where finding something is a failure.
+pub async fn run(context: &Context, work: &Work) -> Result<Done> {
+    match work {
+        Work::Backup { target, fast } => {
+            let report =
+                backup::run(context, target, backup::Options { fast: *fast, ..backup::Options::default() }).await?;
+            Ok(done(report.has_debts(), report.backup.id.to_string()))
+        }
+        Work::Verify { target, level, scrub, region } => {
+            let level = match level {
+                Depth::L0 => verify::Level::L0,
+                Depth::L1 => verify::Level::L1,
+                Depth::L2 => verify::Level::L2,
+            };
+            let what = target.as_ref().map(ToString::to_string);
+            let options = verify::Options { what, level, region: region.clone(), scrub: *scrub };
+            verified(&verify::run(context, &options).await?)
+        }
+        Work::Repair { target, region, quick } => {
+            let scope = Scope { target: target.clone(), region: region.clone(), quick: *quick, dry_run: false };
+            let report = repair::run(context, &scope).await?;
+            let copied: u64 = report.regions.iter().map(|region| region.copied).sum();
+            let replaced: usize = report.regions.iter().map(|region| region.replaced.len()).sum();
+            Ok(done(report.has_debts(), format!("{copied} objects copied, {replaced} replaced")))
+        }
+    }
+}
+
+fn done(debts: bool, detail: String) -> Done {
+    Done { outcome: if debts { Outcome::Debts } else { Outcome::Success }, detail }
+}
+
+fn verified(report: &verify::Report) -> Result<Done> {
+    let (count, level) = (report.backups.len(), report.level);
+    match report.is_clean() || report.has_only_debts() {
+        true => Ok(done(!report.is_clean(), format!("{count} backups verified at {level:?}"))),
+        false => {
+            let lost = report.backups.iter().filter(|backup| !backup.restorable).map(|backup| backup.id.to_string());
+            let lost = lost.chain(report.unreadable.iter().cloned()).collect::<Vec<_>>();
+            let error = Error::damaged(format!("verification of {count} backups at {level:?} found damage"));
+            let error = if lost.is_empty() { error } else { error.because(lost.join(", ")) };
+            Err(error.hint("drctl verify shows every problem; drctl repair mends what another region holds"))
+        }
+    }
+}

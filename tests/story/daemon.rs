@@ -1,0 +1,163 @@
+//! The daemon: it works to schedules, dies, and tells what became of every slot.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use chrono::{DateTime, TimeDelta, Timelike, Utc};
+use rustix::process::Signal;
+use serde_json::Value;
+
+use crate::check::first_configuration;
+use crate::support::dirs::Scratch;
+use crate::support::drctl::Drctl;
+use crate::support::pg::Cluster;
+use crate::support::process::{eventually, signal};
+
+const SOON: Duration = Duration::from_secs(40);
+
+struct Rig {
+    config: PathBuf,
+    dr: PathBuf,
+    /// A time of day that was hours ago, so that nothing comes due by itself.
+    slot: DateTime<Utc>,
+}
+
+impl Rig {
+    async fn new(scratch: &Scratch, cluster: &Cluster, more: &str) -> Self {
+        let config = first_configuration(scratch, cluster, more).await;
+        let dr = config.parent().unwrap().to_owned();
+        std::fs::create_dir(dr.join("schedules")).unwrap();
+        let slot = (Utc::now() - TimeDelta::hours(6)).with_second(0).unwrap().with_nanosecond(0).unwrap();
+        Drctl::new(["init"]).config(&config).run().await.ok();
+        Self { config, dr, slot }
+    }
+
+    /// A schedule that comes once a day at the time of `slot`, and was last accounted for this many days ago.
+    fn schedule(&self, name: &str, what: &str, days_ago: i64) {
+        let text = format!("cron = \"{} {} * * *\"\n{what}", self.slot.minute(), self.slot.hour());
+        std::fs::write(self.dr.join(format!("schedules/{name}.toml")), text).unwrap();
+        let cursors = self.dr.join("state/runs/cursors");
+        std::fs::create_dir_all(&cursors).unwrap();
+        let cursor = self.slot - TimeDelta::days(days_ago);
+        std::fs::write(cursors.join(name), cursor.format("%Y%m%dt%H%M%Sz").to_string()).unwrap();
+    }
+
+    fn daemon(&self, more: &[&str]) -> Drctl {
+        let arguments = ["daemon", "--grace", "5s"].iter().chain(more);
+        Drctl::new(arguments).config(&self.config).expect_log("outcome=")
+    }
+
+    /// The records of a schedule in a region, by slot.
+    fn runs(&self, region: &str, name: &str) -> Vec<Value> {
+        let dir = self.dr.join(region).join("runs").join(name);
+        let mut files: Vec<_> = std::fs::read_dir(dir).into_iter().flatten().map(|file| file.unwrap().path()).collect();
+        files
+            .retain(|file| file.extension().is_none() && !file.file_name().unwrap().to_string_lossy().starts_with('.'));
+        files.sort();
+        let first_line = |file: &PathBuf| {
+            let text = std::fs::read_to_string(file).unwrap();
+            serde_json::from_str(text.lines().next().unwrap()).unwrap()
+        };
+        files.iter().map(first_line).collect()
+    }
+
+    /// `outcome`, with how many slots and whether late, in every region alike.
+    fn told(&self, name: &str) -> Vec<String> {
+        let told = |run: &Value| {
+            let late = if run["caught_up"] == true { " late" } else { "" };
+            format!("{} {}{late}", run["outcome"].as_str().unwrap(), run["slots"])
+        };
+        let runs = self.runs("region-a", name);
+        assert_eq!(runs, self.runs("region-b", name));
+        runs.iter().map(told).collect()
+    }
+
+    async fn until_told(&self, name: &str, count: usize) {
+        let both = || self.runs("region-a", name).len().min(self.runs("region-b", name).len());
+        eventually(&format!("{count} records of {name}"), SOON, async || both() >= count).await;
+    }
+}
+
+fn open(dr: &Path, words: &str) -> bool {
+    let files = std::fs::read_dir(dr.join("state/runs/open")).into_iter().flatten().flatten();
+    files.filter_map(|file| std::fs::read_to_string(file.path()).ok()).any(|text| text.contains(words))
+}
+
+#[tokio::test]
+async fn a_killed_daemon_leaves_no_slot_without_an_outcome() {
+    let (scratch, cluster) = (Scratch::new(), Cluster::start_new(15).await);
+    let rig = Rig::new(&scratch, &cluster, "max_read_rate = \"1MB\"\n").await;
+    rig.schedule("ledger-base", "job = \"backup\"\ntarget = \"ledger\"\nparams = { fast = true }\n", 3);
+    rig.schedule("all-verify", "job = \"verify\"\nafter = \"ledger-base\"\ncatch_up = \"one\"\n", 1);
+    rig.schedule("never-late", "job = \"repair\"\ncatch_up = \"none\"\n", 2);
+
+    // The backup is caught up and is slow; the verification waits for it.
+    let daemon = rig.daemon(&[]).spawn();
+    let packs = rig.dr.join("region-a/packs/ledger");
+    eventually("the backup runs", SOON, async || open(&rig.dr, "\"attempts\":1") && packs.exists()).await;
+    eventually("WAL is streamed", SOON, async || rig.dr.join("region-a/wal").exists()).await;
+    let second = rig.daemon(&[]).run().await.code(5);
+    assert!(second.stderr.contains("another drctl daemon runs with this state directory"), "{second}");
+    rig.until_told("never-late", 1).await;
+    daemon.kill9();
+    assert_eq!(rig.told("never-late"), ["missed 2"]);
+    assert_eq!(rig.told("all-verify"), Vec::<String>::new());
+
+    // The next one tells what the dead one did, and goes on.
+    let text = std::fs::read_to_string(&rig.config).unwrap().replace("max_read_rate = \"1MB\"\n", "");
+    std::fs::write(&rig.config, text).unwrap();
+    rig.schedule("ledger-again", "job = \"backup\"\ntarget = \"ledger\"\nparams = { fast = true }\n", 1);
+    let daemon = rig.daemon(&[]).expect_log("the old ones stay").spawn();
+    rig.until_told("all-verify", 1).await;
+    rig.until_told("ledger-again", 1).await;
+    assert_eq!(rig.told("ledger-base"), ["missed 2", "interrupted 1 late"]);
+    assert_eq!(rig.told("all-verify"), ["success 1 late"]);
+    assert_eq!(rig.told("ledger-again"), ["success 1 late"]);
+    let again = rig.runs("region-a", "ledger-again").remove(0);
+    let id = again["detail"].as_str().unwrap();
+    let shown = Drctl::new(["show", id]).config(&rig.config).run().await.ok();
+    assert!(shown.stdout.contains(id), "{shown}");
+
+    let runs = Drctl::new(["runs", "ledger-base"]).config(&rig.config).run().await.ok();
+    let lines: Vec<_> = runs.stdout.lines().collect();
+    assert!(lines[1].contains("interrupted late") && lines[2].contains("missed 2 since"), "{runs}");
+
+    // A broken folder changes nothing; a good one counts.
+    let broken = rig.dr.join("schedules/broken.toml");
+    std::fs::write(&broken, "job = \"backup\"\n").unwrap();
+    signal(daemon.pid(), Signal::HUP);
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    std::fs::write(&broken, "job = \"repair\"\ncron = \"* * * * *\"\n").unwrap();
+    let ended = daemon.terminate().await.ok();
+    assert!(ended.stderr.contains("broken.toml:1:1: `cron` is missing"), "{ended}");
+    let status = Drctl::new(["wal", "status", "--json"]).config(&rig.config).run().await.ok().json();
+    for region in status["targets"][0]["branches"][0]["regions"].as_array().unwrap() {
+        assert_eq!((region["windows"].as_array().unwrap().len(), &region["missing_frames"]), (1, &Value::from(0)));
+    }
+    let left = std::fs::read_dir(rig.dr.join("state/runs/done")).unwrap().count();
+    assert_eq!((left, open(&rig.dr, "")), (0, false));
+}
+
+#[tokio::test]
+async fn an_outage_of_every_region_is_recorded_while_it_lasts() {
+    let (scratch, cluster) = (Scratch::new(), Cluster::start_new(15).await);
+    let rig = Rig::new(&scratch, &cluster, "").await;
+    rig.schedule("all-verify", "job = \"verify\"\nretry = { max = 1, pause = \"100ms\" }\n", 1);
+    for region in ["region-a", "region-b"] {
+        std::fs::rename(rig.dr.join(region), rig.dr.join(format!("{region}.away"))).unwrap();
+    }
+    let daemon = rig.daemon(&["--only", "verify,repair"]);
+    let daemon =
+        daemon.expect_log("no region tells what was run").expect_log("cannot be brought to any region").spawn();
+    let done = rig.dr.join("state/runs/done");
+    let count = || std::fs::read_dir(&done).into_iter().flatten().count();
+    eventually("the failure is recorded", SOON, async || count() == 1).await;
+    for region in ["region-a", "region-b"] {
+        std::fs::rename(rig.dr.join(format!("{region}.away")), rig.dr.join(region)).unwrap();
+    }
+    daemon.terminate().await.ok();
+    assert_eq!((rig.told("all-verify"), count()), (vec!["failed 1 late".to_owned()], 0));
+    let run = rig.runs("region-a", "all-verify").remove(0);
+    assert_eq!(run["attempts"], 2);
+    assert!(run["detail"].as_str().unwrap().contains("region"), "{run}");
+}

@@ -12,6 +12,7 @@ pub mod repair;
 pub mod restore;
 pub mod runs;
 pub mod show;
+pub mod socket;
 pub mod status;
 pub mod verify;
 pub mod wal;

@@ -12,6 +12,7 @@ pub mod completions;
 pub mod config;
 pub mod daemon;
 pub mod init;
+pub mod jobs;
 pub mod list;
 pub mod recovery_fetch;
 pub mod repair;
@@ -49,6 +50,14 @@ pub enum Verb {
     Repair(repair::Args),
     /// Stream WAL and run jobs to their schedules, until told to stop
     Daemon(daemon::Args),
+    /// Show what the daemon of this host runs, waits for, and does next
+    Jobs,
+    /// Ask the daemon of this host to run a schedule now
+    Run(jobs::Named),
+    /// Let a schedule skip its slots for some time
+    Pause(jobs::PauseArgs),
+    /// End a pause
+    Resume(jobs::Named),
     /// Show what became of the slots of schedules, the newest first
     Runs(runs::Args),
     /// Look at the schedules
@@ -87,6 +96,10 @@ pub async fn run(verb: Verb, session: &Session) -> Result<Exit> {
         Verb::Verify(args) => verify::run(args, session).await,
         Verb::Repair(args) => repair::run(args, session).await,
         Verb::Daemon(args) => daemon::run(args, session).await,
+        Verb::Jobs => jobs::list(session).await,
+        Verb::Run(args) => jobs::run(args, session).await,
+        Verb::Pause(args) => jobs::pause(args, session).await,
+        Verb::Resume(args) => jobs::resume(args, session).await,
         Verb::Runs(args) => runs::run(args, session).await,
         Verb::Schedule(args) => schedule::run(args, session),
         Verb::Config(args) => config::run(&args, session),

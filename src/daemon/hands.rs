@@ -64,6 +64,10 @@ impl Hands {
                     let log = Arc::clone(&self.log);
                     durably(move || log.settle(&schedule, until)).await?;
                 }
+                Action::Pause(schedule, pause) => {
+                    let log = Arc::clone(&self.log);
+                    durably(move || log.pause(&schedule, pause.as_ref())).await?;
+                }
                 Action::Accept(open) => self.note(open).await?,
                 Action::Start(open, work) => {
                     self.note(open.clone()).await?;

@@ -1,9 +1,11 @@
 //! Floor 4, the daemon: runs jobs to their schedules and streams WAL, until it is told to stop.
 //!
-//! `scheduler` decides, and is pure; `hands` does what it decides; `streams` keeps one WAL stream per target alive. What
+//! `scheduler` decides, and is pure; `hands` does what it decides; `streams` keeps one WAL stream per target alive; `control`
+//! answers people. What
 //! was decided is durable in the state directory before it is done, so that a daemon that is killed leaves every slot
 //! with an outcome for the next one to tell.
 
+pub mod control;
 mod hands;
 pub mod scheduler;
 #[cfg(test)]
@@ -17,8 +19,9 @@ use tokio::sync::mpsc;
 
 use crate::app::{self, Role, World};
 use crate::config::{Settings, load_schedules};
+use crate::daemon::control::{Ask, Control, Triggered};
 use crate::daemon::hands::Hands;
-use crate::daemon::scheduler::{Now, Scheduler};
+use crate::daemon::scheduler::{Known, Now, Scheduler};
 use crate::daemon::streams::Streams;
 use crate::jobs::runs::{self, Memory, RunLog};
 use crate::model::schedule::{Job, Schedule};
@@ -63,13 +66,17 @@ pub async fn run(settings: Settings, options: Options, world: World, wishes: mps
     let memory = recall(&settings, &world, memory).await;
     tracing::info!(schedules = schedules.len(), streams = streams.count(), "the daemon works");
     let now = now(&world);
-    let (scheduler, actions) = Scheduler::new(app::host_name(), schedules, &memory.cursors, memory.open, now);
-    let mut daemon = Daemon { scheduler, hands: Hands::new(settings, world, log), options, wishes };
+    let known = Known { cursors: memory.cursors, pauses: memory.pauses, left: memory.open };
+    let (scheduler, actions) = Scheduler::new(app::host_name(), schedules, known, now);
+    let (sender, asks) = mpsc::channel(16);
+    let control = Control::start(&settings.repository.state_dir, sender).await?;
+    let mut daemon = Daemon { scheduler, hands: Hands::new(settings, world, log), options, wishes, asks };
     let worked = match daemon.hands.act(actions).await {
         Ok(()) => daemon.work().await,
         Err(error) => Err(error),
     };
     let drained = daemon.drain().await;
+    control.stop().await;
     streams.stop().await;
     worked.and(drained)
 }
@@ -79,6 +86,7 @@ struct Daemon {
     hands: Hands,
     options: Options,
     wishes: mpsc::Receiver<Wish>,
+    asks: mpsc::Receiver<Ask>,
 }
 
 impl Daemon {
@@ -93,12 +101,37 @@ impl Daemon {
                     let actions = self.scheduler.ended(&open.schedule, open.slot, end, self.now());
                     self.hands.act(actions).await?;
                 }
+                Some(ask) = self.asks.recv() => self.answer(ask).await?,
                 wish = self.wishes.recv() => match wish {
                     Some(Wish::Reload) => self.reload().await?,
                     Some(Wish::Stop) | None => return Ok(()),
                 },
             }
         }
+    }
+
+    /// What was asked for is durable before the answer goes out. Whoever asked may be gone, which changes nothing.
+    async fn answer(&mut self, ask: Ask) -> Result<()> {
+        let now = self.now();
+        match ask {
+            Ask::Jobs(answer) => {
+                let _ = answer.send(self.scheduler.view(now));
+            }
+            Ask::Run(schedule, answer) => {
+                let (slot, actions) = self.scheduler.trigger(&schedule, now);
+                self.hands.act(actions).await?;
+                let _ = answer.send(slot.map(|slot| Triggered { slot }));
+            }
+            Ask::Pause(schedule, pause, answer) => {
+                let paused = self.scheduler.pause(&schedule, pause, now);
+                let answered = match paused {
+                    Ok(actions) => self.hands.act(actions).await.map(|()| Ok(()))?,
+                    Err(error) => Err(error),
+                };
+                let _ = answer.send(answered);
+            }
+        }
+        Ok(())
     }
 
     async fn reload(&mut self) -> Result<()> {
@@ -134,6 +167,7 @@ impl Daemon {
                     let actions = self.scheduler.ended(&open.schedule, open.slot, end, self.now());
                     self.hands.act(actions).await?;
                 }
+                Some(ask) = self.asks.recv() => self.answer(ask).await?,
                 Some(Wish::Stop) = self.wishes.recv() => break,
             }
         }

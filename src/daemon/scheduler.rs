@@ -10,11 +10,12 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use chrono::{DateTime, TimeDelta, Utc};
+use chrono::{DateTime, SubsecRound, TimeDelta, Utc};
+use serde::{Deserialize, Serialize};
 
-use crate::model::ScheduleName;
-use crate::model::run::{FORMAT, Open, Outcome, Run};
-use crate::model::schedule::{CatchUp, Overlap, Schedule, Work};
+use crate::model::run::{FORMAT, Open, Outcome, Pause, Run};
+use crate::model::schedule::{CatchUp, Job, Overlap, Schedule, Work};
+use crate::model::{Error, Result, ScheduleName, TargetName};
 
 /// A slot that is noticed later than this was missed: nobody was there, or the machine slept.
 const ON_TIME: TimeDelta = TimeDelta::seconds(60);
@@ -39,6 +40,8 @@ pub struct Now {
 pub enum Action {
     /// Note durably that this schedule owes nothing for any slot up to here.
     Settle(ScheduleName, DateTime<Utc>),
+    /// Note durably that this schedule is paused, or no longer.
+    Pause(ScheduleName, Option<Pause>),
     /// Note durably that the slot is on its way.
     Accept(Open),
     /// Note durably that it runs, then run it.
@@ -58,6 +61,38 @@ pub enum End {
     Failed(String),
 }
 
+/// What an earlier process left.
+#[derive(Debug, Clone, Default)]
+pub struct Known {
+    /// Up to where every slot is open or recorded.
+    pub cursors: BTreeMap<ScheduleName, DateTime<Utc>>,
+    /// Schedules that are paused, or were.
+    pub pauses: BTreeMap<ScheduleName, Pause>,
+    /// Slots without an outcome.
+    pub left: Vec<Open>,
+}
+
+/// How a schedule stands, for people.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct View {
+    /// Its name.
+    pub schedule: ScheduleName,
+    /// What it does.
+    pub job: Job,
+    /// About which target; `null` = all.
+    pub target: Option<TargetName>,
+    /// What runs, or is between two attempts.
+    pub running: Option<Open>,
+    /// Why the last attempt failed, between two.
+    pub failed: Option<String>,
+    /// What waits.
+    pub waiting: Option<Open>,
+    /// Whether it is paused.
+    pub paused: Option<Pause>,
+    /// The next slot.
+    pub next: Option<DateTime<Utc>>,
+}
+
 /// The state.
 #[derive(Debug)]
 pub struct Scheduler {
@@ -75,6 +110,7 @@ struct Lane {
     upcoming: Option<DateTime<Utc>>,
     waiting: Option<Waiting>,
     running: Option<Running>,
+    paused: Option<Pause>,
     /// Its file is gone; it stays until what runs has ended.
     retired: bool,
 }
@@ -96,20 +132,16 @@ struct Running {
 impl Scheduler {
     /// A scheduler for `schedules`, and what is to be done about the slots that an earlier process left open. A schedule
     /// without a cursor begins now.
-    pub fn new(
-        host: String,
-        schedules: Vec<Schedule>,
-        cursors: &BTreeMap<ScheduleName, DateTime<Utc>>,
-        left: Vec<Open>,
-        now: Now,
-    ) -> (Self, Vec<Action>) {
+    pub fn new(host: String, schedules: Vec<Schedule>, known: Known, now: Now) -> (Self, Vec<Action>) {
+        let Known { cursors, mut pauses, left } = known;
         let mut turn = Turn::new(&host, now);
         let mut lanes = BTreeMap::new();
         for schedule in schedules {
-            let lane = match cursors.get(&schedule.name) {
+            let mut lane = match cursors.get(&schedule.name) {
                 Some(cursor) => Lane::new(schedule, *cursor),
                 None => turn.begin(schedule),
             };
+            lane.paused = pauses.remove(&lane.schedule.name);
             lanes.insert(lane.schedule.name.clone(), lane);
         }
         let mut late: BTreeMap<ScheduleName, Vec<Open>> = BTreeMap::new();
@@ -208,6 +240,39 @@ impl Scheduler {
         turn.actions
     }
 
+    /// How everything stands.
+    pub fn view(&self, now: Now) -> Vec<View> {
+        self.lanes.values().map(|lane| lane.view(now)).collect()
+    }
+
+    /// Runs a schedule at once, as a slot of its own; says which, or why not.
+    pub fn trigger(&mut self, schedule: &ScheduleName, now: Now) -> (Result<DateTime<Utc>>, Vec<Action>) {
+        let mut actions = self.tick(now);
+        let slot = now.wall.trunc_subsecs(0);
+        let mut turn = Turn::new(&self.host, now);
+        let triggered = match self.lanes.get_mut(schedule) {
+            _ if self.draining => Err(Error::refused("the daemon is about to stop")),
+            None => Err(Error::not_found(format!("there is no schedule `{schedule}`"))),
+            Some(lane) => lane.trigger(slot, &mut turn),
+        };
+        actions.append(&mut turn.actions);
+        actions.extend(self.tick(now));
+        (triggered, actions)
+    }
+
+    /// Pauses a schedule, or ends its pause. What runs goes on.
+    ///
+    /// # Errors
+    /// There is no such schedule.
+    pub fn pause(&mut self, schedule: &ScheduleName, pause: Option<Pause>, now: Now) -> Result<Vec<Action>> {
+        let mut actions = self.tick(now);
+        let lane = self.lanes.get_mut(schedule);
+        let lane = lane.ok_or_else(|| Error::not_found(format!("there is no schedule `{schedule}`")))?;
+        lane.paused.clone_from(&pause);
+        actions.push(Action::Pause(schedule.clone(), pause));
+        Ok(actions)
+    }
+
     /// How many jobs run or are between two attempts.
     pub fn running(&self) -> usize {
         self.lanes.values().filter(|lane| lane.running.is_some()).count()
@@ -281,7 +346,7 @@ impl<'h> Turn<'h> {
 impl Lane {
     fn new(schedule: Schedule, cursor: DateTime<Utc>) -> Self {
         let upcoming = schedule.slots_after(cursor).next();
-        Self { schedule, cursor, upcoming, waiting: None, running: None, retired: false }
+        Self { schedule, cursor, upcoming, waiting: None, running: None, paused: None, retired: false }
     }
 
     fn settle(&mut self, cursor: DateTime<Utc>) {
@@ -316,6 +381,10 @@ impl Lane {
         }
         come.extend(slots.into_iter().filter(|slot| !is_missed(*slot)).map(|slot| self.open(slot)));
         for mut open in come {
+            if let Some(pause) = self.paused.as_ref().filter(|pause| open.slot < pause.until) {
+                turn.record(&open, Outcome::SkippedPaused, &pause.reason);
+                continue;
+            }
             open.caught_up = is_late(open.slot);
             self.accept(open, turn);
         }
@@ -334,6 +403,35 @@ impl Lane {
         let from = turn.now.monotonic + delay.to_std().unwrap_or_default();
         turn.actions.push(Action::Accept(open.clone()));
         self.waiting = Some(Waiting { open, from });
+    }
+
+    fn trigger(&mut self, slot: DateTime<Utc>, turn: &mut Turn<'_>) -> Result<DateTime<Utc>> {
+        if self.running.is_some() || self.waiting.is_some() {
+            return Err(Error::refused(format!("{} runs or waits already", self.schedule.name)));
+        }
+        if slot <= self.cursor {
+            return Err(Error::refused("a slot of this very moment is accounted for").hint("try again in a second"));
+        }
+        self.settle(slot);
+        let open = self.open(slot);
+        turn.actions.push(Action::Accept(open.clone()));
+        self.waiting = Some(Waiting { open, from: turn.now.monotonic });
+        Ok(slot)
+    }
+
+    fn view(&self, now: Now) -> View {
+        let running = self.running.as_ref();
+        let pausing = running.and_then(|running| running.pausing.as_ref());
+        View {
+            schedule: self.schedule.name.clone(),
+            job: self.schedule.work.job(),
+            target: self.schedule.work.target().cloned(),
+            running: running.map(|running| running.open.clone()),
+            failed: pausing.map(|(_, why)| why.clone()),
+            waiting: self.waiting.as_ref().map(|waiting| waiting.open.clone()),
+            paused: self.paused.clone().filter(|pause| pause.until > now.wall),
+            next: self.upcoming.filter(|_| !self.retired),
+        }
     }
 
     fn open(&self, slot: DateTime<Utc>) -> Open {

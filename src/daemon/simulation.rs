@@ -6,9 +6,9 @@ use std::time::Duration;
 use chrono::{DateTime, NaiveDateTime, TimeDelta, Utc};
 use proptest::prelude::*;
 
-use crate::daemon::scheduler::{Action, End, Now, Scheduler};
+use crate::daemon::scheduler::{Action, End, Known, Now, Scheduler};
 use crate::model::ScheduleName;
-use crate::model::run::{Open, Outcome, Run};
+use crate::model::run::{Open, Outcome, Pause, Run};
 use crate::model::schedule::{CatchUp, Overlap, Retry, Schedule, Work};
 
 fn at(text: &str) -> DateTime<Utc> {
@@ -42,6 +42,7 @@ struct Disk {
     open: BTreeMap<(ScheduleName, DateTime<Utc>), Open>,
     done: Vec<Run>,
     cursors: BTreeMap<ScheduleName, DateTime<Utc>>,
+    pauses: BTreeMap<ScheduleName, Pause>,
 }
 
 struct World {
@@ -79,7 +80,9 @@ impl World {
 
     fn boot(&mut self, schedules: Vec<Schedule>) {
         let left = self.disk.open.values().cloned().collect();
-        let (scheduler, actions) = Scheduler::new("host".into(), schedules, &self.disk.cursors, left, self.now());
+        let (cursors, pauses) = (self.disk.cursors.clone(), self.disk.pauses.clone());
+        let known = Known { cursors, pauses, left };
+        let (scheduler, actions) = Scheduler::new("host".into(), schedules, known, self.now());
         self.scheduler = Some(scheduler);
         self.act(actions);
     }
@@ -100,6 +103,8 @@ impl World {
             }
             match action {
                 Action::Settle(schedule, until) => self.move_cursor(&schedule, until),
+                Action::Pause(schedule, Some(pause)) => drop(self.disk.pauses.insert(schedule, pause)),
+                Action::Pause(schedule, None) => drop(self.disk.pauses.remove(&schedule)),
                 Action::Accept(open) => self.note(open),
                 Action::Start(open, _) => {
                     self.note(open.clone());
@@ -377,6 +382,47 @@ fn nights_in_which_the_clock_is_moved_have_one_backup_each() {
         world.pass_hours(40);
         assert_eq!(world.told(), slots);
     }
+}
+
+#[test]
+fn a_pause_has_an_end_and_outlives_the_daemon() {
+    let schedules = vec![schedule("base", "0 * * * *")];
+    let mut world = World::new(at(START), schedules.clone(), good);
+    let name: ScheduleName = "base".parse().unwrap();
+    let pause = Pause { until: at("2026-11-20 14:30"), reason: "the server moves".into() };
+    world.ask(|scheduler, now| scheduler.pause(&name, Some(pause), now).unwrap());
+    world.pass(3600 + 60);
+    world.kill();
+    world.boot(schedules);
+    world.pass_hours(3);
+    let told = ["base 20 13:00 skipped_paused", "base 20 14:00 skipped_paused", "base 20 15:00 success"];
+    assert_eq!(world.told()[..3], told);
+    assert_eq!(world.disk.done[0].detail.as_deref(), Some("the server moves"));
+    assert!(
+        world
+            .scheduler
+            .as_mut()
+            .unwrap()
+            .pause(&"other".parse().unwrap(), None, Now { wall: at(START), monotonic: Duration::ZERO })
+            .is_err()
+    );
+}
+
+#[test]
+fn a_schedule_that_is_asked_for_runs_at_once_as_a_slot_of_its_own() {
+    let mut world = World::new(at(START), vec![schedule("base", "0 13 * * *")], slow);
+    let name: ScheduleName = "base".parse().unwrap();
+    world.pass(600);
+    let asked = |world: &mut World| {
+        let now = world.now();
+        let (slot, actions) = world.scheduler.as_mut().unwrap().trigger(&name, now);
+        world.act(actions);
+        slot
+    };
+    assert_eq!(asked(&mut world).unwrap(), at("2026-11-20 12:10"));
+    assert!(asked(&mut world).unwrap_err().message().contains("runs or waits already"));
+    world.pass_hours(3);
+    assert_eq!(world.told(), ["base 20 13:00 skipped_overlap", "base 20 12:10 debts"]);
 }
 
 /// Ten schedules as people mix them.

@@ -15,6 +15,7 @@ pub mod reports;
 pub mod restore;
 pub mod runs;
 pub mod show;
+pub mod socket;
 pub mod status;
 pub mod verify;
 pub mod wal;

@@ -108,6 +108,16 @@ pub struct Open {
     pub started_at: Option<DateTime<Utc>>,
 }
 
+/// No slot of a schedule runs until then. Every pause has an end and a reason.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Pause {
+    /// Slots before this moment are skipped.
+    pub until: DateTime<Utc>,
+    /// Why.
+    pub reason: String,
+}
+
 const SLOT_FORMAT: &str = "%Y%m%dt%H%M%Sz";
 
 /// A slot as it stands in names of objects: `20261120t010000z`. They sort by time.

@@ -99,7 +99,14 @@ async fn a_killed_daemon_leaves_no_slot_without_an_outcome() {
     let second = rig.daemon(&[]).run().await.code(5);
     assert!(second.stderr.contains("another drctl daemon runs with this state directory"), "{second}");
     rig.until_told("never-late", 1).await;
+    let jobs = Drctl::new(["jobs"]).config(&rig.config).run().await.ok();
+    let of = |name: &str| jobs.stdout.lines().find(|line| line.starts_with(name)).unwrap_or_default().to_owned();
+    assert!(of("ledger-base").contains("runs for") && of("all-verify").contains("waits"), "{jobs}");
+    let busy = Drctl::new(["run", "ledger-base"]).config(&rig.config).run().await.code(5);
+    assert!(busy.stderr.contains("ledger-base runs or waits already"), "{busy}");
     daemon.kill9();
+    let nobody = Drctl::new(["jobs"]).config(&rig.config).run().await.code(1);
+    assert!(nobody.stderr.contains("no daemon answers"), "{nobody}");
     assert_eq!(rig.told("never-late"), ["missed 2"]);
     assert_eq!(rig.told("all-verify"), Vec::<String>::new());
 
@@ -121,6 +128,22 @@ async fn a_killed_daemon_leaves_no_slot_without_an_outcome() {
     let runs = Drctl::new(["runs", "ledger-base"]).config(&rig.config).run().await.ok();
     let lines: Vec<_> = runs.stdout.lines().collect();
     assert!(lines[1].contains("interrupted late") && lines[2].contains("missed 2 since"), "{runs}");
+
+    // What is asked for is a slot like any other; a pause is told.
+    Drctl::new(["run", "never-late"]).config(&rig.config).run().await.ok();
+    rig.until_told("never-late", 2).await;
+    assert_eq!(rig.told("never-late")[1], "success 1");
+    Drctl::new(["pause", "never-late", "--for", "1h", "--reason", "the server moves"])
+        .config(&rig.config)
+        .run()
+        .await
+        .ok();
+    let jobs = Drctl::new(["jobs", "--json"]).config(&rig.config).run().await.ok().json();
+    let paused = jobs.as_array().unwrap().iter().find(|view| view["schedule"] == "never-late").unwrap();
+    assert_eq!(paused["paused"]["reason"], "the server moves");
+    let unknown = Drctl::new(["resume", "nobody"]).config(&rig.config).run().await.code(1);
+    assert!(unknown.stderr.contains("there is no schedule `nobody`"), "{unknown}");
+    Drctl::new(["resume", "never-late"]).config(&rig.config).run().await.ok();
 
     // A broken folder changes nothing; a good one counts.
     let broken = rig.dr.join("schedules/broken.toml");

@@ -14,6 +14,7 @@ pub mod daemon;
 pub mod drill;
 mod drill_text;
 pub mod init;
+pub mod jobs;
 pub mod keys;
 pub mod list;
 pub mod recovery_fetch;
@@ -59,6 +60,14 @@ pub enum Verb {
     Keys(keys::Args),
     /// Stream WAL and run jobs to their schedules, until told to stop
     Daemon(daemon::Args),
+    /// Show what the daemon of this host runs, waits for, and does next
+    Jobs,
+    /// Ask the daemon of this host to run a schedule now
+    Run(jobs::Named),
+    /// Let a schedule skip its slots for some time
+    Pause(jobs::PauseArgs),
+    /// End a pause
+    Resume(jobs::Named),
     /// Show what became of the slots of schedules, the newest first
     Runs(runs::Args),
     /// Look at the schedules
@@ -100,6 +109,10 @@ pub async fn run(verb: Verb, session: &Session) -> Result<Exit> {
         Verb::Repair(args) => repair::run(args, session).await,
         Verb::Keys(args) => keys::run(&args, session).await,
         Verb::Daemon(args) => daemon::run(args, session).await,
+        Verb::Jobs => jobs::list(session).await,
+        Verb::Run(args) => jobs::run(args, session).await,
+        Verb::Pause(args) => jobs::pause(args, session).await,
+        Verb::Resume(args) => jobs::resume(args, session).await,
         Verb::Runs(args) => runs::run(args, session).await,
         Verb::Schedule(args) => schedule::run(args, session),
         Verb::Config(args) => config::run(&args, session),

@@ -14,7 +14,7 @@ use serde::de::DeserializeOwned;
 use crate::disk::lock::Lock;
 use crate::disk::{DiskError, place};
 use crate::jobs::context::Context;
-use crate::model::run::{Open, Run, parse_slot, slot_text};
+use crate::model::run::{Open, Pause, Run, parse_slot, slot_text};
 use crate::model::{Error, Result, ResultExt, ScheduleName};
 use crate::repository::runs::{self, Spread};
 
@@ -28,6 +28,8 @@ pub struct Memory {
     pub open: Vec<Open>,
     /// Up to where every slot is accounted for.
     pub cursors: BTreeMap<ScheduleName, DateTime<Utc>>,
+    /// Schedules that are paused, or were.
+    pub pauses: BTreeMap<ScheduleName, Pause>,
 }
 
 /// The records in the state directory. One process has them at a time.
@@ -40,6 +42,7 @@ pub struct RunLog {
 const OPEN: &str = "open";
 const DONE: &str = "done";
 const CURSORS: &str = "cursors";
+const PAUSED: &str = "paused";
 
 impl RunLog {
     /// Opens the log and says what an earlier process left.
@@ -49,7 +52,7 @@ impl RunLog {
     pub fn open(state_dir: &Path) -> Result<(Self, Memory)> {
         use std::os::unix::fs::DirBuilderExt;
         let dir = state_dir.join("runs");
-        for part in [OPEN, DONE, CURSORS] {
+        for part in [OPEN, DONE, CURSORS, PAUSED] {
             let path = dir.join(part);
             let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&path);
             made.map_err(|error| {
@@ -75,6 +78,11 @@ impl RunLog {
             let text = std::fs::read_to_string(&path).map_err(|error| unreadable(&path).because(error))?;
             if let Some(name) = name {
                 memory.cursors.insert(name, parse_slot(text.trim()).ok_or_else(|| unreadable(&path))?);
+            }
+        }
+        for path in files(&self.dir.join(PAUSED))? {
+            if let Some(name) = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse().ok()) {
+                memory.pauses.insert(name, read(&path)?);
             }
         }
         for path in files(&self.dir.join(OPEN))? {
@@ -129,6 +137,15 @@ impl RunLog {
             place::place(&path, slot_text(slot).as_bytes(), 0o600)?;
         }
         Ok(())
+    }
+
+    /// Notes that a schedule is paused, or no longer.
+    ///
+    /// # Errors
+    /// It could not be written.
+    pub fn pause(&self, schedule: &ScheduleName, pause: Option<&Pause>) -> Result<()> {
+        let path = self.dir.join(PAUSED).join(schedule.as_str());
+        pause.map_or_else(|| remove(&path), |pause| write(&path, pause))
     }
 
     /// Records that some region lacks.

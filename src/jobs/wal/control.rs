@@ -1,29 +1,22 @@
 //! The control socket of a target: whoever streams its WAL answers here where it stands. HTTP on a Unix socket that only
 //! its owner may use.
 
-use std::io::ErrorKind;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::{Path as UrlPath, State};
-use axum::http::{Request, StatusCode};
+use axum::http::StatusCode;
 use axum::routing::get;
 use axum::{Json, Router};
-use bytes::Bytes;
-use http_body_util::{BodyExt, Empty, Limited};
-use hyper_util::rt::TokioIo;
-use tokio::net::{UnixListener, UnixStream};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use crate::jobs::socket;
 use crate::jobs::wal::position::Position;
 use crate::model::{Error, Kind, Result, ResultExt, TargetName};
 use crate::observe::task;
 
-/// An answer is a few hundred bytes; whoever sends more is not drctl.
-const ANSWER_LIMIT: usize = 64 * 1024;
 /// A receiver answers from memory.
 const ANSWER_TIME: Duration = Duration::from_secs(5);
 
@@ -47,7 +40,7 @@ impl ControlServer {
         target: &TargetName,
         ask: impl Fn() -> Position + Send + Sync + 'static,
     ) -> Result<Self> {
-        let listener = listen(path).await.during(|| format!("listen on {}", path.display()))?;
+        let listener = socket::listen(path).await.during(|| format!("listen on {}", path.display()))?;
         let app =
             Router::new().route("/v1/wal/{target}", get(answer)).with_state((target.clone(), Arc::new(ask) as Ask));
         let stop = CancellationToken::new();
@@ -80,24 +73,6 @@ impl Drop for ControlServer {
     }
 }
 
-async fn listen(path: &Path) -> Result<UnixListener> {
-    let listener = match UnixListener::bind(path) {
-        Err(error) if error.kind() == ErrorKind::AddrInUse => {
-            if UnixStream::connect(path).await.is_ok() {
-                return Err(Error::refused("another process answers there"));
-            }
-            std::fs::remove_file(path)
-                .map_err(|error| Error::failed("a dead socket cannot be removed").because(error))?;
-            UnixListener::bind(path)
-        }
-        other => other,
-    };
-    let cannot = |error| Error::failed("the socket cannot be made").because(error);
-    let listener = listener.map_err(cannot)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(cannot)?;
-    Ok(listener)
-}
-
 async fn answer(
     State((target, ask)): State<(TargetName, Ask)>,
     UrlPath(asked): UrlPath<String>,
@@ -116,27 +91,14 @@ pub async fn position(socket: &Path, target: &TargetName) -> Result<Option<Posit
 }
 
 async fn ask(socket: &Path, target: &TargetName) -> Result<Option<Position>> {
-    let stream = match UnixStream::connect(socket).await {
-        Ok(stream) => stream,
-        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => return Ok(None),
-        Err(error) => return Err(Error::failed("cannot connect").because(error)),
+    let Some((status, body)) = socket::ask(socket, "GET", &format!("/v1/wal/{target}"), Vec::new()).await? else {
+        return Ok(None);
     };
-    let strange = |what: &str| Error::failed(what.to_owned());
-    let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await;
-    let (mut sender, connection) = handshake.map_err(|error| strange("no HTTP").because(error))?;
-    let driver = task::spawn("control-client", connection);
-    let request = Request::get(format!("/v1/wal/{target}")).header("host", "drctl").body(Empty::<Bytes>::new());
-    let request = request.map_err(|error| strange("not a request").because(error))?;
-    let response = sender.send_request(request).await.map_err(|error| strange("no answer").because(error))?;
-    let status = response.status();
-    let body = Limited::new(response.into_body(), ANSWER_LIMIT).collect().await;
-    driver.abort();
     match status {
         StatusCode::OK => {}
         StatusCode::NOT_FOUND => return Ok(None),
-        other => return Err(strange("a refusal").because(other)),
+        other => return Err(Error::failed("a refusal").because(other)),
     }
-    let body = body.map_err(|error| strange("half an answer").because(error))?.to_bytes();
-    let position = serde_json::from_slice(&body).map_err(|error| strange("not a position").because(error))?;
+    let position = serde_json::from_slice(&body).map_err(|error| Error::failed("not a position").because(error))?;
     Ok(Some(position))
 }

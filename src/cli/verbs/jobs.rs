@@ -1,0 +1,135 @@
+//! `drctl jobs`, `drctl run`, `drctl pause`, `drctl resume`: what a running daemon is asked for.
+
+use std::time::Duration;
+
+use chrono::{DateTime, TimeDelta, Utc};
+
+use crate::cli::exit::Exit;
+use crate::cli::render::{Colour, Output, Table};
+use crate::cli::{Session, figures};
+use crate::config::units;
+use crate::daemon::control;
+use crate::daemon::scheduler::View;
+use crate::model::run::Pause;
+use crate::model::{Error, Result, ScheduleName};
+
+/// A pause that nobody ends would be the end of a schedule.
+const LONGEST_PAUSE: Duration = Duration::from_secs(30 * 86_400);
+
+/// Arguments of `run` and `resume`.
+#[derive(Debug, clap::Args)]
+pub struct Named {
+    /// The schedule
+    schedule: ScheduleName,
+}
+
+/// Arguments of `pause`.
+#[derive(Debug, clap::Args)]
+pub struct PauseArgs {
+    /// The schedule
+    schedule: ScheduleName,
+    /// How long, at most 30d
+    #[arg(long = "for", value_name = "DURATION", value_parser = length)]
+    length: Duration,
+    /// Why; it stands in the record of every slot that is skipped
+    #[arg(long)]
+    reason: String,
+}
+
+fn length(text: &str) -> Result<Duration> {
+    match units::parse_duration(text)? {
+        length if length > LONGEST_PAUSE || length.is_zero() => Err(Error::usage("a pause takes from 1s to 30d")),
+        length => Ok(length),
+    }
+}
+
+/// `drctl jobs`.
+///
+/// # Errors
+/// No daemon answers.
+pub async fn list(session: &Session) -> Result<Exit> {
+    let views = control::ask_jobs(&session.settings()?.repository.state_dir).await?;
+    match session.output.json {
+        true => session.output.print_json(&views)?,
+        false => session.output.print(&text(&views, session.clock.now(), &session.output))?,
+    }
+    Ok(Exit::Ok)
+}
+
+/// `drctl run`.
+///
+/// # Errors
+/// No daemon answers, or it refuses.
+pub async fn run(args: Named, session: &Session) -> Result<Exit> {
+    let triggered = control::ask_run(&session.settings()?.repository.state_dir, &args.schedule).await?;
+    match session.output.json {
+        true => session.output.print_json(&triggered)?,
+        false => {
+            let (name, slot) = (&args.schedule, figures::utc(triggered.slot));
+            session
+                .output
+                .print(&format!("{name} starts, as slot {slot}. Next: drctl jobs, then drctl runs {name}"))?;
+        }
+    }
+    Ok(Exit::Ok)
+}
+
+/// `drctl pause`.
+///
+/// # Errors
+/// No daemon answers, or it refuses.
+pub async fn pause(args: PauseArgs, session: &Session) -> Result<Exit> {
+    let until = session.clock.now() + TimeDelta::from_std(args.length).unwrap_or_default();
+    let pause = Pause { until, reason: args.reason };
+    control::ask_pause(&session.settings()?.repository.state_dir, &args.schedule, Some(&pause)).await?;
+    match session.output.json {
+        true => session.output.print_json(&pause)?,
+        false => session.output.print(&format!("{} is paused until {}", args.schedule, figures::utc(until)))?,
+    }
+    Ok(Exit::Ok)
+}
+
+/// `drctl resume`.
+///
+/// # Errors
+/// No daemon answers, or it refuses.
+pub async fn resume(args: Named, session: &Session) -> Result<Exit> {
+    control::ask_pause(&session.settings()?.repository.state_dir, &args.schedule, None).await?;
+    if !session.output.json {
+        session.output.print(&format!("{} goes on with its next slot", args.schedule))?;
+    }
+    Ok(Exit::Ok)
+}
+
+fn text(views: &[View], now: DateTime<Utc>, output: &Output) -> String {
+    if views.is_empty() {
+        return "The daemon has no schedule. Next: drctl schedule list".to_owned();
+    }
+    let mut table = Table::new(["SCHEDULE", "JOB", "TARGET", "STATE", "NEXT"]);
+    for view in views {
+        table.row([
+            view.schedule.to_string(),
+            view.job.to_string(),
+            view.target.as_ref().map_or_else(|| "all".to_owned(), ToString::to_string),
+            state(view, now, output),
+            view.next.map_or_else(|| "–".to_owned(), |next| figures::moment(now, next)),
+        ]);
+    }
+    table.to_text()
+}
+
+fn state(view: &View, now: DateTime<Utc>, output: &Output) -> String {
+    if let Some(open) = &view.running {
+        let since = open.started_at.and_then(|started| (now - started).to_std().ok()).unwrap_or_default();
+        let attempt = if open.attempts > 1 { format!(", attempt {}", open.attempts) } else { String::new() };
+        let running = format!("runs for {}{attempt}", figures::duration(since));
+        let failed = view.failed.as_ref().map(|why| format!("failed, is tried again: {why}"));
+        return failed.map_or(running, |failed| output.paint(Colour::Yellow, &failed));
+    }
+    if view.waiting.is_some() {
+        return "waits".to_owned();
+    }
+    let paused = view.paused.as_ref();
+    let paused = paused.map(|pause| format!("paused until {}: {}", figures::moment(now, pause.until), pause.reason));
+    paused.map_or_else(|| "idle".to_owned(), |paused| output.paint(Colour::Yellow, &paused))
+}

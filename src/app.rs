@@ -14,12 +14,11 @@ use crate::config::{
 };
 use crate::disk::place;
 use crate::jobs::check::Subject;
-use crate::jobs::drill;
-use crate::jobs::{Context, Levels, Objectives, Target};
+use crate::jobs::{self, Context, Levels, Objectives, ScratchPlace, Target};
 use crate::keys::{
     AgeHolder, AgeOpener, AwsCredentials, KeyHolder, KeyOpener, KmsAccess, KmsHolder, KmsOpener, generate_identity,
 };
-use crate::model::{Clock, Error, RegionName, Result, ResultExt, Rng, TargetName};
+use crate::model::{Clock, Error, RegionName, Result, ResultExt, Rng};
 use crate::observe::clock::SystemClock;
 use crate::observe::progress::Progress;
 use crate::pg::conninfo::ConnInfo;
@@ -80,6 +79,7 @@ pub async fn context(settings: &Settings, role: Role, world: &World) -> Result<C
         levels: levels(settings),
         pack_size: settings.repository.pack_size,
         state_dir: settings.repository.state_dir.clone(),
+        scratch: ScratchPlace { directory: settings.drill.dir.clone(), run_as: settings.drill.run_as.clone() },
         progress: Progress::new(Arc::clone(&world.clock)),
         clock: Arc::clone(&world.clock),
         rng: Arc::clone(&world.rng),
@@ -392,27 +392,13 @@ fn targets(settings: &Settings) -> Result<Vec<Target>> {
             control_socket: pg.control_socket.clone(),
             config_files: pg.config_files.clone(),
             heartbeat_database: pg.heartbeat_database.clone(),
+            assertions: target.assertions.iter().map(assertion).collect(),
         })
     };
     settings.targets.iter().map(target).collect()
 }
 
-/// How `target` is rehearsed.
-///
-/// # Errors
-/// There is no such target.
-pub fn drill(settings: &Settings, target: &TargetName) -> Result<drill::Options> {
-    let configured = settings.target(target)?;
-    let assertion = |assertion: &Assertion| drill::Assertion {
-        name: assertion.name.clone(),
-        sql: assertion.sql.clone(),
-        expect: assertion.expect.clone(),
-        database: assertion.database.clone(),
-    };
-    Ok(drill::Options {
-        target: target.clone(),
-        region: None,
-        place: drill::Place { directory: settings.drill.dir.clone(), run_as: settings.drill.run_as.clone() },
-        assertions: configured.assertions.iter().map(assertion).collect(),
-    })
+fn assertion(assertion: &Assertion) -> jobs::Assertion {
+    let Assertion { name, sql, expect, database } = assertion.clone();
+    jobs::Assertion { name, sql, expect, database }
 }

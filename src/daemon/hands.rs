@@ -154,14 +154,18 @@ impl Drop for Hands {
 async fn attempt(settings: &Settings, world: &World, work: &Work) -> Result<Done> {
     let role = match work {
         Work::Backup { .. } => Role::Write,
-        Work::Verify { .. } => Role::Restore,
+        Work::Verify { .. } | Work::Drill { .. } => Role::Restore,
         Work::Repair { .. } => {
             // A directory that vanished is a region that was lost: repair makes it anew and fills it.
             app::create_directories(settings).await?;
             Role::Write
         }
     };
-    let context = app::context(settings, role, world).await?;
+    let mut context = app::context(settings, role, world).await?;
+    if matches!(work, Work::Drill { .. }) {
+        // Its report is signed and sealed, on behalf of whoever restores.
+        context.writer = Some(app::writer(settings, role, world).await?);
+    }
     work::run(&context, work).await
 }
 

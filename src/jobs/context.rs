@@ -28,12 +28,23 @@ pub struct Context {
     pub pack_size: usize,
     /// Caches, locks, the signer's key.
     pub state_dir: PathBuf,
+    /// Where scratch clusters live.
+    pub scratch: ScratchPlace,
     /// What is going on, for whoever draws it.
     pub progress: Progress,
     /// Time.
     pub clock: Arc<dyn Clock>,
     /// Chance.
     pub rng: Arc<dyn Rng>,
+}
+
+/// Where scratch clusters live.
+#[derive(Debug, Clone)]
+pub struct ScratchPlace {
+    /// The directory; each drill has one of its own below it.
+    pub directory: PathBuf,
+    /// The account that they run as, when drctl is root.
+    pub run_as: Option<String>,
 }
 
 /// zstd levels by kind of data.
@@ -76,6 +87,21 @@ pub struct Target {
     pub config_files: Vec<String>,
     /// The database that holds the heartbeat row.
     pub heartbeat_database: String,
+    /// What holds in every good copy of it.
+    pub assertions: Vec<Assertion>,
+}
+
+/// A statement about the data of a target that holds in every good copy of it; its owner wrote it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Assertion {
+    /// Its name.
+    pub name: String,
+    /// A query that gives one row with one column.
+    pub sql: String,
+    /// What it gives, as text.
+    pub expect: String,
+    /// The database to ask.
+    pub database: String,
 }
 
 /// Recovery objectives of a target.

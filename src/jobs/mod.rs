@@ -24,4 +24,4 @@ pub mod work;
 #[cfg(test)]
 mod tests;
 
-pub use context::{Context, Levels, Objectives, Target};
+pub use context::{Assertion, Context, Levels, Objectives, ScratchPlace, Target};

@@ -8,7 +8,7 @@ use bytes::Bytes;
 
 use crate::codec::SystemRng;
 use crate::jobs::verify::{Level, Options};
-use crate::jobs::{Context, Levels, list, repair, show, status, verify};
+use crate::jobs::{Context, Levels, ScratchPlace, list, repair, show, status, verify};
 use crate::observe::progress::Progress;
 use crate::repository::mend::Scope;
 use crate::repository::scrub::Trouble;
@@ -26,6 +26,7 @@ async fn context(fixture: &Fixture) -> Context {
         levels: Levels { pages: 1, dumps: 1, wal: 1 },
         pack_size: crate::repository::pack::OBJECT_LIMIT,
         state_dir: PathBuf::new(),
+        scratch: ScratchPlace { directory: PathBuf::new(), run_as: None },
         progress: Progress::new(Arc::clone(&clock)),
         clock,
         rng: Arc::new(SystemRng),

@@ -1,10 +1,10 @@
 //! The one door for whoever runs jobs without being asked by a person: a job with its parameters in, what it came to out.
 
 use crate::jobs::context::Context;
-use crate::jobs::{backup, repair, verify};
+use crate::jobs::{backup, drill, repair, verify};
 use crate::model::run::Outcome;
 use crate::model::schedule::{Depth, Work};
-use crate::model::{Error, Result};
+use crate::model::{Error, Kind, Result};
 use crate::repository::mend::Scope;
 
 /// What a job came to.
@@ -37,6 +37,9 @@ pub async fn run(context: &Context, work: &Work) -> Result<Done> {
             let options = verify::Options { what, level, region: region.clone(), scrub: *scrub };
             verified(&verify::run(context, &options).await?)
         }
+        Work::Drill { target, region } => {
+            drilled(&drill::run(context, &drill::Options { target: target.clone(), region: region.clone() }).await?)
+        }
         Work::Repair { target, region, quick } => {
             let scope = Scope { target: target.clone(), region: region.clone(), quick: *quick, dry_run: false };
             let report = repair::run(context, &scope).await?;
@@ -49,6 +52,21 @@ pub async fn run(context: &Context, work: &Work) -> Result<Done> {
 
 fn done(debts: bool, detail: String) -> Done {
     Done { outcome: if debts { Outcome::Debts } else { Outcome::Success }, detail }
+}
+
+/// What was not proven is no success, whatever the reason; the report tells failure and doubt apart.
+fn drilled(report: &drill::Report) -> Result<Done> {
+    let stored = report.stored_as.as_ref().map_or_else(String::new, |id| format!(", report {id}"));
+    let (target, region) = (&report.target, &report.region);
+    let told = format!("drill of {target} from {region}{stored}");
+    let unproven = |error: Error| report.reasons.iter().fold(error, |error, reason| error.because(reason));
+    match report.outcome {
+        drill::Outcome::Pass => Ok(done(false, told)),
+        drill::Outcome::Fail => Err(unproven(Error::failed(format!("{told}: failed")))),
+        drill::Outcome::Inconclusive => {
+            Err(unproven(Error::new(Kind::Unavailable, format!("{told}: nothing was found out"))))
+        }
+    }
 }
 
 fn verified(report: &verify::Report) -> Result<Done> {

@@ -32,6 +32,7 @@ use crate::repository::page_state::{Keeper, Kept, StateHead};
 use crate::repository::parent::{Basis, Parent};
 use crate::repository::tree::{CompleteFile, FileRun, Tree};
 use crate::repository::uploads::{put_object, put_signed, spawn_uploads};
+use crate::repository::wrap_debts::WrapDebts;
 
 /// A backup under way, so that prune leaves its objects and its parent alone.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -85,6 +86,7 @@ pub struct BackupWriter {
     out: Arc<FanOut>,
     keyset: Arc<Keyset>,
     wrap_debts: Vec<(HolderId, String)>,
+    owed_wraps: WrapDebts,
     inventory: Vec<InventoryLine>,
     manifest: ManifestWriter,
     manifest_parts: PartsSummary,
@@ -168,6 +170,7 @@ impl BackupWriter {
             repository: repository.clone(),
             writer: writer.clone(),
             out,
+            owed_wraps: WrapDebts::new(&writer.holders, &stored, &writer.clock),
             keyset: stored.keyset,
             wrap_debts: stored.missing,
             inventory: stored.wraps,
@@ -276,7 +279,11 @@ impl BackupWriter {
         let packs =
             (&mut self.uploads).await.map_err(|error| Error::failed("the upload task died").because(error))??;
         self.inventory.extend(packs);
-        std::mem::take(&mut self.tree).finish()
+        std::mem::take(&mut self.tree).finish()?;
+        // The secret is forgotten with this process: a holder that was away at the start gets its last chance.
+        self.inventory.extend(self.owed_wraps.settle(&self.out).await);
+        self.wrap_debts.retain(|(holder, _)| self.owed_wraps.holders().any(|owing| owing == holder));
+        Ok(())
     }
 
     /// Writes the rest of the manifest, the inventory and COMMIT. Call [`flush`](Self::flush) first.

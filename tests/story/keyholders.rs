@@ -2,11 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::rig3::{Rig3, debts};
+use crate::support::process;
 use crate::support::proxy::Mode;
 
 #[tokio::test]
@@ -64,6 +66,24 @@ async fn a_key_holder_that_is_down_owes_a_wrap() {
     assert_eq!((paid["added"].as_array().unwrap().len(), paid["owed"].as_array().unwrap().len()), (2, 0), "{paid}");
     let again = rig.drctl(["keys", "rewrap"]).run().await.ok();
     assert!(again.stdout.contains("no wrap was owed"), "{again}");
+    rig.beta.keys.set(Mode::Refuse).await;
+    rig.assert_restores("restored", &[]).await;
+}
+
+#[tokio::test]
+async fn a_key_holder_that_comes_back_during_a_backup_owes_nothing() {
+    let rig = Rig3::new().await;
+    rig.fill(16).await;
+    rig.alpha.keys.set(Mode::Refuse).await;
+    let before = rig.alpha.objects.passed();
+    let backup = rig.backup().spawn();
+    process::eventually("pages arrive", Duration::from_secs(60), async || {
+        rig.alpha.objects.passed() >= before + 1024 * 1024
+    })
+    .await;
+    rig.alpha.keys.set(Mode::Pass).await;
+    let report = backup.wait().await.ok().json();
+    assert_eq!(report["wrap_debts"].as_array().unwrap().len(), 0, "{report}");
     rig.beta.keys.set(Mode::Refuse).await;
     rig.assert_restores("restored", &[]).await;
 }

@@ -32,15 +32,15 @@ pub struct Args {
 /// What stopped it.
 pub async fn run(args: Args, session: &Session) -> Result<Exit> {
     let settings = session.settings()?;
-    let mut options: Options = app::drill(&settings, &args.target)?;
-    if let Some(directory) = args.dir {
-        let absolute = std::path::absolute(directory);
-        options.place.directory = absolute.map_err(|error| Error::usage("--dir names no directory").because(error))?;
-    }
-    options.place.run_as = args.run_as.or(options.place.run_as);
-    options.region = args.region;
     let world = World::real();
     let mut context = app::context(&settings, Role::Restore, &world).await?;
+    if let Some(directory) = args.dir {
+        let absolute = std::path::absolute(directory);
+        context.scratch.directory =
+            absolute.map_err(|error| Error::usage("--dir names no directory").because(error))?;
+    }
+    context.scratch.run_as = args.run_as.or(context.scratch.run_as);
+    let options = Options { target: args.target, region: args.region };
     match app::writer(&settings, Role::Restore, &world).await {
         Ok(writer) => context.writer = Some(writer),
         Err(error) => tracing::warn!(%error, "the report will not be stored"),

@@ -103,6 +103,13 @@ impl<'f, 'd> Reader<'f, 'd> {
                 let region = region(&mut params);
                 Some(Work::Verify { target, level, scrub, region })
             }
+            Some(Job::Drill) => {
+                let region = region(&mut params);
+                if target.is_none() && !self.has("target") {
+                    self.missing("target", "a drill has one");
+                }
+                target.map(|target| Work::Drill { target, region })
+            }
             Some(Job::Repair) => {
                 let quick = params.take("quick", Section::boolean).unwrap_or(false);
                 let region = region(&mut params);

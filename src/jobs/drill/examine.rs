@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 
-use crate::jobs::context::Context;
+use crate::jobs::context::{Assertion, Context, Target};
+use crate::jobs::drill::checks;
 use crate::jobs::drill::report::{Control, Level, Report};
 use crate::jobs::drill::scratch::Scratch;
-use crate::jobs::drill::{Assertion, Options, checks};
 use crate::jobs::restore::SCRATCH_PORT;
 use crate::model::{Error, Result, ResultExt, TargetName};
 use crate::pg::conninfo::ConnInfo;
@@ -20,11 +20,10 @@ const STATEMENT_TIMEOUT: Duration = Duration::from_secs(600);
 /// Runs every check that needs the server.
 pub(super) async fn all(
     context: &Context,
-    options: &Options,
+    target: &Target,
     (scratch, fault_at): (&Scratch, DateTime<Utc>),
     report: &mut Report,
 ) -> Result<()> {
-    let target = context.target(&options.target)?;
     let login = Login::find(scratch, target.conninfo.user(), &target.heartbeat_database).await?;
     let found = found_heartbeat(&login, &target.heartbeat_database, &target.name).await;
     if let Ok(beat) = &found {
@@ -32,11 +31,11 @@ pub(super) async fn all(
     }
     let told = |beat: heartbeat::Beat| format!("number {}, written at {}", beat.seq, beat.at.to_rfc3339());
     report.check("heartbeat", Level::L6, found.map(told));
-    for assertion in &options.assertions {
+    for assertion in &target.assertions {
         let answer = login.ask(assertion).await.and_then(|answer| judge(&assertion.expect, &answer));
         report.check(assertion.name.clone(), Level::L6, answer);
     }
-    report.control = control(&login, options, &target.heartbeat_database, report).await;
+    report.control = control(&login, target, report).await;
     checks::amcheck(context, scratch, &login, report).await;
     Ok(())
 }
@@ -114,15 +113,15 @@ fn judge(expected: &str, answer: &str) -> Result<String> {
 }
 
 /// Gives one of the checks a wrong expectation, another one each time, and sees whether it is told.
-async fn control(login: &Login, options: &Options, database: &str, report: &Report) -> Option<Control> {
+async fn control(login: &Login, target: &Target, report: &Report) -> Option<Control> {
     let turn = usize::try_from(report.started_at.timestamp()).unwrap_or_default();
     let heartbeat = Assertion {
         name: "heartbeat".to_owned(),
-        sql: format!("SELECT seq FROM drctl.heartbeat WHERE target = '{}'", options.target),
+        sql: format!("SELECT seq FROM drctl.heartbeat WHERE target = '{}'", target.name),
         expect: report.heartbeat.as_ref().map_or(0, |beat| beat.seq).to_string(),
-        database: database.to_owned(),
+        database: target.heartbeat_database.clone(),
     };
-    let candidates: Vec<_> = options.assertions.iter().chain(report.heartbeat.as_ref().map(|_| &heartbeat)).collect();
+    let candidates: Vec<_> = target.assertions.iter().chain(report.heartbeat.as_ref().map(|_| &heartbeat)).collect();
     let chosen = *candidates.get(turn.checked_rem(candidates.len())?)?;
     let expectation = format!("{} or anything else", chosen.expect);
     // Only an answer that was judged wrong counts: a question that could not be asked catches nothing.

@@ -25,8 +25,6 @@ mod report;
 mod scratch;
 
 pub use report::{Check, Control, Level, Measured, Outcome, Report};
-pub use scratch::Place;
-
 use scratch::Scratch;
 
 /// How long the region may take to hold the beat that precedes the drill. Afterwards the drill goes on, and finds an
@@ -40,23 +38,6 @@ pub struct Options {
     pub target: TargetName,
     /// The region that is read; the last one of the configuration if none is named.
     pub region: Option<RegionName>,
-    /// Where scratch clusters live.
-    pub place: Place,
-    /// Assertions that the target's owner wrote.
-    pub assertions: Vec<Assertion>,
-}
-
-/// A statement about the data that holds in every good copy of it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Assertion {
-    /// Its name.
-    pub name: String,
-    /// A query that gives one row with one column.
-    pub sql: String,
-    /// What it gives, as text.
-    pub expect: String,
-    /// The database to ask.
-    pub database: String,
 }
 
 /// Rehearses a recovery. Whatever stops it on the way is in the report; the scratch cluster is gone in every case.
@@ -67,9 +48,9 @@ pub async fn run(context: &Context, options: &Options) -> Result<Report> {
     let target = context.target(&options.target)?;
     let region = chosen(context, options.region.as_ref())?;
     let alone = within(context, &region)?;
-    let scratch = Scratch::create(&options.place, &options.target, context).await?;
+    let scratch = Scratch::create(&context.scratch, &options.target, context).await?;
     let mut report = Report::new(context, target, region, &scratch);
-    let rehearsed = rehearse(&alone, target, (options, &scratch), &mut report).await;
+    let rehearsed = rehearse(&alone, target, &scratch, &mut report).await;
     if let Err(error) = rehearsed {
         report.stopped_by(&error);
     }
@@ -110,14 +91,9 @@ fn within(context: &Context, region: &RegionName) -> Result<Context> {
     Ok(Context { repository, ring, ..context.clone() })
 }
 
-async fn rehearse(
-    context: &Context,
-    target: &Target,
-    (options, scratch): (&Options, &Scratch),
-    report: &mut Report,
-) -> Result<()> {
+async fn rehearse(context: &Context, target: &Target, scratch: &Scratch, report: &mut Report) -> Result<()> {
     let beat = precede(target, report).await;
-    let (request, prepared, planned_in) = prepare(context, scratch, options, beat.map(|(_, lsn)| lsn)).await?;
+    let (request, prepared, planned_in) = prepare(context, scratch, &target.name, beat.map(|(_, lsn)| lsn)).await?;
     // The fault happens now: whatever reaches the region from here on is lost to this drill.
     let fault_at = context.clock.now();
     report.faulted(fault_at, &prepared.plan);
@@ -126,7 +102,7 @@ async fn rehearse(
     let (restored, mut instance) = restore::rehearse(context, &request, prepared, &server).await?;
     report.restored(restored);
     let began = context.clock.monotonic();
-    let examined = examine::all(context, options, (scratch, fault_at), report).await;
+    let examined = examine::all(context, target, (scratch, fault_at), report).await;
     report.phases.push(PhaseTime::new("validate", context.clock.monotonic() - began));
     examined?;
     stop(&mut instance).await?;
@@ -154,18 +130,18 @@ async fn precede(target: &Target, report: &mut Report) -> Option<(Beat, Lsn)> {
 async fn prepare(
     context: &Context,
     scratch: &Scratch,
-    options: &Options,
+    target: &TargetName,
     beat: Option<Lsn>,
 ) -> Result<(Request, Prepared, Duration)> {
     let give_up = context.clock.monotonic() + BEAT_ARRIVES;
-    let mut request = request(scratch, options, &[]);
+    let mut request = request(context, scratch, target, &[]);
     loop {
         let began = context.clock.monotonic();
         let prepared = restore::prepare(context, &request).await.during(|| "plan the restore")?;
         let homeless: Vec<_> = prepared.plan.tablespaces.iter().filter(|(_, place)| place.is_none()).collect();
         if !homeless.is_empty() {
             let locations: Vec<_> = prepared.plan.tablespaces.iter().map(|(location, _)| location.clone()).collect();
-            request = self::request(scratch, options, &locations);
+            request = self::request(context, scratch, target, &locations);
             continue;
         }
         let arrived = beat.is_none_or(|beat| prepared.plan.end_lsn >= beat);
@@ -177,18 +153,18 @@ async fn prepare(
     }
 }
 
-fn request(scratch: &Scratch, options: &Options, tablespaces: &[String]) -> Request {
+fn request(context: &Context, scratch: &Scratch, target: &TargetName, tablespaces: &[String]) -> Request {
     let place = |(number, location): (usize, &String)| (location.clone(), scratch.tablespace(number));
     let tablespaces: BTreeMap<String, PathBuf> = tablespaces.iter().enumerate().map(place).collect();
     Request {
-        what: options.target.to_string(),
+        what: target.to_string(),
         directory: scratch.data(),
         tablespaces,
         region: None,
         point: Point::End,
         timeline: None,
         start: true,
-        run_as: options.place.run_as.clone(),
+        run_as: context.scratch.run_as.clone(),
         invocation: vec!["drctl".to_owned()],
     }
 }

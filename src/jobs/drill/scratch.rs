@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use crate::disk::DiskError;
 use crate::disk::lock::Lock;
-use crate::jobs::context::Context;
+use crate::jobs::context::{Context, ScratchPlace};
 use crate::jobs::restore::{self, Plan};
 use crate::model::{Error, Result, TargetName};
 use crate::pg::instance::{Postmaster, User, postmaster_of};
@@ -18,15 +18,6 @@ const LOCK: &str = "lock";
 const SCHEDULERS: [&str; 8] =
     ["pg_cron", "pg_partman_bgw", "pglogical", "bdr", "pg_squeeze", "pg_net", "pgagent", "pg_prewarm"];
 
-/// Where scratch clusters live.
-#[derive(Debug, Clone)]
-pub struct Place {
-    /// The directory; each drill has one of its own below it.
-    pub directory: PathBuf,
-    /// The account that they run as, when drctl is root.
-    pub run_as: Option<String>,
-}
-
 /// The directory of one drill; what is in it belongs to nobody else.
 #[derive(Debug)]
 pub(super) struct Scratch {
@@ -37,7 +28,7 @@ pub(super) struct Scratch {
 
 impl Scratch {
     /// Makes the directory, and removes those that drills left which were killed.
-    pub(super) async fn create(place: &Place, target: &TargetName, context: &Context) -> Result<Self> {
+    pub(super) async fn create(place: &ScratchPlace, target: &TargetName, context: &Context) -> Result<Self> {
         let is_root = rustix::process::geteuid().is_root();
         let owner = match (&place.run_as, is_root) {
             (Some(name), true) => Some(User::named(name)?),
@@ -140,7 +131,7 @@ fn inert(preload: &str) -> String {
 }
 
 /// A scratch cluster inside of the cluster that it is a copy of would end up in its next backup.
-fn refuse_source(place: &Place, target: &TargetName, context: &Context) -> Result<()> {
+fn refuse_source(place: &ScratchPlace, target: &TargetName, context: &Context) -> Result<()> {
     let source = context.targets.iter().find(|known| known.name == *target).and_then(|target| target.data_dir.clone());
     match source.filter(|source| place.directory.starts_with(source)) {
         None => Ok(()),

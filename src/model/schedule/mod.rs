@@ -57,7 +57,7 @@ impl Job {
     ];
 
     /// The jobs that this version runs by schedule.
-    pub const RUNNABLE: [Self; 3] = [Self::Backup, Self::Verify, Self::Repair];
+    pub const RUNNABLE: [Self; 4] = [Self::Backup, Self::Verify, Self::Drill, Self::Repair];
 
     /// As people and files write it.
     pub const fn as_str(self) -> &'static str {
@@ -115,6 +115,13 @@ pub enum Work {
         /// One region; without it every one.
         region: Option<RegionName>,
     },
+    /// A restore into a scratch cluster.
+    Drill {
+        /// What is rehearsed.
+        target: TargetName,
+        /// The region that is read; without it the last one of the configuration.
+        region: Option<RegionName>,
+    },
     /// Regions brought back to equal.
     Repair {
         /// One target; without it everything.
@@ -132,6 +139,7 @@ impl Work {
         match self {
             Self::Backup { .. } => Job::Backup,
             Self::Verify { .. } => Job::Verify,
+            Self::Drill { .. } => Job::Drill,
             Self::Repair { .. } => Job::Repair,
         }
     }
@@ -139,7 +147,7 @@ impl Work {
     /// The target that it is about, if it is about one.
     pub const fn target(&self) -> Option<&TargetName> {
         match self {
-            Self::Backup { target, .. } => Some(target),
+            Self::Backup { target, .. } | Self::Drill { target, .. } => Some(target),
             Self::Verify { target, .. } | Self::Repair { target, .. } => target.as_ref(),
         }
     }

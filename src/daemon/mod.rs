@@ -1,9 +1,8 @@
 //! Floor 4, the daemon: runs jobs to their schedules and streams WAL, until it is told to stop.
 //!
-//! `scheduler` decides, and is pure; `hands` does what it decides; `streams` keeps one WAL stream per target alive; `control`
-//! answers people. What
-//! was decided is durable in the state directory before it is done, so that a daemon that is killed leaves every slot
-//! with an outcome for the next one to tell.
+//! `scheduler` decides, and is pure; `hands` does what it decides; `streams` keeps one WAL stream per target alive;
+//! `control` answers people. What was decided is durable in the state directory before it is done, so that a daemon that
+//! is killed leaves every slot with an outcome for the next one to tell.
 
 pub mod control;
 mod hands;

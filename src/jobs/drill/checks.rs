@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::jobs::context::Context;
-use crate::jobs::drill::examine::Login;
+use crate::jobs::drill::login::Login;
 use crate::jobs::drill::report::{Level, Report};
 use crate::jobs::drill::scratch::Scratch;
 use crate::jobs::restore::SCRATCH_PORT;

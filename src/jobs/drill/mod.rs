@@ -21,6 +21,7 @@ use crate::source::postgres::heartbeat::{self, Beat};
 mod checks;
 mod evidence;
 mod examine;
+mod login;
 mod report;
 mod scratch;
 

@@ -48,7 +48,13 @@ mod tests {
             _ => "",
         };
         let header = if section.is_empty() { String::new() } else { format!("[{}]", section.replace("NAME", "n")) };
-        let other = if section.starts_with("regions") { "" } else { "[regions.other]\nurl = \"/a\"" };
+        let other = match section {
+            _ if section.starts_with("regions") => "",
+            "targets.NAME.assertions.NAME" => {
+                "[regions.other]\nurl = \"/a\"\n[targets.n]\nsource = \"postgres\"\nconninfo = \"host=a\""
+            }
+            _ => "[regions.other]\nurl = \"/a\"",
+        };
         let text = format!("{header}\n{needed}\n{strange}\n{other}\n");
         let error = parse(&text, "drctl.toml", Path::new("/")).unwrap_err();
         let hint = error.hint_text().unwrap_or_default();
@@ -92,6 +98,8 @@ mod tests {
             "regions.NAME.credentials.write",
             "keys.NAME",
             "targets.NAME",
+            "targets.NAME.assertions.NAME",
+            "drill",
             "schedules",
         ];
         assert_eq!(sections, BTreeSet::from(tables));

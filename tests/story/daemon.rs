@@ -184,3 +184,29 @@ async fn an_outage_of_every_region_is_recorded_while_it_lasts() {
     assert_eq!(run["attempts"], 2);
     assert!(run["detail"].as_str().unwrap().contains("region"), "{run}");
 }
+
+#[tokio::test]
+async fn a_scheduled_drill_proves_what_the_daemon_keeps() {
+    let (scratch, cluster) = (Scratch::new(), Cluster::start_new(15).await);
+    let drill = format!("[drill]\ndir = \"{}\"\nrun_as = \"postgres\"\n", scratch.join("drills").display());
+    let rig = Rig::new(&scratch, &cluster, &drill).await;
+    rig.schedule("ledger-base", "job = \"backup\"\ntarget = \"ledger\"\nparams = { fast = true }\n", 0);
+    rig.schedule("ledger-drill", "job = \"drill\"\ntarget = \"ledger\"\nparams = { region = \"region-a\" }\n", 0);
+    let daemon = rig.daemon(&[]).spawn();
+    let ask = async |name: &str| {
+        eventually("the daemon takes the wish", SOON, async || {
+            Drctl::new(["run", name]).config(&rig.config).run().await.code == Some(0)
+        })
+        .await;
+        rig.until_told(name, 1).await;
+    };
+    ask("ledger-base").await;
+    ask("ledger-drill").await;
+    daemon.terminate().await.ok();
+    assert_eq!(rig.told("ledger-drill"), ["success 1"], "{:?}", rig.runs("region-a", "ledger-drill"));
+    let listed = Drctl::new(["report", "list", "ledger", "--json"]).config(&rig.config).run().await.ok().json();
+    let report = &listed["reports"][0];
+    assert_eq!((&report["outcome"], &report["region"]), (&"pass".into(), &"region-a".into()), "{listed:#}");
+    let detail = rig.runs("region-b", "ledger-drill")[0]["detail"].as_str().unwrap().to_owned();
+    assert!(detail.contains(report["id"].as_str().unwrap()), "the run names its report: {detail}");
+}

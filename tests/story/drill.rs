@@ -133,6 +133,9 @@ async fn a_drill_proves_a_recovery_and_measures_it() {
     assert_eq!(shown["body"]["report"]["checks"], report["checks"], "{shown:#}");
     let page = bank.drctl(["report", "show", id]).run().await.ok().stdout;
     assert!(page.starts_with("# Drill of ledger: pass") && page.contains("| balances | L6 | pass | 0 |"), "{page}");
+    let status = bank.drctl(["status", "--json"]).run().await.json();
+    let proven = &status["targets"][0]["proven"];
+    assert_eq!((&proven["level"], &proven["region"]), (&"L6".into(), &"region-a".into()), "{status:#}");
     let region = bank.home().join("region-b").display().to_string();
     let keyless = Drctl::new(["--repo", &region, "report", "show", id]).run().await.ok().stdout;
     assert!(keyless.contains("level L6") && keyless.contains("sealed") && !keyless.contains("balances"), "{keyless}");
@@ -148,6 +151,8 @@ async fn what_is_wrong_fails_and_what_is_unknown_is_neither() {
     let report = bank.drill(&[]).await.code(1).json();
     assert_eq!((checks(&report, "fail"), &report["level"]), (vec!["balances".to_owned()], &"L5".into()), "{report:#}");
     assert!(report["reasons"].to_string().contains("expected 0, got 1"), "{report:#}");
+    let status = bank.drctl(["status"]).run().await.code(1);
+    assert!(status.stdout.contains("the last drill failed  →  drctl report show ledger-"), "{status}");
     bank.cluster.execute("DELETE FROM account WHERE n = 1003").await;
 
     // Damage in the region that is drilled is a failure, although another region is well.

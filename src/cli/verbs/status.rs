@@ -10,7 +10,7 @@ use crate::cli::Session;
 use crate::cli::exit::Exit;
 use crate::cli::figures;
 use crate::cli::render::{Colour, Output, Table};
-use crate::jobs::status::{self, RegionStatus, Report, TargetStatus};
+use crate::jobs::status::{self, Proven, RegionStatus, Report, TargetStatus};
 use crate::model::Result;
 
 /// Arguments.
@@ -49,9 +49,10 @@ fn text(report: &Report, now: DateTime<Utc>, output: &Output) -> String {
     for target in &report.targets {
         let state = target.problems.first().map_or("ok", String::as_str);
         let backup = target.last_backup_at.map_or_else(|| "none".to_owned(), |at| figures::moment(now, at));
+        let proven = target.proven.as_ref().map_or_else(|| "–".to_owned(), |proven| proof(proven, now));
         let mut regions = target.regions.iter().map(|region| exposure(region, now));
         let first = format!("{}{}", regions.next().unwrap_or_default(), objective(target));
-        table.row([target.target.to_string(), first, backup, "–".to_owned(), state.to_owned()]);
+        table.row([target.target.to_string(), first, backup, proven, state.to_owned()]);
         let mut further = target.problems.iter().skip(1);
         for region in regions {
             let problem = further.next().cloned().unwrap_or_default();
@@ -63,6 +64,11 @@ fn text(report: &Report, now: DateTime<Utc>, output: &Output) -> String {
     }
     text.push_str(&table.to_text());
     text
+}
+
+fn proof(proven: &Proven, now: DateTime<Utc>) -> String {
+    let level = proven.level.as_deref().unwrap_or_default();
+    format!("{level} {}", figures::relative(now, proven.at)).trim_start().to_owned()
 }
 
 fn objective(target: &TargetStatus) -> String {

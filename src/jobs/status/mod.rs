@@ -8,8 +8,9 @@ use serde::Serialize;
 use crate::jobs::Context;
 use crate::jobs::list;
 use crate::jobs::wal::{Position, control};
-use crate::model::{BackupId, Lsn, RegionName, Result, TargetName};
+use crate::model::{BackupId, Lsn, RegionName, ReportId, Result, TargetName};
 use crate::repository::catalog;
+use crate::repository::reports::{self, ReportHead};
 use crate::repository::survey::{self, State, Survey};
 
 /// How things stand.
@@ -37,6 +38,8 @@ pub struct TargetStatus {
     pub last_backup: Option<BackupId>,
     /// When it was complete.
     pub last_backup_at: Option<DateTime<Utc>>,
+    /// The newest restore that was proven to work.
+    pub proven: Option<Proven>,
     /// How much may be lost, in seconds.
     pub rpo_seconds: Option<u64>,
     /// Whether an objective is violated, or cannot be shown to be kept.
@@ -47,6 +50,19 @@ pub struct TargetStatus {
     pub problems: Vec<String>,
     /// What to type next.
     pub next: Option<String>,
+}
+
+/// A drill that passed.
+#[derive(Debug, Clone, Serialize)]
+pub struct Proven {
+    /// Its report.
+    pub report: ReportId,
+    /// The deepest level that it proved.
+    pub level: Option<String>,
+    /// The region that it read, alone.
+    pub region: Option<RegionName>,
+    /// When it was over.
+    pub at: DateTime<Utc>,
 }
 
 /// One target in one region.
@@ -77,9 +93,16 @@ pub async fn run(context: &Context) -> Result<Report> {
     let repository = &context.repository;
     let (backups, unreadable) = catalog::backups(repository, None).await?;
     let surveys = survey::survey(repository, &backups).await?;
+    // Oldest first.
+    let (drills, damaged) = reports::list(repository, None).await?;
+    for error in &damaged {
+        tracing::warn!(%error, "a report is not readable");
+    }
     let mut targets = Vec::new();
     for survey in &surveys {
-        targets.push(status(context, survey, receiver(context, &survey.target).await));
+        let mut status = status(context, survey, receiver(context, &survey.target).await);
+        status.judge_drills(drills.iter().filter(|head| head.target == survey.target));
+        targets.push(status);
     }
     for target in &context.targets {
         if !targets.iter().any(|status| status.target == target.name) {
@@ -88,6 +111,28 @@ pub async fn run(context: &Context) -> Result<Report> {
     }
     targets.sort_by_key(|status| (!status.violated, status.problems.is_empty(), status.target.clone()));
     Ok(Report { targets, unreadable: unreadable.iter().map(ToString::to_string).collect() })
+}
+
+impl TargetStatus {
+    /// The newest pass is what is proven; a newer failure is a violation, whatever was proven before.
+    fn judge_drills<'a>(&mut self, drills: impl Iterator<Item = &'a ReportHead>) {
+        let mut failed = None;
+        for head in drills {
+            match head.outcome.as_str() {
+                "pass" => {
+                    let ReportHead { id, level, region, finished_at, .. } = head.clone();
+                    (self.proven, failed) = (Some(Proven { report: id, level, region, at: finished_at }), None);
+                }
+                "fail" => failed = Some(head.id.clone()),
+                _ => {}
+            }
+        }
+        if let Some(report) = failed {
+            self.violated = true;
+            self.problems.push("the last drill failed".to_owned());
+            self.next.get_or_insert_with(|| format!("drctl report show {report}"));
+        }
+    }
 }
 
 fn without_backup(context: &Context, name: &TargetName, rpo: Option<Duration>) -> TargetStatus {
@@ -104,6 +149,7 @@ fn without_backup(context: &Context, name: &TargetName, rpo: Option<Duration>) -
         target: name.clone(),
         last_backup: None,
         last_backup_at: None,
+        proven: None,
         rpo_seconds: rpo.map(|rpo| rpo.as_secs()),
         violated: true,
         regions: context.repository.regions.all().iter().map(|found| region(&found.name)).collect(),
@@ -177,6 +223,7 @@ fn status(context: &Context, survey: &Survey, receiver: Option<Position>) -> Tar
         target: survey.target.clone(),
         last_backup: usable.map(|backup| backup.id.clone()),
         last_backup_at: usable.map(|backup| backup.finished_at),
+        proven: None,
         rpo_seconds: rpo.map(|rpo| rpo.as_secs()),
         violated: usable.is_none() || !violated_in.is_empty(),
         regions,

@@ -3,12 +3,17 @@
 //! XXH3-128 with a random secret, so that nobody who writes rows can prepare two pages that look alike. It detects
 //! change and proves nothing: what a page holds is proven by the seal.
 
-use xxhash_rust::xxh3::xxh3_128_with_secret;
+use xxhash_rust::xxh3::{xxh3_128, xxh3_128_with_secret};
 
 use crate::model::{Result, Rng};
 
 /// Bytes of the secret; XXH3's own default secret has the same length.
 pub const SECRET_LEN: usize = 192;
+
+/// A short stand-in for a name, for telling whether it came before; chance makes two names alike once in 2^64.
+pub fn of_name(name: &str) -> u128 {
+    xxh3_128(name.as_bytes())
+}
 
 /// A fingerprint, big-endian as in XXH128's canonical form.
 pub type Fingerprint = [u8; 16];

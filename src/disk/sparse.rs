@@ -43,6 +43,14 @@ impl TargetFile {
         Ok(Self { file, path: path.to_owned() })
     }
 
+    /// Sets the permission bits.
+    ///
+    /// # Errors
+    /// The file system refused.
+    pub fn set_mode(&self, mode: u32) -> Result<(), DiskError> {
+        self.file.set_permissions(Permissions::from_mode(mode)).at("chmod", &self.path)
+    }
+
     /// Sets the size; new bytes are zeros that take no space.
     ///
     /// # Errors

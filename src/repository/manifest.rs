@@ -4,7 +4,11 @@
 //! The first line describes the backup, the last one closes it; between them stands one line per directory, link, file
 //! and document, in no particular order.
 
+use std::collections::HashSet;
+
 use serde::{Deserialize, Serialize};
+
+use crate::codec::fingerprint::of_name;
 
 use crate::codec::compress::{pack_payload, unpack_payload};
 use crate::codec::seal::{Aad, SealingKey, Unit, open, seal};
@@ -63,6 +67,16 @@ pub enum Line {
         /// Bytes of all files.
         bytes: u64,
     },
+}
+
+impl Line {
+    /// The file that it describes.
+    fn path(&self) -> Option<&str> {
+        match self {
+            Self::File(FileLine { path, .. }) | Self::Small { path, .. } => Some(path),
+            _ => None,
+        }
+    }
 }
 
 /// What must be known before the first file.
@@ -174,6 +188,7 @@ pub type SealedPart = (u32, Vec<u8>);
 /// Collects lines into parts.
 #[derive(Debug, Default)]
 pub struct ManifestWriter {
+    names: HashSet<u128>,
     lines: Vec<u8>,
     next_part: u32,
     files: u64,
@@ -189,6 +204,9 @@ impl ManifestWriter {
         if let Line::File(file) = line {
             self.files += 1;
             self.bytes += file.size;
+        }
+        if let Some(path) = line.path().filter(|path| !self.names.insert(of_name(path))) {
+            return Err(Error::failed(format!("the source names {path} twice")).hint("run the backup again"));
         }
         serde_json::to_writer(&mut self.lines, line)
             .map_err(|error| Error::failed("a manifest line is not JSON").because(error))?;
@@ -224,6 +242,7 @@ impl ManifestWriter {
 /// Reads parts back into lines and proves that the whole manifest was there.
 #[derive(Debug, Default)]
 pub struct ManifestReader {
+    names: HashSet<u128>,
     next_part: u32,
     begun: bool,
     files: u64,
@@ -244,6 +263,9 @@ impl ManifestReader {
         for text in plain.split_inclusive(|byte| *byte == b'\n') {
             let line: Line = serde_json::from_slice(text).map_err(|error| wrong("is not readable").because(error))?;
             let first = !self.begun;
+            if let Some(path) = line.path().filter(|path| !self.names.insert(of_name(path))) {
+                return Err(wrong(&format!("names {path} twice")));
+            }
             match &line {
                 Line::Begin(begin) if first && begin.backup == *seal.backup => self.begun = true,
                 Line::Begin(_) => return Err(wrong("begins twice or belongs to another backup")),

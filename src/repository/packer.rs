@@ -14,7 +14,7 @@ use crate::codec::compress::Compressor;
 use crate::codec::fingerprint::PageFingerprinter;
 use crate::codec::seal::Unit;
 use crate::keys::keyset::Keyset;
-use crate::model::pages::{Batch, PAGE_SIZE, Piece};
+use crate::model::pages::{BATCH_PAGES, Batch, PAGE_SIZE, Piece};
 use crate::model::{Error, Result};
 use crate::repository::compare::{ChunkBuilder, Look, Recall, Tally};
 use crate::repository::pack::{FrameSeal, OBJECT_LIMIT, Pack, PackBuilder};
@@ -151,6 +151,11 @@ impl Worker {
     }
 
     fn place(&self, work: &Work, tally: &mut Tally, (open, compressor): Sink<'_>) -> Result<Placed> {
+        // More entries than a map chunk holds would read back as damage.
+        let pages: u64 = work.batch.pieces.iter().map(|piece| u64::from(piece.pages)).sum();
+        if pages > BATCH_PAGES as u64 || pages * PAGE_SIZE as u64 != work.batch.data.len() as u64 {
+            return Err(Error::failed("the source sent a batch that is not what it says"));
+        }
         let mut recall = Recall::new(self.settings.parent.as_deref());
         let mut builder = ChunkBuilder::default();
         // Pieces of the new chunk wait here for its name.

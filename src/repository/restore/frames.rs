@@ -9,7 +9,7 @@ use futures::{StreamExt, TryStreamExt, stream};
 
 use crate::codec::seal::{SealingKey, Unit};
 use crate::keys::keyset::Keyset;
-use crate::model::{Error, KeysetId, Result, TargetName};
+use crate::model::{Error, KeysetId, Kind, Result, TargetName};
 use crate::repository::handle::Repository;
 use crate::repository::keysets::KeyRing;
 use crate::repository::layout;
@@ -57,7 +57,7 @@ pub async fn fetch_frames<T: Send + 'static>(
     let requests = stream::iter(coalesce(frames)).map(|request| {
         let (keys, use_them) = (Arc::clone(&keys), Arc::clone(&use_them));
         async move {
-            let (frames, bytes) = fetch(repository, &keys, unit, request).await?;
+            let (frames, bytes) = fetch(Opener { repository, keys: &keys, unit }, request).await?;
             let used = tokio::task::spawn_blocking(move || use_them(frames)).await;
             used.map_err(|error| Error::failed("a restore worker died").because(error))??;
             Ok::<_, Error>(bytes)
@@ -101,29 +101,51 @@ fn coalesce<T>(mut frames: Vec<(FrameRef, T)>) -> Vec<Request<T>> {
     requests
 }
 
-async fn fetch<T>(
-    repository: &Repository,
-    keys: &BTreeMap<KeysetId, Arc<Keyset>>,
+/// Who opens frames, and of which kind.
+#[derive(Clone, Copy)]
+struct Opener<'a> {
+    repository: &'a Repository,
+    keys: &'a BTreeMap<KeysetId, Arc<Keyset>>,
     unit: Unit,
-    request: Request<T>,
-) -> Result<(Vec<Fetched<T>>, u64)> {
-    let target = request.pack.backup.target()?;
-    let key = layout::pack(&target, &request.pack.backup, request.pack.ordinal);
-    let start = request.range.start;
-    let check = |bytes: Bytes| {
-        let open = |(frame, _): &(FrameRef, T)| {
-            let at = usize::try_from(u64::from(frame.offset) - start).unwrap_or(usize::MAX);
-            let sealed = bytes.get(at..at.saturating_add(frame.length as usize));
-            let sealed =
-                sealed.ok_or_else(|| Error::damaged(format!("pack {} ends inside frame {}", frame.pack, frame.id)))?;
-            open_frame(&repository.id, frame, (unit, secret(keys, unit, &frame.keyset)?), sealed)
-        };
-        request.frames.iter().map(open).collect::<Result<Vec<_>>>()
+}
+
+async fn fetch<T>(opener: Opener<'_>, request: Request<T>) -> Result<(Vec<Fetched<T>>, u64)> {
+    let Request { pack, range, frames } = request;
+    let (refs, notes): (Vec<_>, Vec<_>) = frames.into_iter().unzip();
+    let payloads = match opener.read(&pack, range.clone(), &refs).await {
+        // Every region has damage somewhere in this range, and perhaps not the same: each frame is asked for by itself.
+        Err(error) if error.kind() == Kind::Damaged && refs.len() > 1 => {
+            let mut payloads = Vec::with_capacity(refs.len());
+            for frame in &refs {
+                let range = u64::from(frame.offset)..u64::from(frame.offset) + u64::from(frame.length);
+                payloads.extend(opener.read(&pack, range, std::slice::from_ref(frame)).await?);
+            }
+            payloads
+        }
+        read => read?,
     };
-    let (payloads, _) = repository.regions.read(&key, Some(request.range.clone()), check).await?;
-    let frames = request.frames.into_iter().zip(payloads);
+    let frames = refs.into_iter().zip(notes).zip(payloads);
     let frames = frames.map(|((frame, note), payload)| Fetched { frame, note, payload }).collect();
-    Ok((frames, request.range.end - request.range.start))
+    Ok((frames, range.end - range.start))
+}
+
+impl Opener<'_> {
+    /// The payloads of `frames`, all of which lie in `range`, from one region.
+    async fn read(self, pack: &PackId, range: Range<u64>, frames: &[FrameRef]) -> Result<Vec<Vec<u8>>> {
+        let key = layout::pack(&pack.backup.target()?, &pack.backup, pack.ordinal);
+        let start = range.start;
+        let check = |bytes: Bytes| {
+            let open = |frame: &FrameRef| {
+                let at = usize::try_from(u64::from(frame.offset) - start).unwrap_or(usize::MAX);
+                let sealed = bytes.get(at..at.saturating_add(frame.length as usize));
+                let short = || Error::damaged(format!("pack {} ends inside frame {}", frame.pack, frame.id));
+                let key = secret(self.keys, self.unit, &frame.keyset)?;
+                open_frame(&self.repository.id, frame, (self.unit, key), sealed.ok_or_else(short)?)
+            };
+            frames.iter().map(open).collect::<Result<Vec<_>>>()
+        };
+        self.repository.regions.read(&key, Some(range), check).await.map(|(payloads, _)| payloads)
+    }
 }
 
 fn secret<'a>(keys: &'a BTreeMap<KeysetId, Arc<Keyset>>, unit: Unit, id: &KeysetId) -> Result<&'a SealingKey> {

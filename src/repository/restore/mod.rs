@@ -81,12 +81,13 @@ pub async fn restore_files(
     let pool = Arc::new(FilePool::new(256));
     let mut begin = None;
     let mut window = Window::default();
+    let mut closed = Vec::new();
     let mut parts = ManifestParts::new(repository, ring, commit, inventory).await?;
     while let Some(lines) = parts.next().await? {
         for line in lines {
             match line {
                 Line::Begin(first) => begin = Some(window::Secrets::new(first)?),
-                Line::Directory { path, mode } => create_directory(destination, &path, mode)?,
+                Line::Directory { path, mode } => closed.extend(create_directory(destination, &path, mode)?),
                 Line::Tablespace { oid, location } => {
                     link_tablespace(destination, oid, &location)?;
                     leftover.tablespaces.push((oid, location));
@@ -110,6 +111,7 @@ pub async fn restore_files(
     if let Some(secrets) = &begin {
         leftover.fetched += window.write(repository, ring, secrets, (&pool, progress, written)).await?;
     }
+    closed.into_iter().try_for_each(|(path, mode)| set_directory_mode(&path, mode))?;
     Ok(leftover)
 }
 
@@ -261,8 +263,10 @@ fn place_of(destination: &Destination, path: &str) -> Result<PathBuf> {
     Ok(destination.directory.join(path))
 }
 
-fn create_directory(destination: &Destination, path: &str, mode: u32) -> Result<()> {
-    use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+/// Creates a directory; gives the mode that it is to have once everything in it is written, if its owner may not write
+/// there then.
+fn create_directory(destination: &Destination, path: &str, mode: u32) -> Result<Option<(PathBuf, u32)>> {
+    use std::os::unix::fs::DirBuilderExt;
     let path = place_of(destination, path)?;
     match std::fs::DirBuilder::new().mode(0o700).create(&path) {
         Ok(()) => {}
@@ -270,8 +274,15 @@ fn create_directory(destination: &Destination, path: &str, mode: u32) -> Result<
         Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists && path.is_dir() => {}
         Err(error) => return Err(Error::failed(format!("create {}", path.display())).because(error)),
     }
+    const OWNER_WRITES: u32 = 0o700;
+    set_directory_mode(&path, mode | OWNER_WRITES)?;
+    Ok((mode & OWNER_WRITES != OWNER_WRITES).then_some((path, mode)))
+}
+
+fn set_directory_mode(path: &Path, mode: u32) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
     let permissions = std::fs::Permissions::from_mode(mode & 0o7777);
-    std::fs::set_permissions(&path, permissions)
+    std::fs::set_permissions(path, permissions)
         .map_err(|error| Error::failed(format!("set the mode of {}", path.display())).because(error))
 }
 

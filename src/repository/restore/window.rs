@@ -20,6 +20,8 @@ use crate::repository::restore::{of_file, page_count};
 
 /// Pages handled together: 4 GiB of data, some 30 MiB of bookkeeping.
 pub const WINDOW_PAGES: u64 = 512 * 1024;
+/// What restore needs of a file's mode while it writes it.
+const OWNER_WRITES: u32 = 0o600;
 /// Files handled together.
 const WINDOW_FILES: usize = 20_000;
 
@@ -69,7 +71,8 @@ type Sink<'a> = (&'a Arc<FilePool>, &'a Arc<Phase>, &'a mut (dyn FnMut(WrittenFi
 
 impl Window {
     pub(super) fn add(&mut self, file: FileLine, path: PathBuf, pool: &FilePool) -> Result<()> {
-        let handle = of_file(pool.create(&path, file.mode & 0o7777), &path)?;
+        // A file that its owner may not write gets its mode when it is complete: it may be opened more than once before.
+        let handle = of_file(pool.create(&path, file.mode & 0o7777 | OWNER_WRITES), &path)?;
         of_file(handle.set_len(file.size), &path)?;
         self.add_known(file, path)
     }
@@ -141,12 +144,17 @@ impl Window {
         secrets: &Secrets,
     ) -> Result<(Vec<(FrameRef, Vec<PageTarget>)>, u64)> {
         let found = Arc::new(Mutex::new(Vec::new()));
+        // A page without a place is one of zeros, which stays a hole; its fingerprint must say the same.
+        let zero = secrets.fingerprints.of(&[0; PAGE_SIZE]);
         let place = {
             let found = Arc::clone(&found);
             move |chunks: Vec<Fetched<Vec<Use>>>| {
                 let mut decompressor = Decompressor::new()?;
                 for Fetched { frame, note, payload } in chunks {
                     let chunk = MapChunk::decode(&unpack_frame(&frame, &payload, &mut decompressor)?)?;
+                    if chunk.entries.iter().any(|entry| entry.place.is_none() && entry.fingerprint != zero) {
+                        return Err(Error::damaged(format!("map chunk {} says nothing is stored of a page", frame.id)));
+                    }
                     let located = targets(&chunk, &frame, &note)?;
                     found.lock().unwrap_or_else(PoisonError::into_inner).extend(located);
                 }
@@ -287,6 +295,9 @@ fn checksum(line: &FileLine, path: &Path, pool: &FilePool, buffer: &mut [u8]) ->
         of_file(file.read_exact_at(&mut buffer[..length], at), path)?;
         crc32c = crc32c::crc32c_append(crc32c, &buffer[..length]);
         at += length as u64;
+    }
+    if line.mode & OWNER_WRITES != OWNER_WRITES {
+        of_file(file.set_mode(line.mode & 0o7777), path)?;
     }
     Ok(WrittenFile { path: line.path.clone(), size: line.size, crc32c })
 }

@@ -73,6 +73,8 @@ pub fn list(data_directory: &Path, version_directory: &str) -> Result<Listing, S
     let mut found = walk.found;
     found.directories.sort_by(|a, b| a.path.cmp(&b.path));
     found.files.sort_by(|a, b| a.path.cmp(&b.path));
+    // A directory that changes while it is read may give a name twice: `postgresql.auto.conf` is renamed into its place.
+    found.files.dedup_by(|a, b| a.path == b.path);
     Ok(found)
 }
 

@@ -39,6 +39,12 @@ impl Holders {
         self.list.iter().any(|holder| holder.region().is_none())
     }
 
+    /// Those that belong to another region than `kept` and would be lost with it.
+    pub fn of_others(&self, kept: &RegionName) -> BTreeSet<HolderId> {
+        let other = |holder: &&Arc<dyn KeyHolder>| holder.region().is_some_and(|region| region != kept);
+        self.list.iter().filter(other).map(|holder| holder.id().clone()).collect()
+    }
+
     /// Those that are not among `wrapped`.
     #[must_use]
     pub fn without(&self, wrapped: &BTreeSet<HolderId>) -> Self {
@@ -201,13 +207,22 @@ pub struct KeyRing {
     repository: RepositoryId,
     regions: Regions,
     openers: Vec<Arc<dyn KeyOpener>>,
+    /// Holders whose wraps are not used.
+    lost: BTreeSet<HolderId>,
     opened: Mutex<BTreeMap<KeysetId, Arc<Keyset>>>,
 }
 
 impl KeyRing {
     /// A ring that asks `openers`.
     pub fn new(repository: RepositoryId, regions: Regions, openers: Vec<Arc<dyn KeyOpener>>) -> Self {
-        Self { repository, regions, openers, opened: Mutex::default() }
+        Self { repository, regions, openers, lost: BTreeSet::new(), opened: Mutex::default() }
+    }
+
+    /// The same ring, as if these holders were lost.
+    #[must_use]
+    pub fn without(mut self, lost: BTreeSet<HolderId>) -> Self {
+        self.lost = lost;
+        self
     }
 
     /// The same openers for wraps from `regions` alone.
@@ -240,9 +255,11 @@ impl KeyRing {
     /// As [`open`](Self::open).
     pub async fn try_open(&self, target: &TargetName, id: &KeysetId) -> Result<(Arc<Keyset>, String)> {
         let (context, mut wraps) = wraps(&self.regions, &self.repository, target, id).await?;
+        wraps.retain(|wrap| !self.lost.contains(&wrap.holder));
         let mut opened = open_any(&self.openers, &context, &wraps, HOLDER_DEADLINE).await;
         if opened.is_err() && self.regions.all().len() > 1 {
-            let copies = all_copies(&self.regions, &context).await?;
+            let mut copies = all_copies(&self.regions, &context).await?;
+            copies.retain(|(_, wrap)| !self.lost.contains(&wrap.holder));
             wraps = distinct(&copies);
             opened = open_any(&self.openers, &context, &wraps, HOLDER_DEADLINE).await;
             if let Ok(opened) = &opened {

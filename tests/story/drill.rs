@@ -114,9 +114,9 @@ async fn a_drill_proves_a_recovery_and_measures_it() {
     let (rpo, rto) = (&report["rpo"]["measured_seconds"], &report["rto"]["measured_seconds"]);
     assert!(rpo.as_f64().unwrap() < 30.0 && rto.as_f64().unwrap() > 0.0, "{report:#}");
     let phases: Vec<_> = report["phases"].as_array().unwrap().iter().map(|phase| phase["name"].clone()).collect();
-    assert_eq!(phases, ["provision", "fetch", "stage", "replay", "open", "validate"]);
+    assert_eq!(phases, ["provision", "fetch", "complete", "stage", "replay", "open", "validate"]);
     assert_eq!(report["control"]["caught"], true);
-    assert!(report["torn_down"] == true && bank.left().is_empty(), "{:?}", bank.left());
+    assert!(report["left_behind"].is_null() && bank.left().is_empty(), "{:?}", bank.left());
 
     // Without --json it reads like a verdict.
     let text = bank.drctl(["drill", "ledger", "--region", "region-a"]).run().await.ok().stdout;
@@ -182,6 +182,24 @@ async fn what_is_wrong_fails_and_what_is_unknown_is_neither() {
     assert!(report["reasons"].to_string().contains("RPO"), "{report:#}");
     let measured = report["rpo"]["measured_seconds"].as_f64().unwrap();
     assert!(measured > 1.0, "{report:#}");
+}
+
+#[tokio::test]
+async fn an_interrupted_drill_takes_its_server_and_its_files_along() {
+    let bank = Bank::new().await;
+    bank.backup().await;
+    let drill = bank.drctl(["drill", "ledger"]).spawn();
+    process::eventually("the scratch cluster runs", Duration::from_secs(60), async || {
+        bank.left().iter().any(|root| root.join("data/postmaster.pid").exists())
+    })
+    .await;
+    let root = bank.left().remove(0);
+    let text = fs::read_to_string(root.join("data/postmaster.pid")).unwrap_or_default();
+    let pid = text.lines().next().and_then(|line| line.parse().ok());
+    let ended = drill.terminate().await.code(1);
+    assert!(ended.stderr.contains("interrupted"), "{ended}");
+    assert_eq!(bank.left(), Vec::<PathBuf>::new());
+    assert!(pid.is_none_or(|pid| !process::is_alive(pid)));
 }
 
 #[tokio::test]

@@ -302,6 +302,58 @@ async fn a_damaged_object_is_taken_from_the_other_region_and_told() {
 }
 
 #[tokio::test]
+async fn two_regions_with_different_damage_restore_together() {
+    let protected = Protected::new().await;
+    protected.cluster.execute("CREATE TABLE mark AS SELECT generate_series(1, 1000) n").await;
+    protected.backup().await;
+    for (region, part) in [("region-a", 1), ("region-b", 3)] {
+        let pack = files(&protected.home().join(region).join("packs")).remove(0);
+        let mut bytes = fs::read(&pack).unwrap();
+        let at = bytes.len() * part / 4;
+        bytes[at] ^= 1;
+        fs::remove_file(&pack).unwrap();
+        fs::write(&pack, bytes).unwrap();
+    }
+    let directory = protected.scratch.join("restored");
+    let shown = directory.display().to_string();
+    let line = ["restore", "ledger", "--json", "--target-dir", &shown];
+    let quiet = |drctl: Drctl| drctl.expect_log("taken from another region");
+    let plan = quiet(protected.drctl(line)).run().await.ok().json();
+    let run = quiet(protected.here(Drctl::pasted(plan["command"].as_str().unwrap()))).run().await.ok();
+    assert!(!run.json()["incidents"].as_array().unwrap().is_empty(), "{run}");
+    let restored = Cluster::start_restored(&directory, MAJOR).await;
+    assert_eq!(restored.query("SELECT count(*) FROM mark").await, "1000");
+}
+
+/// Whoever is not root may write no file of mode 0400, not even their own.
+#[tokio::test]
+async fn an_ordinary_account_restores_what_its_owner_may_not_write() {
+    use std::os::unix::fs::PermissionsExt;
+    let protected = Protected::new().await;
+    let key = protected.cluster.data_dir().join("server.key");
+    fs::write(&key, "a key").unwrap();
+    fs::set_permissions(&key, fs::Permissions::from_mode(0o400)).unwrap();
+    crate::support::dirs::give_to_postgres(&key);
+    protected.backup().await;
+    crate::support::dirs::give_to_postgres(&protected.home());
+    let program = protected.scratch.join("drctl-copy");
+    fs::copy(env!("CARGO_BIN_EXE_drctl"), &program).unwrap();
+    let directory = protected.scratch.postgres_dir("home").join("restored");
+    let run = async |line: &str| {
+        let mut command = std::process::Command::new("setpriv");
+        command.args(["--reuid=postgres", "--regid=postgres", "--clear-groups", "sh", "-ec", line]);
+        protected.here(Drctl::of(command)).run().await.ok().json()
+    };
+    let plan = run(&format!("{} restore ledger --json --target-dir {}", program.display(), directory.display())).await;
+    run(&format!("{} --json", plan["command"].as_str().unwrap())).await;
+    let restored = directory.join("server.key");
+    assert_eq!(fs::read_to_string(&restored).unwrap(), "a key");
+    assert_eq!(fs::metadata(&restored).unwrap().permissions().mode() & 0o7777, 0o400);
+    let server = Cluster::start_restored(&directory, MAJOR).await;
+    assert_eq!(server.query("SELECT 1").await, "1");
+}
+
+#[tokio::test]
 async fn a_killed_restore_cannot_start_and_runs_again() {
     let protected = Protected::new().await;
     protected.cluster.pgbench_init(5).await;

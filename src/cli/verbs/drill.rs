@@ -2,13 +2,15 @@
 
 use std::path::PathBuf;
 
+use tokio::signal::unix::{SignalKind, signal};
+
 use crate::app::{self, Role, World};
 use crate::cli::Session;
 use crate::cli::exit::Exit;
 use crate::cli::progress;
 use crate::cli::verbs::drill_text::text;
 use crate::jobs::drill::{self, Options, Outcome};
-use crate::model::{Error, RegionName, Result, TargetName};
+use crate::model::{Error, Kind, RegionName, Result, TargetName};
 
 /// Arguments.
 #[derive(Debug, clap::Args)]
@@ -46,7 +48,12 @@ pub async fn run(args: Args, session: &Session) -> Result<Exit> {
         Err(error) => tracing::warn!(%error, "the report will not be stored"),
     }
     let shown = progress::show(context.progress.clone(), &session.output);
-    let report = drill::run(&context, &options).await;
+    let gone = interrupted()?;
+    let report = tokio::select! {
+        report = drill::run(&context, &options) => report,
+        // Dropping the drill stops its server and removes its files.
+        () = gone => Err(Error::new(Kind::Cancelled, "the drill was interrupted; its scratch cluster is gone")),
+    };
     shown.end().await;
     let report = report?;
     match session.output.json {
@@ -57,5 +64,19 @@ pub async fn run(args: Args, session: &Session) -> Result<Exit> {
         Outcome::Pass => Exit::Ok,
         Outcome::Fail => Exit::Failed,
         Outcome::Inconclusive => Exit::Inconclusive,
+    })
+}
+
+/// Ends with the first signal that asks this process to go.
+fn interrupted() -> Result<impl Future<Output = ()>> {
+    let on = |kind| signal(kind).map_err(|error| Error::failed("signals cannot be received").because(error));
+    let (mut interrupt, mut terminate) = (on(SignalKind::interrupt())?, on(SignalKind::terminate())?);
+    let mut hangup = on(SignalKind::hangup())?;
+    Ok(async move {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+            _ = hangup.recv() => {}
+        }
     })
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::cli::figures;
 use crate::cli::render::{Colour, Output};
 use crate::jobs::drill::{Check, Measured, Outcome, Report};
-use crate::jobs::restore::PhaseTime;
+use crate::jobs::restore::{PhaseTime, quoted};
 
 /// The longest bar.
 const BAR: f64 = 24.0;
@@ -36,8 +36,8 @@ pub(super) fn text(report: &Report, output: &Output) -> String {
         lines.push(format!("  {mark} negative control: a wrong expectation for `{}` {told}", control.name));
     }
     lines.extend(report.warnings.iter().map(|warning| format!("  warning  {warning}")));
-    if !report.torn_down {
-        lines.push(format!("  the scratch cluster remains: rm -r {}", report.environment.directory));
+    if report.left_behind.is_some() {
+        lines.push(format!("  a copy of production remains: rm -r {}", quoted(&report.environment.directory)));
     }
     lines.join("\n")
 }

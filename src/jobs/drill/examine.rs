@@ -1,7 +1,5 @@
 //! The restored cluster is asked: is the heartbeat there, is what its owner asserts true, and would a lie be noticed?
 
-use chrono::{DateTime, Utc};
-
 use crate::jobs::context::{Assertion, Context, Target};
 use crate::jobs::drill::checks;
 use crate::jobs::drill::login::Login;
@@ -14,14 +12,21 @@ use crate::source::postgres::heartbeat;
 pub(super) async fn all(
     context: &Context,
     target: &Target,
-    (scratch, fault_at): (&Scratch, DateTime<Utc>),
+    (scratch, arrived): (&Scratch, Option<heartbeat::Beat>),
     report: &mut Report,
 ) -> Result<()> {
     let login = Login::find(scratch, target.conninfo.user(), &target.heartbeat_database).await?;
     let found = found_heartbeat(&login, &target.heartbeat_database, &target.name).await;
     if let Ok(beat) = &found {
-        report.found(beat.clone(), fault_at);
+        report.found(beat.clone());
     }
+    let found = found.and_then(|found| match arrived.filter(|beat| beat.seq > found.seq) {
+        None => Ok(found),
+        Some(beat) => {
+            let text = format!("beat {} was durable in the region, and beat {} came back", beat.seq, found.seq);
+            Err(Error::damaged(text))
+        }
+    });
     let told = |beat: heartbeat::Beat| format!("number {}, written at {}", beat.seq, beat.at.to_rfc3339());
     report.check("heartbeat", Level::L6, found.map(told));
     for assertion in &target.assertions {

@@ -8,8 +8,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use chrono::{DateTime, Utc};
-
 use crate::jobs::context::{Context, Target};
 use crate::jobs::restore::{self, PhaseTime, Point, Prepared, Request};
 use crate::model::{Error, Kind, Lsn, RegionName, Result, ResultExt, TargetName};
@@ -55,7 +53,7 @@ pub async fn run(context: &Context, options: &Options) -> Result<Report> {
     if let Err(error) = rehearsed {
         report.stopped_by(&error);
     }
-    report.torn_down = scratch.tear_down().map_err(|error| tracing::error!(%error, "scratch cluster remains")).is_ok();
+    report.left_behind = scratch.tear_down().err().map(|error| error.to_string());
     report.conclude(context.clock.now());
     keep(context, &mut report).await;
     Ok(report)
@@ -84,26 +82,32 @@ fn chosen(context: &Context, wanted: Option<&RegionName>) -> Result<RegionName> 
     }
 }
 
-/// The same hands, for one region: nothing is taken from another.
+/// The same hands, for one region: nothing is taken from another, and the keys of the others are lost with them.
 fn within(context: &Context, region: &RegionName) -> Result<Context> {
     let regions = context.repository.regions.only(region)?;
-    let ring = Arc::new(context.ring.within(regions.clone()));
+    let lost = context.writer.as_ref().map(|writer| writer.holders.of_others(region)).unwrap_or_default();
+    let ring = Arc::new(context.ring.within(regions.clone()).without(lost));
     let repository = Repository { regions, ..context.repository.clone() };
     Ok(Context { repository, ring, ..context.clone() })
 }
 
 async fn rehearse(context: &Context, target: &Target, scratch: &Scratch, report: &mut Report) -> Result<()> {
-    let beat = precede(target, report).await;
-    let (request, prepared, planned_in) = prepare(context, scratch, &target.name, beat.map(|(_, lsn)| lsn)).await?;
+    let beat = precede(context, target, report).await;
+    let end = beat.as_ref().map(|(_, end)| *end);
+    let (request, prepared, planned_in) = prepare(context, scratch, &target.name, end).await?;
     // The fault happens now: whatever reaches the region from here on is lost to this drill.
     let fault_at = context.clock.now();
     report.faulted(fault_at, &prepared.plan);
+    let arrived = beat.filter(|(_, end)| prepared.plan.end_lsn >= *end).map(|(beat, _)| beat);
+    if end.is_some() && arrived.is_none() {
+        report.warnings.push(format!("the beat before the drill did not reach {} in time", report.region));
+    }
     let server = scratch.server(&prepared.plan)?;
     report.phases.push(PhaseTime::new("provision", planned_in));
     let (restored, mut instance) = restore::rehearse(context, &request, prepared, &server).await?;
     report.restored(restored);
     let began = context.clock.monotonic();
-    let examined = examine::all(context, target, (scratch, fault_at), report).await;
+    let examined = examine::all(context, target, (scratch, arrived), report).await;
     report.phases.push(PhaseTime::new("validate", context.clock.monotonic() - began));
     examined?;
     stop(&mut instance).await?;
@@ -111,14 +115,19 @@ async fn rehearse(context: &Context, target: &Target, scratch: &Scratch, report:
 }
 
 /// One beat before the fault, so that even an idle cluster has something to be found. A primary that is gone cannot beat.
-async fn precede(target: &Target, report: &mut Report) -> Option<(Beat, Lsn)> {
+async fn precede(context: &Context, target: &Target, report: &mut Report) -> Option<(Beat, Lsn)> {
     let info = target.conninfo.clone().with_application_name("drctl drill").with_dbname(&*target.heartbeat_database);
     let beat = async {
         let client = sql::connect(&info).await.during(|| "reach the primary")?;
         heartbeat::beat(&client, &target.name).await
     };
-    match beat.await {
-        Ok(beat) => Some(beat),
+    let asked = context.clock.now();
+    let outcome = tokio::time::timeout(BEAT_LIMIT, beat).await;
+    match outcome.unwrap_or_else(|_| Err(Error::new(Kind::Unavailable, "the primary did not answer in time"))) {
+        Ok((beat, end)) => {
+            report.compare_clocks((asked, context.clock.now()), beat.at);
+            Some((beat, end))
+        }
         Err(error) => {
             report.warnings.push(format!("no heartbeat was written before the drill: {error}"));
             None
@@ -171,17 +180,15 @@ fn request(context: &Context, scratch: &Scratch, target: &TargetName, tablespace
 }
 
 async fn stop(instance: &mut Instance) -> Result<()> {
-    const LIMIT: Duration = Duration::from_secs(60);
+    const LIMIT: Duration = Duration::from_secs(600);
     let stopped = instance.stop(crate::pg::instance::StopMode::Fast, LIMIT).await;
     stopped.during(|| "stop the scratch cluster")
 }
 
+/// How long the primary may take for a beat.
+const BEAT_LIMIT: Duration = Duration::from_secs(20);
+
 /// Whether an error says something about the backup, or only that nothing could be found out.
 fn is_inconclusive(error: &Error) -> bool {
     matches!(error.kind(), Kind::Unavailable | Kind::Cancelled | Kind::Refused | Kind::Usage)
-}
-
-/// How far the newest beat that came back lies before the fault.
-fn lost(fault_at: DateTime<Utc>, beat: &Beat) -> f64 {
-    (fault_at - beat.at).to_std().unwrap_or_default().as_secs_f64()
 }

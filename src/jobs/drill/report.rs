@@ -1,11 +1,13 @@
 //! What a drill found, as `--json` shows it.
 
+use std::time::Duration;
+
 use chrono::{DateTime, Utc};
 use serde::Serialize;
 
 use crate::jobs::context::{Context, Objectives, Target};
-use crate::jobs::drill::scratch::Scratch;
-use crate::jobs::drill::{is_inconclusive, lost};
+use crate::jobs::drill::is_inconclusive;
+use crate::jobs::drill::scratch::{Scratch, sorted};
 use crate::jobs::restore::{self, PhaseTime, Plan};
 use crate::model::{BackupId, Error, Lsn, RegionName, ReportId, TargetName};
 use crate::repository::fan_out::LaneOutcome;
@@ -69,7 +71,7 @@ pub struct Measured {
 }
 
 impl Measured {
-    fn of(objective: Option<std::time::Duration>) -> Self {
+    fn of(objective: Option<Duration>) -> Self {
         Self { objective_seconds: objective.map(|duration| duration.as_secs_f64()), measured_seconds: None }
     }
 
@@ -122,8 +124,12 @@ pub struct Report {
     pub warnings: Vec<String>,
     /// The machine.
     pub environment: Environment,
-    /// Whether the scratch cluster is gone.
-    pub torn_down: bool,
+    /// Why the scratch cluster, a copy of production, is still there; `null` = it is gone.
+    pub left_behind: Option<String>,
+    /// What opened the keys; those of other regions counted as lost.
+    pub opened_with: Option<String>,
+    /// How far the primary's clock was ahead of ours when the beat was written; the recovery point is corrected by it.
+    pub clock_skew_seconds: Option<f64>,
     /// The name of this report in the regions.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stored_as: Option<ReportId>,
@@ -175,7 +181,9 @@ impl Report {
                 directory: scratch.root().display().to_string(),
                 network: "shared",
             },
-            torn_down: false,
+            left_behind: None,
+            opened_with: None,
+            clock_skew_seconds: None,
             stored_as: None,
             stored_in: Vec::new(),
         }
@@ -183,17 +191,41 @@ impl Report {
 
     pub(super) fn faulted(&mut self, at: DateTime<Utc>, plan: &Plan) {
         (self.fault_at, self.backup, self.recovered_to) = (Some(at), Some(plan.backup.clone()), Some(plan.end_lsn));
+        self.opened_with.clone_from(&plan.opens_with);
         self.warnings.extend(plan.unreachable.iter().cloned());
+        let (_, left_out) = sorted(&plan.needs.preload);
+        if !left_out.is_empty() {
+            let names = left_out.join(", ");
+            self.warnings.push(format!("not loaded, because they may act by themselves: {names}"));
+        }
+    }
+
+    /// The server wrote `at` between the two moments of ours.
+    pub(super) fn compare_clocks(&mut self, (before, after): (DateTime<Utc>, DateTime<Utc>), at: DateTime<Utc>) {
+        self.clock_skew_seconds = Some((at - (before + (after - before) / 2)).as_seconds_f64());
     }
 
     pub(super) fn restored(&mut self, restored: restore::Report) {
+        // What no phase counts: making everything durable, changing owners, starting the server.
+        let counted: f64 =
+            restored.phases.iter().filter(|phase| phase.name != "stage").map(|phase| phase.seconds).sum();
+        let rest = Duration::try_from_secs_f64(restored.seconds - counted).unwrap_or_default();
+        let at = self.phases.len() + 1;
         self.phases.extend(restored.phases);
+        self.phases.insert(at.min(self.phases.len()), PhaseTime::new("complete", rest));
         self.incidents = restored.incidents;
         self.check("started, replayed and promoted", Level::L4, Ok(format!("to {}", restored.recovered_to)));
     }
 
-    pub(super) fn found(&mut self, beat: Beat, fault_at: DateTime<Utc>) {
-        self.rpo.measured_seconds = Some(lost(fault_at, &beat));
+    /// The newest beat that came back. Its time is the primary's; the fault is on our clock.
+    pub(super) fn found(&mut self, beat: Beat) {
+        let skew = self.clock_skew_seconds.unwrap_or(0.0);
+        let lost = self.fault_at.map(|fault_at| (fault_at - beat.at).as_seconds_f64());
+        self.rpo.measured_seconds = lost.map(|lost| (lost + skew).max(0.0));
+        if self.clock_skew_seconds.is_none() {
+            self.warnings
+                .push("the primary's clock was not compared with ours: the RPO may be off by as much".to_owned());
+        }
         self.heartbeat = Some(beat);
     }
 
@@ -243,6 +275,7 @@ impl Report {
             let missed = missed.into_iter().filter(|(_, measured)| measured.is_missed());
             failures.extend(missed.map(|(name, _)| format!("the objective for {name} was missed")));
         }
+        failures.extend(self.left_behind.iter().map(|why| format!("a copy of production remains: {why}")));
         if !failures.is_empty() {
             self.outcome = Outcome::Fail;
         } else if !stopped {
@@ -250,6 +283,16 @@ impl Report {
         }
         self.reasons.extend(failures);
         self.reasons.extend(open);
+    }
+
+    /// In words that say nothing of what is in the data: they are stored in clear text.
+    pub fn summary(&self) -> String {
+        let failed = self.checks.iter().filter(|check| check.outcome != Outcome::Pass);
+        let names: Vec<_> = failed.map(|check| check.name.as_str()).collect();
+        let missed = [("RPO", &self.rpo), ("recovery time", &self.rto)];
+        let missed = missed.into_iter().filter(|(_, measured)| measured.is_missed()).map(|(name, _)| name);
+        let all: Vec<_> = names.into_iter().chain(missed).collect();
+        if all.is_empty() { "it did not get that far".to_owned() } else { all.join(", ") }
     }
 
     /// Whether something was looked at on this level, and nothing was wrong.

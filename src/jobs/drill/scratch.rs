@@ -1,7 +1,8 @@
 //! Scratch clusters: a place of their own, nothing that reaches out of it, and no trace afterwards.
 
+use std::fs::Metadata;
 use std::io::Write as _;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, lchown};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, lchown};
 use std::path::{Path, PathBuf};
 
 use crate::disk::DiskError;
@@ -11,12 +12,22 @@ use crate::jobs::restore::{self, Plan};
 use crate::model::{Error, Result, TargetName};
 use crate::pg::instance::{Postmaster, User, postmaster_of};
 
-/// What the directory of every drill begins with.
+/// What the directory of every drill begins with; eight hex digits follow.
 const PREFIX: &str = "drill-";
 const LOCK: &str = "lock";
-/// Libraries that work by themselves, on a clock or on the network; a copy of production must not do that.
-const SCHEDULERS: [&str; 8] =
-    ["pg_cron", "pg_partman_bgw", "pglogical", "bdr", "pg_squeeze", "pg_net", "pgagent", "pg_prewarm"];
+/// Preloaded libraries that a copy of production may have: they count, explain and check, and never act by themselves.
+const HARMLESS: [&str; 10] = [
+    "auth_delay",
+    "auto_explain",
+    "passwordcheck",
+    "pg_hint_plan",
+    "pg_qualstats",
+    "pg_stat_kcache",
+    "pg_stat_monitor",
+    "pg_stat_statements",
+    "pgaudit",
+    "sepgsql",
+];
 
 /// The directory of one drill; what is in it belongs to nobody else.
 #[derive(Debug)]
@@ -24,6 +35,7 @@ pub(super) struct Scratch {
     root: PathBuf,
     owner: Option<User>,
     _lock: Lock,
+    gone: bool,
 }
 
 impl Scratch {
@@ -39,18 +51,18 @@ impl Scratch {
             (_, false) => None,
         };
         refuse_source(place, target, context)?;
-        make(&place.directory, None)?;
-        if owner.is_some() {
-            allow_passage(&place.directory)?;
-        }
+        make_place(&place.directory, owner)?;
         reap(&place.directory).await;
         let root = fresh(&place.directory, context)?;
-        make(&root, owner)?;
+        // Ours alone, so that nobody puts a link where the next drill looks for a lock; the server passes through.
+        make(&root, if owner.is_some() { 0o711 } else { 0o700 })?;
         let lock = Lock::acquire(&root.join(LOCK))?;
+        let scratch = Self { root, owner, _lock: lock, gone: false };
         for part in ["s", "t"] {
-            make(&root.join(part), owner)?;
+            let part = scratch.root.join(part);
+            make(&part, 0o700)?;
+            give(&part, owner)?;
         }
-        let scratch = Self { root, owner, _lock: lock };
         scratch.write("hba.conf", "local all all trust\n")?;
         scratch.write("ident.conf", "")?;
         scratch.write("log", "")?;
@@ -84,7 +96,8 @@ impl Scratch {
             let path = self.root.join(name);
             path.to_str().map(str::to_owned).ok_or_else(|| Error::usage(format!("{} is not UTF-8", path.display())))
         };
-        let settings = [
+        let (preload, _) = sorted(&plan.needs.preload);
+        let mut settings = vec![
             ("hba_file", path("hba.conf")?),
             ("ident_file", path("ident.conf")?),
             ("external_pid_file", String::new()),
@@ -94,12 +107,15 @@ impl Scratch {
             ("primary_slot_name", String::new()),
             ("synchronous_standby_names", String::new()),
             ("max_logical_replication_workers", "0".to_owned()),
-            ("shared_preload_libraries", inert(&plan.needs.preload)),
+            ("shared_preload_libraries", preload),
             ("local_preload_libraries", String::new()),
             ("session_preload_libraries", String::new()),
             ("autovacuum", "off".to_owned()),
-            ("event_source", "drctl drill".to_owned()),
         ];
+        if plan.needs.major < 15 {
+            // Debian keeps it outside of the data directory, where another server of this host may have its own.
+            settings.push(("stats_temp_directory", "pg_stat_tmp".to_owned()));
+        }
         Ok(restore::Scratch {
             socket_dir: self.socket_dir(),
             log_file: self.root.join("log"),
@@ -108,7 +124,8 @@ impl Scratch {
     }
 
     /// Removes everything.
-    pub(super) fn tear_down(self) -> Result<()> {
+    pub(super) fn tear_down(mut self) -> Result<()> {
+        self.gone = true;
         Ok(remove(&self.root)?)
     }
 
@@ -122,12 +139,24 @@ impl Scratch {
     }
 }
 
-/// Without the libraries that would act by themselves.
-fn inert(preload: &str) -> String {
+impl Drop for Scratch {
+    /// A drill that is cancelled leaves no copy of production behind either; its server is gone by then.
+    fn drop(&mut self) {
+        let removed = if self.gone { Ok(()) } else { remove(&self.root) };
+        if let Err(error) = removed {
+            tracing::error!(%error, "a scratch cluster remains");
+        }
+    }
+}
+
+/// The libraries that a scratch cluster loads, and those that are left out because they may act by themselves, on a clock
+/// or on the network.
+pub(super) fn sorted(preload: &str) -> (String, Vec<String>) {
     let name = |library: &str| library.trim().trim_matches('"').rsplit('/').next().unwrap_or_default().to_owned();
-    let acts = |library: &&str| SCHEDULERS.contains(&name(library).trim_end_matches(".so"));
-    let kept: Vec<_> = preload.split(',').filter(|library| !library.trim().is_empty() && !acts(library)).collect();
-    kept.join(",")
+    let harmless = |library: &&str| HARMLESS.contains(&name(library).trim_end_matches(".so"));
+    let libraries = preload.split(',').map(str::trim).filter(|library| !library.is_empty());
+    let (kept, left_out): (Vec<_>, Vec<_>) = libraries.partition(harmless);
+    (kept.join(","), left_out.into_iter().map(str::to_owned).collect())
 }
 
 /// A scratch cluster inside of the cluster that it is a copy of would end up in its next backup.
@@ -148,16 +177,29 @@ fn fresh(directory: &Path, context: &Context) -> Result<PathBuf> {
     Ok(directory.join(format!("{PREFIX}{}", hex::encode(chance))))
 }
 
-fn make(path: &Path, owner: Option<User>) -> Result<(), DiskError> {
-    let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
-    made.map_err(|error| DiskError::new("create directory", path, error))?;
-    give(path, owner)
+fn make(path: &Path, mode: u32) -> Result<(), DiskError> {
+    std::fs::DirBuilder::new().mode(mode).create(path).map_err(|error| DiskError::new("create directory", path, error))
 }
 
-/// The account of the server must pass through a directory of root's to reach its own.
-fn allow_passage(path: &Path) -> Result<(), DiskError> {
-    let permissions = std::fs::Permissions::from_mode(0o711);
-    std::fs::set_permissions(path, permissions).map_err(|error| DiskError::new("set the mode of", path, error))
+/// What is missing of the place is made so that the server's account passes through; what is there stays as it is.
+fn make_place(path: &Path, owner: Option<User>) -> Result<()> {
+    let mode = if owner.is_some() { 0o711 } else { 0o700 };
+    let made = std::fs::DirBuilder::new().recursive(true).mode(mode).create(path);
+    made.map_err(|error| DiskError::new("create directory", path, error))?;
+    let Some(owner) = owner else { return Ok(()) };
+    for ancestor in path.ancestors() {
+        let found = std::fs::metadata(ancestor).map_err(|error| DiskError::new("stat", ancestor, error))?;
+        let passes = match () {
+            () if found.uid() == owner.uid => found.mode() & 0o100 != 0,
+            () if found.gid() == owner.gid => found.mode() & 0o010 != 0,
+            () => found.mode() & 0o001 != 0,
+        };
+        if !passes {
+            let error = Error::refused(format!("the scratch cluster's account cannot enter {}", ancestor.display()));
+            return Err(error.hint("name a place that it can reach: --dir, or dir in [drill]"));
+        }
+    }
+    Ok(())
 }
 
 fn give(path: &Path, owner: Option<User>) -> Result<(), DiskError> {
@@ -172,10 +214,12 @@ fn remove(root: &Path) -> Result<(), DiskError> {
 /// What a killed drill left: its lock went with it, its server and its files did not.
 async fn reap(directory: &Path) {
     let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
-    let roots = entries.map(|entry| entry.path());
-    for root in roots.filter(|root| root.file_name().is_some_and(|name| name.to_string_lossy().starts_with(PREFIX))) {
+    for root in entries.map(|entry| entry.path()).filter(|root| is_ours(root)) {
         let Ok(_lock) = Lock::acquire(&root.join(LOCK)) else { continue };
-        stop_orphan(&root.join("data")).await;
+        if !stop_orphan(&root.join("data")).await {
+            tracing::warn!(scratch = %root.display(), "the server that a killed drill left does not stop");
+            continue;
+        }
         match remove(&root) {
             Ok(()) => tracing::info!(scratch = %root.display(), "what a killed drill left was removed"),
             Err(error) => tracing::warn!(%error, "what a killed drill left remains"),
@@ -183,14 +227,29 @@ async fn reap(directory: &Path) {
     }
 }
 
-/// The server of a killed drill goes on without it; it must be gone before its files are.
-async fn stop_orphan(data: &Path) {
+/// Whether a drill of this account made the directory. Anything else of that name is somebody's data.
+fn is_ours(root: &Path) -> bool {
+    let name = root.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_prefix(PREFIX));
+    let named = name.is_some_and(|name| name.len() == 8 && name.bytes().all(|byte| byte.is_ascii_hexdigit()));
+    let own = |found: &Metadata| found.uid() == rustix::process::geteuid().as_raw();
+    let directory = std::fs::symlink_metadata(root).is_ok_and(|found| found.is_dir() && own(&found));
+    let lock = std::fs::symlink_metadata(root.join(LOCK)).is_ok_and(|found| found.is_file() && own(&found));
+    named && directory && lock
+}
+
+/// The server of a killed drill goes on without it, and must be gone before its files are. The number in its
+/// `postmaster.pid` may belong to another program by now: only a process that works in this very directory is meant.
+async fn stop_orphan(data: &Path) -> bool {
     for _ in 0..100 {
-        let Ok(Postmaster::Alive { pid }) = postmaster_of(data) else { return };
-        let pid = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw);
-        let _gone = pid.map(|pid| rustix::process::kill_process(pid, rustix::process::Signal::QUIT));
+        let Ok(Postmaster::Alive { pid }) = postmaster_of(data) else { return true };
+        let works_here = std::fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd == *data);
+        let Some(pid) = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw).filter(|_| works_here) else {
+            return true;
+        };
+        let _gone = rustix::process::kill_process(pid, rustix::process::Signal::QUIT);
         tokio::time::sleep(std::time::Duration::from_millis(100)).await;
     }
+    false
 }
 
 #[cfg(test)]
@@ -198,9 +257,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn libraries_that_act_by_themselves_are_left_out() {
-        assert_eq!(inert(""), "");
-        assert_eq!(inert("pg_stat_statements, pg_cron,auto_explain"), "pg_stat_statements,auto_explain");
-        assert_eq!(inert("\"$libdir/pg_cron.so\""), "");
+    fn libraries_that_may_act_by_themselves_are_left_out_and_named() {
+        assert_eq!(sorted(""), (String::new(), Vec::new()));
+        let (kept, left_out) = sorted("pg_stat_statements, pg_cron,auto_explain, \"$libdir/timescaledb.so\"");
+        assert_eq!(kept, "pg_stat_statements,auto_explain");
+        assert_eq!(left_out, ["pg_cron", "\"$libdir/timescaledb.so\""]);
+    }
+
+    #[tokio::test]
+    async fn nothing_but_what_a_drill_made_is_removed() {
+        let place = tempfile::tempdir().unwrap();
+        let names = ["drill-reports", "drill-0123abcd", "drill-00000000", "else"];
+        for name in names {
+            std::fs::create_dir(place.path().join(name)).unwrap();
+        }
+        std::os::unix::fs::symlink("/etc/hostname", place.path().join("drill-0123abcd/lock")).unwrap();
+        drop(Lock::acquire(&place.path().join("drill-00000000/lock")).unwrap());
+        reap(place.path()).await;
+        let left = |name: &&str| place.path().join(name).exists();
+        assert_eq!(names.iter().copied().filter(left).collect::<Vec<_>>(), ["drill-reports", "drill-0123abcd", "else"]);
     }
 }

@@ -140,8 +140,9 @@ pub(super) fn rebuilt(captured: &[CapturedFile]) -> Vec<(String, Vec<u8>)> {
 
 /// Comments out whatever points to a place of the old machine.
 fn neutral(text: &str) -> String {
-    const PLACES: [&str; 7] = [
+    const PLACES: [&str; 8] = [
         "data_directory",
+        "stats_temp_directory",
         "hba_file",
         "ident_file",
         "external_pid_file",

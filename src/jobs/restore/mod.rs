@@ -23,7 +23,7 @@ pub use report::{PhaseTime, Report, Started};
 pub use target::Point;
 pub use words::{Needs, Plan, Refusal, RegionState, WalLeg};
 
-pub use plan::Prepared;
+pub use plan::{Prepared, quoted};
 
 use crate::pg::instance::Instance;
 

@@ -144,6 +144,8 @@ impl InstanceOptions {
     fn arguments(&self) -> Vec<OsString> {
         let mut arguments: Vec<OsString> = vec!["-D".into(), self.data_dir.clone().into_os_string()];
         let mut set = |name: &str, value: &str| arguments.extend(["-c".into(), format!("{name}={value}").into()]);
+        // A `data_directory` in the configuration file would lead to other data than `-D` says.
+        set("data_directory", &self.data_dir.display().to_string());
         // Ours come last: of two settings of one name the later wins.
         for (name, value) in &self.settings {
             set(name, value);

@@ -35,13 +35,15 @@ pub async fn beat(client: &SqlClient, target: &TargetName) -> Result<(Beat, Lsn)
 }
 
 async fn write(client: &SqlClient, target: &TargetName) -> Result<(Beat, Lsn), PgError> {
+    // Flushed here is enough: where drctl itself is the synchronous standby, the wait would be for the very WAL that is
+    // measured. And nobody's lock is worth waiting for.
+    client
+        .batch_execute("SET synchronous_commit = local; SET lock_timeout = '5s'; SET statement_timeout = '10s'")
+        .await?;
     let found: bool = client.query_one("SELECT to_regclass('drctl.heartbeat') IS NOT NULL", &[]).await?.get(0);
     if !found {
         client.batch_execute(TABLE).await?;
     }
-    // Flushed here is enough: where drctl itself is the synchronous standby, the wait would be for the very WAL that is
-    // measured.
-    client.batch_execute("SET synchronous_commit = local").await?;
     let row = client
         .query_one(
             "INSERT INTO drctl.heartbeat AS h (target, seq, at) VALUES ($1, 1, clock_timestamp())

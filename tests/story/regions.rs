@@ -177,6 +177,32 @@ async fn wal_holds_while_two_regions_are_gone_and_loses_nothing() {
     rig.assert_repairs().await;
 }
 
+#[tokio::test]
+async fn wal_is_acknowledged_beside_a_region_that_crawls_or_hangs() {
+    let rig = Rig3::new().await;
+    rig.fill(1).await;
+    let stream = rig.stream().await;
+    rig.backup().run().await.ok();
+    let ledger = Ledger::start(&rig.cluster, 2).await;
+    for trouble in [Mode::Delay(Duration::from_secs(3)), Mode::Hang] {
+        rig.alpha.objects.set(trouble).await;
+        ledger.wait_for(50).await;
+        wait_durable(&rig, rig.cluster.flush_lsn().await).await;
+    }
+    let durable = rig.position().await.unwrap().durable_lsn;
+    let book = ledger.stop().await;
+    stream.terminate().await.code(4);
+
+    // What was acknowledged meanwhile comes back without that region; then repair brings it back to equal.
+    let directory = rig.target_dir("restored");
+    rig.restore(&directory, &["--region", "beta"]).await.ok();
+    let restored = Cluster::start_restored(&directory, MAJOR).await;
+    let verdict = book.verify(&restored, durable).await.unwrap();
+    assert!(verdict.durable >= 100, "{verdict:?}");
+    rig.alpha.objects.set(Mode::Pass).await;
+    rig.assert_repairs().await;
+}
+
 /// A restore that prefers `alpha`, which breaks on the way.
 async fn restore_while_alpha_breaks(rig: &Rig3, broken: Mode) {
     rig.fill(16).await;

@@ -191,6 +191,7 @@ async fn wal_is_acknowledged_beside_a_region_that_crawls_or_hangs() {
     }
     let durable = rig.position().await.unwrap().durable_lsn;
     let book = ledger.stop().await;
+    rig.alpha.objects.set(Mode::Refuse).await;
     stream.terminate().await.code(4);
 
     // What was acknowledged meanwhile comes back without that region; then repair brings it back to equal.

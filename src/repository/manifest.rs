@@ -314,3 +314,39 @@ impl PartsSummary {
         Parts { count: u32::try_from(self.digests.len()).unwrap_or(u32::MAX), bytes: self.bytes, sha256 }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::codec::random::SystemRng;
+    use crate::keys::keyset::Keyset;
+
+    /// A restore creates each file once, so a second line of one name would stop it for ever.
+    #[test]
+    fn a_name_stands_once_for_the_writer_and_for_the_reader() {
+        let repository = RepositoryId::new(&SystemRng).unwrap();
+        let backup: BackupId = "ledger-261120-010059-k7f".parse().unwrap();
+        let keyset = Keyset::generate(&repository, &backup.target().unwrap(), &SystemRng).unwrap();
+        let seal = ManifestSeal { repository: &repository, keyset: keyset.id(), backup: &backup, key: keyset.meta() };
+        let small = || Line::Small { path: "backup_label".into(), mode: 0o600, base64: String::new() };
+        let begin = Line::Begin(Begin {
+            format: 1,
+            backup: backup.clone(),
+            page_size: 8192,
+            fingerprint_secret: String::new(),
+            page_checksums: true,
+            sources: Vec::new(),
+        });
+        let mut writer = ManifestWriter::default();
+        writer.add(&begin, &seal).unwrap();
+        writer.add(&small(), &seal).unwrap();
+        assert!(writer.add(&small(), &seal).unwrap_err().message().contains("backup_label twice"));
+
+        // A writer that did not look.
+        writer.names.clear();
+        writer.add(&small(), &seal).unwrap();
+        let (parts, _) = writer.finish(&seal).unwrap();
+        let read = ManifestReader::default().part(&parts[0].1, &seal).unwrap_err();
+        assert!(read.to_string().contains("backup_label twice"), "{read}");
+    }
+}

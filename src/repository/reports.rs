@@ -186,7 +186,9 @@ mod tests {
     use chrono::TimeDelta;
 
     use super::*;
-    use crate::repository::testing::tiny;
+    use crate::observe::progress::Progress;
+    use crate::repository::mend::{Scope, mend};
+    use crate::repository::testing::{Fault, tiny};
 
     fn head(id: &ReportId) -> ReportHead {
         let at = DateTime::UNIX_EPOCH + TimeDelta::days(20_000);
@@ -231,5 +233,28 @@ mod tests {
         }
         let elsewhere = key.replace("q4x", "q4y");
         assert!(decode_head(&repository, &elsewhere, &bytes).is_err());
+    }
+
+    /// A report on an outage does not wait for its end; repair brings it to the region that was away.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn one_region_is_enough_and_repair_brings_the_rest() {
+        let fixture = tiny(2, 2).await;
+        let id: ReportId = "ledger-241004-000000-q4x".parse().unwrap();
+        let body = ReportBody { report: serde_json::json!({}), markdown: String::new() };
+        fixture.stores[0].set(Fault::Deny);
+        let lanes = store(&fixture.repository, &fixture.writer, &head(&id), &body).await.unwrap();
+        assert!(lanes[0].missing_objects > 0 && lanes[1].missing_objects == 0, "{lanes:?}");
+        fixture.stores[0].set(Fault::None);
+        let repository = fixture.reopen().await.unwrap();
+        let phase = Progress::new(Arc::clone(&fixture.writer.clock)).begin("mend", None);
+        mend(&repository, &Scope::default(), &phase).await.unwrap();
+        let alone = Repository { regions: repository.regions.only(&"a".parse().unwrap()).unwrap(), ..repository };
+        let ring = fixture.ring.within(alone.regions.clone());
+        assert_eq!(read(&alone, &ring, &id).await.unwrap(), (head(&id), body));
+
+        // Whoever counts the only key holder as lost opens nothing.
+        let lost = fixture.writer.holders.list.iter().map(|holder| holder.id().clone()).collect();
+        let keyless = fixture.ring.within(alone.regions.clone()).without(lost);
+        assert!(read(&alone, &keyless, &id).await.is_err());
     }
 }

@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use crate::app::{self, Role, World};
 use crate::config::Settings;
 use crate::daemon::scheduler::{Action, End};
+use crate::daemon::supervisor::Pulse;
 use crate::jobs::runs::RunLog;
 use crate::jobs::work::{self, Done};
 use crate::model::run::{Open, Outcome, Run};
@@ -34,6 +35,7 @@ pub(super) struct Hands {
     settings: Arc<Settings>,
     world: World,
     log: Arc<RunLog>,
+    pulse: Arc<Pulse>,
     jobs: FuturesUnordered<BoxFuture<'static, (Open, End)>>,
     stops: BTreeMap<(ScheduleName, DateTime<Utc>), CancellationToken>,
     recorded: Arc<Notify>,
@@ -41,11 +43,11 @@ pub(super) struct Hands {
 }
 
 impl Hands {
-    pub(super) fn new(settings: Settings, world: World, log: RunLog) -> Self {
+    pub(super) fn new(settings: Settings, world: World, log: RunLog, pulse: Arc<Pulse>) -> Self {
         let (settings, log, recorded) = (Arc::new(settings), Arc::new(log), Arc::new(Notify::new()));
         let spreading = keep_spreading(Arc::clone(&settings), world.clone(), Arc::clone(&log), Arc::clone(&recorded));
         let spreader = task::spawn("run-spreader", spreading);
-        Self { settings, world, log, jobs: FuturesUnordered::new(), stops: BTreeMap::new(), recorded, spreader }
+        Self { settings, world, log, pulse, jobs: FuturesUnordered::new(), stops: BTreeMap::new(), recorded, spreader }
     }
 
     pub(super) fn settings(&self) -> &Settings {
@@ -62,11 +64,17 @@ impl Hands {
             match action {
                 Action::Settle(schedule, until) => {
                     let log = Arc::clone(&self.log);
-                    durably(move || log.settle(&schedule, until)).await?;
+                    durably(&self.pulse, move || log.settle(&schedule, until)).await?;
+                }
+                Action::Rewind { schedule, from, to } => {
+                    let warning = "the clock was far ahead once; the schedule begins anew now";
+                    tracing::error!(%schedule, %from, %to, "{warning}");
+                    let log = Arc::clone(&self.log);
+                    durably(&self.pulse, move || log.rewind(&schedule, to)).await?;
                 }
                 Action::Pause(schedule, pause) => {
                     let log = Arc::clone(&self.log);
-                    durably(move || log.pause(&schedule, pause.as_ref())).await?;
+                    durably(&self.pulse, move || log.pause(&schedule, pause.as_ref())).await?;
                 }
                 Action::Accept(open) => self.note(open).await?,
                 Action::Start(open, work) => {
@@ -105,13 +113,13 @@ impl Hands {
 
     async fn note(&self, open: Open) -> Result<()> {
         let log = Arc::clone(&self.log);
-        durably(move || log.note(&open)).await
+        durably(&self.pulse, move || log.note(&open)).await
     }
 
     async fn record(&self, run: Run) -> Result<()> {
         tell(&run);
         let log = Arc::clone(&self.log);
-        durably(move || log.record(&run)).await?;
+        durably(&self.pulse, move || log.record(&run)).await?;
         self.recorded.notify_one();
         Ok(())
     }
@@ -171,7 +179,7 @@ async fn attempt(settings: &Settings, world: &World, work: &Work) -> Result<Done
 
 /// Writes into the state directory, as often as it takes: a full disk is no reason to stop streaming WAL, and whatever
 /// comes next may only be done when this is durable. A daemon that is killed meanwhile loses nothing.
-async fn durably(write: impl Fn() -> Result<()> + Send + Sync + 'static) -> Result<()> {
+async fn durably(pulse: &Pulse, write: impl Fn() -> Result<()> + Send + Sync + 'static) -> Result<()> {
     let write = Arc::new(write);
     loop {
         let once = Arc::clone(&write);
@@ -181,6 +189,7 @@ async fn durably(write: impl Fn() -> Result<()> + Send + Sync + 'static) -> Resu
             Err(error) => tracing::error!(%error, "the state directory cannot be written; schedules wait for it"),
         }
         tokio::time::sleep(WRITE_AGAIN).await;
+        pulse.beat();
     }
 }
 

@@ -1,7 +1,7 @@
 //! Floor 4, the daemon: runs jobs to their schedules and streams WAL, until it is told to stop.
 //!
 //! `scheduler` decides, and is pure; `hands` does what it decides; `streams` keeps one WAL stream per target alive;
-//! `control` answers people. What was decided is durable in the state directory before it is done, so that a daemon that
+//! `control` answers people, and `supervisor` tells a service manager that the loop turns. What was decided is durable in the state directory before it is done, so that a daemon that
 //! is killed leaves every slot with an outcome for the next one to tell.
 
 pub mod control;
@@ -10,8 +10,10 @@ pub mod scheduler;
 #[cfg(test)]
 mod simulation;
 mod streams;
+mod supervisor;
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -20,8 +22,9 @@ use crate::app::{self, Role, World};
 use crate::config::{Settings, load_schedules};
 use crate::daemon::control::{Ask, Control, Triggered};
 use crate::daemon::hands::Hands;
-use crate::daemon::scheduler::{Known, Now, Scheduler};
+use crate::daemon::scheduler::{Known, Now, Scheduler, is_believable};
 use crate::daemon::streams::Streams;
+use crate::daemon::supervisor::{Pulse, Supervisor};
 use crate::jobs::runs::{self, Memory, RunLog};
 use crate::model::schedule::{Job, Schedule};
 use crate::model::{Result, ResultExt};
@@ -69,7 +72,10 @@ pub async fn run(settings: Settings, options: Options, world: World, wishes: mps
     let (scheduler, actions) = Scheduler::new(app::host_name(), schedules, known, now);
     let (sender, asks) = mpsc::channel(16);
     let control = Control::start(&settings.repository.state_dir, sender).await?;
-    let mut daemon = Daemon { scheduler, hands: Hands::new(settings, world, log), options, wishes, asks };
+    let pulse = Pulse::new(Arc::clone(&world.clock));
+    let supervisor = Supervisor::start(Arc::clone(&pulse));
+    let hands = Hands::new(settings, world, log, Arc::clone(&pulse));
+    let mut daemon = Daemon { scheduler, hands, options, wishes, asks, pulse, supervisor, streams: streams.count() };
     let worked = match daemon.hands.act(actions).await {
         Ok(()) => daemon.work().await,
         Err(error) => Err(error),
@@ -86,11 +92,16 @@ struct Daemon {
     options: Options,
     wishes: mpsc::Receiver<Wish>,
     asks: mpsc::Receiver<Ask>,
+    pulse: Arc<Pulse>,
+    supervisor: Supervisor,
+    streams: usize,
 }
 
 impl Daemon {
     async fn work(&mut self) -> Result<()> {
+        self.supervisor.ready(self.scheduler.count(), self.streams);
         loop {
+            self.pulse.beat();
             let actions = self.scheduler.tick(self.now());
             self.hands.act(actions).await?;
             let idle = self.scheduler.idle(self.now());
@@ -134,21 +145,22 @@ impl Daemon {
     }
 
     async fn reload(&mut self) -> Result<()> {
+        self.supervisor.reloading();
         match chosen(self.hands.settings(), &self.options) {
             Ok(schedules) => {
                 tracing::info!(schedules = schedules.len(), "the schedules were read again");
                 let actions = self.scheduler.reload(schedules, self.now());
-                self.hands.act(actions).await
+                self.hands.act(actions).await?;
             }
-            Err(error) => {
-                tracing::error!(%error, "the schedules are wrong; the old ones stay");
-                Ok(())
-            }
+            Err(error) => tracing::error!(%error, "the schedules are wrong; the old ones stay"),
         }
+        self.supervisor.ready(self.scheduler.count(), self.streams);
+        Ok(())
     }
 
     /// Lets jobs end, within the grace; a second wish to stop ends it.
     async fn drain(&mut self) -> Result<()> {
+        self.supervisor.stopping();
         let actions = self.scheduler.drain(self.now());
         self.hands.act(actions).await?;
         let end = self.now().monotonic + self.options.grace;
@@ -213,7 +225,8 @@ async fn recall(settings: &Settings, world: &World, mut memory: Memory) -> Memor
             return memory;
         }
     };
-    for (name, slot) in told {
+    let now = world.clock.now();
+    for (name, slot) in told.into_iter().filter(|(_, slot)| is_believable(*slot, now)) {
         memory.cursors.entry(name).and_modify(|known| *known = slot.max(*known)).or_insert(slot);
     }
     memory

@@ -103,6 +103,7 @@ impl World {
             }
             match action {
                 Action::Settle(schedule, until) => self.move_cursor(&schedule, until),
+                Action::Rewind { schedule, to, .. } => drop(self.disk.cursors.insert(schedule, to)),
                 Action::Pause(schedule, Some(pause)) => drop(self.disk.pauses.insert(schedule, pause)),
                 Action::Pause(schedule, None) => drop(self.disk.pauses.remove(&schedule)),
                 Action::Accept(open) => self.note(open),
@@ -369,6 +370,29 @@ fn a_clock_that_jumps_makes_no_slot_run_twice_or_vanish() {
     world.pass(900);
     let told = ["base 20 18:00 missed 4 since 20 15:00", "base 20 19:00 success late"];
     assert_eq!(world.told()[2..], told);
+}
+
+#[test]
+fn a_clock_that_was_years_ahead_silences_nothing() {
+    let schedules = vec![schedule("base", "0 * * * *")];
+    let mut world = World::new(at(START), schedules.clone(), good);
+    world.pass(900);
+    for restart in [false, true] {
+        let before = world.wall;
+        world.wall += TimeDelta::days(365 * 4);
+        world.pass(900);
+        world.wall = before + TimeDelta::seconds(900);
+        let told = world.told().len();
+        if restart {
+            world.kill();
+            world.boot(schedules.clone());
+        }
+        world.pass_hours(2);
+        let since = &world.told()[told..];
+        assert_eq!(since.len(), 2, "{since:?}");
+        assert!(since.iter().all(|told| told.ends_with("success")), "{since:?}");
+        assert!(world.disk.cursors.values().all(|cursor| *cursor <= world.wall));
+    }
 }
 
 #[test]

@@ -309,8 +309,7 @@ impl KnownPages {
         if file.metadata().map_err(unreadable)?.len() != digest.bytes {
             return Err(wrong());
         }
-        let reader = file.try_clone().map_err(unreadable)?;
-        let mut scan = Scan { input: BufReader::with_capacity(1 << 20, reader), hash: Sha256::new(), at: 0 };
+        let mut scan = Scan::of(file.try_clone().map_err(unreadable)?);
         let known = scan.read(file, path).map_err(|error| wrong().because(error))?;
         let (head, known) = known;
         let ours = head.format == FORMAT && head.repository == *repository && head.backup == *backup;
@@ -369,6 +368,13 @@ struct Scan {
     at: u64,
 }
 
+impl StateHead {
+    /// What a state file says of itself. It proves nothing: [`KnownPages::open`] compares the whole of it with COMMIT.
+    pub fn read(path: &Path) -> Option<Self> {
+        Scan::of(File::open(path).ok()?).head().ok()
+    }
+}
+
 impl Scan {
     fn take(&mut self, length: usize) -> Result<Vec<u8>> {
         let mut bytes = Vec::new();
@@ -392,14 +398,22 @@ impl Scan {
         Ok((*tag, self.take(length as usize)?))
     }
 
-    fn read(&mut self, file: File, path: &Path) -> Result<(StateHead, KnownPages)> {
+    fn of(file: File) -> Self {
+        Self { input: BufReader::with_capacity(1 << 20, file), hash: Sha256::new(), at: 0 }
+    }
+
+    fn head(&mut self) -> Result<StateHead> {
         if self.take(MAGIC.len())? != MAGIC {
             return Err(misplaced());
         }
-        let head: StateHead = match self.record()? {
-            (HEAD, body) => parse(&body)?,
-            _ => return Err(misplaced()),
-        };
+        match self.record()? {
+            (HEAD, body) => parse(&body),
+            _ => Err(misplaced()),
+        }
+    }
+
+    fn read(&mut self, file: File, path: &Path) -> Result<(StateHead, KnownPages)> {
+        let head = self.head()?;
         let secret = hex::decode(&head.fingerprint_secret).map_err(|_| misplaced())?;
         let fingerprints = Arc::new(PageFingerprinter::new(secret.try_into().map_err(|_| misplaced())?));
         let (chunks, files, objects, sources) = Default::default();

@@ -1,4 +1,4 @@
-//! Which backup the next one shares pages with: the newest of its target, if this writer remembers its pages, the regions
+//! Which backup the next one shares pages with: the one of its target whose pages this writer remembers, if the regions
 //! still hold them, and everyone who is to open the next backup can open them. Anything else means a full backup, with the
 //! reason said.
 
@@ -13,7 +13,7 @@ use crate::repository::handle::Repository;
 use crate::repository::inventory::InventoryLine;
 use crate::repository::keysets::Holders;
 use crate::repository::layout;
-use crate::repository::page_state::KnownPages;
+use crate::repository::page_state::{KnownPages, StateHead};
 
 /// What a backup is compared with.
 #[derive(Debug)]
@@ -55,7 +55,12 @@ pub async fn choose(
     for error in unreadable {
         tracing::warn!(%error, "a COMMIT is not readable");
     }
-    let Some(Backup { commit }) = backups.pop() else {
+    // The one whose pages are remembered, and not the newest by its time: a clock that was ahead once would make its backup
+    // the newest for ever.
+    let kept = StateHead::read(&state).map(|head| head.backup);
+    let remembered = backups.iter().position(|backup| Some(&backup.commit.id) == kept.as_ref());
+    let chosen = remembered.or(backups.len().checked_sub(1)).map(|index| backups.swap_remove(index));
+    let Some(Backup { commit }) = chosen else {
         return Ok(Basis::nothing(format!("there is no earlier backup of {target}")));
     };
     let parent = match of_commit(repository, holders, commit, (system_id, state)).await {

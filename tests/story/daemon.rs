@@ -26,7 +26,6 @@ impl Rig {
     async fn new(scratch: &Scratch, cluster: &Cluster, more: &str) -> Self {
         let config = first_configuration(scratch, cluster, more).await;
         let dr = config.parent().unwrap().to_owned();
-        std::fs::create_dir(dr.join("schedules")).unwrap();
         let slot = (Utc::now() - TimeDelta::hours(6)).with_second(0).unwrap().with_nanosecond(0).unwrap();
         Drctl::new(["init"]).config(&config).run().await.ok();
         Self { config, dr, slot }

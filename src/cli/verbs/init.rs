@@ -75,7 +75,8 @@ async fn first_configuration(dir: &Path, world: &World) -> Result<Summary> {
         let error = Error::refused(format!("{} exists already, and no configuration names it", key.display()));
         return Err(error.hint("move it away if it opens anything, or name another directory"));
     }
-    let made = std::fs::create_dir_all(&dir);
+    // Empty: the daemon runs with it, and streams.
+    let made = std::fs::create_dir_all(dir.join("schedules"));
     made.map_err(|error| Error::failed(format!("create {}", dir.display())).because(error))?;
     let recipient = app::new_recovery_key(&key, world).during(|| "write the recovery key")?;
     app::write_new(&file, &config::initial_text(&recipient))?;

@@ -24,6 +24,7 @@ pub mod restore;
 mod restore_text;
 pub mod runs;
 pub mod schedule;
+mod schedule_dry_run;
 pub mod show;
 pub mod status;
 pub mod verify;

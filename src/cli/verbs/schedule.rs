@@ -5,6 +5,7 @@ use serde::Serialize;
 
 use crate::cli::exit::Exit;
 use crate::cli::render::Table;
+use crate::cli::verbs::schedule_dry_run;
 use crate::cli::{Session, figures, time};
 use crate::config::{Mistake, load_schedules, units};
 use crate::model::schedule::{CatchUp, Overlap, Schedule, Work};
@@ -34,6 +35,8 @@ enum Action {
         #[arg(long, value_name = "TIME", value_parser = time::parse)]
         from: Option<DateTime<Utc>>,
     },
+    /// Show what a daemon would make of the schedules: how many slots run, and which would be skipped or cut off
+    DryRun(schedule_dry_run::Args),
 }
 
 /// Runs the verb.
@@ -45,6 +48,7 @@ pub fn run(args: Args, session: &Session) -> Result<Exit> {
         Action::Lint => lint(session),
         Action::List => list(session),
         Action::Next { schedule, count, from } => next(session, schedule.as_ref(), count, from),
+        Action::DryRun(args) => schedule_dry_run::run(&args, session),
     }
 }
 

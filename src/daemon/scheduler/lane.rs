@@ -4,13 +4,16 @@ use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
 
-use crate::daemon::scheduler::{Action, End, Now, View};
+use crate::daemon::scheduler::{Action, End, Now, View, is_believable};
 use crate::model::run::{FORMAT, Open, Outcome, Pause, Run};
 use crate::model::schedule::{CatchUp, Overlap, Schedule};
 use crate::model::{Error, Result};
 
 /// A slot that is noticed later than this was missed: nobody was there, or the machine slept.
 const ON_TIME: TimeDelta = TimeDelta::seconds(60);
+/// A cursor that lies farther ahead of the clock than this was set by a clock that was wrong: believing it would silence
+/// the schedule until that day.
+pub(super) const BELIEVED_AHEAD: TimeDelta = TimeDelta::hours(24);
 /// Characters of a record's own words.
 const LONGEST_DETAIL: usize = 1000;
 /// The longest pause between two attempts.
@@ -105,6 +108,10 @@ impl Lane {
     /// or caught up.
     pub(super) fn notice(&mut self, left: Vec<Open>, turn: &mut Turn<'_>) {
         let now = turn.now.wall;
+        if !is_believable(self.cursor, now) {
+            turn.actions.push(Action::Rewind { schedule: self.schedule.name.clone(), from: self.cursor, to: now });
+            self.settle(now);
+        }
         let is_late = |slot: DateTime<Utc>| now - slot > ON_TIME;
         let come = self.upcoming.is_some_and(|slot| slot <= now);
         let slots: Vec<_> = self.schedule.slots_between(self.cursor, now).take_while(|_| come).collect();

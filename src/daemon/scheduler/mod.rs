@@ -18,6 +18,7 @@ use crate::model::schedule::{Job, Schedule, Work};
 use crate::model::{Error, Result, ScheduleName, TargetName};
 
 mod lane;
+pub mod rehearsal;
 
 use lane::{Lane, Turn};
 
@@ -38,6 +39,16 @@ pub struct Now {
 pub enum Action {
     /// Note durably that this schedule owes nothing for any slot up to here.
     Settle(ScheduleName, DateTime<Utc>),
+    /// Note durably that a clock that was wrong had moved this schedule ahead, and that it begins anew now. Its slots in
+    /// between may be told twice: once as those of the wrong clock, once as what they became.
+    Rewind {
+        /// The schedule.
+        schedule: ScheduleName,
+        /// What was noted.
+        from: DateTime<Utc>,
+        /// Now.
+        to: DateTime<Utc>,
+    },
     /// Note durably that this schedule is paused, or no longer.
     Pause(ScheduleName, Option<Pause>),
     /// Note durably that the slot is on its way.
@@ -89,6 +100,11 @@ pub struct View {
     pub paused: Option<Pause>,
     /// The next slot.
     pub next: Option<DateTime<Utc>>,
+}
+
+/// Whether a slot is one that a right clock can have come to: of one far ahead, a clock told that was wrong.
+pub fn is_believable(slot: DateTime<Utc>, now: DateTime<Utc>) -> bool {
+    slot - now <= lane::BELIEVED_AHEAD
 }
 
 /// The state.
@@ -243,15 +259,29 @@ impl Scheduler {
         Ok(actions)
     }
 
+    /// How many schedules there are.
+    pub fn count(&self) -> usize {
+        self.lanes.values().filter(|lane| !lane.retired).count()
+    }
+
     /// How many jobs run or are between two attempts.
     pub fn running(&self) -> usize {
         self.lanes.values().filter(|lane| lane.running.is_some()).count()
     }
 
-    /// How long nothing will happen by itself.
+    /// The earliest slot that runs or waits.
+    fn earliest(&self) -> Option<DateTime<Utc>> {
+        self.lanes.values().filter_map(Lane::earliest).min()
+    }
+
+    /// How long nothing will happen by itself, and no longer than a clock may be believed.
     pub fn idle(&self, now: Now) -> Duration {
-        let next = self.lanes.values().filter_map(|lane| lane.next(!self.draining, now)).min();
-        next.unwrap_or(LONGEST_SLEEP).min(LONGEST_SLEEP)
+        self.next(now).unwrap_or(LONGEST_SLEEP).min(LONGEST_SLEEP)
+    }
+
+    /// The same, for a world whose clock never jumps; `None` = for ever.
+    fn next(&self, now: Now) -> Option<Duration> {
+        self.lanes.values().filter_map(|lane| lane.next(!self.draining, now)).min()
     }
 }
 

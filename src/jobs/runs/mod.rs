@@ -139,6 +139,14 @@ impl RunLog {
         Ok(())
     }
 
+    /// Takes back what [`Self::settle`] noted while the clock was wrong.
+    ///
+    /// # Errors
+    /// It could not be written.
+    pub fn rewind(&self, schedule: &ScheduleName, slot: DateTime<Utc>) -> Result<()> {
+        Ok(place::place(&self.dir.join(CURSORS).join(schedule.as_str()), slot_text(slot).as_bytes(), 0o600)?)
+    }
+
     /// Notes that a schedule is paused, or no longer.
     ///
     /// # Errors

@@ -93,16 +93,23 @@ pub async fn context(settings: &Settings, role: Role, world: &World) -> Result<C
 pub async fn regions(settings: &Settings, role: Role, world: &World) -> Result<Regions> {
     let mut list = Vec::new();
     for region in &settings.regions {
-        let name = region.name.clone();
-        let store = match connect(region, role, world).await? {
-            Ok(store) => stacked(store, settings.regions.len(), world),
-            Err(error) => Arc::new(AbsentStore::new(region.place().to_string(), &error)),
-        };
-        list.push(Region { name, store });
+        list.push(self::region(settings, region, role, world).await?);
     }
     let repository = &settings.repository;
     let regions = Regions::new(list, repository.write_quorum, repository.lowest_quorum())?;
     Ok(regions.detached_after(repository.detach_after))
+}
+
+/// One region of `settings`; if it cannot be opened, one stands in its place that says why.
+///
+/// # Errors
+/// The settings contradict themselves.
+pub async fn region(settings: &Settings, region: &RegionSettings, role: Role, world: &World) -> Result<Region> {
+    let store = match connect(region, role, world).await? {
+        Ok(store) => stacked(store, settings.regions.len(), world),
+        Err(error) => Arc::new(AbsentStore::new(region.place().to_string(), &error)),
+    };
+    Ok(Region { name: region.name.clone(), store })
 }
 
 /// The wrappers around a store, in their order.

@@ -6,6 +6,7 @@
 //!
 //! Every key is described in `docs/configuration.md` and `docs/schedules.md`; tests compare.
 
+mod daemon;
 mod drill;
 mod file;
 mod initial;
@@ -19,6 +20,7 @@ mod show;
 mod target;
 pub mod units;
 
+pub use daemon::Daemon;
 pub use drill::{Assertion, Drill};
 pub use initial::initial_text;
 pub use place::{BucketPath, Place};
@@ -101,6 +103,7 @@ mod tests {
             "targets.NAME.assertions.NAME",
             "drill",
             "schedules",
+            "daemon",
         ];
         assert_eq!(sections, BTreeSet::from(tables));
     }

@@ -5,6 +5,7 @@ use std::io::ErrorKind;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
+use crate::config::daemon::{Daemon, daemon};
 use crate::config::drill::{Drill, drill};
 use crate::config::file::{Document, Section};
 use crate::config::place::Place;
@@ -67,6 +68,7 @@ pub fn parse(text: &str, name: &str, directory: &Path) -> Result<Settings> {
     let keys = root.named("keys")?;
     let targets = root.named("targets")?;
     let drills = root.section("drill")?;
+    let daemons = root.section("daemon")?;
     root.finish()?;
     if regions.is_empty() {
         return Err(Error::usage(format!("{name} names no region")).hint("add [regions.NAME] with a url"));
@@ -79,7 +81,9 @@ pub fn parse(text: &str, name: &str, directory: &Path) -> Result<Settings> {
     let targets = targets.iter().map(|(name, section)| target(name, section, &repository.state_dir));
     let targets = targets.collect::<Result<_>>()?;
     let drill = drill(&drills, &repository.state_dir)?;
-    Ok(Settings { file: None, repository, schedules, regions, keys, targets, drill, openers: Openers::default() })
+    let daemon = daemon(&daemons)?;
+    let openers = Openers::default();
+    Ok(Settings { file: None, repository, schedules, regions, keys, targets, drill, daemon, openers })
 }
 
 impl Settings {
@@ -110,8 +114,8 @@ impl Settings {
         let schedules = Schedules { dir: directory.join(DEFAULT_SCHEDULES) };
         let openers = Openers::default();
         let drill = Drill::below(&repository.state_dir);
-        let (keys, targets) = (Vec::new(), Vec::new());
-        Ok(Self { file: None, repository, schedules, regions, keys, targets, drill, openers })
+        let (keys, targets, daemon) = (Vec::new(), Vec::new(), Daemon::default());
+        Ok(Self { file: None, repository, schedules, regions, keys, targets, drill, daemon, openers })
     }
 }
 

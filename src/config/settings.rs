@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use crate::config::daemon::Daemon;
 use crate::config::drill::{Assertion, Drill};
 use crate::config::file::nearest;
 use crate::config::place::{BucketPath, Place};
@@ -35,6 +36,8 @@ pub struct Settings {
     pub targets: Vec<Target>,
     /// `[drill]`.
     pub drill: Drill,
+    /// `[daemon]`.
+    pub daemon: Daemon,
     /// What only the command line says about opening what is sealed.
     #[serde(skip)]
     pub openers: Openers,

@@ -101,6 +101,9 @@ max_read_rate = "200MB"
 on_pressure = "drop-slot"
 wal_disk_bytes = "64GiB"
 config_files = ["/etc/postgresql/15/main/*.conf"]
+
+[daemon]
+listen = "127.0.0.1:9841"
 "#;
 
     #[test]

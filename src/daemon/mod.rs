@@ -1,26 +1,32 @@
 //! Floor 4, the daemon: runs jobs to their schedules and streams WAL, until it is told to stop.
 //!
 //! `scheduler` decides, and is pure; `hands` does what it decides; `streams` keeps one WAL stream per target alive;
-//! `control` answers people. What was decided is durable in the state directory before it is done, so that a daemon that
+//! `control` answers people on this host, `http` probes and Prometheus, from `standing`. What was decided is durable in the state directory before it is done, so that a daemon that
 //! is killed leaves every slot with an outcome for the next one to tell.
 
 pub mod control;
 mod hands;
+mod http;
 pub mod scheduler;
 #[cfg(test)]
 mod simulation;
+mod standing;
 mod streams;
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Duration;
 
+use axum::Router;
 use tokio::sync::mpsc;
 
 use crate::app::{self, Role, World};
 use crate::config::{Settings, load_schedules};
 use crate::daemon::control::{Ask, Control, Triggered};
 use crate::daemon::hands::Hands;
+use crate::daemon::http::Http;
 use crate::daemon::scheduler::{Known, Now, Scheduler};
+use crate::daemon::standing::{Standing, Watch};
 use crate::daemon::streams::Streams;
 use crate::jobs::runs::{self, Memory, RunLog};
 use crate::model::schedule::{Job, Schedule};
@@ -51,6 +57,12 @@ impl Options {
     fn wants(&self, job: Job) -> bool {
         self.only.is_empty() || self.only.contains(&job)
     }
+
+    /// On whose behalf regions are asked how they are.
+    fn role(&self) -> Role {
+        let writes = [Job::Wal, Job::Backup, Job::Repair].into_iter().any(|job| self.wants(job));
+        if writes { Role::Write } else { Role::Restore }
+    }
 }
 
 /// Runs until it is told to stop.
@@ -61,15 +73,19 @@ impl Options {
 pub async fn run(settings: Settings, options: Options, world: World, wishes: mpsc::Receiver<Wish>) -> Result<()> {
     let schedules = chosen(&settings, &options)?;
     let (log, memory) = RunLog::open(&settings.repository.state_dir)?;
+    let (sender, asks) = mpsc::channel(16);
+    let standing = Arc::new(Standing::new(&settings, Arc::clone(&world.clock)));
+    let _watch = Watch::start(&settings, options.role(), &world, &standing);
+    let http = listen(&settings, &standing).await?;
     let streams = Streams::start(&settings, &world, options.wants(Job::Wal));
     let memory = recall(&settings, &world, memory).await;
     tracing::info!(schedules = schedules.len(), streams = streams.count(), "the daemon works");
     let now = now(&world);
     let known = Known { cursors: memory.cursors, pauses: memory.pauses, left: memory.open };
     let (scheduler, actions) = Scheduler::new(app::host_name(), schedules, known, now);
-    let (sender, asks) = mpsc::channel(16);
     let control = Control::start(&settings.repository.state_dir, sender).await?;
-    let mut daemon = Daemon { scheduler, hands: Hands::new(settings, world, log), options, wishes, asks };
+    let hands = Hands::new(settings, world, log);
+    let mut daemon = Daemon { scheduler, hands, options, wishes, asks, standing };
     let worked = match daemon.hands.act(actions).await {
         Ok(()) => daemon.work().await,
         Err(error) => Err(error),
@@ -77,7 +93,16 @@ pub async fn run(settings: Settings, options: Options, world: World, wishes: mps
     let drained = daemon.drain().await;
     control.stop().await;
     streams.stop().await;
+    if let Some(http) = http {
+        http.stop().await;
+    }
     worked.and(drained)
+}
+
+/// The TCP listener, where one is wanted.
+async fn listen(settings: &Settings, standing: &Arc<Standing>) -> Result<Option<Http>> {
+    let Some(address) = settings.daemon.listen else { return Ok(None) };
+    Http::start(address, Arc::clone(standing), Router::new()).await.map(Some)
 }
 
 struct Daemon {
@@ -86,6 +111,7 @@ struct Daemon {
     options: Options,
     wishes: mpsc::Receiver<Wish>,
     asks: mpsc::Receiver<Ask>,
+    standing: Arc<Standing>,
 }
 
 impl Daemon {
@@ -93,6 +119,7 @@ impl Daemon {
         loop {
             let actions = self.scheduler.tick(self.now());
             self.hands.act(actions).await?;
+            self.turned();
             let idle = self.scheduler.idle(self.now());
             tokio::select! {
                 () = tokio::time::sleep(idle) => {}
@@ -153,6 +180,7 @@ impl Daemon {
         self.hands.act(actions).await?;
         let end = self.now().monotonic + self.options.grace;
         while self.scheduler.running() > 0 {
+            self.turned();
             let left = end.saturating_sub(self.now().monotonic).min(self.scheduler.idle(self.now()));
             if self.now().monotonic >= end {
                 break;
@@ -174,6 +202,10 @@ impl Daemon {
         self.hands.act(actions).await?;
         self.hands.rest().await;
         Ok(())
+    }
+
+    fn turned(&self) {
+        self.standing.turn();
     }
 
     fn now(&self) -> Now {

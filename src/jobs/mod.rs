@@ -10,6 +10,7 @@ pub mod drill;
 pub mod init;
 pub mod keys;
 pub mod list;
+pub mod reach;
 pub mod repair;
 pub mod reports;
 pub mod restore;

@@ -10,6 +10,7 @@ mod daemon;
 mod drill;
 mod file;
 mod initial;
+mod notify;
 mod place;
 mod region;
 mod resolve;
@@ -23,6 +24,7 @@ pub mod units;
 pub use daemon::Daemon;
 pub use drill::{Assertion, Drill};
 pub use initial::initial_text;
+pub use notify::{DeadMan, Grafana, Notify, Occasion, Url, Webhook, WebhookFormat};
 pub use place::{BucketPath, Place};
 pub use resolve::{RepoArg, load, parse};
 pub use schedules::{Mistake, Mistakes, load_schedules};
@@ -104,6 +106,10 @@ mod tests {
             "drill",
             "schedules",
             "daemon",
+            "grafana",
+            "notify",
+            "notify.webhook",
+            "notify.dead_man",
         ];
         assert_eq!(sections, BTreeSet::from(tables));
     }

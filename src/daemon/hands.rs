@@ -14,6 +14,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::app::{self, Role, World};
 use crate::config::Settings;
+use crate::daemon::figures::Figures;
+use crate::daemon::pager::Pager;
 use crate::daemon::scheduler::{Action, End};
 use crate::jobs::runs::RunLog;
 use crate::jobs::work::{self, Done};
@@ -38,14 +40,28 @@ pub(super) struct Hands {
     stops: BTreeMap<(ScheduleName, DateTime<Utc>), CancellationToken>,
     recorded: Arc<Notify>,
     spreader: JoinHandle<()>,
+    observers: (Arc<Figures>, Arc<Pager>),
 }
 
 impl Hands {
-    pub(super) fn new(settings: Settings, world: World, log: RunLog) -> Self {
+    pub(super) fn new(settings: Settings, world: World, log: RunLog, observers: (Arc<Figures>, Arc<Pager>)) -> Self {
         let (settings, log, recorded) = (Arc::new(settings), Arc::new(log), Arc::new(Notify::new()));
         let spreading = keep_spreading(Arc::clone(&settings), world.clone(), Arc::clone(&log), Arc::clone(&recorded));
         let spreader = task::spawn("run-spreader", spreading);
-        Self { settings, world, log, jobs: FuturesUnordered::new(), stops: BTreeMap::new(), recorded, spreader }
+        Self {
+            settings,
+            world,
+            log,
+            jobs: FuturesUnordered::new(),
+            stops: BTreeMap::new(),
+            recorded,
+            spreader,
+            observers,
+        }
+    }
+
+    pub(super) fn figures(&self) -> &Figures {
+        &self.observers.0
     }
 
     pub(super) fn settings(&self) -> &Settings {
@@ -111,6 +127,9 @@ impl Hands {
     async fn record(&self, run: Run) -> Result<()> {
         tell(&run);
         let log = Arc::clone(&self.log);
+        let (figures, pager) = &self.observers;
+        figures.recorded(&run);
+        pager.recorded(&run);
         durably(move || log.record(&run)).await?;
         self.recorded.notify_one();
         Ok(())

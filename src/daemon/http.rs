@@ -21,6 +21,7 @@ use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use crate::daemon::figures::Figures;
 use crate::daemon::standing::Standing;
 use crate::model::{Error, Result};
 use crate::observe::task;
@@ -36,7 +37,7 @@ pub(super) struct Http {
 
 impl Http {
     /// Listens on `address`. `more` is served beside the probes and guards itself: these need no token, it may.
-    pub(super) async fn start(address: SocketAddr, standing: Arc<Standing>, more: Router) -> Result<Self> {
+    pub(super) async fn start(address: SocketAddr, known: Known, more: Router) -> Result<Self> {
         let cannot = |error| Error::failed(format!("listen on {address}")).because(error);
         let listener = TcpListener::bind(address).await.map_err(cannot)?;
         let address = listener.local_addr().map_err(cannot)?;
@@ -44,7 +45,7 @@ impl Http {
             .route("/healthz", get(healthz))
             .route("/readyz", get(readyz))
             .route("/metrics", get(metrics))
-            .with_state(standing)
+            .with_state(known)
             .merge(more);
         let stop = CancellationToken::new();
         let serve = axum::serve(listener, app).with_graceful_shutdown(stop.clone().cancelled_owned());
@@ -70,13 +71,14 @@ impl Drop for Http {
     }
 }
 
-type Known = State<Arc<Standing>>;
+/// What is answered from.
+pub(super) type Known = (Arc<Standing>, Arc<Figures>);
 
-async fn healthz(State(standing): Known) -> Response {
+async fn healthz(State((standing, _)): State<Known>) -> Response {
     told(standing.dead().into_iter().collect())
 }
 
-async fn readyz(State(standing): Known) -> Response {
+async fn readyz(State((standing, _)): State<Known>) -> Response {
     told(standing.unready())
 }
 
@@ -87,11 +89,9 @@ fn told(reasons: Vec<String>) -> Response {
     }
 }
 
-async fn metrics(State(standing): Known) -> Response {
-    let answering = standing.regions();
-    let lines = answering
-        .iter()
-        .map(|(region, answer)| format!("drctl_region_up{{region=\"{region}\"}} {}\n", u8::from(answer.is_ok())));
-    let text = lines.collect::<String>();
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
+async fn metrics(State((_, figures)): State<Known>) -> Response {
+    match figures.text() {
+        Ok(text) => ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response(),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+    }
 }

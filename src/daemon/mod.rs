@@ -5,8 +5,11 @@
 //! is killed leaves every slot with an outcome for the next one to tell.
 
 pub mod control;
+mod figures;
 mod hands;
 mod http;
+mod life;
+mod pager;
 pub mod scheduler;
 #[cfg(test)]
 mod simulation;
@@ -23,8 +26,11 @@ use tokio::sync::mpsc;
 use crate::app::{self, Role, World};
 use crate::config::{Settings, load_schedules};
 use crate::daemon::control::{Ask, Control, Triggered};
+use crate::daemon::figures::{Figures, Reading};
 use crate::daemon::hands::Hands;
 use crate::daemon::http::Http;
+use crate::daemon::life::Life;
+use crate::daemon::pager::Pager;
 use crate::daemon::scheduler::{Known, Now, Scheduler};
 use crate::daemon::standing::{Standing, Watch};
 use crate::daemon::streams::Streams;
@@ -34,6 +40,8 @@ use crate::model::{Result, ResultExt};
 
 /// How long a start waits for regions to tell which slots were recorded.
 const RECALL_LIMIT: Duration = Duration::from_secs(30);
+/// How long a daemon that goes waits for notices to arrive.
+const LAST_NOTICE: Duration = Duration::from_secs(10);
 
 /// What people ask a running daemon for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,9 +82,7 @@ pub async fn run(settings: Settings, options: Options, world: World, wishes: mps
     let schedules = chosen(&settings, &options)?;
     let (log, memory) = RunLog::open(&settings.repository.state_dir)?;
     let (sender, asks) = mpsc::channel(16);
-    let standing = Arc::new(Standing::new(&settings, Arc::clone(&world.clock)));
-    let _watch = Watch::start(&settings, options.role(), &world, &standing);
-    let http = listen(&settings, &standing).await?;
+    let observer = Observer::start(&settings, &options, &world, &schedules).await?;
     let streams = Streams::start(&settings, &world, options.wants(Job::Wal));
     let memory = recall(&settings, &world, memory).await;
     tracing::info!(schedules = schedules.len(), streams = streams.count(), "the daemon works");
@@ -84,8 +90,9 @@ pub async fn run(settings: Settings, options: Options, world: World, wishes: mps
     let known = Known { cursors: memory.cursors, pauses: memory.pauses, left: memory.open };
     let (scheduler, actions) = Scheduler::new(app::host_name(), schedules, known, now);
     let control = Control::start(&settings.repository.state_dir, sender).await?;
-    let hands = Hands::new(settings, world, log);
-    let mut daemon = Daemon { scheduler, hands, options, wishes, asks, standing };
+    let courier = world.courier.clone();
+    let hands = Hands::new(settings, world, log, (Arc::clone(&observer.figures), Arc::clone(&observer.pager)));
+    let mut daemon = Daemon { scheduler, hands, options, wishes, asks, standing: Arc::clone(&observer.standing) };
     let worked = match daemon.hands.act(actions).await {
         Ok(()) => daemon.work().await,
         Err(error) => Err(error),
@@ -93,16 +100,58 @@ pub async fn run(settings: Settings, options: Options, world: World, wishes: mps
     let drained = daemon.drain().await;
     control.stop().await;
     streams.stop().await;
-    if let Some(http) = http {
-        http.stop().await;
+    observer.stop().await;
+    if !courier.flush(LAST_NOTICE).await {
+        tracing::warn!("not everybody was told of everything before the end");
     }
     worked.and(drained)
 }
 
-/// The TCP listener, where one is wanted.
-async fn listen(settings: &Settings, standing: &Arc<Standing>) -> Result<Option<Http>> {
-    let Some(address) = settings.daemon.listen else { return Ok(None) };
-    Http::start(address, Arc::clone(standing), Router::new()).await.map(Some)
+/// What looks on, and tells: it decides nothing, and whatever becomes of it the work goes on.
+struct Observer {
+    standing: Arc<Standing>,
+    figures: Arc<Figures>,
+    pager: Arc<Pager>,
+    http: Option<Http>,
+    _watch: Watch,
+    _reading: Reading,
+    _life: Life,
+}
+
+impl Observer {
+    async fn start(settings: &Settings, options: &Options, world: &World, schedules: &[Schedule]) -> Result<Self> {
+        let settings = Arc::new(settings.clone());
+        let standing = Arc::new(Standing::new(&settings, Arc::clone(&world.clock)));
+        let figures = Arc::new(Figures::new(Arc::clone(&standing), Arc::clone(&world.meters)));
+        standing.reloaded(Some(schedules));
+        figures.begin(schedules);
+        world.courier.serve(app::notifiers(&settings)?);
+        let (on, state_dir) = (settings.notify.on.clone(), &settings.repository.state_dir);
+        let pager = Arc::new(Pager::new(on, state_dir, world.clone()));
+        let http = match settings.daemon.listen {
+            // Whatever else is to be answered over TCP is merged in here; it asks for a token by itself.
+            Some(address) => {
+                Some(Http::start(address, (Arc::clone(&standing), Arc::clone(&figures)), Router::new()).await?)
+            }
+            None => None,
+        };
+        let role = options.role();
+        Ok(Self {
+            http,
+            _watch: Watch::start(&settings, role, world, &standing),
+            _reading: Reading::start((&settings, role, options.wants(Job::Wal)), world, &figures, &pager)?,
+            _life: Life::start(&settings, world, &standing, &figures)?,
+            standing,
+            figures,
+            pager,
+        })
+    }
+
+    async fn stop(self) {
+        if let Some(http) = self.http {
+            http.stop().await;
+        }
+    }
 }
 
 struct Daemon {
@@ -164,11 +213,14 @@ impl Daemon {
         match chosen(self.hands.settings(), &self.options) {
             Ok(schedules) => {
                 tracing::info!(schedules = schedules.len(), "the schedules were read again");
+                self.standing.reloaded(Some(&schedules));
+                self.hands.figures().begin(&schedules);
                 let actions = self.scheduler.reload(schedules, self.now());
                 self.hands.act(actions).await
             }
             Err(error) => {
                 tracing::error!(%error, "the schedules are wrong; the old ones stay");
+                self.standing.reloaded(None);
                 Ok(())
             }
         }
@@ -205,7 +257,7 @@ impl Daemon {
     }
 
     fn turned(&self) {
-        self.standing.turn();
+        self.standing.turn(self.scheduler.view(self.now()));
     }
 
     fn now(&self) -> Now {

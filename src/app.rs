@@ -16,10 +16,13 @@ use crate::disk::place;
 use crate::jobs::check::Subject;
 use crate::jobs::{self, Context, Levels, Objectives, ScratchPlace, Target};
 use crate::keys::{
-    AgeHolder, AgeOpener, AwsCredentials, KeyHolder, KeyOpener, KmsAccess, KmsHolder, KmsOpener, generate_identity,
+    AgeHolder, AgeOpener, AwsCredentials, KeyHolder, KeyOpener, KmsAccess, KmsHolder, KmsOpener, Metered,
+    generate_identity,
 };
 use crate::model::{Clock, Error, RegionName, Result, ResultExt, Rng};
+use crate::notify::Courier;
 use crate::observe::clock::SystemClock;
+use crate::observe::metrics::Meters;
 use crate::observe::progress::Progress;
 use crate::pg::conninfo::ConnInfo;
 use crate::repository::handle::{RegionRecord, Repository, Writer};
@@ -29,8 +32,13 @@ use crate::source::postgres;
 use crate::store::absent::AbsentStore;
 use crate::store::dir::DirStore;
 use crate::store::s3::{S3Checksum, S3Credentials, S3Options, S3Store};
+use crate::store::wrap::meter::Meter;
 use crate::store::wrap::retry::{Retry, RetryPolicy};
 use crate::store::{ObjectStore, StoreError};
+
+mod told;
+
+pub use told::{dead_man, notifiers};
 
 /// On whose behalf stores and keys are used; each has credentials of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,19 +49,28 @@ pub enum Role {
     Restore,
 }
 
-/// The real clock and the real source of chance.
+/// What a process has once: the real clock, the real source of chance, its meters, and whom it tells.
 #[derive(Debug, Clone)]
 pub struct World {
     /// Time.
     pub clock: Arc<dyn Clock>,
     /// Chance.
     pub rng: Arc<dyn Rng>,
+    /// What it counts.
+    pub meters: Arc<Meters>,
+    /// Whom it tells.
+    pub courier: Courier,
 }
 
 impl World {
     /// The world outside of simulations.
     pub fn real() -> Self {
-        Self { clock: Arc::new(SystemClock::default()), rng: Arc::new(SystemRng) }
+        Self {
+            clock: Arc::new(SystemClock::default()),
+            rng: Arc::new(SystemRng),
+            meters: Arc::default(),
+            courier: Courier::default(),
+        }
     }
 }
 
@@ -65,7 +82,7 @@ pub async fn context(settings: &Settings, role: Role, world: &World) -> Result<C
     let regions = regions(settings, role, world).await?;
     let listed = settings.repository.signers.iter().cloned().collect();
     let repository = Repository::open(regions, listed).await.during(|| "open the repository")?;
-    let openers = openers(settings)?;
+    let openers = openers(settings, world)?;
     let ring = KeyRing::new(repository.id.clone(), repository.regions.clone(), openers);
     let writer = match role {
         Role::Write => Some(writer(settings, role, world).await?),
@@ -81,6 +98,8 @@ pub async fn context(settings: &Settings, role: Role, world: &World) -> Result<C
         state_dir: settings.repository.state_dir.clone(),
         scratch: ScratchPlace { directory: settings.drill.dir.clone(), run_as: settings.drill.run_as.clone() },
         progress: Progress::new(Arc::clone(&world.clock)),
+        meters: Arc::clone(&world.meters),
+        courier: world.courier.clone(),
         clock: Arc::clone(&world.clock),
         rng: Arc::clone(&world.rng),
     })
@@ -93,25 +112,34 @@ pub async fn context(settings: &Settings, role: Role, world: &World) -> Result<C
 pub async fn regions(settings: &Settings, role: Role, world: &World) -> Result<Regions> {
     let mut list = Vec::new();
     for region in &settings.regions {
-        let name = region.name.clone();
-        let store = match connect(region, role, world).await? {
-            Ok(store) => stacked(store, settings.regions.len(), world),
-            Err(error) => Arc::new(AbsentStore::new(region.place().to_string(), &error)),
-        };
-        list.push(Region { name, store });
+        list.push(self::region(settings, region, role, world).await?);
     }
     let repository = &settings.repository;
     let regions = Regions::new(list, repository.write_quorum, repository.lowest_quorum())?;
     Ok(regions.detached_after(repository.detach_after))
 }
 
+/// One region of `settings`; if it cannot be opened, one stands in its place that says why.
+///
+/// # Errors
+/// The settings contradict themselves.
+pub async fn region(settings: &Settings, region: &RegionSettings, role: Role, world: &World) -> Result<Region> {
+    let store = match connect(region, role, world).await? {
+        Ok(store) => stacked(store, (&region.name, settings.regions.len()), world),
+        Err(error) => Arc::new(AbsentStore::new(region.place().to_string(), &error)),
+    };
+    Ok(Region { name: region.name.clone(), store })
+}
+
 /// The wrappers around a store, in their order.
-fn stacked(store: Arc<dyn ObjectStore>, regions: usize, world: &World) -> Arc<dyn ObjectStore> {
+fn stacked(store: Arc<dyn ObjectStore>, (name, regions): (&RegionName, usize), world: &World) -> Arc<dyn ObjectStore> {
     // With several regions the next one is asked sooner than the same one a third time; alone, patience is all there is.
     let policy = match regions {
         1 => RetryPolicy::default(),
         _ => RetryPolicy { attempts: 2, deadline: Duration::from_secs(30), ..RetryPolicy::default() },
     };
+    let (meters, clock) = (Arc::clone(&world.meters), Arc::clone(&world.clock));
+    let store = Arc::new(Meter::new(store, name.to_string(), meters, clock));
     Arc::new(Retry::new(store, policy, Arc::clone(&world.rng)))
 }
 
@@ -170,7 +198,7 @@ pub fn siblings(settings: &Settings) -> Vec<RegionRecord> {
 /// The signer's key cannot be read or made, or a key holder is not usable as configured.
 pub async fn writer(settings: &Settings, role: Role, world: &World) -> Result<Writer> {
     let signer = signer(&settings.repository.state_dir, world.rng.as_ref())?;
-    let holders = holders(settings, role).await?;
+    let holders = holders(settings, role, world).await?;
     let (clock, rng) = (Arc::clone(&world.clock), Arc::clone(&world.rng));
     Ok(Writer { signer: Arc::new(signer), holders, clock, rng, host: host_name() })
 }
@@ -179,12 +207,14 @@ pub async fn writer(settings: &Settings, role: Role, world: &World) -> Result<Wr
 ///
 /// # Errors
 /// A key holder is not usable as configured.
-pub async fn holders(settings: &Settings, role: Role) -> Result<Holders> {
+pub async fn holders(settings: &Settings, role: Role, world: &World) -> Result<Holders> {
     let mut list: Vec<Arc<dyn KeyHolder>> = Vec::new();
     for region in &settings.regions {
         if let Some(kms) = &region.kms {
             let access = KmsAccess { endpoint: kms.endpoint.clone(), ..kms_access(region, role)? };
-            list.push(Arc::new(KmsHolder::connect(&region.name, &kms.key, &kms.aws_region, &access).await?));
+            let holder = KmsHolder::connect(&region.name, &kms.key, &kms.aws_region, &access).await?;
+            let holder: Arc<dyn KeyHolder> = Arc::new(holder);
+            list.push(Arc::new(Metered::new(holder, Arc::clone(&world.meters))));
         }
     }
     for key in &settings.keys {
@@ -235,6 +265,14 @@ pub fn new_recovery_key(path: &Path, world: &World) -> Result<String> {
     Ok(recipient)
 }
 
+/// Writes a file anew, as a whole: whoever reads it meets the old one or the new one.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn replace(path: &Path, text: &str) -> Result<()> {
+    Ok(place::place(path, text.as_bytes(), 0o644)?)
+}
+
 /// The machine's name, for provenance.
 pub fn host_name() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
@@ -268,7 +306,7 @@ fn signer(state_dir: &Path, rng: &dyn Rng) -> Result<Signer> {
 }
 
 /// Everyone who may open keysets here.
-fn openers(settings: &Settings) -> Result<Vec<Arc<dyn KeyOpener>>> {
+fn openers(settings: &Settings, world: &World) -> Result<Vec<Arc<dyn KeyOpener>>> {
     let mut openers: Vec<Arc<dyn KeyOpener>> = Vec::new();
     let configured = settings.keys.iter().filter_map(|key| key.identity.as_ref());
     let files: Vec<_> =
@@ -284,7 +322,8 @@ fn openers(settings: &Settings) -> Result<Vec<Arc<dyn KeyOpener>>> {
         let known: &mut KmsAccess = by_region.entry(endpoint.aws_region.clone()).or_default();
         known.endpoint = Some(endpoint.endpoint.clone());
     }
-    openers.push(Arc::new(KmsOpener::new(KmsAccess::default(), by_region)));
+    let kms: Arc<dyn KeyOpener> = Arc::new(KmsOpener::new(KmsAccess::default(), by_region));
+    openers.push(Arc::new(Metered::new(kms, Arc::clone(&world.meters))));
     for file in files {
         // An identity that was moved away, as it should be, is no reason to refuse the KMS.
         match AgeOpener::from_files(&[file.to_owned()]) {
@@ -356,7 +395,11 @@ fn levels(settings: &Settings) -> Levels {
     Levels { pages: levels.pages, dumps: levels.dumps, wal: levels.wal }
 }
 
-fn targets(settings: &Settings) -> Result<Vec<Target>> {
+/// Everything that the configuration protects.
+///
+/// # Errors
+/// A connection string cannot be understood, or a password not be read.
+pub fn targets(settings: &Settings) -> Result<Vec<Target>> {
     let target = |target: &TargetSettings| {
         let Source::Postgres(pg) = &target.source;
         let conninfo = ConnInfo::from_text(&pg.conninfo);

@@ -8,7 +8,7 @@
 //! | 4 doors | [`cli`], [`daemon`], [`app`], [`config`] | arguments and text; what runs by itself; the composition root; settings |
 //! | 3 stories | [`jobs`] | one folder per job; a story sees no bucket and no key |
 //! | 2 vault | [`repository`] | what is stored, where, and how it is read back; the restore engine |
-//! | 1b rooms | [`source`], [`store`], [`keys`] | what is protected; one copy of the repository; who can open it |
+//! | 1b rooms | [`source`], [`store`], [`keys`], [`notify`] | what is protected; one copy of the repository; who can open it; who is told |
 //! | 1a tools | [`pg`], [`codec`], [`disk`], [`observe`] | PostgreSQL's words; seals and signatures; durable files; time and progress |
 //! | 0 words | [`model`] | ids, positions, errors, the words of COMMIT, schedules and their slots |
 //!
@@ -33,6 +33,7 @@ pub mod observe;
 pub mod pg;
 
 pub mod keys;
+pub mod notify;
 pub mod source;
 pub mod store;
 

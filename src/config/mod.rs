@@ -6,9 +6,11 @@
 //!
 //! Every key is described in `docs/configuration.md` and `docs/schedules.md`; tests compare.
 
+mod daemon;
 mod drill;
 mod file;
 mod initial;
+mod notify;
 mod place;
 mod region;
 mod resolve;
@@ -19,8 +21,10 @@ mod show;
 mod target;
 pub mod units;
 
+pub use daemon::Daemon;
 pub use drill::{Assertion, Drill};
 pub use initial::initial_text;
+pub use notify::{DeadMan, Grafana, Notify, Occasion, Url, Webhook, WebhookFormat};
 pub use place::{BucketPath, Place};
 pub use resolve::{RepoArg, load, parse};
 pub use schedules::{Mistake, Mistakes, load_schedules};
@@ -101,6 +105,11 @@ mod tests {
             "targets.NAME.assertions.NAME",
             "drill",
             "schedules",
+            "daemon",
+            "grafana",
+            "notify",
+            "notify.webhook",
+            "notify.dead_man",
         ];
         assert_eq!(sections, BTreeSet::from(tables));
     }

@@ -5,8 +5,10 @@ use std::io::ErrorKind;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
+use crate::config::daemon::{Daemon, daemon};
 use crate::config::drill::{Drill, drill};
 use crate::config::file::{Document, Section};
+use crate::config::notify::{Notify, grafana, notify};
 use crate::config::place::Place;
 use crate::config::region::{DEFAULT_TIMEOUT, chain_for_all, checked_endpoint, region};
 use crate::config::secret::Secret;
@@ -67,6 +69,8 @@ pub fn parse(text: &str, name: &str, directory: &Path) -> Result<Settings> {
     let keys = root.named("keys")?;
     let targets = root.named("targets")?;
     let drills = root.section("drill")?;
+    let daemons = root.section("daemon")?;
+    let (grafanas, notices) = (root.section("grafana")?, root.section("notify")?);
     root.finish()?;
     if regions.is_empty() {
         return Err(Error::usage(format!("{name} names no region")).hint("add [regions.NAME] with a url"));
@@ -79,7 +83,19 @@ pub fn parse(text: &str, name: &str, directory: &Path) -> Result<Settings> {
     let targets = targets.iter().map(|(name, section)| target(name, section, &repository.state_dir));
     let targets = targets.collect::<Result<_>>()?;
     let drill = drill(&drills, &repository.state_dir)?;
-    Ok(Settings { file: None, repository, schedules, regions, keys, targets, drill, openers: Openers::default() })
+    Ok(Settings {
+        file: None,
+        repository,
+        schedules,
+        regions,
+        keys,
+        targets,
+        drill,
+        daemon: daemon(&daemons)?,
+        grafana: grafana(&grafanas, directory)?,
+        notify: notify(&notices, directory)?,
+        openers: Openers::default(),
+    })
 }
 
 impl Settings {
@@ -107,11 +123,19 @@ impl Settings {
             pack_size: *PACK_SIZES.end(),
             compression_level: CompressionLevels { pages: 3, dumps: 3, wal: 1 },
         };
-        let schedules = Schedules { dir: directory.join(DEFAULT_SCHEDULES) };
-        let openers = Openers::default();
-        let drill = Drill::below(&repository.state_dir);
-        let (keys, targets) = (Vec::new(), Vec::new());
-        Ok(Self { file: None, repository, schedules, regions, keys, targets, drill, openers })
+        Ok(Self {
+            file: None,
+            drill: Drill::below(&repository.state_dir),
+            repository,
+            schedules: Schedules { dir: directory.join(DEFAULT_SCHEDULES) },
+            regions,
+            keys: Vec::new(),
+            targets: Vec::new(),
+            daemon: Daemon::default(),
+            grafana: None,
+            notify: Notify::default(),
+            openers: Openers::default(),
+        })
     }
 }
 

@@ -133,6 +133,10 @@ impl Serialize for Secret {
 pub struct SecretText(Zeroizing<String>);
 
 impl SecretText {
+    pub(super) fn new(text: String) -> Self {
+        Self(Zeroizing::new(text))
+    }
+
     /// The secret, for the one call that needs it.
     pub fn expose(&self) -> &str {
         &self.0

@@ -7,8 +7,10 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use crate::config::daemon::Daemon;
 use crate::config::drill::{Assertion, Drill};
 use crate::config::file::nearest;
+use crate::config::notify::{Grafana, Notify, Url};
 use crate::config::place::{BucketPath, Place};
 use crate::config::secret::Secret;
 use crate::config::show;
@@ -35,6 +37,13 @@ pub struct Settings {
     pub targets: Vec<Target>,
     /// `[drill]`.
     pub drill: Drill,
+    /// `[daemon]`.
+    pub daemon: Daemon,
+    /// `[grafana]`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub grafana: Option<Grafana>,
+    /// `[notify]`.
+    pub notify: Notify,
     /// What only the command line says about opening what is sealed.
     #[serde(skip)]
     pub openers: Openers,
@@ -72,7 +81,13 @@ impl Settings {
         let passwords = self.targets.iter().filter_map(|target| match &target.source {
             Source::Postgres(postgres) => postgres.password.as_ref(),
         });
-        roles.flat_map(AwsAccess::secrets).chain(keys).chain(passwords).chain(&self.openers.age_identities)
+        let grafana = self.grafana.iter().flat_map(|grafana| [Some(&grafana.token), grafana.url.secret()]).flatten();
+        let notify = &self.notify;
+        let told =
+            [notify.webhook.as_ref().map(|webhook| &webhook.url), notify.dead_man.as_ref().map(|dead| &dead.url)];
+        let told = told.into_iter().flatten().filter_map(Url::secret);
+        let ours = roles.flat_map(AwsAccess::secrets).chain(keys).chain(passwords);
+        ours.chain(&self.openers.age_identities).chain(grafana).chain(told)
     }
 }
 

@@ -101,6 +101,19 @@ max_read_rate = "200MB"
 on_pressure = "drop-slot"
 wal_disk_bytes = "64GiB"
 config_files = ["/etc/postgresql/15/main/*.conf"]
+
+[daemon]
+listen = "127.0.0.1:9841"
+
+[grafana]
+url = "https://grafana.example/"
+token = "env:GRAFANA_TOKEN"
+dashboard_uid = "drctl-target"
+
+[notify]
+on = ["gaps", "drills"]
+webhook = { url = "file:hook.url", format = "slack" }
+dead_man = { url = "https://beats.example/drctl", every = "30s" }
 "#;
 
     #[test]

@@ -14,8 +14,10 @@ use tokio_util::sync::CancellationToken;
 
 use crate::app::{self, Role, World};
 use crate::config::Settings;
+use crate::daemon::figures::Figures;
+use crate::daemon::pager::Pager;
 use crate::daemon::scheduler::{Action, End};
-use crate::daemon::supervisor::Pulse;
+use crate::daemon::standing::Standing;
 use crate::jobs::runs::RunLog;
 use crate::jobs::work::{self, Done};
 use crate::model::run::{Open, Outcome, Run};
@@ -30,24 +32,44 @@ const WRITE_AGAIN: Duration = Duration::from_secs(5);
 /// How long a daemon that goes still tries.
 const LAST_SPREAD: Duration = Duration::from_secs(15);
 
+/// Who hears of what is done.
+pub(super) struct Observers {
+    pub(super) figures: Arc<Figures>,
+    pub(super) pager: Arc<Pager>,
+    pub(super) standing: Arc<Standing>,
+}
+
 /// The hands.
 pub(super) struct Hands {
     settings: Arc<Settings>,
     world: World,
     log: Arc<RunLog>,
-    pulse: Arc<Pulse>,
     jobs: FuturesUnordered<BoxFuture<'static, (Open, End)>>,
     stops: BTreeMap<(ScheduleName, DateTime<Utc>), CancellationToken>,
     recorded: Arc<Notify>,
     spreader: JoinHandle<()>,
+    observers: Observers,
 }
 
 impl Hands {
-    pub(super) fn new(settings: Settings, world: World, log: RunLog, pulse: Arc<Pulse>) -> Self {
+    pub(super) fn new(settings: Settings, world: World, log: RunLog, observers: Observers) -> Self {
         let (settings, log, recorded) = (Arc::new(settings), Arc::new(log), Arc::new(Notify::new()));
         let spreading = keep_spreading(Arc::clone(&settings), world.clone(), Arc::clone(&log), Arc::clone(&recorded));
         let spreader = task::spawn("run-spreader", spreading);
-        Self { settings, world, log, pulse, jobs: FuturesUnordered::new(), stops: BTreeMap::new(), recorded, spreader }
+        Self {
+            settings,
+            world,
+            log,
+            jobs: FuturesUnordered::new(),
+            stops: BTreeMap::new(),
+            recorded,
+            spreader,
+            observers,
+        }
+    }
+
+    pub(super) fn figures(&self) -> &Figures {
+        &self.observers.figures
     }
 
     pub(super) fn settings(&self) -> &Settings {
@@ -64,17 +86,17 @@ impl Hands {
             match action {
                 Action::Settle(schedule, until) => {
                     let log = Arc::clone(&self.log);
-                    durably(&self.pulse, move || log.settle(&schedule, until)).await?;
+                    self.durably(move || log.settle(&schedule, until)).await?;
                 }
                 Action::Rewind { schedule, from, to } => {
                     let warning = "the clock was far ahead once; the schedule begins anew now";
                     tracing::error!(%schedule, %from, %to, "{warning}");
                     let log = Arc::clone(&self.log);
-                    durably(&self.pulse, move || log.rewind(&schedule, to)).await?;
+                    self.durably(move || log.rewind(&schedule, to)).await?;
                 }
                 Action::Pause(schedule, pause) => {
                     let log = Arc::clone(&self.log);
-                    durably(&self.pulse, move || log.pause(&schedule, pause.as_ref())).await?;
+                    self.durably(move || log.pause(&schedule, pause.as_ref())).await?;
                 }
                 Action::Accept(open) => self.note(open).await?,
                 Action::Start(open, work) => {
@@ -111,15 +133,34 @@ impl Hands {
         }
     }
 
+    /// Writes into the state directory, as often as it takes: a full disk is no reason to stop streaming WAL, and whatever
+    /// comes next may only be done when this is durable. A daemon that is killed meanwhile loses nothing.
+    async fn durably(&self, write: impl Fn() -> Result<()> + Send + Sync + 'static) -> Result<()> {
+        let write = Arc::new(write);
+        loop {
+            let once = Arc::clone(&write);
+            let written = tokio::task::spawn_blocking(move || once()).await;
+            match written.map_err(|error| Error::failed("a record could not be written").because(error))? {
+                Ok(()) => return Ok(()),
+                Err(error) => tracing::error!(%error, "the state directory cannot be written; schedules wait for it"),
+            }
+            tokio::time::sleep(WRITE_AGAIN).await;
+            // It waits, and does not hang.
+            self.observers.standing.beat();
+        }
+    }
+
     async fn note(&self, open: Open) -> Result<()> {
         let log = Arc::clone(&self.log);
-        durably(&self.pulse, move || log.note(&open)).await
+        self.durably(move || log.note(&open)).await
     }
 
     async fn record(&self, run: Run) -> Result<()> {
         tell(&run);
         let log = Arc::clone(&self.log);
-        durably(&self.pulse, move || log.record(&run)).await?;
+        self.observers.figures.recorded(&run);
+        self.observers.pager.recorded(&run);
+        self.durably(move || log.record(&run)).await?;
         self.recorded.notify_one();
         Ok(())
     }
@@ -175,22 +216,6 @@ async fn attempt(settings: &Settings, world: &World, work: &Work) -> Result<Done
         context.writer = Some(app::writer(settings, role, world).await?);
     }
     work::run(&context, work).await
-}
-
-/// Writes into the state directory, as often as it takes: a full disk is no reason to stop streaming WAL, and whatever
-/// comes next may only be done when this is durable. A daemon that is killed meanwhile loses nothing.
-async fn durably(pulse: &Pulse, write: impl Fn() -> Result<()> + Send + Sync + 'static) -> Result<()> {
-    let write = Arc::new(write);
-    loop {
-        let once = Arc::clone(&write);
-        let written = tokio::task::spawn_blocking(move || once()).await;
-        match written.map_err(|error| Error::failed("a record could not be written").because(error))? {
-            Ok(()) => return Ok(()),
-            Err(error) => tracing::error!(%error, "the state directory cannot be written; schedules wait for it"),
-        }
-        tokio::time::sleep(WRITE_AGAIN).await;
-        pulse.beat();
-    }
 }
 
 fn tell(run: &Run) {

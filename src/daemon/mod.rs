@@ -1,14 +1,20 @@
 //! Floor 4, the daemon: runs jobs to their schedules and streams WAL, until it is told to stop.
 //!
 //! `scheduler` decides, and is pure; `hands` does what it decides; `streams` keeps one WAL stream per target alive;
-//! `control` answers people, and `supervisor` tells a service manager that the loop turns. What was decided is durable in the state directory before it is done, so that a daemon that
+//! `control` answers people on this host, `http` probes and Prometheus, from `standing`; `supervisor` tells a service manager
+//! that the loop turns. What was decided is durable in the state directory before it is done, so that a daemon that
 //! is killed leaves every slot with an outcome for the next one to tell.
 
 pub mod control;
+mod figures;
 mod hands;
+mod http;
+mod life;
+mod pager;
 pub mod scheduler;
 #[cfg(test)]
 mod simulation;
+mod standing;
 mod streams;
 mod supervisor;
 
@@ -16,21 +22,29 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::Router;
 use tokio::sync::mpsc;
 
 use crate::app::{self, Role, World};
 use crate::config::{Settings, load_schedules};
 use crate::daemon::control::{Ask, Control, Triggered};
-use crate::daemon::hands::Hands;
+use crate::daemon::figures::{Figures, Reading};
+use crate::daemon::hands::{Hands, Observers};
+use crate::daemon::http::Http;
+use crate::daemon::life::Life;
+use crate::daemon::pager::Pager;
 use crate::daemon::scheduler::{Known, Now, Scheduler, is_believable};
+use crate::daemon::standing::{Standing, Watch};
 use crate::daemon::streams::Streams;
-use crate::daemon::supervisor::{Pulse, Supervisor};
+use crate::daemon::supervisor::Supervisor;
 use crate::jobs::runs::{self, Memory, RunLog};
 use crate::model::schedule::{Job, Schedule};
 use crate::model::{Result, ResultExt};
 
 /// How long a start waits for regions to tell which slots were recorded.
 const RECALL_LIMIT: Duration = Duration::from_secs(30);
+/// How long a daemon that goes waits for notices to arrive.
+const LAST_NOTICE: Duration = Duration::from_secs(10);
 
 /// What people ask a running daemon for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,6 +68,12 @@ impl Options {
     fn wants(&self, job: Job) -> bool {
         self.only.is_empty() || self.only.contains(&job)
     }
+
+    /// On whose behalf regions are asked how they are.
+    fn role(&self) -> Role {
+        let writes = [Job::Wal, Job::Backup, Job::Repair].into_iter().any(|job| self.wants(job));
+        if writes { Role::Write } else { Role::Restore }
+    }
 }
 
 /// Runs until it is told to stop.
@@ -64,18 +84,20 @@ impl Options {
 pub async fn run(settings: Settings, options: Options, world: World, wishes: mpsc::Receiver<Wish>) -> Result<()> {
     let schedules = chosen(&settings, &options)?;
     let (log, memory) = RunLog::open(&settings.repository.state_dir)?;
+    let (sender, asks) = mpsc::channel(16);
+    let observer = Observer::start(&settings, &options, &world, &schedules).await?;
     let streams = Streams::start(&settings, &world, options.wants(Job::Wal));
     let memory = recall(&settings, &world, memory).await;
     tracing::info!(schedules = schedules.len(), streams = streams.count(), "the daemon works");
     let now = now(&world);
     let known = Known { cursors: memory.cursors, pauses: memory.pauses, left: memory.open };
     let (scheduler, actions) = Scheduler::new(app::host_name(), schedules, known, now);
-    let (sender, asks) = mpsc::channel(16);
     let control = Control::start(&settings.repository.state_dir, sender).await?;
-    let pulse = Pulse::new(Arc::clone(&world.clock));
-    let supervisor = Supervisor::start(Arc::clone(&pulse));
-    let hands = Hands::new(settings, world, log, Arc::clone(&pulse));
-    let mut daemon = Daemon { scheduler, hands, options, wishes, asks, pulse, supervisor, streams: streams.count() };
+    let courier = world.courier.clone();
+    let standing = Arc::clone(&observer.standing);
+    let supervisor = Supervisor::start(Arc::clone(&standing));
+    let hands = Hands::new(settings, world, log, observer.of_hands());
+    let mut daemon = Daemon { scheduler, hands, options, wishes, asks, standing, supervisor, streams: streams.count() };
     let worked = match daemon.hands.act(actions).await {
         Ok(()) => daemon.work().await,
         Err(error) => Err(error),
@@ -83,7 +105,63 @@ pub async fn run(settings: Settings, options: Options, world: World, wishes: mps
     let drained = daemon.drain().await;
     control.stop().await;
     streams.stop().await;
+    observer.stop().await;
+    if !courier.flush(LAST_NOTICE).await {
+        tracing::warn!("not everybody was told of everything before the end");
+    }
     worked.and(drained)
+}
+
+/// What looks on, and tells: it decides nothing, and whatever becomes of it the work goes on.
+struct Observer {
+    standing: Arc<Standing>,
+    figures: Arc<Figures>,
+    pager: Arc<Pager>,
+    http: Option<Http>,
+    _watch: Watch,
+    _reading: Reading,
+    _life: Life,
+}
+
+impl Observer {
+    async fn start(settings: &Settings, options: &Options, world: &World, schedules: &[Schedule]) -> Result<Self> {
+        let settings = Arc::new(settings.clone());
+        let standing = Arc::new(Standing::new(&settings, Arc::clone(&world.clock)));
+        let figures = Arc::new(Figures::new(Arc::clone(&standing), Arc::clone(&world.meters)));
+        standing.reloaded(Some(schedules));
+        figures.begin(schedules);
+        world.courier.serve(app::notifiers(&settings)?);
+        let (on, state_dir) = (settings.notify.on.clone(), &settings.repository.state_dir);
+        let pager = Arc::new(Pager::new(on, state_dir, world.clone()));
+        let http = match settings.daemon.listen {
+            // Whatever else is to be answered over TCP is merged in here; it asks for a token by itself.
+            Some(address) => {
+                Some(Http::start(address, (Arc::clone(&standing), Arc::clone(&figures)), Router::new()).await?)
+            }
+            None => None,
+        };
+        let role = options.role();
+        Ok(Self {
+            http,
+            _watch: Watch::start(&settings, role, world, &standing),
+            _reading: Reading::start((&settings, role, options.wants(Job::Wal)), world, &figures, &pager)?,
+            _life: Life::start(&settings, world, &standing, &figures)?,
+            standing,
+            figures,
+            pager,
+        })
+    }
+
+    fn of_hands(&self) -> Observers {
+        let (figures, pager, standing) = (&self.figures, &self.pager, &self.standing);
+        Observers { figures: Arc::clone(figures), pager: Arc::clone(pager), standing: Arc::clone(standing) }
+    }
+
+    async fn stop(self) {
+        if let Some(http) = self.http {
+            http.stop().await;
+        }
+    }
 }
 
 struct Daemon {
@@ -92,7 +170,7 @@ struct Daemon {
     options: Options,
     wishes: mpsc::Receiver<Wish>,
     asks: mpsc::Receiver<Ask>,
-    pulse: Arc<Pulse>,
+    standing: Arc<Standing>,
     supervisor: Supervisor,
     streams: usize,
 }
@@ -101,9 +179,9 @@ impl Daemon {
     async fn work(&mut self) -> Result<()> {
         self.supervisor.ready(self.scheduler.count(), self.streams);
         loop {
-            self.pulse.beat();
             let actions = self.scheduler.tick(self.now());
             self.hands.act(actions).await?;
+            self.turned();
             let idle = self.scheduler.idle(self.now());
             tokio::select! {
                 () = tokio::time::sleep(idle) => {}
@@ -149,10 +227,15 @@ impl Daemon {
         match chosen(self.hands.settings(), &self.options) {
             Ok(schedules) => {
                 tracing::info!(schedules = schedules.len(), "the schedules were read again");
+                self.standing.reloaded(Some(&schedules));
+                self.hands.figures().begin(&schedules);
                 let actions = self.scheduler.reload(schedules, self.now());
                 self.hands.act(actions).await?;
             }
-            Err(error) => tracing::error!(%error, "the schedules are wrong; the old ones stay"),
+            Err(error) => {
+                tracing::error!(%error, "the schedules are wrong; the old ones stay");
+                self.standing.reloaded(None);
+            }
         }
         self.supervisor.ready(self.scheduler.count(), self.streams);
         Ok(())
@@ -165,6 +248,7 @@ impl Daemon {
         self.hands.act(actions).await?;
         let end = self.now().monotonic + self.options.grace;
         while self.scheduler.running() > 0 {
+            self.turned();
             let left = end.saturating_sub(self.now().monotonic).min(self.scheduler.idle(self.now()));
             if self.now().monotonic >= end {
                 break;
@@ -186,6 +270,10 @@ impl Daemon {
         self.hands.act(actions).await?;
         self.hands.rest().await;
         Ok(())
+    }
+
+    fn turned(&self) {
+        self.standing.turn(self.scheduler.view(self.now()));
     }
 
     fn now(&self) -> Now {

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::model::{Clock, Error, Result, Rng, TargetName};
+use crate::notify::Courier;
+use crate::observe::metrics::Meters;
 use crate::observe::progress::Progress;
 use crate::pg::conninfo::ConnInfo;
 use crate::repository::handle::{Repository, Writer};
@@ -32,6 +34,10 @@ pub struct Context {
     pub scratch: ScratchPlace,
     /// What is going on, for whoever draws it.
     pub progress: Progress,
+    /// What this process counts.
+    pub meters: Arc<Meters>,
+    /// Who is told of what happened.
+    pub courier: Courier,
     /// Time.
     pub clock: Arc<dyn Clock>,
     /// Chance.

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use crate::codec::SystemRng;
 use crate::jobs::verify::{Level, Options};
 use crate::jobs::{Context, Levels, ScratchPlace, list, repair, show, status, verify};
+use crate::notify::Courier;
 use crate::observe::progress::Progress;
 use crate::repository::mend::Scope;
 use crate::repository::scrub::Trouble;
@@ -28,6 +29,8 @@ async fn context(fixture: &Fixture) -> Context {
         state_dir: PathBuf::new(),
         scratch: ScratchPlace { directory: PathBuf::new(), run_as: None },
         progress: Progress::new(Arc::clone(&clock)),
+        meters: Arc::default(),
+        courier: Courier::default(),
         clock,
         rng: Arc::new(SystemRng),
     }

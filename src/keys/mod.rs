@@ -7,12 +7,14 @@ pub mod age;
 pub mod all;
 pub mod keyset;
 pub mod kms;
+mod metered;
 mod wrap;
 
 pub use age::{AgeHolder, AgeOpener, generate_identity};
 pub use all::{NotOpened, Opened, Refusal, open_any, wrap_everywhere};
 pub use keyset::{Keyset, KeysetError};
 pub use kms::{AwsCredentials, KmsAccess, KmsHolder, KmsOpener};
+pub use metered::Metered;
 
 use std::fmt;
 

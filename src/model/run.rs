@@ -32,6 +32,18 @@ pub enum Outcome {
 }
 
 impl Outcome {
+    /// Every one.
+    pub const ALL: [Self; 8] = [
+        Self::Success,
+        Self::Debts,
+        Self::Failed,
+        Self::Timeout,
+        Self::SkippedOverlap,
+        Self::SkippedPaused,
+        Self::Missed,
+        Self::Interrupted,
+    ];
+
     /// As people and JSON read it.
     pub const fn as_str(self) -> &'static str {
         match self {

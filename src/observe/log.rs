@@ -35,13 +35,22 @@ where
     W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
 {
     let from_environment = std::env::var("RUST_LOG").ok().filter(|text| !text.trim().is_empty());
-    let filter = filter(directives.or(from_environment.as_deref()).unwrap_or("warn"))?;
+    let filter = filter(directives.or(from_environment.as_deref()).unwrap_or(quiet(format)))?;
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer);
     let installed = match format {
         Format::Text => log.with_target(false).with_ansi(false).try_init(),
-        Format::Json => log.json().flatten_event(true).try_init(),
+        // Without the name of the module: events have a field `target` of their own.
+        Format::Json => log.with_target(false).json().flatten_event(true).try_init(),
     };
     installed.map_err(|error| Error::failed("the log is installed already").because(error))
+}
+
+/// What is shown when nobody says what. A machine that reads wants to hear of finished reports as well.
+const fn quiet(format: Format) -> &'static str {
+    match format {
+        Format::Text => "warn",
+        Format::Json => "warn,drctl::report=info",
+    }
 }
 
 fn filter(directives: &str) -> Result<EnvFilter> {

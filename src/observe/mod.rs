@@ -4,6 +4,7 @@
 
 pub mod clock;
 pub mod log;
+pub mod metrics;
 pub mod progress;
 pub mod task;
 

@@ -52,6 +52,16 @@ pub async fn examine(regions: &Regions, clock: &dyn Clock, deadline: Duration) -
     join_all(each).await
 }
 
+/// Whether a region answers, and holds a repository.
+///
+/// # Errors
+/// It does not answer, not within `deadline`, or holds none that can be read.
+pub async fn reach(region: &Region, deadline: Duration) -> Result<()> {
+    let answered = tokio::time::timeout(deadline, handle::read_record(region)).await;
+    let late = || Error::new(Kind::Unavailable, format!("no answer within {} s", deadline.as_secs()));
+    answered.map_err(|_| late())?.1.map(drop)
+}
+
 async fn ask(region: &Region, clock: &dyn Clock) -> Result<Answers> {
     let store = region.store.as_ref();
     // A listing tells a bucket that does not exist from one that is empty.

@@ -10,8 +10,9 @@ use serde_json::Value;
 use crate::check::first_configuration;
 use crate::support::dirs::Scratch;
 use crate::support::drctl::Drctl;
+use crate::support::http;
 use crate::support::pg::Cluster;
-use crate::support::process::{eventually, signal};
+use crate::support::process::{eventually, free_ports, signal};
 
 const SOON: Duration = Duration::from_secs(40);
 
@@ -163,7 +164,8 @@ async fn a_killed_daemon_leaves_no_slot_without_an_outcome() {
 #[tokio::test]
 async fn an_outage_of_every_region_is_recorded_while_it_lasts() {
     let (scratch, cluster) = (Scratch::new(), Cluster::start_new(15).await);
-    let rig = Rig::new(&scratch, &cluster, "").await;
+    let port = free_ports(1);
+    let rig = Rig::new(&scratch, &cluster, &format!("[daemon]\nlisten = \"127.0.0.1:{port}\"\n")).await;
     rig.schedule("all-verify", "job = \"verify\"\nretry = { max = 1, pause = \"100ms\" }\n", 1);
     for region in ["region-a", "region-b"] {
         std::fs::rename(rig.dr.join(region), rig.dr.join(format!("{region}.away"))).unwrap();
@@ -174,9 +176,16 @@ async fn an_outage_of_every_region_is_recorded_while_it_lasts() {
     let done = rig.dr.join("state/runs/done");
     let count = || std::fs::read_dir(&done).into_iter().flatten().count();
     eventually("the failure is recorded", SOON, async || count() == 1).await;
+    // The process is worth keeping, and cannot do its work.
+    let probe = async |path: &str| http::get(port, path).await.unwrap();
+    assert_eq!(probe("/healthz").await, (200, "ok\n".to_owned()));
+    let (status, reasons) = probe("/readyz").await;
+    assert_eq!(status, 503);
+    assert!(reasons.starts_with("0 regions answer, 1 are needed\nregion-a: "), "{reasons}");
     for region in ["region-a", "region-b"] {
         std::fs::rename(rig.dr.join(format!("{region}.away")), rig.dr.join(region)).unwrap();
     }
+    eventually("the daemon is ready", SOON, async || probe("/readyz").await.0 == 200).await;
     daemon.terminate().await.ok();
     assert_eq!((rig.told("all-verify"), count()), (vec!["failed 1 late".to_owned()], 0));
     let run = rig.runs("region-a", "all-verify").remove(0);

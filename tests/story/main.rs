@@ -20,6 +20,8 @@ mod incremental;
 mod keyholders;
 mod majors;
 mod memory;
+mod metrics;
+mod notify;
 mod platforms;
 mod regions;
 mod restore;

@@ -13,6 +13,7 @@
 
 pub mod dirs;
 pub mod drctl;
+pub mod http;
 pub mod kms;
 pub mod ledger;
 pub mod pg;

@@ -1,6 +1,7 @@
 //! `drctl drill`.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -11,6 +12,9 @@ use crate::cli::progress;
 use crate::cli::verbs::drill_text::text;
 use crate::jobs::drill::{self, Options, Outcome};
 use crate::model::{Error, Kind, RegionName, Result, TargetName};
+
+/// How long a command waits for those whom it tells.
+const LAST_NOTICE: Duration = Duration::from_secs(5);
 
 /// Arguments.
 #[derive(Debug, clap::Args)]
@@ -35,6 +39,7 @@ pub struct Args {
 pub async fn run(args: Args, session: &Session) -> Result<Exit> {
     let settings = session.settings()?;
     let world = World::real();
+    world.courier.serve(app::notifiers(&settings)?);
     let mut context = app::context(&settings, Role::Restore, &world).await?;
     if let Some(directory) = args.dir {
         let absolute = std::path::absolute(directory);
@@ -55,6 +60,7 @@ pub async fn run(args: Args, session: &Session) -> Result<Exit> {
         () = gone => Err(Error::new(Kind::Cancelled, "the drill was interrupted; its scratch cluster is gone")),
     };
     shown.end().await;
+    told(&world).await;
     let report = report?;
     match session.output.json {
         true => session.output.print_json(&report)?,
@@ -65,6 +71,13 @@ pub async fn run(args: Args, session: &Session) -> Result<Exit> {
         Outcome::Fail => Exit::Failed,
         Outcome::Inconclusive => Exit::Inconclusive,
     })
+}
+
+/// Waits a moment for whoever is told; the report is evidence, and this is not.
+pub(super) async fn told(world: &World) {
+    if !world.courier.flush(LAST_NOTICE).await {
+        tracing::warn!("not everybody was told in time; what was done counts all the same");
+    }
 }
 
 /// Ends with the first signal that asks this process to go.

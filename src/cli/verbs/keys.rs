@@ -36,7 +36,7 @@ pub async fn run(args: &Args, session: &Session) -> Result<Exit> {
     let Action::Rewrap { dry_run } = args.action;
     let (settings, world) = (session.settings()?, World::real());
     let context = app::context(&settings, Role::Restore, &world).await?;
-    let holders = app::holders(&settings, Role::Restore).await?;
+    let holders = app::holders(&settings, Role::Restore, &world).await?;
     let shown = progress::show(context.progress.clone(), &session.output);
     let report = keys::rewrap(&context, &holders, dry_run).await;
     shown.end().await;

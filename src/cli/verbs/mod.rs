@@ -17,6 +17,8 @@ pub mod init;
 pub mod jobs;
 pub mod keys;
 pub mod list;
+pub mod metrics;
+pub mod notify;
 pub mod recovery_fetch;
 pub mod repair;
 pub mod report;
@@ -73,6 +75,10 @@ pub enum Verb {
     Runs(runs::Args),
     /// Look at the schedules
     Schedule(schedule::Args),
+    /// Print what /metrics of a daemon would say, or write it for node_exporter
+    Metrics(metrics::Args),
+    /// Try out who is told when something is wrong
+    Notify(notify::Args),
     /// Look at the configuration
     Config(config::Args),
     /// Print the completion script of a shell
@@ -116,6 +122,8 @@ pub async fn run(verb: Verb, session: &Session) -> Result<Exit> {
         Verb::Resume(args) => jobs::resume(args, session).await,
         Verb::Runs(args) => runs::run(args, session).await,
         Verb::Schedule(args) => schedule::run(args, session),
+        Verb::Metrics(args) => metrics::run(args, session).await,
+        Verb::Notify(args) => notify::run(args, session).await,
         Verb::Config(args) => config::run(&args, session),
         Verb::Completions(args) => completions::run(&args, session),
         Verb::RecoveryFetch(args) => recovery_fetch::run(args),

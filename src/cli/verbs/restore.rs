@@ -11,6 +11,7 @@ use crate::cli::Session;
 use crate::cli::exit::Exit;
 use crate::cli::progress;
 use crate::cli::time;
+use crate::cli::verbs::drill::told;
 use crate::cli::verbs::restore_text::{plan_text, report_text};
 use crate::jobs::restore::{self, Plan, Point, Request};
 use crate::model::{Error, Lsn, RegionName, Result, TargetName, Timeline};
@@ -113,7 +114,9 @@ impl FromStr for TablespaceMove {
 /// # Errors
 /// What stopped it.
 pub async fn run(args: Args, session: &Session) -> Result<Exit> {
-    let context = app::context(&session.settings()?, Role::Restore, &World::real()).await?;
+    let (settings, world) = (session.settings()?, World::real());
+    world.courier.serve(app::notifiers(&settings)?);
+    let context = app::context(&settings, Role::Restore, &world).await?;
     let request = request(&args, session)?;
     let digest = match (args.execute, args.plan) {
         (true, Some(digest)) => digest,
@@ -131,6 +134,7 @@ pub async fn run(args: Args, session: &Session) -> Result<Exit> {
     let shown = progress::show(context.progress.clone(), &session.output);
     let report = restore::run(&context, &request, Some(&digest)).await;
     shown.end().await;
+    told(&world).await;
     let report = report?;
     if session.output.json {
         session.output.print_json(&report)?;

@@ -44,7 +44,7 @@ fn head(id: &ReportId, report: &Report) -> ReportHead {
     }
 }
 
-const fn word(outcome: Outcome) -> &'static str {
+pub(super) const fn word(outcome: Outcome) -> &'static str {
     match outcome {
         Outcome::Pass => "pass",
         Outcome::Fail => "fail",

@@ -22,6 +22,7 @@ mod examine;
 mod login;
 mod report;
 mod scratch;
+mod told;
 
 pub use report::{Check, Control, Level, Measured, Outcome, Report};
 use scratch::Scratch;
@@ -56,6 +57,7 @@ pub async fn run(context: &Context, options: &Options) -> Result<Report> {
     report.left_behind = scratch.tear_down().err().map(|error| error.to_string());
     report.conclude(context.clock.now());
     keep(context, &mut report).await;
+    told::tell(context, &report);
     Ok(report)
 }
 

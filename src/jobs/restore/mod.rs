@@ -3,8 +3,11 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use chrono::{DateTime, Utc};
+
 use crate::jobs::context::Context;
-use crate::model::{Error, RegionName, Result, Timeline};
+use crate::jobs::verdict::Verdict;
+use crate::model::{Error, RegionName, Result, TargetName, Timeline};
 
 mod checks;
 mod conf;
@@ -78,9 +81,36 @@ pub async fn run(context: &Context, request: &Request, digest: Option<&str>) -> 
         check_digest(&prepared.plan, wanted)?;
     }
     prepared.plan.refuse()?;
-    let (report, server) = run::run(context, request, prepared, None).await?;
+    let (target, began) = (prepared.plan.target.clone(), context.clock.now());
+    let ended = run::run(context, request, prepared, None).await;
+    tell(context, (&target, request.region.as_ref()), began, ended.as_ref().ok().map(|(report, _)| report));
+    let (report, server) = ended?;
     server.map(Instance::leave_running);
     Ok(report)
+}
+
+/// Without a report it failed.
+fn tell(
+    context: &Context,
+    (target, region): (&TargetName, Option<&RegionName>),
+    began: DateTime<Utc>,
+    report: Option<&Report>,
+) {
+    let phases = report.into_iter().flat_map(|report| &report.phases);
+    let verdict = Verdict {
+        job: "restore",
+        target: Some(target),
+        region,
+        outcome: if report.is_some() { "pass" } else { "fail" },
+        level: None,
+        rpo_seconds: None,
+        rto_seconds: report.map(|report| report.seconds),
+        report: None,
+        phases: phases.map(|phase| (phase.name, phase.seconds)).collect(),
+        began,
+        ended: context.clock.now(),
+    };
+    verdict.tell(context);
 }
 
 /// A server that is only to be examined: where it listens and logs, and settings that no file of the restored cluster

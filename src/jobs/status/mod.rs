@@ -170,11 +170,8 @@ async fn receiver(context: &Context, name: &TargetName) -> Option<Position> {
     }
 }
 
-/// What the receiver knows holds for the regions that have all of what it wrote.
 fn exposure(receiver: Option<&Position>, region: &RegionName) -> Option<u64> {
-    let receiver = receiver?;
-    let lags = receiver.regions.iter().any(|lane| lane.name == *region && lane.missing_objects > 0);
-    let seconds = receiver.exposure_seconds.filter(|_| !lags)?;
+    let seconds = receiver?.exposure_of(region)?;
     // Rounded up: what is exposed for a moment is not 0.
     Duration::try_from_secs_f64(seconds).ok().map(|exposed| exposed.as_secs() + u64::from(exposed.subsec_nanos() > 0))
 }

@@ -89,6 +89,13 @@ pub struct RegionPosition {
 }
 
 impl Position {
+    /// For how long the oldest WAL has waited that is not durable in `region`, as far as the receiver knows: it speaks for
+    /// the regions that have all of what it wrote. `None` is unknown.
+    pub fn exposure_of(&self, region: &RegionName) -> Option<f64> {
+        let lags = self.regions.iter().any(|lane| lane.name == *region && lane.missing_objects > 0);
+        self.exposure_seconds.filter(|_| !lags)
+    }
+
     /// Whether every record up to `lsn` is durable.
     pub fn reaches(&self, lsn: Lsn) -> bool {
         reaches(self.durable_lsn, lsn)

@@ -1,0 +1,110 @@
+//! What somebody is woken for: each problem once when it begins, once when it ends.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use crate::app::{self, World};
+use crate::config::Occasion;
+use crate::daemon::standing::Answer;
+use crate::jobs::metrics::receivers::Positions;
+use crate::jobs::problems::Problems;
+use crate::jobs::verdict;
+use crate::jobs::wal::State;
+use crate::model::RegionName;
+use crate::model::run::{Outcome, Run};
+use crate::model::schedule::Job;
+use crate::observe::metrics::{Page, table};
+
+/// A region that is away for a moment is mended by itself.
+const AWAY_FOR_LONG: Duration = Duration::from_secs(600);
+
+/// Decides what is told, and remembers what was.
+#[derive(Debug)]
+pub(super) struct Pager {
+    on: BTreeSet<Occasion>,
+    problems: Mutex<Problems>,
+    world: World,
+}
+
+impl Pager {
+    pub(super) fn new(on: BTreeSet<Occasion>, state_dir: &Path, world: World) -> Self {
+        Self { on, problems: Mutex::new(Problems::open(state_dir)), world }
+    }
+
+    /// A slot has ended.
+    pub(super) fn recorded(&self, run: &Run) {
+        let occasion = if run.job == Job::Drill { Occasion::Drills } else { Occasion::Runs };
+        let problem = format!("schedule/{}", run.schedule);
+        let detail = run.detail.as_deref().unwrap_or_default();
+        match run.outcome {
+            Outcome::Success | Outcome::Debts => self.resolve(&problem, detail),
+            Outcome::Failed | Outcome::Timeout | Outcome::Missed | Outcome::Interrupted => {
+                let target = run.target.as_ref().map_or_else(String::new, |target| format!(" of {target}"));
+                let title = format!("{} ({}{target}): {}", run.schedule, run.job, run.outcome.as_str());
+                self.raise(occasion, &problem, &title, detail);
+            }
+            // Somebody wanted it so, or the slot before it will tell.
+            Outcome::SkippedOverlap | Outcome::SkippedPaused => {}
+        }
+    }
+
+    /// How the regions and the receivers of this host stand.
+    pub(super) fn look(&self, regions: &BTreeMap<RegionName, Answer>, positions: &Positions, now: Duration) {
+        for (region, answer) in regions {
+            let problem = format!("region/{region}");
+            let away = now.saturating_sub(answer.since);
+            match &answer.trouble {
+                None => self.resolve(&problem, "it answers again; bring back what it lacks: drctl repair"),
+                Some(why) if away >= AWAY_FOR_LONG => {
+                    let title = format!("region {region} does not answer for {} min", away.as_secs() / 60);
+                    self.raise(Occasion::Regions, &problem, &title, why);
+                }
+                Some(_) => {}
+            }
+        }
+        for (target, position) in positions.iter().filter(|(_, position)| position.state == State::Gap) {
+            self.gap(target.as_str(), position.last_error.as_deref().unwrap_or_default());
+        }
+    }
+
+    /// What the regions say of gaps.
+    pub(super) fn gaps(&self, page: &Page) {
+        for (labels, gaps) in page.series(&table::WAL_GAPS) {
+            let target = labels.first().map(String::as_str).unwrap_or_default();
+            match *gaps > 0.0 {
+                true => self.gap(target, ""),
+                false => self.resolve(&format!("gap/{target}"), "a backup was begun behind it"),
+            }
+        }
+    }
+
+    fn gap(&self, target: &str, why: &str) {
+        let title = format!("WAL of {target} is missing: nothing behind the gap can be restored");
+        let text = format!("{why}\ntake a new base backup now: drctl backup {target}");
+        self.raise(Occasion::Gaps, &format!("gap/{target}"), &title, text.trim());
+    }
+
+    fn raise(&self, occasion: Occasion, problem: &str, title: &str, text: &str) {
+        if !self.on.contains(&occasion) {
+            return;
+        }
+        let mut problems = self.problems.lock().unwrap_or_else(PoisonError::into_inner);
+        if problems.raise(problem, title, self.world.clock.now()) {
+            self.tell(problem, false, (title, text));
+        }
+    }
+
+    fn resolve(&self, problem: &str, text: &str) {
+        let mut problems = self.problems.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(over) = problems.resolve(problem) {
+            self.tell(problem, true, (&over.title, text));
+        }
+    }
+
+    fn tell(&self, problem: &str, resolved: bool, (title, text): (&str, &str)) {
+        let told = verdict::page(problem, resolved, (title, text), (self.world.clock.now(), app::host_name()));
+        self.world.courier.tell(&told);
+    }
+}

@@ -1,0 +1,141 @@
+//! `metrics`: what the regions and the WAL receivers of this host say, as figures.
+//!
+//! [`read`] reads the regions, needs no key, and costs about as much as `drctl status`; [`receivers`] asks memory alone.
+//! Both say what `status` says, from the same sources.
+
+use std::collections::BTreeMap;
+
+use chrono::{DateTime, Utc};
+
+use crate::jobs::context::{Context, Target};
+use crate::jobs::list::{self, Listed};
+use crate::model::schedule::Schedule;
+use crate::model::{RegionName, Result};
+use crate::observe::metrics::{Page, table};
+use crate::repository::catalog;
+use crate::repository::gaps;
+use crate::repository::handle::Repository;
+use crate::repository::regions::list_all;
+use crate::repository::reports;
+use crate::repository::survey::{self, State, Survey};
+
+mod drills;
+pub mod receivers;
+pub mod slots;
+
+/// Everything that is read from the regions.
+///
+/// # Errors
+/// No region answers.
+pub async fn read(context: &Context, schedules: &[Schedule]) -> Result<Page> {
+    let (repository, began) = (&context.repository, context.clock.monotonic());
+    let mut page = Page::default();
+    context.targets.iter().for_each(|target| objectives(target, &mut page));
+    let (backups, _) = catalog::backups(repository, None).await?;
+    for survey in survey::survey(repository, &backups).await? {
+        self::backups(&survey, &mut page);
+        debts(&survey, &mut page);
+        page.set_known(&table::WAL_GAPS, [survey.target.as_str()], open_gaps(repository, &survey).await);
+    }
+    let (heads, _) = reports::list(repository, None).await?;
+    drills::add(&heads, &mut page);
+    slots::add(context, schedules, &mut page).await?;
+    page.set_time(&table::SNAPSHOT_TIME, [], Some(context.clock.now()));
+    let took = context.clock.monotonic().saturating_sub(began);
+    page.set(&table::SNAPSHOT_DURATION, [], took.as_secs_f64());
+    Ok(page)
+}
+
+/// The size of every region that can be listed. It lists everything there is.
+pub async fn stored(repository: &Repository) -> Page {
+    let sizes = repository.regions.all().iter().map(|region| async {
+        let listed = list_all(region.store.as_ref(), "").await.ok()?;
+        Some((&region.name, listed.iter().map(|object| object.size).sum::<u64>()))
+    });
+    let mut page = Page::default();
+    for (region, bytes) in futures::future::join_all(sizes).await.into_iter().flatten() {
+        page.set(&table::REGION_STORED, [region.as_str()], to_f64(bytes));
+    }
+    page
+}
+
+fn objectives(target: &Target, page: &mut Page) {
+    let (name, objectives) = (target.name.as_str(), &target.objectives);
+    page.set_known(&table::RPO_TARGET, [name], objectives.rpo.map(|rpo| rpo.as_secs_f64()));
+    page.set_known(&table::RTO_TARGET, [name, "restore"], objectives.rto_restore.map(|rto| rto.as_secs_f64()));
+    page.set_known(&table::RTO_TARGET, [name, "failover"], objectives.rto_failover.map(|rto| rto.as_secs_f64()));
+}
+
+const STATES: [State; 4] = [State::Complete, State::Debt, State::Damaged, State::Unreachable];
+
+const fn word(state: State) -> &'static str {
+    match state {
+        State::Complete => "complete",
+        State::Debt => "debt",
+        State::Damaged => "damaged",
+        State::Unreachable => "unreachable",
+    }
+}
+
+/// Oldest first, so that what is said of the newest is said last.
+fn backups(survey: &Survey, page: &mut Page) {
+    let target = survey.target.as_str();
+    let mut reach: BTreeMap<RegionName, (DateTime<Utc>, DateTime<Utc>)> = BTreeMap::new();
+    for backup in list::list(survey) {
+        let Listed { kind, started_at, finished_at, .. } = backup;
+        page.set_latest(&table::BACKUP_LAST_ATTEMPT, [target], started_at);
+        page.set(&table::BACKUP_LAST_DURATION, [target, kind], (finished_at - started_at).as_seconds_f64());
+        page.set(&table::BACKUP_LAST_SIZE, [target, kind, "source"], to_f64(backup.size_bytes));
+        page.set(&table::BACKUP_LAST_SIZE, [target, kind, "stored"], to_f64(backup.stored_bytes));
+        for region in &backup.regions {
+            let name = region.name.as_str();
+            for state in STATES {
+                let labels = [target, kind, name, word(state)];
+                let known = page.get(&table::BACKUPS, labels).unwrap_or_default();
+                page.set(&table::BACKUPS, labels, known + f64::from(u8::from(region.state == state)));
+            }
+            if region.state == State::Complete {
+                page.set_latest(&table::BACKUP_LAST_SUCCESS, [target, kind, name], finished_at);
+            }
+            if let Some(until) = region.recoverable_until {
+                let until = until.max(finished_at);
+                let known = reach.entry(region.name.clone()).or_insert((finished_at, until));
+                known.1 = known.1.max(until);
+            }
+        }
+    }
+    for (region, (from, to)) in reach {
+        page.set_time(&table::RECOVERY_WINDOW_START, [target, region.as_str()], Some(from));
+        page.set_time(&table::RECOVERABLE_POINT, [target, region.as_str()], Some(to));
+    }
+}
+
+fn debts(survey: &Survey, page: &mut Page) {
+    for (region, (objects, unreadable)) in survey.debts() {
+        let known = unreadable.is_none().then(|| to_f64(objects.len() as u64));
+        page.set_known(&table::REGION_COPIES_MISSING, [survey.target.as_str(), region.as_str()], known);
+    }
+}
+
+/// Gaps behind which no backup begins; `None` if that cannot be read.
+async fn open_gaps(repository: &Repository, survey: &Survey) -> Option<f64> {
+    let needs = || survey.backups.iter().filter_map(|(backup, _)| backup.commit.wal.as_ref());
+    let mut open = 0.0;
+    for branch in &survey.branches {
+        let (gaps, errors) = gaps::read(repository, &branch.branch).await.ok()?;
+        if !errors.is_empty() {
+            return None;
+        }
+        let crossed = |gap: &gaps::Gap| {
+            let after = (gap.timeline, gap.to);
+            needs().any(|need| need.system_id == gap.system_id && (need.timeline, need.start_lsn) >= after)
+        };
+        open += gaps.iter().filter(|gap| !crossed(gap)).map(|_| 1.0).sum::<f64>();
+    }
+    (!survey.branches.is_empty()).then_some(open)
+}
+
+#[allow(clippy::cast_precision_loss, reason = "Prometheus counts in doubles")]
+const fn to_f64(number: u64) -> f64 {
+    number as f64
+}

@@ -1,9 +1,9 @@
 //! Floor 4, the daemon: runs jobs to their schedules and streams WAL, until it is told to stop.
 //!
 //! `scheduler` decides, and is pure; `hands` does what it decides; `streams` keeps one WAL stream per target alive;
-//! `control` answers people on this host, `http` probes and Prometheus, from `standing`; `supervisor` tells a service manager
-//! that the loop turns. What was decided is durable in the state directory before it is done, so that a daemon that
-//! is killed leaves every slot with an outcome for the next one to tell.
+//! `control` answers people on this host, `http` probes and Prometheus. `standing` and `figures` are what they are answered
+//! from, `pager` and `life` tell people outside, `supervisor` the service manager. What was decided is durable in the state
+//! directory before it is done, so that a daemon that is killed leaves every slot with an outcome for the next one to tell.
 
 pub mod control;
 mod figures;

@@ -245,7 +245,8 @@ mod tests {
         assert_eq!((up("a"), up("b"), up("c")), (Some(1.0), Some(0.0), None));
         clock.0.store(61, Ordering::Relaxed);
         answer("b", Some("still none"));
-        assert_eq!(standing.regions()[&"b".parse().unwrap()].since, Duration::from_secs(10));
+        let b: RegionName = "b".parse().unwrap();
+        assert_eq!(standing.regions()[&b].since, Duration::from_secs(10));
         assert!(standing.dead().is_some_and(|why| why.contains("61 s")));
         standing.turn(Vec::new());
         assert_eq!(standing.dead(), None);

@@ -85,7 +85,7 @@ fn judge(expression: &str) -> (Vec<String>, BTreeSet<&'static str>) {
 fn mentioned(text: &str) -> Vec<&str> {
     let braces = text.split("{{").skip(1).filter_map(|rest| rest.split("}}").next()).map(str::trim);
     let braces = braces.filter(|word| word.chars().all(|c| c.is_ascii_alphanumeric() || c == '_'));
-    let word = |rest: &'_ str| rest.find(|c: char| !c.is_ascii_alphanumeric() && c != '_').unwrap_or(rest.len());
+    let word = |rest: &str| rest.find(|c: char| !c.is_ascii_alphanumeric() && c != '_').unwrap_or(rest.len());
     braces.chain(text.split("$labels.").skip(1).map(|rest| &rest[..word(rest)])).collect()
 }
 
@@ -102,7 +102,7 @@ fn objects<'v>(value: &'v Value, found: &mut Vec<&'v serde_json::Map<String, Val
 }
 
 /// The values of `key: '…'`.
-fn quoted<'t>(text: &'t str, key: &str) -> Vec<String> {
+fn quoted(text: &str, key: &str) -> Vec<String> {
     let lines = text.lines().filter_map(|line| line.trim().strip_prefix(key)?.trim().strip_prefix('\''));
     lines.map(|rest| rest.trim_end().trim_end_matches('\'').replace("''", "'")).collect()
 }

@@ -13,6 +13,7 @@ pub mod list;
 pub mod repair;
 pub mod reports;
 pub mod restore;
+pub mod restore_streams;
 pub mod runs;
 pub mod show;
 pub mod socket;
@@ -24,4 +25,4 @@ pub mod work;
 #[cfg(test)]
 mod tests;
 
-pub use context::{Assertion, Context, Levels, Objectives, ScratchPlace, Target};
+pub use context::{Assertion, Context, Levels, Objectives, ScratchPlace, Streamed, Target, What};

@@ -24,5 +24,6 @@ mod regions;
 mod restore;
 mod rig3;
 mod soak;
+mod streams;
 mod verify;
 mod wal;

@@ -9,17 +9,17 @@ use std::time::Duration;
 use crate::codec::random::SystemRng;
 use crate::codec::sign::Signer;
 use crate::config::{
-    Assertion, AwsAccess, Checksum, Method, OnPressure, Region as RegionSettings, S3Settings, Settings, Source, Store,
-    Target as TargetSettings,
+    self, Assertion, AwsAccess, Checksum, DumpTarget, FilesTarget, Method, OnPressure, PostgresTarget,
+    Region as RegionSettings, S3Settings, Secret, Settings, Source, Store, Target as TargetSettings,
 };
 use crate::disk::place;
 use crate::jobs::check::Subject;
-use crate::jobs::{self, Context, Levels, Objectives, ScratchPlace, Target};
+use crate::jobs::{self, Context, Levels, Objectives, ScratchPlace, Streamed, Target, What};
 use crate::keys::{
     AgeHolder, AgeOpener, AwsCredentials, KeyHolder, KeyOpener, KmsAccess, KmsHolder, KmsOpener, Metered,
     generate_identity,
 };
-use crate::model::{Clock, Error, RegionName, Result, ResultExt, Rng};
+use crate::model::{Clock, Error, RegionName, Result, ResultExt, Rng, TargetName};
 use crate::notify::Courier;
 use crate::observe::clock::SystemClock;
 use crate::observe::metrics::Meters;
@@ -28,7 +28,7 @@ use crate::pg::conninfo::ConnInfo;
 use crate::repository::handle::{RegionRecord, Repository, Writer};
 use crate::repository::keysets::{Holders, KeyRing};
 use crate::repository::regions::{Region, Regions};
-use crate::source::postgres;
+use crate::source::{dump, files, postgres};
 use crate::store::absent::AbsentStore;
 use crate::store::dir::DirStore;
 use crate::store::s3::{S3Checksum, S3Credentials, S3Options, S3Store};
@@ -93,6 +93,7 @@ pub async fn context(settings: &Settings, role: Role, world: &World) -> Result<C
         repository,
         writer,
         targets: targets(settings)?,
+        streamed: streamed(settings)?,
         levels: levels(settings),
         pack_size: settings.repository.pack_size,
         state_dir: settings.repository.state_dir.clone(),
@@ -239,6 +240,7 @@ pub async fn subject(settings: &Settings, world: &World) -> Result<Subject> {
         identities: identities.filter_map(|secret| secret.file()).map(Path::to_owned).collect(),
         secret_files: settings.secrets().filter_map(|secret| secret.file()).map(Path::to_owned).collect(),
         targets: targets(settings)?,
+        streamed: streamed(settings)?,
         state_dir: settings.repository.state_dir.clone(),
         clock: Arc::clone(&world.clock),
         rng: Arc::clone(&world.rng),
@@ -395,50 +397,92 @@ fn levels(settings: &Settings) -> Levels {
     Levels { pages: levels.pages, dumps: levels.dumps, wal: levels.wal }
 }
 
-/// Everything that the configuration protects.
+fn conninfo(name: &TargetName, text: &str, password: Option<&Secret>) -> Result<ConnInfo> {
+    let conninfo = ConnInfo::from_text(text).map_err(Error::from).during(|| format!("target {name}"))?;
+    Ok(match password {
+        Some(password) => conninfo.with_password(password.read()?.expose()),
+        None => conninfo,
+    })
+}
+
+fn objectives(target: &TargetSettings) -> Objectives {
+    let config::Objectives { rpo, rto_restore, rto_failover } = target.objectives;
+    Objectives { rpo, rto_restore, rto_failover }
+}
+
+/// The targets that are read as streams.
+fn streamed(settings: &Settings) -> Result<Vec<Streamed>> {
+    let mut list = Vec::new();
+    for target in &settings.targets {
+        let what = match &target.source {
+            Source::Postgres(_) => continue,
+            Source::Dump(options) => What::Dump(Box::new(dump_options(&target.name, options)?)),
+            Source::Files(FilesTarget { roots, include, exclude }) => {
+                What::Files(files::Options { roots: roots.clone(), include: include.clone(), exclude: exclude.clone() })
+            }
+        };
+        list.push(Streamed { name: target.name.clone(), objectives: objectives(target), what });
+    }
+    Ok(list)
+}
+
+fn dump_options(name: &TargetName, target: &DumpTarget) -> Result<dump::Options> {
+    let scope = dump::Scope {
+        schemas: target.schemas.clone(),
+        exclude_schemas: target.exclude_schemas.clone(),
+        tables: target.tables.clone(),
+        exclude_tables: target.exclude_tables.clone(),
+        exclude_table_data: target.exclude_table_data.clone(),
+    };
+    Ok(dump::Options {
+        conninfo: conninfo(name, &target.conninfo, target.password.as_ref())?,
+        databases: target.databases.clone(),
+        globals: target.globals,
+        bin_dir: target.bin_dir.clone(),
+        scope,
+        lock_wait: target.lock_wait_timeout,
+    })
+}
+
+/// The clusters that the configuration protects.
 ///
 /// # Errors
 /// A connection string cannot be understood, or a password not be read.
 pub fn targets(settings: &Settings) -> Result<Vec<Target>> {
     let target = |target: &TargetSettings| {
-        let Source::Postgres(pg) = &target.source;
-        let conninfo = ConnInfo::from_text(&pg.conninfo);
-        let mut conninfo = conninfo.map_err(Error::from).during(|| format!("target {}", target.name))?;
-        if let Some(password) = &pg.password {
-            conninfo = conninfo.with_password(password.read()?.expose());
-        }
-        let method = match pg.method {
-            Method::Local => postgres::Method::Local,
-            Method::Stream => postgres::Method::Stream,
-            Method::Auto => postgres::Method::Auto,
-        };
-        let on_pressure = pg.on_pressure.as_ref().map(|policy| match policy {
-            OnPressure::Keep => "keep".to_owned(),
-            OnPressure::DropSlot => "drop-slot".to_owned(),
-        });
-        let objectives = &target.objectives;
-        Ok(Target {
-            name: target.name.clone(),
-            objectives: Objectives {
-                rpo: objectives.rpo,
-                rto_restore: objectives.rto_restore,
-                rto_failover: objectives.rto_failover,
-            },
-            conninfo,
-            method,
-            data_dir: pg.data_dir.clone(),
-            slot: pg.slot.clone(),
-            ship_interval: pg.ship_interval,
-            max_read_rate: pg.max_read_rate,
-            on_pressure,
-            wal_disk_bytes: pg.wal_disk_bytes,
-            control_socket: pg.control_socket.clone(),
-            config_files: pg.config_files.clone(),
-            heartbeat_database: pg.heartbeat_database.clone(),
-            assertions: target.assertions.iter().map(assertion).collect(),
-        })
+        let Source::Postgres(pg) = &target.source else { return None };
+        Some(cluster(target, pg))
     };
-    settings.targets.iter().map(target).collect()
+    settings.targets.iter().filter_map(target).collect()
+}
+
+fn cluster(target: &TargetSettings, pg: &PostgresTarget) -> Result<Target> {
+    let conninfo = conninfo(&target.name, &pg.conninfo, pg.password.as_ref())?;
+    let method = match pg.method {
+        Method::Local => postgres::Method::Local,
+        Method::Stream => postgres::Method::Stream,
+        Method::Auto => postgres::Method::Auto,
+    };
+    let on_pressure = pg.on_pressure.as_ref().map(|policy| match policy {
+        OnPressure::Keep => "keep".to_owned(),
+        OnPressure::DropSlot => "drop-slot".to_owned(),
+    });
+    Ok(Target {
+        name: target.name.clone(),
+        objectives: objectives(target),
+        conninfo,
+        method,
+        data_dir: pg.data_dir.clone(),
+        slot: pg.slot.clone(),
+        ship_interval: pg.ship_interval,
+        max_read_rate: pg.max_read_rate,
+        on_pressure,
+        wal_disk_bytes: pg.wal_disk_bytes,
+        control_socket: pg.control_socket.clone(),
+        config_files: pg.config_files.clone(),
+        heartbeat_database: pg.heartbeat_database.clone(),
+        assertions: target.assertions.iter().map(assertion).collect(),
+    })
 }
 
 fn assertion(assertion: &Assertion) -> jobs::Assertion {

@@ -20,6 +20,12 @@
 //! COMMIT. Back: [`repository::catalog`] finds COMMIT → [`jobs::restore`] plans → [`repository::restore`] fetches frames in
 //! pack order, authenticates, writes → WAL is staged, `pg_control` is put in place last.
 //!
+//! # The path of a dump, or of files
+//! [`source::dump`] runs `pg_dump`, [`source::files`] packs a tar archive → [`jobs::backup::streams`] hands the bytes to
+//! [`repository::stream_writer`], which cuts them into files of pages; from there on they are pages like any other. Back:
+//! [`repository::restore::streams`] gives the bytes in order, each frame authenticated → [`jobs::restore_streams`] → the
+//! archive is unpacked, or `pg_restore` fed.
+//!
 //! # The path of a WAL record
 //! [`pg::replication`] receives → [`pg::wal`] walks records → [`jobs::wal`] collects a frame of at most a second →
 //! [`repository::wal_log`] seals and fans it out → PostgreSQL is told "flushed".

@@ -297,22 +297,27 @@ class Pages:
 
     def write(self, line, path):
         """Writes one file; pages of zeros stay holes."""
-        block = 0
         with open(path, "wb", opener=lambda name, flags: os.open(name, flags | os.O_EXCL, 0o600)) as file:
-            file.truncate(line["size"])
-            for use in line["chunks"]:
-                frames, entries = self.chunk(tuple(use))
-                for frame, slot in entries[use[7] : use[7] + use[8]]:
-                    if frame != ZERO_PAGE:
-                        page = self.frame("frame", *frames[frame])[slot * PAGE : (slot + 1) * PAGE]
-                        if len(page) != PAGE:
-                            raise Damaged("a frame of %s is too short" % line["path"])
-                        file.seek(block * PAGE)
-                        file.write(page[: line["size"] - block * PAGE])
-                    block += 1
+            self.append(line, file)
+        os.chmod(path, line["mode"] & 0o7777)
+
+    def append(self, line, file):
+        """Writes the pages of one file behind what is there."""
+        block, start = 0, file.tell()
+        file.truncate(start + line["size"])
+        for use in line["chunks"]:
+            frames, entries = self.chunk(tuple(use))
+            for frame, slot in entries[use[7] : use[7] + use[8]]:
+                if frame != ZERO_PAGE:
+                    page = self.frame("frame", *frames[frame])[slot * PAGE : (slot + 1) * PAGE]
+                    if len(page) != PAGE:
+                        raise Damaged("a frame of %s is too short" % line["path"])
+                    file.seek(start + block * PAGE)
+                    file.write(page[: line["size"] - block * PAGE])
+                block += 1
         if block != (line["size"] + PAGE - 1) // PAGE:
             raise Damaged("the manifest maps %d pages of %s" % (block, line["path"]))
-        os.chmod(path, line["mode"] & 0o7777)
+        file.seek(start + line["size"])
 
 
 def place(directory, path):
@@ -345,6 +350,32 @@ def write_backup(region, lines, directory, tablespaces):
     for line in by_kind.get("document", []):
         with open(os.path.join(directory, "drctl-%s.json" % re.sub(r"\W", "-", line["name"])), "w") as file:
             json.dump(line["content"], file, indent=1)
+
+
+def write_streams(region, lines, directory):
+    """The streams of a dump or of files, each as one file; returns what stock tools do with them."""
+    documents = {line["name"]: line["content"] for line in lines if line["line"] == "document"}
+    files = {line["path"]: line for line in lines if line["line"] == "file"}
+    pages, commands = Pages(region, lines[0]["sources"]), []
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+    for stream in documents["streams"]:
+        name = stream["name"]
+        path = place(directory, name)
+        parts = [files["%s/%06d" % (name, part)] for part in range(stream["parts"])]
+        if "/" in name or sum(part["size"] for part in parts) != stream["bytes"]:
+            raise Damaged("the manifest does not hold the stream %s" % name)
+        say("%s, %d bytes" % (name, stream["bytes"]))
+        with open(path + ".unfinished", "xb") as file:
+            for part in parts:
+                pages.append(part, file)
+        os.rename(path + ".unfinished", path)
+        if name == "files.tar":
+            commands.append("tar --xattrs '--xattrs-include=*' -xpf %s -C DIRECTORY" % path)
+        elif name == "globals.sql":
+            commands.insert(0, "psql -X -d postgres -f %s" % path)
+        else:
+            commands.append("pg_restore --exit-on-error --dbname=DATABASE '%s'" % path)
+    return commands
 
 
 def small_files(lines, directory):
@@ -530,6 +561,15 @@ def main():
     if os.path.isdir(directory) and os.listdir(directory):
         sys.exit("%s is not empty" % directory)
     wal = commit["wal"]
+    if wal is None:
+        keys = [line["key"].split("/") for line in inventory(region, commit) if line["key"].startswith("keysets/")]
+        region.open_keysets({(key[1], key[2]) for key in keys} | {(commit["target"], commit["keyset"])})
+        commands = write_streams(region, manifest(region, commit), directory)
+        if not region.trusted:
+            say("signed by %s: compare with what `drctl init` printed" % ", ".join(sorted(region.seen_signers)))
+        print("Wrote %s into %s. To go on:" % (commit["id"], directory))
+        print("\n".join("  " + command for command in commands))
+        return
     branches = [(Wal(region, wal["system_id"], name), switch) for name, switch in timelines(region, wal)]
     keys = [line["key"].split("/") for line in inventory(region, commit) if line["key"].startswith("keysets/")]
     keysets = {(key[1], key[2]) for key in keys} | {(commit["target"], commit["keyset"])}

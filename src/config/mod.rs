@@ -7,6 +7,7 @@
 //! Every key is described in `docs/configuration.md` and `docs/schedules.md`; tests compare.
 
 mod daemon;
+mod conninfo;
 mod drill;
 mod file;
 mod initial;
@@ -18,10 +19,12 @@ mod schedules;
 mod secret;
 mod settings;
 mod show;
+mod streamed;
 mod target;
 pub mod units;
 
 pub use daemon::Daemon;
+pub use conninfo::without_password;
 pub use drill::{Assertion, Drill};
 pub use initial::initial_text;
 pub use notify::{DeadMan, Grafana, Notify, Occasion, Url, Webhook, WebhookFormat};
@@ -30,8 +33,9 @@ pub use resolve::{RepoArg, load, parse};
 pub use schedules::{Mistake, Mistakes, load_schedules};
 pub use secret::{Secret, SecretText};
 pub use settings::{
-    AwsAccess, Checksum, CompressionLevels, Credentials, Degrade, KmsEndpoint, KmsKey, Method, Objectives, OfflineKey,
-    OnPressure, Openers, PostgresTarget, Region, Repository, S3Settings, Schedules, Settings, Source, Store, Target,
+    AwsAccess, Checksum, CompressionLevels, Credentials, Degrade, DumpTarget, FilesTarget, KmsEndpoint, KmsKey, Method,
+    Objectives, OfflineKey, OnPressure, Openers, PostgresTarget, Region, Repository, S3Settings, Schedules, Settings,
+    Source, Store, Target,
 };
 
 #[cfg(test)]
@@ -49,9 +53,12 @@ mod tests {
             "keys.NAME" => "age = \"age1qqq\"",
             "targets.NAME.assertions.NAME" => "sql = \"SELECT 1\"",
             "targets.NAME" => "source = \"postgres\"\nconninfo = \"host=a\"",
+            "targets.NAME files" => "source = \"files\"\nroots = [\"/a\"]",
+            "targets.NAME dump" => "source = \"dump\"\nconninfo = \"host=a\"",
             _ => "",
         };
-        let header = if section.is_empty() { String::new() } else { format!("[{}]", section.replace("NAME", "n")) };
+        let name = section.split(' ').next().unwrap_or_default();
+        let header = if name.is_empty() { String::new() } else { format!("[{}]", name.replace("NAME", "n")) };
         let other = match section {
             _ if section.starts_with("regions") => "",
             "targets.NAME.assertions.NAME" => {
@@ -66,13 +73,15 @@ mod tests {
         keys.split(", ").map(str::to_owned).collect()
     }
 
-    /// The keys that the documentation describes: the first column of the table under each `## [section]` heading.
+    /// The keys that the documentation describes: the first column of the table under each `## [section]` heading. Where a
+    /// section has several kinds, the kind stands behind it, as in `[targets.NAME]`: `files`.
     fn described_keys(document: &str) -> Vec<(String, BTreeSet<String>)> {
         let mut sections = Vec::new();
         for line in document.lines() {
             if let Some(heading) = line.strip_prefix("## ") {
-                let section = heading.strip_prefix("`[").and_then(|rest| rest.strip_suffix("]`"));
-                sections.push((section.unwrap_or_default().to_owned(), BTreeSet::new()));
+                let section = heading.strip_prefix("`[").and_then(|rest| rest.strip_suffix('`'));
+                let section = section.unwrap_or_default().replace("]`: `", " ");
+                sections.push((section.strip_suffix(']').unwrap_or(&section).to_owned(), BTreeSet::new()));
             }
             let key = line.strip_prefix("| `").and_then(|rest| rest.split_once('`'));
             if let (Some((key, _)), Some((_, keys))) = (key, sections.last_mut()) {
@@ -102,6 +111,8 @@ mod tests {
             "regions.NAME.credentials.write",
             "keys.NAME",
             "targets.NAME",
+            "targets.NAME dump",
+            "targets.NAME files",
             "targets.NAME.assertions.NAME",
             "drill",
             "schedules",

@@ -320,7 +320,7 @@ mod tests {
             (&format!("[repository]\npack_size = \"17MiB\"\n{region}"), "line 2: it must be from 256KiB to 16MiB"),
             (&format!("{region}kms.key = \"alias/drctl\""), "[regions.a.kms] of drctl.toml has no `aws_region`"),
             (&format!("{region}[targets.latest]\nsource = \"postgres\""), "`latest` is not a target name"),
-            (&format!("{region}[targets.l]\nsource = \"postgre\""), "use postgres"),
+            (&format!("{region}[targets.l]\nsource = \"postgre\""), "use postgres or dump or files"),
             (&format!("{region}[targets.l]\nsource = \"postgres\"\nconninfo = \"\"\nrpo = \"0s\""), "longer than 0s"),
             (&format!("{region}[keys.r]\nage = \"AGE-SECRET-KEY-1XX\""), "it is an identity"),
         ];
@@ -370,7 +370,8 @@ mod tests {
         let settings = load(&path).unwrap();
         assert_eq!(settings.file.as_deref(), Some(path.as_path()));
         assert_eq!(settings.repository.state_dir, directory.path().join("state"));
-        let Source::Postgres(postgres) = &settings.target(&"ledger".parse().unwrap()).unwrap().source;
+        let source = &settings.target(&"ledger".parse().unwrap()).unwrap().source;
+        let Source::Postgres(postgres) = source else { panic!("{source:?}") };
         assert_eq!(postgres.control_socket, directory.path().join("state/ledger.sock"));
 
         place(&identity, "AGE-SECRET-KEY-1\n", 0o644);

@@ -14,6 +14,7 @@ use crate::config::notify::{Grafana, Notify, Url};
 use crate::config::place::{BucketPath, Place};
 use crate::config::secret::Secret;
 use crate::config::show;
+use crate::model::pattern::Pattern;
 use crate::model::{Error, RegionName, Result, SignerId, TargetName};
 
 /// Everything that the configuration says.
@@ -80,6 +81,8 @@ impl Settings {
         let keys = self.keys.iter().filter_map(|key| key.identity.as_ref());
         let passwords = self.targets.iter().filter_map(|target| match &target.source {
             Source::Postgres(postgres) => postgres.password.as_ref(),
+            Source::Dump(dump) => dump.password.as_ref(),
+            Source::Files(_) => None,
         });
         let grafana = self.grafana.iter().flat_map(|grafana| [Some(&grafana.token), grafana.url.secret()]).flatten();
         let notify = &self.notify;
@@ -392,6 +395,62 @@ pub struct Objectives {
 pub enum Source {
     /// A PostgreSQL cluster, physically.
     Postgres(Box<PostgresTarget>),
+    /// The databases of a PostgreSQL server, logically.
+    Dump(Box<DumpTarget>),
+    /// Directories.
+    Files(FilesTarget),
+}
+
+impl Source {
+    /// The word for it.
+    pub const fn as_str(&self) -> &'static str {
+        match self {
+            Self::Postgres(_) => "postgres",
+            Self::Dump(_) => "dump",
+            Self::Files(_) => "files",
+        }
+    }
+}
+
+/// Directories.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct FilesTarget {
+    /// Directories or files, absolute.
+    pub roots: Vec<PathBuf>,
+    /// Only what these cover; none listed means everything.
+    pub include: Vec<Pattern>,
+    /// Never what these cover.
+    pub exclude: Vec<Pattern>,
+}
+
+/// The databases of a PostgreSQL server, logically.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct DumpTarget {
+    /// libpq keywords or a URI, without a password.
+    pub conninfo: String,
+    /// The password; `None` leaves it to the server's own way.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub password: Option<Secret>,
+    /// The databases; none listed means all that may be connected to.
+    pub databases: Vec<String>,
+    /// Whether roles and tablespaces are dumped as well.
+    pub globals: bool,
+    /// Where `pg_dump` is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bin_dir: Option<PathBuf>,
+    /// Only these schemas, as patterns of `pg_dump`.
+    pub schemas: Vec<String>,
+    /// Not these schemas.
+    pub exclude_schemas: Vec<String>,
+    /// Only these tables.
+    pub tables: Vec<String>,
+    /// Not these tables.
+    pub exclude_tables: Vec<String>,
+    /// These tables without their rows.
+    pub exclude_table_data: Vec<String>,
+    /// How long a lock on a table is waited for.
+    #[serde(serialize_with = "show::optional_duration", skip_serializing_if = "Option::is_none")]
+    pub lock_wait_timeout: Option<Duration>,
 }
 
 /// A PostgreSQL cluster.

@@ -3,9 +3,11 @@
 use std::path::Path;
 use std::time::Duration;
 
+use crate::config::conninfo::without_password;
 use crate::config::drill::assertions;
 use crate::config::file::Section;
 use crate::config::settings::{Method, Objectives, OnPressure, PostgresTarget, Source, Target};
+use crate::config::streamed;
 use crate::model::{Error, Result, TargetName};
 
 pub(super) fn target(name: &str, section: &Section<'_>, state_dir: &Path) -> Result<Target> {
@@ -15,11 +17,23 @@ pub(super) fn target(name: &str, section: &Section<'_>, state_dir: &Path) -> Res
         rto_restore: section.interval("rto_restore")?,
         rto_failover: section.interval("rto_failover")?,
     };
-    section.choice("source", &[("postgres", ())])?.ok_or_else(|| section.missing("source"))?;
-    let source = Source::Postgres(Box::new(postgres(&name, section, state_dir)?));
-    let assertions = assertions(section)?;
+    let kinds = [("postgres", Kind::Postgres), ("dump", Kind::Dump), ("files", Kind::Files)];
+    let kind = section.choice("source", &kinds)?.ok_or_else(|| section.missing("source"))?;
+    let (source, assertions) = match kind {
+        // Drills ask them, and drills are of clusters.
+        Kind::Postgres => (Source::Postgres(Box::new(postgres(&name, section, state_dir)?)), assertions(section)?),
+        Kind::Dump => (Source::Dump(Box::new(streamed::dump(section)?)), Vec::new()),
+        Kind::Files => (Source::Files(streamed::files(section)?), Vec::new()),
+    };
     section.finish()?;
     Ok(Target { name, objectives, source, assertions })
+}
+
+#[derive(Clone, Copy)]
+enum Kind {
+    Postgres,
+    Dump,
+    Files,
 }
 
 fn postgres(name: &TargetName, section: &Section<'_>, state_dir: &Path) -> Result<PostgresTarget> {
@@ -64,49 +78,9 @@ fn slot_name(text: &str) -> Result<String> {
     Err(Error::usage(format!("`{text}` is not the name of a slot")).hint("use a-z, 0-9 and _, at most 63 characters"))
 }
 
-/// Refuses a password in a connection string, in keyword form (`password = …`, also `sslpassword`) and in URI form
-/// (`//user:password@`, `?password=…`). It would rather refuse a strange name than let a password through.
-fn without_password(conninfo: &str) -> Result<String> {
-    let squeezed: String = conninfo.to_lowercase().split_whitespace().collect();
-    // Up to the last @: an unescaped one, or a slash, may be part of the password.
-    let user = conninfo.split_once("://").and_then(|(_, rest)| rest.rsplit_once('@')).map(|(user, _)| user);
-    if squeezed.contains("password=") || user.is_some_and(|user| user.contains(':')) {
-        return Err(Error::usage("a password must not stand in the configuration")
-            .hint("leave it out here and add password = \"env:VARIABLE\" or \"file:/path\" (mode 600)"));
-    }
-    Ok(conninfo.to_owned())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn no_spelling_lets_a_password_through() {
-        let refused = [
-            "host=a password=hunter2",
-            "host=a password = 'hunter2'",
-            "host=a PASSWORD=hunter2",
-            "sslkey=k sslpassword=hunter2",
-            "postgresql://u:hunter2@h/db",
-            "postgresql://u:hun/ter2@h/db",
-            "postgresql://u:hun@ter2@h/db",
-            "postgresql://h/db?password=hunter2",
-        ];
-        for conninfo in refused {
-            let error = without_password(conninfo).unwrap_err();
-            assert!(!format!("{error:?}").contains("hun"), "{conninfo}");
-        }
-        let accepted = [
-            "",
-            "host=/run/postgresql user=drctl dbname=postgres",
-            "host=a passfile=/etc/drctl/pgpass",
-            "postgresql://u@h:5432,h2:5433/db?target_session_attrs=primary",
-        ];
-        for conninfo in accepted {
-            assert_eq!(without_password(conninfo).unwrap(), conninfo);
-        }
-    }
 
     #[test]
     fn slots_are_named_after_their_target() {

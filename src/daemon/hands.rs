@@ -202,7 +202,7 @@ impl Drop for Hands {
 /// One attempt opens everything anew: a region that was away an hour ago is back, and a password that was changed is read.
 async fn attempt(settings: &Settings, world: &World, work: &Work) -> Result<Done> {
     let role = match work {
-        Work::Backup { .. } => Role::Write,
+        Work::Backup { .. } | Work::Dump { .. } | Work::Files { .. } => Role::Write,
         Work::Verify { .. } | Work::Drill { .. } => Role::Restore,
         Work::Repair { .. } => {
             // A directory that vanished is a region that was lost: repair makes it anew and fills it.

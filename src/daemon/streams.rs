@@ -7,7 +7,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::app::{self, Role, World};
-use crate::config::Settings;
+use crate::config::{Settings, Source};
 use crate::jobs::wal::Stream;
 use crate::model::{Error, Result, TargetName};
 use crate::observe::task;
@@ -30,7 +30,8 @@ impl Streams {
     pub(super) fn start(settings: &Settings, world: &World, wanted: bool) -> Self {
         let stop = CancellationToken::new();
         let settings = Arc::new(settings.clone());
-        let targets = settings.targets.iter().filter(|_| wanted);
+        let clusters = settings.targets.iter().filter(|target| matches!(target.source, Source::Postgres(_)));
+        let targets = clusters.filter(|_| wanted);
         let tasks = targets.map(|target| {
             let kept = keep(Arc::clone(&settings), world.clone(), target.name.clone(), stop.clone());
             task::spawn("wal-stream", kept)

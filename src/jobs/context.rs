@@ -12,6 +12,7 @@ use crate::pg::conninfo::ConnInfo;
 use crate::repository::handle::{Repository, Writer};
 use crate::repository::keysets::KeyRing;
 use crate::source::postgres::Method;
+use crate::source::{StreamSource, dump, files};
 
 /// The hands of a job.
 #[derive(Debug, Clone)]
@@ -22,8 +23,10 @@ pub struct Context {
     pub writer: Option<Writer>,
     /// Opens keysets; without openers it says so when asked.
     pub ring: Arc<KeyRing>,
-    /// Everything that the configuration protects.
+    /// Every PostgreSQL cluster that the configuration protects.
     pub targets: Vec<Target>,
+    /// Everything else that it protects.
+    pub streamed: Vec<Streamed>,
     /// zstd levels.
     pub levels: Levels,
     /// Bytes that a pack stays within.
@@ -97,6 +100,44 @@ pub struct Target {
     pub assertions: Vec<Assertion>,
 }
 
+/// A protected thing that is read as streams.
+#[derive(Debug, Clone)]
+pub struct Streamed {
+    /// Its name.
+    pub name: TargetName,
+    /// What was promised.
+    pub objectives: Objectives,
+    /// What it is.
+    pub what: What,
+}
+
+/// What is read as streams.
+#[derive(Debug, Clone)]
+pub enum What {
+    /// The databases of a server, by `pg_dump`.
+    Dump(Box<dump::Options>),
+    /// Directories.
+    Files(files::Options),
+}
+
+impl Streamed {
+    /// The kind of the target.
+    pub const fn source(&self) -> &'static str {
+        match self.what {
+            What::Dump(_) => "dump",
+            What::Files(_) => "files",
+        }
+    }
+
+    /// A reader of it.
+    pub fn open(&self) -> Box<dyn StreamSource> {
+        match &self.what {
+            What::Dump(options) => Box::new(dump::Dump::new(*options.clone())),
+            What::Files(options) => Box::new(files::Files::new(options.clone())),
+        }
+    }
+}
+
 /// A statement about the data of a target that holds in every good copy of it; its owner wrote it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Assertion {
@@ -129,17 +170,40 @@ impl Target {
 }
 
 impl Context {
-    /// A target by name.
+    /// A PostgreSQL cluster by the name of its target.
     ///
     /// # Errors
-    /// The configuration has none of that name.
+    /// The configuration has none of that name, or one that is no cluster.
     pub fn target(&self, name: &TargetName) -> Result<&Target> {
-        let known = || self.targets.iter().map(|target| target.name.as_str()).collect::<Vec<_>>().join(", ");
-        let missing = || match self.targets.is_empty() {
-            true => Error::usage("the configuration protects nothing yet").hint("add a [targets.<name>] to drctl.toml"),
-            false => Error::usage(format!("there is no target `{name}`")).hint(format!("targets: {}", known())),
+        let missing = || match self.streamed(name) {
+            Some(streamed) => {
+                let text = format!("{name} is a target of source \"{}\", not a PostgreSQL cluster", streamed.source());
+                Error::refused(text).hint("it has backups (list, verify, restore), but no WAL and no drill")
+            }
+            None => self.unknown(name),
         };
         self.targets.iter().find(|target| target.name == *name).ok_or_else(missing)
+    }
+
+    /// A target that is read as streams.
+    pub fn streamed(&self, name: &TargetName) -> Option<&Streamed> {
+        self.streamed.iter().find(|target| target.name == *name)
+    }
+
+    /// The names of all targets and what was promised of each.
+    pub fn promises(&self) -> impl Iterator<Item = (&TargetName, &Objectives)> {
+        let clusters = self.targets.iter().map(|target| (&target.name, &target.objectives));
+        clusters.chain(self.streamed.iter().map(|target| (&target.name, &target.objectives)))
+    }
+
+    fn unknown(&self, name: &TargetName) -> Error {
+        let known = self.promises().map(|(name, _)| name.as_str()).collect::<Vec<_>>();
+        match known.is_empty() {
+            true => Error::usage("the configuration protects nothing yet").hint("add a [targets.<name>] to drctl.toml"),
+            false => {
+                Error::usage(format!("there is no target `{name}`")).hint(format!("targets: {}", known.join(", ")))
+            }
+        }
     }
 
     /// The writer.

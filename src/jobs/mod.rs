@@ -16,6 +16,7 @@ pub mod reach;
 pub mod repair;
 pub mod reports;
 pub mod restore;
+pub mod restore_streams;
 pub mod runs;
 pub mod show;
 pub mod socket;
@@ -28,4 +29,4 @@ pub mod work;
 #[cfg(test)]
 mod tests;
 
-pub use context::{Assertion, Context, Levels, Objectives, ScratchPlace, Target};
+pub use context::{Assertion, Context, Levels, Objectives, ScratchPlace, Streamed, Target, What};

@@ -23,6 +23,7 @@ async fn context(fixture: &Fixture) -> Context {
         ring: Arc::new(fixture.ring.within(repository.regions.clone())),
         repository,
         writer: None,
+        streamed: Vec::new(),
         targets: Vec::new(),
         levels: Levels { pages: 1, dumps: 1, wal: 1 },
         pack_size: crate::repository::pack::OBJECT_LIMIT,

@@ -27,6 +27,14 @@ pub async fn run(context: &Context, work: &Work) -> Result<Done> {
                 backup::run(context, target, backup::Options { fast: *fast, ..backup::Options::default() }).await?;
             Ok(done(report.has_debts(), report.backup.id.to_string()))
         }
+        Work::Dump { target } | Work::Files { target } => {
+            let report = backup::run(context, target, backup::Options::default()).await?;
+            let left_out = match report.left_out.len() {
+                0 => String::new(),
+                count => format!(", {count} left out; see: drctl show {}", report.backup.id),
+            };
+            Ok(done(report.has_debts(), format!("{}{left_out}", report.backup.id)))
+        }
         Work::Verify { target, level, scrub, region } => {
             let level = match level {
                 Depth::L0 => verify::Level::L0,

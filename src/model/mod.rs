@@ -8,6 +8,7 @@ pub mod commit;
 pub mod error;
 pub mod id;
 pub mod pages;
+pub mod pattern;
 pub mod position;
 pub mod run;
 pub mod schedule;

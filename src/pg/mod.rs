@@ -10,6 +10,7 @@ pub mod history;
 pub mod instance;
 pub mod label;
 mod le;
+pub mod libpq;
 pub mod page;
 pub mod replication;
 pub mod sql;

@@ -59,6 +59,8 @@ pub struct BackupOptions {
     pub source: &'static str,
     /// How it is read, for COMMIT.
     pub method: String,
+    /// Its kind, where that is not a matter of whether it has a parent.
+    pub kind: Option<BackupKind>,
     /// zstd level of pages.
     pub level: i32,
     /// Worker threads.
@@ -314,7 +316,10 @@ impl BackupWriter {
             id: self.id.clone(),
             target: self.options.target.clone(),
             source: self.options.source.to_owned(),
-            kind: if parent.is_some() { BackupKind::Incremental } else { BackupKind::Full },
+            kind: self.options.kind.unwrap_or(match parent {
+                Some(_) => BackupKind::Incremental,
+                None => BackupKind::Full,
+            }),
             parent,
             started_at: self.started_at,
             finished_at: now,

@@ -32,6 +32,9 @@ pub mod scrub;
 #[cfg(test)]
 #[allow(clippy::cast_possible_truncation, reason = "made-up data is small")]
 mod share_tests;
+#[cfg(test)]
+mod stream_tests;
+pub mod stream_writer;
 pub mod survey;
 #[cfg(test)]
 #[allow(clippy::cast_possible_truncation, reason = "made-up data is small")]

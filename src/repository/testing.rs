@@ -345,6 +345,7 @@ pub fn options() -> BackupOptions {
         target: "ledger".parse().unwrap(),
         source: "postgres",
         method: "local".to_owned(),
+        kind: None,
         level: 1,
         workers: 2,
         page_checksums: true,

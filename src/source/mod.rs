@@ -10,6 +10,8 @@ use tokio::sync::mpsc;
 
 use crate::model::{Lsn, Result, SystemId, Timeline, WalSegmentSize};
 
+pub mod dump;
+pub mod files;
 pub mod postgres;
 
 pub use crate::model::pages::{BATCH_PAGES, Batch, FileId, PAGE_SIZE, Piece};
@@ -124,4 +126,43 @@ pub enum Item {
         /// Its number, if it had been announced.
         id: FileId,
     },
+}
+
+/// A target that is read as one or several streams of bytes, one after the other.
+///
+/// # Contract
+/// - `copy` sends for each stream [`StreamItem::Begin`], its bytes in order, and [`StreamItem::End`] once it knows that the
+///   stream is whole; an error at any time means that there is nothing to keep.
+/// - It ends when the receiver is gone. Dropping it at any point ends whatever it started.
+#[async_trait]
+pub trait StreamSource: Send {
+    /// Reads everything.
+    async fn copy(&mut self, items: mpsc::Sender<StreamItem>) -> Result<Copied>;
+    /// How the target is read, for the record: `tar`, `pg_dump`.
+    fn method(&self) -> &'static str;
+}
+
+/// What a stream source yields.
+#[derive(Debug)]
+pub enum StreamItem {
+    /// A stream begins.
+    Begin {
+        /// Its name, which serves as a file name as it is.
+        name: String,
+    },
+    /// Its next bytes.
+    Bytes(Vec<u8>),
+    /// It is whole.
+    End,
+}
+
+/// What a stream source says in the end.
+#[derive(Debug, Clone, Default)]
+pub struct Copied {
+    /// What a restore must know, for the manifest.
+    pub document: serde_json::Value,
+    /// What the reader should know.
+    pub notes: Vec<String>,
+    /// What should be in the streams and is not.
+    pub left_out: Vec<String>,
 }

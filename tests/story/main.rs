@@ -28,5 +28,6 @@ mod restore;
 mod rig3;
 mod soak;
 mod systemd;
+mod streams;
 mod verify;
 mod wal;

@@ -337,6 +337,14 @@ impl Cluster {
         self.try_client().await.unwrap_or_else(|error| panic!("connect: {error:?}\n{}", self.log()))
     }
 
+    /// A connection of its own to another database.
+    pub async fn client_of(&self, database: &str) -> tokio_postgres::Client {
+        let conninfo = format!("{} dbname={database}", self.conninfo());
+        let (client, connection) = tokio_postgres::connect(&conninfo, NoTls).await.unwrap();
+        tokio::spawn(connection);
+        client
+    }
+
     /// Runs statements.
     pub async fn execute(&self, sql: &str) {
         self.client().await.batch_execute(sql).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"));

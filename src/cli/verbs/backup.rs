@@ -59,8 +59,12 @@ fn text(report: &Report, quorum: usize) -> String {
             commit.provenance.method,
         ),
     ];
+    for stream in &report.streams {
+        lines.push(format!("  {}  {}", stream.name, figures::bytes(stream.bytes)));
+    }
     let (read, changed) = (figures::count(report.pages.read), figures::count(report.pages.changed));
     match (&commit.parent, &report.full_because) {
+        _ if !report.streams.is_empty() => lines.push(format!("  brings back {}", figures::utc(commit.started_at))),
         (Some(parent), _) => lines.push(format!("  {changed} of {read} pages changed since {parent}")),
         (None, because) => {
             lines.push(format!("  all {read} pages: {}", because.as_deref().unwrap_or("it has no parent")));
@@ -82,12 +86,24 @@ fn text(report: &Report, quorum: usize) -> String {
     lines.extend(
         report.wrap_debts.iter().map(|(holder, reason)| format!("  key holder {holder} owes a wrap: {reason}")),
     );
+    lines.extend(shortened("LEFT OUT", &report.left_out));
+    lines.extend(shortened("note", &report.notes));
     lines.extend(report.not_captured.iter().map(|what| format!("  not captured: {what}")));
     if let Some(why) = &report.not_remembered {
         lines.push(format!("  the next backup will be a full one: {why}"));
     }
-    if report.has_debts() {
+    if report.regions.iter().any(|region| region.missing_objects > 0) || !report.wrap_debts.is_empty() {
         lines.push(format!("Next: drctl repair {}", commit.target));
     }
     lines.join("\n")
+}
+
+/// The first of many lines; `--json` has all of them.
+fn shortened(what: &str, list: &[String]) -> Vec<String> {
+    const SHOWN: usize = 20;
+    let mut lines: Vec<_> = list.iter().take(SHOWN).map(|text| format!("  {what}  {text}")).collect();
+    if list.len() > SHOWN {
+        lines.push(format!("  {what}  and {} more", list.len() - SHOWN));
+    }
+    lines
 }

@@ -80,6 +80,13 @@ fn restorable(window: &Restorable, now: DateTime<Utc>, named: bool) -> String {
         return format!("Restorable{of}: NOTHING. Next: drctl verify {}", window.target);
     };
     let seconds = |moment: DateTime<Utc>| moment.format("%Y-%m-%d %H:%M:%S");
+    if window.moments > 0 {
+        let newest = format!("{} UTC ({})", seconds(to), figures::relative(now, to));
+        return match window.moments {
+            1 => format!("Restorable{of}: as of {newest}"),
+            count => format!("Restorable{of}: {count} moments from {} to {newest}", seconds(from)),
+        };
+    }
     let gaps = window
         .gaps
         .iter()
@@ -126,6 +133,7 @@ mod tests {
             from: Some(at(1)),
             to: Some(now),
             gaps: vec![(at(2), at(3))],
+            moments: 0,
         };
         let report = Report {
             backups: vec![

@@ -23,6 +23,7 @@ pub mod recovery_fetch;
 pub mod repair;
 pub mod report;
 pub mod restore;
+pub mod restore_streams;
 mod restore_text;
 pub mod runs;
 pub mod schedule;
@@ -39,7 +40,7 @@ pub enum Verb {
     Init(init::Args),
     /// Look for what would stop a backup or a restore, with the fix for each finding
     Check(check::Args),
-    /// Back up a target into every region
+    /// Back up a target (a cluster, dumps, files) into every region
     Backup(backup::Args),
     /// Stream a target's WAL, or look at what was streamed
     Wal(wal::Args),

@@ -1,6 +1,5 @@
 //! `drctl restore`.
 
-use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -12,9 +11,11 @@ use crate::cli::exit::Exit;
 use crate::cli::progress;
 use crate::cli::time;
 use crate::cli::verbs::drill::told;
+use crate::cli::verbs::restore_streams::{self, Asked, StreamArgs, confirm, directory};
 use crate::cli::verbs::restore_text::{plan_text, report_text};
+use crate::jobs;
 use crate::jobs::restore::{self, Plan, Point, Request};
-use crate::model::{Error, Lsn, RegionName, Result, TargetName, Timeline};
+use crate::model::{Error, Lsn, RegionName, Result, Timeline};
 
 /// Arguments.
 #[derive(Debug, clap::Args)]
@@ -22,9 +23,10 @@ pub struct Args {
     /// A backup id or the beginning of one, a target, or `latest`
     #[arg(value_name = "ID|TARGET|latest")]
     pub what: String,
-    /// Where the data directory is to stand; it must be empty or left by the same restore
-    #[arg(long, value_name = "DIR")]
-    pub target_dir: PathBuf,
+    /// Where the data directory, or the tree of files, is to stand; of a dump, where its files go. It must be empty or
+    /// left by the same restore
+    #[arg(long, value_name = "DIR", required_unless_present = "into_database")]
+    pub target_dir: Option<PathBuf>,
     /// Where a tablespace is to stand; absolute paths. Repeats
     #[arg(long, value_name = "OLD=NEW")]
     pub tablespace: Vec<TablespaceMove>,
@@ -49,6 +51,9 @@ pub struct Args {
     /// The account that is to own the files and run PostgreSQL, when drctl is root
     #[arg(long, value_name = "USER", help_heading = "Doing it")]
     pub run_as: Option<String>,
+    /// What means something for dumps and files alone.
+    #[command(flatten)]
+    pub streams: StreamArgs,
 }
 
 /// The point in time to restore to.
@@ -117,6 +122,17 @@ pub async fn run(args: Args, session: &Session) -> Result<Exit> {
     let (settings, world) = (session.settings()?, World::real());
     world.courier.serve(app::notifiers(&settings)?);
     let context = app::context(&settings, Role::Restore, &world).await?;
+    if jobs::restore_streams::is_one(&context, &args.what).await? {
+        let clusters_only = args.point.point() != Point::End
+            || args.timeline.is_some()
+            || args.start
+            || args.run_as.is_some()
+            || !args.tablespace.is_empty();
+        let Args { what, target_dir, region, execute, plan, streams, .. } = args;
+        let asked = Asked { what, target_dir, region, doing: (execute, plan), streams, clusters_only };
+        return restore_streams::run(asked, &context, session).await;
+    }
+    args.streams.refuse()?;
     let request = request(&args, session)?;
     let digest = match (args.execute, args.plan) {
         (true, Some(digest)) => digest,
@@ -126,7 +142,7 @@ pub async fn run(args: Args, session: &Session) -> Result<Exit> {
                 return show_plan(&plan, session);
             }
             plan.refuse()?;
-            confirm(&plan, session)?;
+            confirm((&plan.target, &plan.command), session, || plan_text(&plan, session.clock.now()))?;
             plan.digest
         }
         (false, Some(_)) => return Err(Error::usage("--plan names what --execute is to do").hint("add --execute")),
@@ -145,8 +161,7 @@ pub async fn run(args: Args, session: &Session) -> Result<Exit> {
 }
 
 fn request(args: &Args, session: &Session) -> Result<Request> {
-    let directory = std::path::absolute(&args.target_dir);
-    let directory = directory.map_err(|error| Error::usage("--target-dir names no directory").because(error))?;
+    let directory = directory(args.target_dir.as_deref())?;
     let moves = args.tablespace.iter();
     let tablespaces = moves.map(|place| (place.old.to_string_lossy().into_owned(), place.new.clone())).collect();
     Ok(Request {
@@ -169,25 +184,6 @@ fn show_plan(plan: &Plan, session: &Session) -> Result<Exit> {
         session.output.print(&plan_text(plan, session.clock.now()))?;
     }
     Ok(if plan.refused.is_empty() { Exit::Ok } else { Exit::Refused })
-}
-
-/// Without a digest somebody must say which target they mean, in its own name.
-fn confirm(plan: &Plan, session: &Session) -> Result<()> {
-    let full = || format!("look at the plan, then: {}", plan.command);
-    if session.output.json || !std::io::stdin().is_terminal() {
-        return Err(Error::refused("--execute needs the digest of a plan").hint(full()));
-    }
-    session.output.print(&plan_text(plan, session.clock.now()))?;
-    let mut stderr = std::io::stderr();
-    // A question that cannot be shown is answered by nobody.
-    let asked = write!(stderr, "Type the target's name ({}) to go on: ", plan.target).and_then(|()| stderr.flush());
-    let mut answer = String::new();
-    let read = asked.and_then(|()| std::io::stdin().read_line(&mut answer));
-    read.map_err(|error| Error::failed("read the answer").because(error))?;
-    match answer.trim().parse::<TargetName>() {
-        Ok(name) if name == plan.target => Ok(()),
-        _ => Err(Error::refused("that is not the target's name; nothing was touched").hint(full())),
-    }
 }
 
 #[cfg(test)]

@@ -55,9 +55,14 @@ fn text(report: &Report, now: DateTime<Utc>) -> String {
         line("WAL", format!("{} to {}, timeline {}, branch {}", wal.start_lsn, wal.stop_lsn, wal.timeline, wal.branch));
         line("cluster", format!("{}, PostgreSQL {}", wal.system_id, wal.server_version / 10_000));
     }
-    let until =
-        listed.recoverable_until.map_or_else(|| "NOT RESTORABLE: its WAL is not whole".to_owned(), figures::utc);
-    line("until", until);
+    match (&report.wal, listed.recoverable_until) {
+        (Some(_), until) => {
+            let until = until.map_or_else(|| "NOT RESTORABLE: its WAL is not whole".to_owned(), figures::utc);
+            line("until", until);
+        }
+        (None, Some(moment)) => line("brings back", figures::utc(moment)),
+        (None, None) => line("brings back", "NOTHING: the regions do not hold all of it".to_owned()),
+    }
     line(
         "written by",
         format!(

@@ -52,6 +52,7 @@ impl<'f, 'd> Reader<'f, 'd> {
         let retry = self.retry();
         let after = self.take("after", |section, key| section.converted(key, str::parse::<ScheduleName>));
         let max_age = self.take("max_age", Section::interval);
+        let target = target.filter(|target| self.fits(job, target, settings));
         let work = self.work(job, target, settings);
         self.finish();
         if let Some(cron) = &cron {
@@ -83,6 +84,25 @@ impl<'f, 'd> Reader<'f, 'd> {
         Retry { max: u32::try_from(max).unwrap_or(0), pause }
     }
 
+    /// A job that makes or rehearses backups is of one kind of target.
+    fn fits(&mut self, job: Option<Job>, target: &TargetName, settings: &Settings) -> bool {
+        let wanted = match job {
+            Some(Job::Backup | Job::Drill) => "postgres",
+            Some(Job::Dump) => "dump",
+            Some(Job::Files) => "files",
+            _ => return true,
+        };
+        let (Some(job), Ok(known)) = (job, settings.target(target)) else { return true };
+        let source = known.source.as_str();
+        if source == wanted {
+            return true;
+        }
+        let error = Error::usage(format!("`target`: {target} has source = \"{source}\", which `{job}` does not read"));
+        let right = if source == "postgres" { "backup" } else { source };
+        self.wrong("target", &error.hint(format!("job = \"{right}\"")));
+        false
+    }
+
     fn work(&mut self, job: Option<Job>, target: Option<TargetName>, settings: &Settings) -> Option<Work> {
         let mut params = self.inner("params")?;
         let region = |params: &mut Reader<'_, 'd>| {
@@ -95,6 +115,12 @@ impl<'f, 'd> Reader<'f, 'd> {
                     self.missing("target", "a backup has one");
                 }
                 target.map(|target| Work::Backup { target, fast })
+            }
+            Some(job @ (Job::Dump | Job::Files)) => {
+                if target.is_none() && !self.has("target") {
+                    self.missing("target", &format!("a {job} job has one"));
+                }
+                target.map(|target| if job == Job::Dump { Work::Dump { target } } else { Work::Files { target } })
             }
             Some(Job::Verify) => {
                 let levels = [("l0", Depth::L0), ("l1", Depth::L1), ("l2", Depth::L2)];

@@ -6,8 +6,8 @@ use super::*;
 use crate::config::parse;
 use crate::model::schedule::{CatchUp, Depth, Overlap, Work};
 
-const SETTINGS: &str =
-    "[regions.us-east-1]\nurl = \"a\"\n[targets.ledger]\nsource = \"postgres\"\nconninfo = \"host=a\"\n";
+const SETTINGS: &str = "[regions.us-east-1]\nurl = \"a\"\n[targets.ledger]\nsource = \"postgres\"\nconninfo = \"host=a\"\n\
+     [targets.app]\nsource = \"dump\"\nconninfo = \"host=a\"\n[targets.etc]\nsource = \"files\"\nroots = [\"/etc\"]\n";
 
 fn settings(dir: &Path) -> Settings {
     let mut settings = parse(SETTINGS, "drctl.toml", Path::new("/etc/drctl")).unwrap();
@@ -85,7 +85,7 @@ fn every_mistake_of_every_file_is_told_at_once_with_its_place() {
         "a.toml:7:10: `jitter`: expected a string in quotes, found 5",
         "a.toml:8:17: `max`: expected a whole number from 0 to 20, found 99",
         "a.toml:8:21: unknown key `paus` / did you mean `pause`?",
-        "b.toml:2:7: `job`: this version does not run `prune` by schedule / it runs backup, verify, drill, repair",
+        "b.toml:2:7: `job`: this version does not run `prune` by schedule / it runs backup, dump, files, verify, drill, repair",
         "b.toml:3:11: `overlap`: `wait` is not one of its values / use skip or queue-one",
         "b.toml:4:9: `after`: there is no schedule `ledger-bas` / did you mean `ledger-base`?",
         "c.toml:1:7: `job`: WAL has no schedule / the daemon streams",
@@ -99,6 +99,27 @@ fn every_mistake_of_every_file_is_told_at_once_with_its_place() {
     for (told, expected) in told.iter().zip(expected) {
         assert!(told.starts_with(expected), "{told}\n{expected}");
     }
+}
+
+#[test]
+fn a_job_is_of_the_kind_of_its_target() {
+    let schedule = |job: &str, target: &str| {
+        read(&[("a.toml", &format!("job = \"{job}\"\ntarget = \"{target}\"\ncron = \"@daily\"\n"))])
+    };
+    for (job, target) in [("backup", "ledger"), ("dump", "app"), ("files", "etc"), ("verify", "etc"), ("repair", "app")]
+    {
+        assert_eq!(schedule(job, target).unwrap()[0].work.target().unwrap().as_str(), target, "{job}");
+    }
+    for (job, target, right) in
+        [("backup", "app", "dump"), ("drill", "etc", "files"), ("dump", "ledger", "backup"), ("files", "app", "dump")]
+    {
+        let told = schedule(job, target).unwrap_err();
+        assert!(
+            told.len() == 1 && told[0].starts_with("a.toml:2:10: `target`: ") && told[0].contains(right),
+            "{told:?}"
+        );
+    }
+    assert!(read(&[("a.toml", "job = \"dump\"\ncron = \"@daily\"\n")]).unwrap_err()[0].contains("`target` is missing"));
 }
 
 #[test]
@@ -137,7 +158,7 @@ fn the_shipped_examples_are_good() {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("schedules");
     let schedules = load_schedules(&settings(&dir)).unwrap_or_else(|mistakes| panic!("{mistakes:#?}"));
     let jobs: BTreeSet<_> = schedules.iter().map(|schedule| schedule.work.job().as_str()).collect();
-    assert_eq!(jobs, BTreeSet::from(["backup", "drill", "repair", "verify"]));
+    assert_eq!(jobs, BTreeSet::from(["backup", "drill", "dump", "files", "repair", "verify"]));
     assert!(schedules.iter().all(|schedule| schedule.enabled && schedule.description.is_some()));
 }
 

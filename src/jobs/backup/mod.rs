@@ -1,4 +1,5 @@
-//! `backup`: one base backup of one target, into every region at once. It stores the pages that changed since the newest
+//! `backup`: one backup of one target, into every region at once. What is no cluster is stored as streams, whole each time;
+//! see [`streams`]. Of a cluster it stores the pages that changed since the newest
 //! backup, if this machine remembers that one's pages, and all of them otherwise; either restores on its own.
 //!
 //! It exists when COMMIT is at the write quorum, and COMMIT is written only when every page and all WAL from the start to
@@ -13,10 +14,12 @@ use crate::model::{HolderId, Result, ResultExt, TargetName};
 use crate::repository::backup_writer::{BackupOptions, BackupWriter, PageCounts};
 use crate::repository::fan_out::LaneOutcome;
 use crate::repository::parent::{self, Basis, state_path};
+use crate::repository::stream_writer::StreamLine;
 use crate::source::postgres;
 use crate::source::{Begun, Finished};
 
 mod around;
+pub mod streams;
 mod transfer;
 mod wal;
 
@@ -47,8 +50,14 @@ pub struct Report {
     pub wrap_debts: Vec<(HolderId, String)>,
     /// Configuration that could not be captured, and why.
     pub not_captured: Vec<String>,
-    /// Who made the WAL durable: `receiver` (a running `drctl wal stream`) or `own`.
+    /// Who made the WAL durable: `receiver` (a running `drctl wal stream`), `own`, or `none` where there is no WAL.
     pub wal_by: &'static str,
+    /// The streams, of a target that is read as such.
+    pub streams: Vec<StreamLine>,
+    /// What happened to the source while it was read.
+    pub notes: Vec<String>,
+    /// What should be in the backup and is not.
+    pub left_out: Vec<String>,
     /// Why it stores every page; `None` for an incremental backup.
     pub full_because: Option<String>,
     /// Pages read, and those of them that changed since the parent.
@@ -60,7 +69,9 @@ pub struct Report {
 impl Report {
     /// Whether something is still owed.
     pub fn has_debts(&self) -> bool {
-        !self.wrap_debts.is_empty() || self.regions.iter().any(|region| region.missing_objects > 0)
+        !self.left_out.is_empty()
+            || !self.wrap_debts.is_empty()
+            || self.regions.iter().any(|region| region.missing_objects > 0)
     }
 }
 
@@ -73,11 +84,14 @@ pub struct Options {
     pub full: bool,
 }
 
-/// Takes a base backup of `name`.
+/// Takes a backup of `name`.
 ///
 /// # Errors
 /// Whatever stopped it. There is then no backup, and what was written is orphaned.
 pub async fn run(context: &Context, name: &TargetName, options: Options) -> Result<Report> {
+    if let Some(streamed) = context.streamed(name) {
+        return streams::run(context, streamed, options).await;
+    }
     let target = context.target(name)?;
     let writer = context.writer()?;
     let _alone = Lock::acquire(&context.state_dir.join(format!("{name}.backup.lock")))?;
@@ -102,6 +116,9 @@ pub async fn run(context: &Context, name: &TargetName, options: Options) -> Resu
         wrap_debts: written.wrap_debts,
         not_captured,
         wal_by: wal.by,
+        streams: Vec::new(),
+        notes: Vec::new(),
+        left_out: Vec::new(),
         full_because: written.full_because,
         pages: written.pages,
         not_remembered: written.not_remembered,
@@ -152,6 +169,7 @@ fn backup_options(context: &Context, target: &Target, begun: &Begun, method: &st
         target: target.name.clone(),
         source: "postgres",
         method: method.to_owned(),
+        kind: None,
         level: context.levels.pages,
         workers: workers(),
         page_checksums: begun.cluster.checksums,

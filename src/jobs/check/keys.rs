@@ -12,8 +12,9 @@ use crate::repository::health::{self, HolderHealth};
 pub(super) async fn try_holders(subject: &Subject, deadline: Duration) -> Result<Vec<HolderHealth>> {
     let Ok(writer) = &subject.writer else { return Ok(Vec::new()) };
     // Grants may be bound to the target's name in the encryption context.
-    let target = match subject.targets.first() {
-        Some(target) => target.name.clone(),
+    let streamed = subject.streamed.iter().map(|target| &target.name);
+    let target = match subject.targets.iter().map(|target| &target.name).chain(streamed).next() {
+        Some(name) => name.clone(),
         None => TargetName::try_from("check".to_owned())?,
     };
     let repository = RepositoryId::new(subject.rng.as_ref())?;

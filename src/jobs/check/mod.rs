@@ -16,6 +16,7 @@ mod machine;
 mod postgres;
 mod regions;
 mod rules;
+mod streams;
 mod subject;
 
 pub use finding::{Finding, Level};
@@ -45,18 +46,22 @@ impl Report {
 pub async fn run(subject: &Subject, target: Option<&TargetName>) -> Result<Report> {
     let targets: Vec<_> =
         subject.targets.iter().filter(|known| target.is_none_or(|wanted| known.name == *wanted)).collect();
-    if let (Some(target), true) = (target, targets.is_empty()) {
+    let streamed: Vec<_> =
+        subject.streamed.iter().filter(|known| target.is_none_or(|wanted| known.name == *wanted)).collect();
+    if let (Some(target), true) = (target, targets.is_empty() && streamed.is_empty()) {
         return Err(Error::usage(format!("there is no target `{target}`")));
     }
     let servers = join_all(targets.iter().map(|target| postgres::check(target, DEADLINE)));
-    let (regions, holders, servers) = tokio::join!(
+    let others = join_all(streamed.iter().map(|target| streams::check(target, DEADLINE)));
+    let (regions, holders, servers, others) = tokio::join!(
         health::examine(&subject.regions, subject.clock.as_ref(), DEADLINE),
         keys::try_holders(subject, DEADLINE),
         servers,
+        others,
     );
     let mut checks = regions::check(subject, &regions);
     checks.extend(keys::check(subject, holders?));
-    checks.extend(servers.into_iter().flatten());
+    checks.extend(servers.into_iter().chain(others).flatten());
     checks.extend(machine::check(subject, &targets));
     checks.sort_by_key(|finding| std::cmp::Reverse(finding.level));
     Ok(Report { checks })

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use crate::jobs::context::Target;
+use crate::jobs::context::{Streamed, Target};
 use crate::model::{Clock, RegionName, Result, Rng, SignerId};
 use crate::repository::handle::{RegionRecord, Writer};
 use crate::repository::regions::Regions;
@@ -26,8 +26,10 @@ pub struct Subject {
     pub identities: Vec<PathBuf>,
     /// Every file that holds a secret.
     pub secret_files: Vec<PathBuf>,
-    /// What is protected.
+    /// The clusters that are protected.
     pub targets: Vec<Target>,
+    /// What else is protected.
+    pub streamed: Vec<Streamed>,
     /// Caches, locks, the signing key.
     pub state_dir: PathBuf,
     /// Time.

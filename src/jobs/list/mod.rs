@@ -73,6 +73,8 @@ pub struct Restorable {
     pub to: Option<DateTime<Utc>>,
     /// Times in between that cannot be restored.
     pub gaps: Vec<(DateTime<Utc>, DateTime<Utc>)>,
+    /// Single moments that can be restored, of a target without WAL: as many as it has backups.
+    pub moments: u64,
 }
 
 /// Lists.
@@ -127,6 +129,9 @@ pub fn list(survey: &Survey) -> Vec<Listed> {
 
 /// From the oldest backup on; a window that no backup leads into restores nothing.
 fn restorable(survey: &Survey) -> Restorable {
+    if survey.backups.iter().all(|(backup, _)| backup.commit.wal.is_none()) {
+        return moments(survey);
+    }
     let mut spans: Vec<(DateTime<Utc>, DateTime<Utc>)> = Vec::new();
     for (backup, debts) in &survey.backups {
         let commit = &backup.commit;
@@ -142,7 +147,15 @@ fn restorable(survey: &Survey) -> Restorable {
     }
     let gaps = spans.windows(2).filter_map(|pair| Some((pair.first()?.1, pair.get(1)?.0))).collect();
     let (from, to) = (spans.first().map(|span| span.0), spans.last().map(|span| span.1));
-    Restorable { target: survey.target.clone(), from, to, gaps }
+    Restorable { target: survey.target.clone(), from, to, gaps, moments: 0 }
+}
+
+/// Each backup without WAL brings the moment back at which it began.
+fn moments(survey: &Survey) -> Restorable {
+    let whole = survey.backups.iter().filter(|(backup, debts)| survey.is_restorable(&backup.commit, debts));
+    let times: Vec<_> = whole.map(|(backup, _)| backup.commit.started_at).collect();
+    let (from, to) = (times.iter().min().copied(), times.iter().max().copied());
+    Restorable { target: survey.target.clone(), from, to, gaps: Vec::new(), moments: times.len() as u64 }
 }
 
 /// Whether the WAL of `commit` lies in one window with that of an older backup, which then leads up to it.

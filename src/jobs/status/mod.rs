@@ -78,8 +78,9 @@ pub struct RegionStatus {
     pub wal_end: Option<Lsn>,
     /// When its newest WAL was written.
     pub wal_at: Option<DateTime<Utc>>,
-    /// Seconds of commits that are not durable there, rounded up; `null` = unknown: no WAL receiver answers on this
-    /// machine, or the region lags behind it. Never 0 for want of knowledge.
+    /// Seconds of commits that are not durable there, rounded up; of a target without WAL, the age of its newest backup
+    /// there. `null` = unknown: no WAL receiver answers on this machine, or the region lags behind it. Never 0 for want of
+    /// knowledge.
     pub exposure_seconds: Option<u64>,
     /// Since when the exposure is unknown.
     pub unknown_since: Option<DateTime<Utc>>,
@@ -104,9 +105,9 @@ pub async fn run(context: &Context) -> Result<Report> {
         status.judge_drills(drills.iter().filter(|head| head.target == survey.target));
         targets.push(status);
     }
-    for target in &context.targets {
-        if !targets.iter().any(|status| status.target == target.name) {
-            targets.push(without_backup(context, &target.name, target.objectives.rpo));
+    for (name, objectives) in context.promises() {
+        if !targets.iter().any(|status| status.target == *name) {
+            targets.push(without_backup(context, name, objectives.rpo));
         }
     }
     targets.sort_by_key(|status| (!status.violated, status.problems.is_empty(), status.target.clone()));
@@ -178,16 +179,19 @@ fn exposure(receiver: Option<&Position>, region: &RegionName) -> Option<u64> {
 
 fn status(context: &Context, survey: &Survey, receiver: Option<Position>) -> TargetStatus {
     let now = context.clock.now();
-    let rpo =
-        context.targets.iter().find(|target| target.name == survey.target).and_then(|target| target.objectives.rpo);
+    let rpo = context.promises().find(|(name, _)| **name == survey.target).and_then(|(_, objectives)| objectives.rpo);
     let listed = list::list(survey);
     let usable = listed.iter().rev().find(|backup| backup.recoverable_until.is_some());
     let debts = survey.debts();
+    let has_wal = survey.backups.last().is_some_and(|(backup, _)| backup.commit.wal.is_some());
     let names = context.repository.regions.all().iter().map(|region| &region.name);
     let region = |name: &RegionName| {
         let states = listed.iter().flat_map(|backup| &backup.regions).filter(|region| region.name == *name);
         let newest = survey.newest_window(name);
-        let exposure_seconds = exposure(receiver.as_ref(), name);
+        let exposure_seconds = match has_wal {
+            true => exposure(receiver.as_ref(), name),
+            false => age_of_newest(now, &listed, name),
+        };
         let since = newest.map(|reach| reach.window.written_at).or(usable.map(|backup| backup.finished_at));
         RegionStatus {
             name: name.clone(),
@@ -207,7 +211,8 @@ fn status(context: &Context, survey: &Survey, receiver: Option<Position>) -> Tar
         problems.push("no backup can be restored".to_owned());
     }
     if !violated_in.is_empty() {
-        problems.push(format!("no recent WAL in {}", violated_in.join(", ")));
+        let what = if has_wal { "WAL" } else { "backup" };
+        problems.push(format!("no recent {what} in {}", violated_in.join(", ")));
     }
     for region in regions.iter().filter(|region| region.state != State::Complete) {
         problems.push(match region.state {
@@ -215,7 +220,11 @@ fn status(context: &Context, survey: &Survey, receiver: Option<Position>) -> Tar
             _ => format!("debt in {}: {} objects", region.name, region.debt_objects),
         });
     }
-    let next = next(&survey.target, usable.is_some(), !violated_in.is_empty(), &regions);
+    let late = (!violated_in.is_empty()).then(|| match has_wal {
+        true => format!("drctl wal stream {}", survey.target),
+        false => format!("drctl backup {}", survey.target),
+    });
+    let next = next(&survey.target, usable.is_some(), late, &regions);
     TargetStatus {
         target: survey.target.clone(),
         last_backup: usable.map(|backup| backup.id.clone()),
@@ -238,12 +247,20 @@ fn is_late(now: DateTime<Utc>, region: &RegionStatus, rpo: Duration) -> bool {
     }
 }
 
-fn next(target: &TargetName, usable: bool, late: bool, regions: &[RegionStatus]) -> Option<String> {
+/// Where there is no WAL, what was written since the newest backup began is exposed, whether or not anything was.
+fn age_of_newest(now: DateTime<Utc>, listed: &[list::Listed], region: &RegionName) -> Option<u64> {
+    let whole_there = |backup: &&list::Listed| {
+        backup.regions.iter().any(|held| held.name == *region && held.recoverable_until.is_some())
+    };
+    let newest = listed.iter().rev().find(whole_there)?;
+    (now - newest.started_at).to_std().ok().map(|age| age.as_secs() + 1)
+}
+
+fn next(target: &TargetName, usable: bool, late: Option<String>, regions: &[RegionStatus]) -> Option<String> {
     let behind = regions.iter().find(|region| matches!(region.state, State::Debt | State::Damaged));
     match behind {
         _ if !usable => Some(format!("drctl verify {target}")),
         Some(region) => Some(format!("drctl repair {target} --region {}", region.name)),
-        None if late => Some(format!("drctl wal stream {target}")),
-        None => None,
+        None => late,
     }
 }

@@ -183,7 +183,7 @@ async fn look(context: &Context, options: &Options) -> Result<Report> {
 fn choose(context: &Context, all: &[Backup], what: Option<&str>) -> Result<Vec<Backup>> {
     let Some(what) = what else { return Ok(all.to_vec()) };
     let of_target: Vec<_> = all.iter().filter(|backup| backup.commit.target.as_str() == what).cloned().collect();
-    let known = context.targets.iter().any(|target| target.name.as_str() == what);
+    let known = context.promises().any(|(name, _)| name.as_str() == what);
     if known && of_target.is_empty() {
         return Err(Error::not_found(format!("{what} has no backup yet")).hint(format!("drctl backup {what}")));
     }

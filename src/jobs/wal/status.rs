@@ -102,8 +102,11 @@ impl BranchWal {
 /// What is stored of one target, or of everything.
 ///
 /// # Errors
-/// No region answers.
+/// No region answers, or the target is no cluster.
 pub async fn wal_status(context: &Context, target: Option<&TargetName>) -> Result<WalStatus> {
+    if let Some(streamed) = target.and_then(|name| context.streamed(name)) {
+        context.target(&streamed.name)?;
+    }
     let mut owners = owners(context, target).await?;
     if target.is_none() {
         for system_id in stored_systems(context).await? {

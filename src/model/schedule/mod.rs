@@ -57,7 +57,7 @@ impl Job {
     ];
 
     /// The jobs that this version runs by schedule.
-    pub const RUNNABLE: [Self; 4] = [Self::Backup, Self::Verify, Self::Drill, Self::Repair];
+    pub const RUNNABLE: [Self; 6] = [Self::Backup, Self::Dump, Self::Files, Self::Verify, Self::Drill, Self::Repair];
 
     /// As people and files write it.
     pub const fn as_str(self) -> &'static str {
@@ -104,6 +104,16 @@ pub enum Work {
         /// Whether the server is asked for an immediate checkpoint.
         fast: bool,
     },
+    /// A logical dump.
+    Dump {
+        /// What is dumped.
+        target: TargetName,
+    },
+    /// A snapshot of files.
+    Files {
+        /// What is read.
+        target: TargetName,
+    },
     /// A look at what is stored.
     Verify {
         /// One target; without it everything.
@@ -138,6 +148,8 @@ impl Work {
     pub const fn job(&self) -> Job {
         match self {
             Self::Backup { .. } => Job::Backup,
+            Self::Dump { .. } => Job::Dump,
+            Self::Files { .. } => Job::Files,
             Self::Verify { .. } => Job::Verify,
             Self::Drill { .. } => Job::Drill,
             Self::Repair { .. } => Job::Repair,
@@ -147,7 +159,10 @@ impl Work {
     /// The target that it is about, if it is about one.
     pub const fn target(&self) -> Option<&TargetName> {
         match self {
-            Self::Backup { target, .. } | Self::Drill { target, .. } => Some(target),
+            Self::Backup { target, .. }
+            | Self::Dump { target }
+            | Self::Files { target }
+            | Self::Drill { target, .. } => Some(target),
             Self::Verify { target, .. } | Self::Repair { target, .. } => target.as_ref(),
         }
     }

@@ -175,6 +175,13 @@ impl ConnInfo {
         &self.servers
     }
 
+    /// The same, where only this server counts.
+    #[must_use]
+    pub fn at(mut self, server: Server) -> Self {
+        self.servers = vec![server];
+        self
+    }
+
     /// The role to log in as.
     pub fn user(&self) -> &str {
         &self.user

@@ -21,16 +21,22 @@ pub struct PgBinaries {
     pub libraries: Option<PathBuf>,
 }
 
+/// `pg_dump`, `pg_dumpall` and `pg_restore` of one version.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ClientPrograms {
+    /// Where they are.
+    pub binaries: PgBinaries,
+    /// What `pg_dump --version` prints.
+    pub version: String,
+}
+
 impl PgBinaries {
     /// Looks in `explicit` only, or else in `DRCTL_PG_BIN_<major>` only, or else in the packages' usual places and PATH.
     ///
     /// # Errors
     /// [`InstanceError::NoBinaries`] if no `postgres` of this version is there.
     pub async fn find(major: u32, explicit: Option<&Path>) -> Result<Self, InstanceError> {
-        let named = explicit.map(Path::to_owned).or_else(|| {
-            let value = std::env::var_os(format!("DRCTL_PG_BIN_{major}"))?;
-            Some(PathBuf::from(value)).filter(|path| !path.as_os_str().is_empty())
-        });
+        let named = explicit.map(Path::to_owned).or_else(|| named_by_environment(major));
         let candidates = match named {
             Some(directory) => vec![directory],
             None => usual_places(major),
@@ -39,6 +45,28 @@ impl PgBinaries {
             let binaries = Self::in_directory(major, directory.clone());
             if binaries.reports_version().await == Some(major) {
                 return Ok(binaries);
+            }
+        }
+        Err(InstanceError::NoBinaries { major, tried: candidates })
+    }
+
+    /// Looks for `pg_dump` and its kin, which machines without a server have, too: in `explicit`, where a newer version
+    /// will do as well, or else as [`find`](Self::find) does.
+    ///
+    /// # Errors
+    /// [`InstanceError::NoBinaries`] if no `pg_dump` that fits is there.
+    pub async fn find_client(major: u32, explicit: Option<&Path>) -> Result<ClientPrograms, InstanceError> {
+        let named = explicit.map(Path::to_owned).or_else(|| named_by_environment(major));
+        let candidates = match named {
+            Some(directory) => vec![directory],
+            None => usual_places(major),
+        };
+        for directory in &candidates {
+            let mut binaries = Self::in_directory(major, directory.clone());
+            let Some((found, version)) = binaries.version_of("pg_dump").await else { continue };
+            if found == major || explicit.is_some() && found > major {
+                binaries.major = found;
+                return Ok(ClientPrograms { binaries, version });
             }
         }
         Err(InstanceError::NoBinaries { major, tried: candidates })
@@ -55,11 +83,16 @@ impl PgBinaries {
 
     /// The version that `postgres` prints: another one in a directory of this name would not read the cluster.
     async fn reports_version(&self) -> Option<u32> {
-        let output = self.command("postgres").arg("--version").stderr(Stdio::null()).output().await.ok()?;
+        self.version_of("postgres").await.map(|(major, _)| major)
+    }
+
+    /// The major version of a program and the line that it prints.
+    async fn version_of(&self, program: &str) -> Option<(u32, String)> {
+        let output = self.command(program).arg("--version").stderr(Stdio::null()).output().await.ok()?;
         let text = String::from_utf8(output.stdout).ok()?;
-        let number = text.strip_prefix("postgres (PostgreSQL) ")?;
+        let number = text.strip_prefix(program)?.strip_prefix(" (PostgreSQL) ")?;
         let digits = number.find(|character: char| !character.is_ascii_digit()).unwrap_or(number.len());
-        number.get(..digits)?.parse().ok()
+        Some((number.get(..digits)?.parse().ok()?, text.trim().to_owned()))
     }
 
     /// A command for one of the programs, with a bare environment and no standard input.
@@ -72,6 +105,11 @@ impl PgBinaries {
         }
         command
     }
+}
+
+fn named_by_environment(major: u32) -> Option<PathBuf> {
+    let value = std::env::var_os(format!("DRCTL_PG_BIN_{major}"))?;
+    Some(PathBuf::from(value)).filter(|path| !path.as_os_str().is_empty())
 }
 
 fn usual_places(major: u32) -> Vec<PathBuf> {

@@ -17,7 +17,7 @@ use self::postmaster::PidFile;
 use crate::model::Error;
 use crate::pg::control::{self, ControlFile, State};
 
-pub use self::binaries::{PgBinaries, User};
+pub use self::binaries::{ClientPrograms, PgBinaries, User};
 pub use self::postmaster::{Postmaster, Readiness, postmaster_of};
 
 const POLL: Duration = Duration::from_millis(20);

@@ -24,6 +24,7 @@ use crate::repository::layout;
 use crate::repository::manifest::{Begin, FileLine, Line, ManifestReader, ManifestSeal, PartsSummary};
 
 mod frames;
+pub mod streams;
 mod window;
 
 pub use frames::{Fetched, fetch_frames};

@@ -136,6 +136,42 @@ impl Window {
         fetch_frames(repository, ring, Unit::Frame, frames, look).await.map(|_| ())
     }
 
+    /// Reads the one file of the window into memory. Returns it and the bytes fetched.
+    pub(super) async fn read(
+        self,
+        repository: &Repository,
+        ring: &KeyRing,
+        secrets: &Secrets,
+    ) -> Result<(Vec<u8>, u64)> {
+        let (frames, map_bytes) = self.locate_pages(repository, ring, secrets).await?;
+        let size = self.files.first().map_or(0, |(line, _)| line.size);
+        let pages = usize::try_from(page_count(size)).unwrap_or(usize::MAX);
+        // Pages that are stored nowhere are of zeros.
+        let memory = Arc::new(Mutex::new(vec![0; pages * PAGE_SIZE]));
+        let checker = PageChecker { files: Arc::new(self.files), fingerprints: Arc::clone(&secrets.fingerprints) };
+        let fill = {
+            let memory = Arc::clone(&memory);
+            move |frames: Vec<Fetched<Vec<PageTarget>>>| {
+                let mut decompressor = Decompressor::new()?;
+                for Fetched { frame, note: pages, payload } in frames {
+                    let plain = unpack_frame(&frame, &payload, &mut decompressor)?;
+                    checker.check_all(&frame, &pages, &plain)?;
+                    let mut memory = memory.lock().unwrap_or_else(PoisonError::into_inner);
+                    for page in &pages {
+                        let place = page.page as usize * PAGE_SIZE;
+                        let bytes = slot(&plain, page.slot, 1).unwrap_or_default();
+                        memory[place..place + PAGE_SIZE].copy_from_slice(bytes);
+                    }
+                }
+                Ok(())
+            }
+        };
+        let bytes = fetch_frames(repository, ring, Unit::Frame, frames, fill).await?;
+        let mut memory = std::mem::take(&mut *memory.lock().unwrap_or_else(PoisonError::into_inner));
+        memory.truncate(usize::try_from(size).unwrap_or(usize::MAX));
+        Ok((memory, map_bytes + bytes))
+    }
+
     /// Reads the map chunks: which frame holds which pages.
     async fn locate_pages(
         &self,

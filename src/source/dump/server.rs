@@ -1,0 +1,157 @@
+//! The server of a dump: which one of several, its databases, and the snapshots.
+
+use std::ffi::OsString;
+use std::path::Path;
+
+use chrono::{DateTime, Utc};
+
+use super::{Database, Locale, Options};
+use crate::model::{Error, Result, ResultExt};
+use crate::pg::PgError;
+use crate::pg::conninfo::ConnInfo;
+use crate::pg::instance::{ClientPrograms, PgBinaries};
+use crate::pg::libpq;
+use crate::pg::sql::{self, SqlClient};
+
+/// As shown in `pg_stat_activity`.
+const NAME: &str = "drctl dump";
+
+/// A server that answered; every connection and every program goes to this one, because a snapshot is known nowhere else.
+#[derive(Debug)]
+pub(super) struct Server {
+    info: ConnInfo,
+    client: SqlClient,
+    /// `server_version_num`.
+    pub(super) version: u32,
+}
+
+impl Server {
+    pub(super) async fn connect(options: &Options) -> Result<Self> {
+        Self::reach(options.conninfo.clone().with_application_name(NAME)).await
+    }
+
+    pub(super) async fn reach(info: ConnInfo) -> Result<Self> {
+        let mut last = PgError::Config("no host".to_owned());
+        for server in info.servers() {
+            let info = info.clone().at(server.clone());
+            match sql::connect(&info).await {
+                Ok(client) => {
+                    let query = "SELECT pg_catalog.current_setting('server_version_num')::pg_catalog.int4";
+                    let version: i32 = client.query_one(query, &[]).await.map_err(PgError::from)?.get(0);
+                    return Ok(Self { info, client, version: version.unsigned_abs() });
+                }
+                Err(error) => last = error,
+            }
+        }
+        Err(last.into())
+    }
+
+    pub(super) const fn client(&self) -> &SqlClient {
+        &self.client
+    }
+
+    /// The database that is asked about the others.
+    pub(super) fn maintenance(&self) -> &str {
+        self.info.dbname()
+    }
+
+    pub(super) fn info(&self, database: &str) -> ConnInfo {
+        self.info.clone().with_dbname(database)
+    }
+
+    pub(super) fn environment(&self, database: &str) -> Result<Vec<(&'static str, OsString)>> {
+        Ok(libpq::environment(&self.info(database))?)
+    }
+
+    /// The programs of its version.
+    pub(super) async fn programs(&self, explicit: Option<&Path>) -> Result<ClientPrograms> {
+        Ok(PgBinaries::find_client(self.version / 10_000, explicit).await?)
+    }
+
+    /// The databases that are to be dumped; and those that nobody named and are not, with the reason.
+    pub(super) async fn databases(&self, options: &Options) -> Result<(Vec<String>, Vec<String>)> {
+        let query = "SELECT datname, datallowconn, pg_catalog.has_database_privilege(oid, 'CONNECT')
+                     FROM pg_catalog.pg_database WHERE NOT datistemplate ORDER BY datname";
+        let rows = self.client.query(query, &[]).await.map_err(PgError::from)?;
+        let known: Vec<(String, bool, bool)> = rows.iter().map(|row| (row.get(0), row.get(1), row.get(2))).collect();
+        if !options.databases.is_empty() {
+            let missing = options.databases.iter().find(|name| !known.iter().any(|(known, ..)| known == *name));
+            return match missing {
+                None => Ok((options.databases.clone(), Vec::new())),
+                Some(name) => Err(Error::not_found(format!("the server has no database `{name}`"))
+                    .hint("mend `databases` of the target, or leave it out to dump all of them")),
+            };
+        }
+        let (mut chosen, mut left_out) = (Vec::new(), Vec::new());
+        for (name, allows, may) in known {
+            match (allows, may) {
+                (true, true) => chosen.push(name),
+                (false, _) => left_out.push(format!("database {name} is not dumped: it allows no connections")),
+                (true, false) => left_out.push(format!("database {name} is not dumped: we may not connect to it")),
+            }
+        }
+        Ok((chosen, left_out))
+    }
+
+    /// Takes a snapshot of a database and keeps it until [`Snapshot::end`].
+    pub(super) async fn snapshot(&self, database: &str) -> Result<Snapshot> {
+        let client = sql::connect(&self.info(database)).await?;
+        let begin = "SET idle_in_transaction_session_timeout = 0; SET statement_timeout = 0;
+                     BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY";
+        client.batch_execute(begin).await.map_err(PgError::from)?;
+        // The time of BEGIN: the snapshot is taken by the first statement behind it, so nothing committed before is missed.
+        let query = "SELECT pg_catalog.pg_export_snapshot(), pg_catalog.now()";
+        let row = client.query_one(query, &[]).await.map_err(PgError::from).during(|| "export a snapshot")?;
+        let (id, at): (String, DateTime<Utc>) = (row.get(0), row.get(1));
+        let locale = self.locale(&client).await?;
+        let roles = roles(&client).await?;
+        let database = Database { name: database.to_owned(), stream: String::new(), snapshot_at: at, locale, roles };
+        Ok(Snapshot { id, database, _client: client })
+    }
+
+    async fn locale(&self, client: &SqlClient) -> Result<Locale> {
+        // The columns came and went with the versions.
+        let more = match self.version / 10_000 {
+            ..=14 => "'c', NULL",
+            15 | 16 => "datlocprovider::text, daticulocale",
+            _ => "datlocprovider::text, datlocale",
+        };
+        let query = format!(
+            "SELECT pg_catalog.pg_encoding_to_char(encoding)::text, datcollate::text, datctype::text, {more}
+             FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database()"
+        );
+        let row = client.query_one(&query, &[]).await.map_err(PgError::from)?;
+        Ok(Locale {
+            encoding: row.get(0),
+            collate: row.get(1),
+            ctype: row.get(2),
+            provider: row.get(3),
+            locale: row.get(4),
+        })
+    }
+}
+
+/// Every role without which a restore with owners and grants would fail. The first superuser stands in no dependency.
+async fn roles(client: &SqlClient) -> Result<Vec<String>> {
+    let query = "SELECT rolname::text FROM pg_catalog.pg_roles r WHERE r.oid = 10 OR EXISTS (
+                     SELECT FROM pg_catalog.pg_shdepend d JOIN pg_catalog.pg_database b ON b.oid = d.dbid
+                     WHERE b.datname = pg_catalog.current_database() AND d.refobjid = r.oid
+                       AND d.refclassid = 'pg_catalog.pg_authid'::pg_catalog.regclass)
+                 ORDER BY 1";
+    let rows = client.query(query, &[]).await.map_err(PgError::from)?;
+    Ok(rows.iter().map(|row| row.get(0)).collect())
+}
+
+/// A snapshot that others may use, as long as this lives.
+#[derive(Debug)]
+pub(super) struct Snapshot {
+    pub(super) id: String,
+    database: Database,
+    _client: SqlClient,
+}
+
+impl Snapshot {
+    pub(super) fn end(self, stream: String) -> Database {
+        Database { stream, ..self.database }
+    }
+}

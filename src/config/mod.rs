@@ -6,8 +6,8 @@
 //!
 //! Every key is described in `docs/configuration.md` and `docs/schedules.md`; tests compare.
 
-mod daemon;
 mod conninfo;
+mod daemon;
 mod drill;
 mod file;
 mod initial;
@@ -23,8 +23,8 @@ mod streamed;
 mod target;
 pub mod units;
 
-pub use daemon::Daemon;
 pub use conninfo::without_password;
+pub use daemon::Daemon;
 pub use drill::{Assertion, Drill};
 pub use initial::initial_text;
 pub use notify::{DeadMan, Grafana, Notify, Occasion, Url, Webhook, WebhookFormat};

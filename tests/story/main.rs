@@ -27,7 +27,7 @@ mod regions;
 mod restore;
 mod rig3;
 mod soak;
-mod systemd;
 mod streams;
+mod systemd;
 mod verify;
 mod wal;

@@ -9,8 +9,8 @@ use std::time::Duration;
 use crate::codec::random::SystemRng;
 use crate::codec::sign::Signer;
 use crate::config::{
-    Assertion, AwsAccess, Checksum, Method, OnPressure, Region as RegionSettings, S3Settings, Settings, Source, Store,
-    Target as TargetSettings,
+    Assertion, AwsAccess, Checksum, Drill, Method, OnPressure, Region as RegionSettings, S3Settings, Settings, Source,
+    Store, Target as TargetSettings,
 };
 use crate::disk::place;
 use crate::jobs::check::Subject;
@@ -79,7 +79,7 @@ pub async fn context(settings: &Settings, role: Role, world: &World) -> Result<C
         levels: levels(settings),
         pack_size: settings.repository.pack_size,
         state_dir: settings.repository.state_dir.clone(),
-        scratch: ScratchPlace { directory: settings.drill.dir.clone(), run_as: settings.drill.run_as.clone() },
+        scratch: scratch_place(settings),
         progress: Progress::new(Arc::clone(&world.clock)),
         clock: Arc::clone(&world.clock),
         rng: Arc::clone(&world.rng),
@@ -210,6 +210,7 @@ pub async fn subject(settings: &Settings, world: &World) -> Result<Subject> {
         secret_files: settings.secrets().filter_map(|secret| secret.file()).map(Path::to_owned).collect(),
         targets: targets(settings)?,
         state_dir: settings.repository.state_dir.clone(),
+        scratch: scratch_place(settings),
         clock: Arc::clone(&world.clock),
         rng: Arc::clone(&world.rng),
     })
@@ -398,7 +399,12 @@ fn targets(settings: &Settings) -> Result<Vec<Target>> {
     settings.targets.iter().map(target).collect()
 }
 
+fn scratch_place(settings: &Settings) -> ScratchPlace {
+    let Drill { dir, run_as, preload } = settings.drill.clone();
+    ScratchPlace { directory: dir, run_as, preload }
+}
+
 fn assertion(assertion: &Assertion) -> jobs::Assertion {
-    let Assertion { name, sql, expect, database } = assertion.clone();
-    jobs::Assertion { name, sql, expect, database }
+    let Assertion { name, sql, expect, database, control } = assertion.clone();
+    jobs::Assertion { name, sql, expect, database, control }
 }

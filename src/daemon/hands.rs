@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use crate::app::{self, Role, World};
 use crate::config::Settings;
 use crate::daemon::scheduler::{Action, End};
+use crate::jobs::reports::outbox;
 use crate::jobs::runs::RunLog;
 use crate::jobs::work::{self, Done};
 use crate::model::run::{Open, Outcome, Run};
@@ -205,10 +206,14 @@ async fn keep_spreading(settings: Arc<Settings>, world: World, log: Arc<RunLog>,
 
 async fn spread(settings: &Settings, world: &World, log: &RunLog) {
     let brought = async {
-        if log.owed()?.is_empty() {
+        let reports = outbox::has_owed(&settings.repository.state_dir);
+        if log.owed()?.is_empty() && !reports {
             return Ok(0);
         }
         let context = app::context(settings, Role::Write, world).await?;
+        if reports {
+            outbox::spread(&context).await?;
+        }
         log.spread(&context).await
     };
     match brought.await {

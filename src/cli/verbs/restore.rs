@@ -113,7 +113,12 @@ impl FromStr for TablespaceMove {
 /// # Errors
 /// What stopped it.
 pub async fn run(args: Args, session: &Session) -> Result<Exit> {
-    let context = app::context(&session.settings()?, Role::Restore, &World::real()).await?;
+    let settings = session.settings()?;
+    let mut context = app::context(&settings, Role::Restore, &World::real()).await?;
+    if args.execute && settings.file.is_some() {
+        // Without a signer the record of it lies beside the directory.
+        context.writer = app::writer(&settings, Role::Restore, &World::real()).await.ok();
+    }
     let request = request(&args, session)?;
     let digest = match (args.execute, args.plan) {
         (true, Some(digest)) => digest,

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use crate::jobs::context::Target;
+use crate::jobs::context::{ScratchPlace, Target};
 use crate::model::{Clock, RegionName, Result, Rng, SignerId};
 use crate::repository::handle::{RegionRecord, Writer};
 use crate::repository::regions::Regions;
@@ -30,6 +30,8 @@ pub struct Subject {
     pub targets: Vec<Target>,
     /// Caches, locks, the signing key.
     pub state_dir: PathBuf,
+    /// Where drills restore to.
+    pub scratch: ScratchPlace,
     /// Time.
     pub clock: Arc<dyn Clock>,
     /// Chance.

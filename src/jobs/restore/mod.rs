@@ -11,6 +11,7 @@ mod conf;
 pub mod feed;
 mod files;
 mod plan;
+mod record;
 mod recover;
 mod report;
 mod route;
@@ -24,8 +25,9 @@ pub use target::Point;
 pub use words::{Needs, Plan, Refusal, RegionState, WalLeg};
 
 pub use plan::{Prepared, quoted};
+use record::Record;
 
-use crate::pg::instance::Instance;
+use crate::pg::instance::{Instance, Network};
 
 /// The marker of a restore that has not ended.
 pub const MARKER: &str = "drctl-restore.json";
@@ -78,9 +80,18 @@ pub async fn run(context: &Context, request: &Request, digest: Option<&str>) -> 
         check_digest(&prepared.plan, wanted)?;
     }
     prepared.plan.refuse()?;
-    let (report, server) = run::run(context, request, prepared, None).await?;
-    server.map(Instance::leave_running);
-    Ok(report)
+    let mut record = Record::begin(context, &prepared.plan, request.region.as_ref());
+    let run = run::run(context, request, prepared, None).await;
+    let mut report = run.map(|(report, server)| {
+        server.map(Instance::leave_running);
+        report
+    });
+    record.end(context.clock.now(), &report);
+    let kept = record.keep(context).await;
+    if let Ok(report) = &mut report {
+        record::note(report, kept);
+    }
+    report
 }
 
 /// A server that is only to be examined: where it listens and logs, and settings that no file of the restored cluster
@@ -93,6 +104,8 @@ pub struct Scratch {
     pub log_file: PathBuf,
     /// Settings for its command line.
     pub settings: Vec<(String, String)>,
+    /// What it sees of the network.
+    pub network: Network,
 }
 
 /// Plans and runs a restore whose server is examined instead of used: it listens on [`Scratch::socket_dir`] alone, at

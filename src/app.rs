@@ -9,7 +9,7 @@ use std::time::Duration;
 use crate::codec::random::SystemRng;
 use crate::codec::sign::Signer;
 use crate::config::{
-    self, Assertion, AwsAccess, Checksum, DumpTarget, FilesTarget, Method, OnPressure, PostgresTarget,
+    self, Assertion, AwsAccess, Checksum, Drill, DumpTarget, FilesTarget, Method, OnPressure, PostgresTarget,
     Region as RegionSettings, S3Settings, Secret, Settings, Source, Store, Target as TargetSettings,
 };
 use crate::disk::place;
@@ -97,7 +97,7 @@ pub async fn context(settings: &Settings, role: Role, world: &World) -> Result<C
         levels: levels(settings),
         pack_size: settings.repository.pack_size,
         state_dir: settings.repository.state_dir.clone(),
-        scratch: ScratchPlace { directory: settings.drill.dir.clone(), run_as: settings.drill.run_as.clone() },
+        scratch: scratch_place(settings),
         progress: Progress::new(Arc::clone(&world.clock)),
         meters: Arc::clone(&world.meters),
         courier: world.courier.clone(),
@@ -242,6 +242,7 @@ pub async fn subject(settings: &Settings, world: &World) -> Result<Subject> {
         targets: targets(settings)?,
         streamed: streamed(settings)?,
         state_dir: settings.repository.state_dir.clone(),
+        scratch: scratch_place(settings),
         clock: Arc::clone(&world.clock),
         rng: Arc::clone(&world.rng),
     })
@@ -485,7 +486,12 @@ fn cluster(target: &TargetSettings, pg: &PostgresTarget) -> Result<Target> {
     })
 }
 
+fn scratch_place(settings: &Settings) -> ScratchPlace {
+    let Drill { dir, run_as, preload } = settings.drill.clone();
+    ScratchPlace { directory: dir, run_as, preload }
+}
+
 fn assertion(assertion: &Assertion) -> jobs::Assertion {
-    let Assertion { name, sql, expect, database } = assertion.clone();
-    jobs::Assertion { name, sql, expect, database }
+    let Assertion { name, sql, expect, database, control } = assertion.clone();
+    jobs::Assertion { name, sql, expect, database, control }
 }

@@ -112,6 +112,19 @@ fn program(called: Option<&OsString>) -> String {
     path.unwrap_or_else(|| "drctl".to_owned())
 }
 
+/// Whether a line can be parsed, and what is wrong with it if not. Documents are tested with it, so that the commands in
+/// them can be typed.
+///
+/// # Errors
+/// What is wrong, in words.
+pub fn check_line(line: &[OsString]) -> Result<(), String> {
+    match parse(line) {
+        Ok(arguments) => arguments.map(|_| ()).map_err(|error| error.to_string()),
+        Err(told) if told.use_stderr() => Err(told.to_string()),
+        Err(_) => Ok(()),
+    }
+}
+
 /// The outer error is what clap tells in its own words: help, the version, wrong usage.
 fn parse(arguments: &[OsString]) -> std::result::Result<Result<Arguments>, clap::Error> {
     let mut command = Arguments::command();

@@ -18,6 +18,7 @@ use crate::daemon::figures::Figures;
 use crate::daemon::pager::Pager;
 use crate::daemon::scheduler::{Action, End};
 use crate::daemon::standing::Standing;
+use crate::jobs::reports::outbox;
 use crate::jobs::runs::RunLog;
 use crate::jobs::work::{self, Done};
 use crate::model::run::{Open, Outcome, Run};
@@ -239,10 +240,14 @@ async fn keep_spreading(settings: Arc<Settings>, world: World, log: Arc<RunLog>,
 
 async fn spread(settings: &Settings, world: &World, log: &RunLog) {
     let brought = async {
-        if log.owed()?.is_empty() {
+        let reports = outbox::has_owed(&settings.repository.state_dir);
+        if log.owed()?.is_empty() && !reports {
             return Ok(0);
         }
         let context = app::context(settings, Role::Write, world).await?;
+        if reports {
+            outbox::spread(&context).await?;
+        }
         log.spread(&context).await
     };
     match brought.await {

@@ -54,6 +54,8 @@ pub struct ScratchPlace {
     pub directory: PathBuf,
     /// The account that they run as, when drctl is root.
     pub run_as: Option<String>,
+    /// Preloaded libraries that they load; others may act by themselves and are left out.
+    pub preload: Vec<String>,
 }
 
 /// zstd levels by kind of data.
@@ -149,6 +151,8 @@ pub struct Assertion {
     pub expect: String,
     /// The database to ask.
     pub database: String,
+    /// Statements that break what it is about: a drill runs them, sees the answer change, and rolls them back.
+    pub control: Option<String>,
 }
 
 /// Recovery objectives of a target.

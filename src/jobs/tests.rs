@@ -28,7 +28,7 @@ async fn context(fixture: &Fixture) -> Context {
         levels: Levels { pages: 1, dumps: 1, wal: 1 },
         pack_size: crate::repository::pack::OBJECT_LIMIT,
         state_dir: PathBuf::new(),
-        scratch: ScratchPlace { directory: PathBuf::new(), run_as: None },
+        scratch: ScratchPlace { directory: PathBuf::new(), run_as: None, preload: Vec::new() },
         progress: Progress::new(Arc::clone(&clock)),
         meters: Arc::default(),
         courier: Courier::default(),

@@ -45,8 +45,10 @@ pub async fn run(context: &Context, work: &Work) -> Result<Done> {
             let options = verify::Options { what, level, region: region.clone(), scrub: *scrub };
             verified(&verify::run(context, &options).await?)
         }
-        Work::Drill { target, region } => {
-            drilled(&drill::run(context, &drill::Options { target: target.clone(), region: region.clone() }).await?)
+        Work::Drill { target, region, select } => {
+            let newest = drill::Options::newest(target.clone());
+            let options = drill::Options { region: region.clone(), pick: *select, ..newest };
+            drilled(&drill::run(context, &options).await?)
         }
         Work::Repair { target, region, quick } => {
             let scope = Scope { target: target.clone(), region: region.clone(), quick: *quick, dry_run: false };

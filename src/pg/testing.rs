@@ -81,6 +81,7 @@ impl Cluster {
             log_file: self.path("log"),
             as_user: self.user,
             listens: false,
+            network: super::instance::Network::Shared,
         }
     }
 

@@ -31,9 +31,6 @@ impl Patience {
     /// A backup leaves a region behind for its whole run, and gives up when the quorum is away for ten minutes.
     pub const BACKUP: Self =
         Self { laggard: Duration::from_secs(30), quorum: Some(Duration::from_secs(600)), retry_after: None };
-    /// A report is small and about the past: nobody waits for a region long.
-    pub const REPORT: Self =
-        Self { laggard: Duration::from_secs(5), quorum: Some(Duration::from_secs(30)), retry_after: None };
     /// WAL waits for ever and tries lost regions again.
     pub const WAL: Self =
         Self { laggard: Duration::from_secs(10), quorum: None, retry_after: Some(Duration::from_secs(5)) };

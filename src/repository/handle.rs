@@ -211,7 +211,7 @@ pub(super) async fn enroll_at(region: &Region, writer: &Writer) -> Result<()> {
     put_unless_there(region, &layout::signer(writer.signer.id()), &signer_record(writer)?).await
 }
 
-fn signer_record(writer: &Writer) -> Result<Vec<u8>> {
+pub(super) fn signer_record(writer: &Writer) -> Result<Vec<u8>> {
     SignerRecord::encode(&writer.signer, &writer.host)
 }
 

@@ -103,6 +103,32 @@ pub async fn create(
     Ok(stored)
 }
 
+/// Draws a keyset for something small that is stored whole or not at all, and gives its wraps as objects that are still to
+/// be stored. One holder is enough: an outage of key holders must be reportable, and `rewrap` pays what is owed.
+///
+/// # Errors
+/// No holder could wrap it.
+pub(super) async fn draw(
+    repository: &RepositoryId,
+    target: &TargetName,
+    holders: &Holders,
+    rng: &dyn Rng,
+) -> Result<(Keyset, Vec<(String, Bytes)>)> {
+    let keyset = Keyset::generate(repository, target, rng)?;
+    let (mut wraps, mut refused) = (Vec::new(), Vec::new());
+    for (holder, wrap) in wrap_everywhere(&holders.list, &keyset, HOLDER_DEADLINE).await {
+        match wrap {
+            Ok(wrap) => wraps.push((layout::wrap(target, keyset.id(), &wrap.holder), Bytes::from(wrap.to_bytes()?))),
+            Err(error) => refused.push(format!("{holder}: {error}")),
+        }
+    }
+    if wraps.is_empty() {
+        let error = Error::new(Kind::Unavailable, "no key holder wrapped a keyset");
+        return Err(refused.into_iter().fold(error, Error::because));
+    }
+    Ok((keyset, wraps))
+}
+
 /// Asks each of `list` for a wrap of `keyset` and stores those that come, as objects of their own; for the others, why
 /// they did not.
 ///

@@ -4,25 +4,32 @@
 //! keyset, because what was found in the data is data. One signature covers both.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
+use futures::future::join_all;
 use serde::{Deserialize, Serialize};
 
 use crate::codec::compress::{pack_payload, unpack_payload};
 use crate::codec::seal::{Aad, Unit, open, seal};
 use crate::codec::sign::sign_text;
 use crate::keys::keyset::Keyset;
-use crate::model::{BackupId, Error, KeysetId, RegionName, ReportId, RepositoryId, Result, ResultExt, TargetName};
+use crate::model::{
+    BackupId, Error, KeysetId, RegionName, ReportId, RepositoryId, Result, ResultExt, SignerId, TargetName,
+};
 use crate::repository::FORMAT;
-use crate::repository::fan_out::{FanOut, LaneOutcome, Patience};
-use crate::repository::handle::{Repository, Writer};
+use crate::repository::fan_out::LaneOutcome;
+use crate::repository::handle::{Repository, Writer, signer_record};
 use crate::repository::keysets::{self, KeyRing};
 use crate::repository::layout;
-use crate::repository::regions::Regions;
-use crate::store::Digest;
+use crate::repository::regions::Region;
+use crate::store::{Digest, PutOptions, StoreError};
+
+/// A report is small and about the past: nobody waits for a region long.
+const REGION_PATIENCE: Duration = Duration::from_secs(10);
 
 /// What everybody may read.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -32,7 +39,7 @@ pub struct ReportHead {
     pub format: u32,
     /// The report.
     pub id: ReportId,
-    /// What was done: `drill`.
+    /// What was done: `drill`, `restore`.
     pub job: String,
     /// To what.
     pub target: TargetName,
@@ -123,26 +130,91 @@ pub fn decode_head(repository: &Repository, key: &str, bytes: &[u8]) -> Result<R
     decode_stored(repository, key, bytes).map(|stored| stored.head)
 }
 
-/// Stores a report in every region; one that holds it is enough, because a report about an outage must not wait for its
-/// end. The others get it from repair.
+/// A report as it goes into every region, with everything that it takes to read it there. The same bytes may be put again
+/// and again, so it waits safely in a file for a region that is away, and nobody needs a key to bring it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sealed {
+    /// The report.
+    pub id: ReportId,
+    objects: Vec<SealedObject>,
+}
+
+impl Sealed {
+    fn signer(&self) -> Option<SignerId> {
+        self.objects.iter().find_map(|object| object.key.strip_prefix(layout::SIGNERS)?.parse().ok())
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SealedObject {
+    key: String,
+    /// base64.
+    body: String,
+}
+
+/// Seals and signs a report.
 ///
 /// # Errors
-/// No region took it, or too few key holders wrapped its keyset.
-pub async fn store(
+/// No key holder wrapped its keyset.
+pub async fn seal_report(
     repository: &Repository,
     writer: &Writer,
     head: &ReportHead,
     body: &ReportBody,
-) -> Result<Vec<LaneOutcome>> {
-    let regions = Regions::new(repository.regions.all().to_vec(), 1, 1)?;
-    let out = FanOut::new(&regions, Patience::REPORT);
-    repository.enroll(writer, &out).await.during(|| "enrol the signer")?;
-    let keyset =
-        keysets::create(&repository.id, &head.target, &writer.holders, writer.rng.as_ref(), &out).await?.keyset;
+) -> Result<Sealed> {
+    let drawn = keysets::draw(&repository.id, &head.target, &writer.holders, writer.rng.as_ref()).await;
+    let (keyset, wraps) = drawn.during(|| "draw a keyset for the report")?;
     let bytes = encode(&repository.id, writer, &keyset, (head, body))?;
-    let digest = Digest::of(&bytes);
-    out.put(layout::report(&head.target, &head.id), bytes, digest).await?;
-    Ok(out.drain().await)
+    let signer = (layout::signer(writer.signer.id()), signer_record(writer)?);
+    // The report last: what is there can be read.
+    let objects = [(signer.0, Bytes::from(signer.1))].into_iter().chain(wraps);
+    let objects = objects.chain([(layout::report(&head.target, &head.id), bytes)]);
+    let objects = objects.map(|(key, body)| SealedObject { key, body: STANDARD.encode(body) }).collect();
+    Ok(Sealed { id: head.id.clone(), objects })
+}
+
+/// Puts a report into every region. One that holds it is enough for it to count, because a report about an outage must not
+/// wait for its end.
+pub async fn spread(repository: &Repository, sealed: &Sealed) -> Vec<LaneOutcome> {
+    let puts = repository.regions.all().iter().map(|region| async move {
+        let mut held = 0;
+        let put = async {
+            for object in &sealed.objects {
+                put_object(region, object).await?;
+                held += 1;
+            }
+            Ok::<_, Error>(())
+        };
+        let put = tokio::time::timeout(REGION_PATIENCE, put).await;
+        let error = match put {
+            Ok(put) => put.err().map(|error| error.to_string()),
+            Err(_) => Some(format!("it did not answer within {} s", REGION_PATIENCE.as_secs())),
+        };
+        let missing_objects = (sealed.objects.len() - held) as u64;
+        LaneOutcome { region: region.name.clone(), missing_objects, last_error: error }
+    });
+    let outcomes = join_all(puts).await;
+    if outcomes.iter().any(|lane| lane.missing_objects == 0)
+        && !sealed.signer().is_some_and(|signer| repository.trust.knows(&signer))
+        && let Err(error) = repository.trust.refresh(&repository.regions).await
+    {
+        tracing::info!(%error, "the signers were not read again");
+    }
+    outcomes
+}
+
+async fn put_object(region: &Region, SealedObject { key, body }: &SealedObject) -> Result<()> {
+    let damaged = |error| Error::damaged("a report in the state directory is not readable").because(error);
+    let body = Bytes::from(STANDARD.decode(body).map_err(damaged)?);
+    let digest = Digest::of(&body);
+    match region.store.put(key, body, digest, &PutOptions::default()).await {
+        Ok(_) => Ok(()),
+        // Another host's record of the same signer says the same.
+        Err(StoreError::Conflict { .. }) if key.starts_with(layout::SIGNERS) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// The heads of all reports, oldest first, and those that no region holds intact.
@@ -217,8 +289,9 @@ mod tests {
         let repository = fixture.reopen().await.unwrap();
         let id: ReportId = "ledger-241004-000000-q4x".parse().unwrap();
         let body = ReportBody { report: serde_json::json!({"checks": [1, 2]}), markdown: "# Passed".into() };
-        store(&repository, &fixture.writer, &head(&id), &body).await.unwrap();
-        repository.trust.refresh(&repository.regions).await.unwrap();
+        let sealed = seal_report(&repository, &fixture.writer, &head(&id), &body).await.unwrap();
+        let lanes = spread(&repository, &sealed).await;
+        assert!(lanes.iter().all(|lane| lane.missing_objects == 0), "{lanes:?}");
         let (heads, errors) = list(&repository, None).await.unwrap();
         assert_eq!((heads.as_slice(), errors.len()), ([head(&id)].as_slice(), 0));
         assert_eq!(read(&repository, &fixture.ring, &id).await.unwrap(), (head(&id), body));
@@ -242,7 +315,8 @@ mod tests {
         let id: ReportId = "ledger-241004-000000-q4x".parse().unwrap();
         let body = ReportBody { report: serde_json::json!({}), markdown: String::new() };
         fixture.stores[0].set(Fault::Deny);
-        let lanes = store(&fixture.repository, &fixture.writer, &head(&id), &body).await.unwrap();
+        let sealed = seal_report(&fixture.repository, &fixture.writer, &head(&id), &body).await.unwrap();
+        let lanes = spread(&fixture.repository, &sealed).await;
         assert!(lanes[0].missing_objects > 0 && lanes[1].missing_objects == 0, "{lanes:?}");
         fixture.stores[0].set(Fault::None);
         let repository = fixture.reopen().await.unwrap();
@@ -256,5 +330,25 @@ mod tests {
         let lost = fixture.writer.holders.list.iter().map(|holder| holder.id().clone()).collect();
         let keyless = fixture.ring.within(alone.regions.clone()).without(lost);
         assert!(read(&alone, &keyless, &id).await.is_err());
+    }
+
+    /// What waits in a file is what a region gets later, without a key and as often as it takes.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_report_that_waited_is_the_same_report() {
+        let fixture = tiny(2, 2).await;
+        let id: ReportId = "ledger-241004-000000-q4x".parse().unwrap();
+        let body = ReportBody { report: serde_json::json!({"a": 1}), markdown: String::new() };
+        let sealed = seal_report(&fixture.repository, &fixture.writer, &head(&id), &body).await.unwrap();
+        fixture.stores.iter().for_each(|store| store.set(Fault::Deny));
+        let lanes = spread(&fixture.repository, &sealed).await;
+        assert!(lanes.iter().all(|lane| lane.missing_objects > 0), "{lanes:?}");
+        let waited: Sealed = serde_json::from_str(&serde_json::to_string(&sealed).unwrap()).unwrap();
+        fixture.stores.iter().for_each(|store| store.set(Fault::None));
+        for _ in 0..2 {
+            let lanes = spread(&fixture.repository, &waited).await;
+            assert!(lanes.iter().all(|lane| lane.missing_objects == 0), "{lanes:?}");
+        }
+        let repository = fixture.reopen().await.unwrap();
+        assert_eq!(read(&repository, &fixture.ring, &id).await.unwrap(), (head(&id), body));
     }
 }

@@ -106,6 +106,11 @@ impl Trust {
         Ok(())
     }
 
+    /// Whether there is a list of trusted signers that this one is not on.
+    pub fn refuses(&self, id: &SignerId) -> bool {
+        !self.listed.is_empty() && !self.listed.contains(id)
+    }
+
     /// Whether this signer's key is at hand.
     pub fn knows(&self, id: &SignerId) -> bool {
         self.lock().contains_key(id)

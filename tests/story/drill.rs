@@ -6,87 +6,9 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::support::dirs::Scratch;
-use crate::support::drctl::{Background, Drctl, Finished};
-use crate::support::pg::Cluster;
+use super::bank::{Bank, largest};
+use crate::support::drctl::Drctl;
 use crate::support::process;
-
-const MAJOR: u32 = 15;
-
-/// A bank whose accounts always sum up to nothing, protected into two directory regions.
-struct Bank {
-    cluster: Cluster,
-    scratch: Scratch,
-}
-
-impl Bank {
-    async fn new() -> Self {
-        let cluster = Cluster::builder(MAJOR)
-            .setting("wal_level", "replica")
-            .setting("shared_preload_libraries", "pg_stat_statements")
-            .start()
-            .await;
-        let bank = Self { cluster, scratch: Scratch::new() };
-        Drctl::new(["init".as_ref(), bank.home().as_os_str()]).run().await.ok();
-        let text = fs::read_to_string(bank.config()).unwrap();
-        let target = format!(
-            "\n[targets.ledger]\nsource = \"postgres\"\nconninfo = \"{}\"\nship_interval = \"100ms\"\n\
-             rpo = \"30s\"\nrto_restore = \"10m\"\n\
-             [targets.ledger.assertions.balances]\nsql = \"SELECT sum(amount) FROM account\"\nexpect = \"0\"\n\
-             [targets.ledger.assertions.enough]\nsql = \"SELECT count(*) >= 1000 FROM account\"\n\
-             [drill]\ndir = \"{}\"\nrun_as = \"postgres\"\n",
-            bank.cluster.conninfo(),
-            bank.drills().display()
-        );
-        fs::write(bank.config(), text + &target).unwrap();
-        let sql = "CREATE TABLE account AS SELECT n, CASE WHEN n % 2 = 0 THEN 7 ELSE -7 END AS amount
-                     FROM generate_series(1, 1000) n; CREATE INDEX ON account (n)";
-        bank.cluster.execute(sql).await;
-        bank
-    }
-
-    fn home(&self) -> PathBuf {
-        self.scratch.join("drctl")
-    }
-
-    fn config(&self) -> PathBuf {
-        self.home().join("drctl.toml")
-    }
-
-    fn drills(&self) -> PathBuf {
-        self.scratch.join("drills")
-    }
-
-    fn drctl<S: AsRef<std::ffi::OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Drctl {
-        let bin = self.cluster.bin_dir();
-        Drctl::new(arguments).config(&self.config()).env(&format!("DRCTL_PG_BIN_{MAJOR}"), bin)
-    }
-
-    async fn stream(&self) -> Background {
-        let stream = self.drctl(["wal", "stream", "ledger"]).spawn();
-        process::eventually("streaming", Duration::from_secs(20), async || {
-            let status = self.drctl(["wal", "status", "--json"]).run().await.ok().json();
-            status["targets"][0]["receiver"]["state"] == "streaming"
-        })
-        .await;
-        stream
-    }
-
-    async fn backup(&self) {
-        self.drctl(["backup", "ledger", "--fast"]).run().await.ok();
-    }
-
-    async fn drill(&self, options: &[&str]) -> Finished {
-        let line = ["drill", "ledger", "--json"].iter().chain(options);
-        let drill =
-            self.drctl(line).expect_log("drill left").expect_log("is not readable").expect_log("region is left behind");
-        drill.run().await
-    }
-
-    fn left(&self) -> Vec<PathBuf> {
-        fs::read_dir(self.drills()).map(|list| list.map(|entry| entry.unwrap().path()).collect()).unwrap_or_default()
-    }
-}
 
 fn checks(report: &Value, outcome: &str) -> Vec<String> {
     let checks = report["checks"].as_array().unwrap().iter().filter(|check| check["outcome"] == outcome);
@@ -221,15 +143,4 @@ async fn a_killed_drill_leaves_nothing_for_long() {
     stream.terminate().await.ok();
     assert_eq!(bank.left(), Vec::<PathBuf>::new());
     assert!(pid.is_none_or(|pid| !process::is_alive(pid)));
-}
-
-fn largest(directory: &std::path::Path) -> PathBuf {
-    let mut found = Vec::new();
-    let mut open = vec![directory.to_owned()];
-    while let Some(directory) = open.pop() {
-        for path in fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path()) {
-            if path.is_dir() { open.push(path) } else { found.push(path) }
-        }
-    }
-    found.into_iter().max_by_key(|path| fs::metadata(path).unwrap().len()).unwrap()
 }

@@ -10,22 +10,29 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod bank;
 mod check;
 mod daemon;
+mod documents;
 mod drill;
 mod escape;
 mod full_disk;
 mod golden;
 mod incremental;
+mod inert;
 mod keyholders;
 mod majors;
 mod memory;
 mod metrics;
 mod notify;
 mod platforms;
+mod recovery_point;
 mod regions;
+mod reports;
 mod restore;
 mod rig3;
+mod runbooks;
+mod sabotage;
 mod soak;
 mod streams;
 mod systemd;

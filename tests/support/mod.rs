@@ -20,6 +20,7 @@ pub mod pg;
 pub mod process;
 pub mod proxy;
 pub mod s3;
+pub mod schema;
 pub mod tmpfs;
 
 /// A variable that `scripts/test` sets.

@@ -3,14 +3,18 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use chrono::{DateTime, Utc};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::app::{self, Role, World};
 use crate::cli::Session;
 use crate::cli::exit::Exit;
 use crate::cli::progress;
+use crate::cli::time;
 use crate::cli::verbs::drill_text::text;
+use crate::config::units::parse_duration;
 use crate::jobs::drill::{self, Options, Outcome};
+use crate::model::schedule::Pick;
 use crate::model::{Error, Kind, RegionName, Result, TargetName};
 
 /// How long a command waits for those whom it tells.
@@ -24,12 +28,49 @@ pub struct Args {
     /// Restore from this region, alone [default: the last one of the configuration]
     #[arg(long, value_name = "NAME")]
     pub region: Option<RegionName>,
+    /// The point in time.
+    #[command(flatten)]
+    pub point: PointArgs,
+    /// From this backup, instead of the one that fits best
+    #[arg(long, value_name = "ID", conflicts_with = "select")]
+    pub backup: Option<String>,
+    /// Leave the scratch cluster to be looked at, for this long [default when given: 24h]
+    #[arg(
+        long,
+        value_name = "DURATION",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "24h",
+        value_parser = parse_duration
+    )]
+    pub keep: Option<Duration>,
     /// Where the scratch cluster is to stand [default: dir in [drill]]
     #[arg(long, value_name = "DIR")]
     pub dir: Option<PathBuf>,
     /// The account that is to run PostgreSQL, when drctl is root [default: run_as in [drill]]
     #[arg(long, value_name = "USER")]
     pub run_as: Option<String>,
+}
+
+/// Which recovery point.
+#[derive(Debug, clap::Args)]
+#[group(multiple = false)]
+pub struct PointArgs {
+    /// The newest point, a random one of all that there are, or the oldest backup [default: latest]
+    #[arg(long, value_name = "latest|random|oldest", value_parser = pick)]
+    pub select: Option<Pick>,
+    /// The state at a time: '2026-11-20 03:55', in UTC unless it has an offset
+    #[arg(long, value_name = "TIME", value_parser = time::parse)]
+    pub to_time: Option<DateTime<Utc>>,
+}
+
+fn pick(text: &str) -> Result<Pick> {
+    match text {
+        "latest" => Ok(Pick::Latest),
+        "random" => Ok(Pick::Random),
+        "oldest" => Ok(Pick::Oldest),
+        _ => Err(Error::usage(format!("`{text}` is none of latest, random, oldest"))),
+    }
 }
 
 /// Runs the verb.
@@ -47,7 +88,9 @@ pub async fn run(args: Args, session: &Session) -> Result<Exit> {
             absolute.map_err(|error| Error::usage("--dir names no directory").because(error))?;
     }
     context.scratch.run_as = args.run_as.or(context.scratch.run_as);
-    let options = Options { target: args.target, region: args.region };
+    let PointArgs { select, to_time } = args.point;
+    let (pick, backup, keep) = (select.unwrap_or_default(), args.backup, args.keep);
+    let options = Options { target: args.target, region: args.region, pick, backup, to_time, keep };
     match app::writer(&settings, Role::Restore, &world).await {
         Ok(writer) => context.writer = Some(writer),
         Err(error) => tracing::warn!(%error, "the report will not be stored"),

@@ -35,7 +35,17 @@ pub(super) fn text(report: &Report, output: &Output) -> String {
         let (mark, told) = if control.caught { ("✓", "was caught") } else { ("✗", "was NOT caught") };
         lines.push(format!("  {mark} negative control: a wrong expectation for `{}` {told}", control.name));
     }
+    lines.extend(report.controls.iter().map(|control| {
+        let (mark, told) = if control.caught { ("✓", "was caught") } else { ("✗", "was NOT caught") };
+        format!("  {mark} negative control: `{}`, broken on purpose, {told}", control.name)
+    }));
     lines.extend(report.warnings.iter().map(|warning| format!("  warning  {warning}")));
+    if let Some(until) = report.kept_until {
+        let directory = &report.environment.directory;
+        let (data, socket) = (quoted(&format!("{directory}/data")), quoted(&format!("{directory}/s")));
+        lines.push(format!("  kept until {}: pg_ctl -D {data} start; psql -h {socket}", figures::utc(until)));
+        lines.push(format!("  earlier: stop it, then rm -r {}", quoted(directory)));
+    }
     if report.left_behind.is_some() {
         lines.push(format!("  a copy of production remains: rm -r {}", quoted(&report.environment.directory)));
     }

@@ -121,7 +121,7 @@ impl FromStr for TablespaceMove {
 pub async fn run(args: Args, session: &Session) -> Result<Exit> {
     let (settings, world) = (session.settings()?, World::real());
     world.courier.serve(app::notifiers(&settings)?);
-    let context = app::context(&settings, Role::Restore, &world).await?;
+    let mut context = app::context(&settings, Role::Restore, &world).await?;
     if jobs::restore_streams::is_one(&context, &args.what).await? {
         let clusters_only = args.point.point() != Point::End
             || args.timeline.is_some()
@@ -133,6 +133,10 @@ pub async fn run(args: Args, session: &Session) -> Result<Exit> {
         return restore_streams::run(asked, &context, session).await;
     }
     args.streams.refuse()?;
+    if args.execute && settings.file.is_some() {
+        // Without a signer the record of it lies beside the directory.
+        context.writer = app::writer(&settings, Role::Restore, &world).await.ok();
+    }
     let request = request(&args, session)?;
     let digest = match (args.execute, args.plan) {
         (true, Some(digest)) => digest,

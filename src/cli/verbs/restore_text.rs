@@ -150,6 +150,13 @@ pub(super) fn report_text(report: &Report) -> String {
         ));
     }
     lines.extend(report.warnings.iter().map(|warning| format!("  warning  {warning}")));
+    lines.extend(report.stored_as.iter().map(|id| format!("  record {id}, in the regions")));
+    lines.extend(
+        report
+            .record
+            .iter()
+            .map(|path| format!("  record {}: this machine cannot sign one for the regions", path.display())),
+    );
     if let Some(started) = &report.started {
         lines.push(format!("  PostgreSQL runs (pid {}), its log: {}", started.pid, started.log.display()));
     }

@@ -9,7 +9,7 @@ use chrono_tz::{TZ_VARIANTS, Tz};
 use crate::config::file::{Position, Section, nearest};
 use crate::config::schedules::{Mistake, mistake};
 use crate::config::settings::Settings;
-use crate::model::schedule::{CatchUp, Cron, Depth, Job, Overlap, Retry, Schedule, Work};
+use crate::model::schedule::{CatchUp, Cron, Depth, Job, Overlap, Pick, Retry, Schedule, Work};
 use crate::model::{Error, RegionName, Result, ScheduleName, TargetName};
 
 /// Longer than any job should take; without an end one that hangs would hold up all that wait for it.
@@ -134,7 +134,9 @@ impl<'f, 'd> Reader<'f, 'd> {
                 if target.is_none() && !self.has("target") {
                     self.missing("target", "a drill has one");
                 }
-                target.map(|target| Work::Drill { target, region })
+                let picks = [("latest", Pick::Latest), ("random", Pick::Random), ("oldest", Pick::Oldest)];
+                let select = params.take("select", |section, key| section.choice(key, &picks)).unwrap_or_default();
+                target.map(|target| Work::Drill { target, region, select })
             }
             Some(Job::Repair) => {
                 let quick = params.take("quick", Section::boolean).unwrap_or(false);

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::*;
 use crate::config::parse;
-use crate::model::schedule::{CatchUp, Depth, Overlap, Work};
+use crate::model::schedule::{CatchUp, Depth, Overlap, Pick, Work};
 
 const SETTINGS: &str = "[regions.us-east-1]\nurl = \"a\"\n[targets.ledger]\nsource = \"postgres\"\nconninfo = \"host=a\"\n\
      [targets.app]\nsource = \"dump\"\nconninfo = \"host=a\"\n[targets.etc]\nsource = \"files\"\nroots = [\"/etc\"]\n";
@@ -40,6 +40,16 @@ fn a_file_is_a_schedule_and_gets_every_default() {
     assert_eq!((base.catch_up, base.overlap, base.retry.max), (CatchUp::One, Overlap::Skip, 0));
     assert_eq!(base.work, Work::Backup { target: "ledger".parse().unwrap(), fast: false });
     assert_eq!(base.timeout.as_secs(), 24 * 3600);
+}
+
+#[test]
+fn a_drill_takes_the_newest_point_unless_told_otherwise() {
+    let base = "job = \"drill\"\ntarget = \"ledger\"\ncron = \"0 5 * * sat\"\n";
+    let drill = |text: &str| read(&[("ledger-drill.toml", &format!("{base}{text}"))]).map(|list| list[0].work.clone());
+    let work = |select| Work::Drill { target: "ledger".parse().unwrap(), region: None, select };
+    assert_eq!(drill("").unwrap(), work(Pick::Latest));
+    assert_eq!(drill("params = { select = \"random\" }\n").unwrap(), work(Pick::Random));
+    assert!(drill("params = { select = \"newest\" }\n").unwrap_err()[0].contains("select"));
 }
 
 #[test]

@@ -9,6 +9,7 @@ use rustix::fs::{Access, access};
 use super::finding::{Finding, Findings};
 use super::subject::Subject;
 use crate::jobs::context::Target;
+use crate::pg::instance::{Network, User};
 
 /// `sun_path` on Linux, less the final zero.
 const MAX_SOCKET_PATH: usize = 107;
@@ -32,6 +33,35 @@ pub(super) fn check(subject: &Subject, targets: &[&Target]) -> Vec<Finding> {
         list.extend(socket(target));
     }
     list
+}
+
+/// What drills will be able to promise of their scratch clusters.
+pub(super) async fn scratch(subject: &Subject) -> Vec<Finding> {
+    let place = &subject.scratch;
+    let mut findings = Findings::about("machine", place.directory.display());
+    let user = match (&place.run_as, rustix::process::geteuid().is_root()) {
+        (Some(name), true) => match User::named(name) {
+            Ok(user) => Some(user),
+            Err(error) => {
+                findings.fail(format!("drills: {error}"), "[drill] run_as = an account of this machine");
+                return findings.into_list();
+            }
+        },
+        (None, true) => {
+            let what = "drills: PostgreSQL does not run as root, and drctl does";
+            findings.warn(what, "[drill] run_as = \"postgres\"");
+            return findings.into_list();
+        }
+        (_, false) => None,
+    };
+    match Network::probe(user).await {
+        Network::Isolated => findings.ok("drills: network isolated, in a namespace of its own"),
+        Network::Shared => findings.warn(
+            "drills: network shared: functions in the database could reach out of a scratch cluster",
+            "allow network namespaces: run drctl as root, or sysctl kernel.unprivileged_userns_clone=1; needs unshare(1)",
+        ),
+    }
+    findings.into_list()
 }
 
 fn state_dir(path: &Path) -> Vec<Finding> {

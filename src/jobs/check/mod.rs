@@ -63,6 +63,9 @@ pub async fn run(subject: &Subject, target: Option<&TargetName>) -> Result<Repor
     checks.extend(keys::check(subject, holders?));
     checks.extend(servers.into_iter().chain(others).flatten());
     checks.extend(machine::check(subject, &targets));
+    if !targets.is_empty() {
+        checks.extend(machine::scratch(subject).await);
+    }
     checks.sort_by_key(|finding| std::cmp::Reverse(finding.level));
     Ok(Report { checks })
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use crate::jobs::context::{Streamed, Target};
+use crate::jobs::context::{ScratchPlace, Streamed, Target};
 use crate::model::{Clock, RegionName, Result, Rng, SignerId};
 use crate::repository::handle::{RegionRecord, Writer};
 use crate::repository::regions::Regions;
@@ -32,6 +32,8 @@ pub struct Subject {
     pub streamed: Vec<Streamed>,
     /// Caches, locks, the signing key.
     pub state_dir: PathBuf,
+    /// Where drills restore to.
+    pub scratch: ScratchPlace,
     /// Time.
     pub clock: Arc<dyn Clock>,
     /// Chance.

@@ -4,23 +4,23 @@ use std::fmt::Write as _;
 
 use crate::jobs::context::Context;
 use crate::jobs::drill::report::{Measured, Outcome, Report};
+use crate::jobs::reports::outbox::{self, Kept};
 use crate::model::{Error, ReportId, Result};
+use crate::pg::instance::Network;
 use crate::repository::FORMAT;
-use crate::repository::fan_out::LaneOutcome;
 use crate::repository::handle::Writer;
-use crate::repository::reports::{self, ReportBody, ReportHead};
+use crate::repository::reports::{ReportBody, ReportHead};
 
-/// Stores the report in every region.
+/// Brings the report to every region, or keeps it until they answer.
 ///
 /// # Errors
-/// No region took it.
-pub(super) async fn store(context: &Context, writer: &Writer, report: &Report) -> Result<(ReportId, Vec<LaneOutcome>)> {
+/// It could not be kept anywhere.
+pub(super) async fn store(context: &Context, writer: &Writer, report: &Report) -> Result<Kept> {
     let id = ReportId::new(&report.target, report.started_at, context.rng.as_ref())?;
     let head = head(&id, report);
     let value = serde_json::to_value(report).map_err(|error| Error::failed("a report is not JSON").because(error))?;
     let body = ReportBody { report: value, markdown: markdown(&id, report) };
-    let regions = reports::store(&context.repository, writer, &head, &body).await?;
-    Ok((id, regions))
+    outbox::keep(context, writer, &head, &body).await
 }
 
 fn head(id: &ReportId, report: &Report) -> ReportHead {
@@ -54,6 +54,7 @@ pub(super) const fn word(outcome: Outcome) -> &'static str {
 
 fn markdown(id: &ReportId, report: &Report) -> String {
     let mut text = String::new();
+    let environment = &report.environment;
     let (outcome, level) = (word(report.outcome), report.level.map_or_else(|| "none".to_owned(), |l| format!("{l:?}")));
     let _ = writeln!(text, "# Drill of {}: {outcome}\n", report.target);
     for reason in &report.reasons {
@@ -63,8 +64,16 @@ fn markdown(id: &ReportId, report: &Report) -> String {
     let backup = report.backup.as_ref().map_or_else(|| "–".to_owned(), ToString::to_string);
     let _ = writeln!(text, "\n| | |\n|---|---|\n| report | {id} |\n| backup | {backup} |");
     let _ = writeln!(text, "| region, alone | {} |\n| level proven | {level} |", report.region);
+    let point = match (&report.asked.select, &report.asked.to_time) {
+        (pick, None) => format!("{pick:?}").to_lowercase(),
+        (_, Some(time)) => time.to_string(),
+    };
+    let network = match environment.network {
+        Network::Isolated => "isolated",
+        Network::Shared => "shared",
+    };
+    let _ = writeln!(text, "| recovery point | {point} |\n| network | {network} |");
     let _ = writeln!(text, "| began | {} |\n| ended | {} |", report.started_at, report.finished_at);
-    let environment = &report.environment;
     let _ = writeln!(text, "| on | {}, {} cores |\n", environment.host, environment.cores);
     let _ = writeln!(text, "| seconds | objective | measured |\n|---|---|---|");
     for (name, measured) in [("RPO", &report.rpo), ("technical recovery time", &report.rto)] {
@@ -84,6 +93,10 @@ fn markdown(id: &ReportId, report: &Report) -> String {
     if let Some(control) = &report.control {
         let told = if control.caught { "was caught" } else { "was NOT caught" };
         let _ = writeln!(text, "\nNegative control: a wrong expectation for `{}` {told}.", control.name);
+    }
+    for control in &report.controls {
+        let told = if control.caught { "was caught" } else { "was NOT caught" };
+        let _ = writeln!(text, "\nNegative control: `{}`, broken on purpose, {told}.", control.name);
     }
     for warning in &report.warnings {
         let _ = writeln!(text, "\nWarning: {}", in_line(warning));

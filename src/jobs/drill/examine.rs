@@ -5,13 +5,13 @@ use crate::jobs::drill::checks;
 use crate::jobs::drill::login::Login;
 use crate::jobs::drill::report::{Control, Level, Report};
 use crate::jobs::drill::scratch::Scratch;
-use crate::model::{Error, Result, ResultExt, TargetName};
+use crate::model::{Error, Result, ResultExt, SystemId, TargetName};
 use crate::source::postgres::heartbeat;
 
 /// Runs every check that needs the server.
 pub(super) async fn all(
     context: &Context,
-    target: &Target,
+    (target, system_id): (&Target, Option<SystemId>),
     (scratch, arrived): (&Scratch, Option<heartbeat::Beat>),
     report: &mut Report,
 ) -> Result<()> {
@@ -28,12 +28,22 @@ pub(super) async fn all(
         }
     });
     let told = |beat: heartbeat::Beat| format!("number {}, written at {}", beat.seq, beat.at.to_rfc3339());
-    report.check("heartbeat", Level::L6, found.map(told));
+    match found {
+        // There may have been no beat yet at that time.
+        Err(_) if !report.asked.is_newest() => {}
+        found => report.check("heartbeat", Level::L6, found.map(told)),
+    }
     for assertion in &target.assertions {
         let answer = login.ask(assertion).await.and_then(|answer| judge(&assertion.expect, &answer));
         report.check(assertion.name.clone(), Level::L6, answer);
+        report.controls.extend(broken(&login, assertion).await);
     }
-    report.control = control(&login, target, report).await;
+    let identity = system_id.map(|system_id| identity(system_id, &target.heartbeat_database));
+    if let Some(identity) = &identity {
+        let answer = login.ask(identity).await.and_then(|answer| judge(&identity.expect, &answer));
+        report.check(identity.name.clone(), Level::L4, answer);
+    }
+    report.control = control(&login, (target, identity), report).await;
     checks::amcheck(context, scratch, &login, report).await;
     Ok(())
 }
@@ -52,16 +62,43 @@ fn judge(expected: &str, answer: &str) -> Result<String> {
     Err(Error::failed(format!("expected {expected}, got {answer}")))
 }
 
+/// The cluster is the one that was backed up.
+fn identity(system_id: SystemId, database: &str) -> Assertion {
+    Assertion {
+        name: "system identifier".to_owned(),
+        sql: "SELECT system_identifier FROM pg_control_system()".to_owned(),
+        expect: system_id.to_string(),
+        database: database.to_owned(),
+        control: None,
+    }
+}
+
+/// Breaks what an assertion is about, as its owner said, and sees whether its answer changes. A control that does not even
+/// run shows nothing, so it counts as not caught.
+async fn broken(login: &Login, assertion: &Assertion) -> Option<Control> {
+    let sql = assertion.control.as_ref()?;
+    let (caught, expectation) = match login.ask_broken(assertion, sql).await {
+        Ok(answer) => (judge(&assertion.expect, &answer).is_err(), sql.clone()),
+        Err(error) => (false, format!("{sql}, which could not be tried: {error}")),
+    };
+    Some(Control { name: assertion.name.clone(), expectation, caught })
+}
+
 /// Gives one of the checks a wrong expectation, another one each time, and sees whether it is told.
-async fn control(login: &Login, target: &Target, report: &Report) -> Option<Control> {
+async fn control(login: &Login, (target, identity): (&Target, Option<Assertion>), report: &Report) -> Option<Control> {
     let turn = usize::try_from(report.started_at.timestamp()).unwrap_or_default();
     let heartbeat = Assertion {
         name: "heartbeat".to_owned(),
         sql: format!("SELECT seq FROM drctl.heartbeat WHERE target = '{}'", target.name),
         expect: report.heartbeat.as_ref().map_or(0, |beat| beat.seq).to_string(),
         database: target.heartbeat_database.clone(),
+        control: None,
     };
-    let candidates: Vec<_> = target.assertions.iter().chain(report.heartbeat.as_ref().map(|_| &heartbeat)).collect();
+    let mut candidates: Vec<_> =
+        target.assertions.iter().chain(report.heartbeat.as_ref().map(|_| &heartbeat)).collect();
+    if candidates.is_empty() {
+        candidates.extend(&identity);
+    }
     let chosen = *candidates.get(turn.checked_rem(candidates.len())?)?;
     let expectation = format!("{} or anything else", chosen.expect);
     // Only an answer that was judged wrong counts: a question that could not be asked catches nothing.

@@ -49,10 +49,19 @@ impl Login {
 
     /// What a query gives, as text.
     pub(super) async fn ask(&self, assertion: &Assertion) -> Result<String> {
+        self.answer(assertion, "SET default_transaction_read_only = on").await
+    }
+
+    /// What it gives after these statements, which nobody else ever sees: they end with the connection.
+    pub(super) async fn ask_broken(&self, assertion: &Assertion, statements: &str) -> Result<String> {
+        self.answer(assertion, &format!("BEGIN; {statements}")).await
+    }
+
+    async fn answer(&self, assertion: &Assertion, before: &str) -> Result<String> {
         let Assertion { name, sql, database, .. } = assertion;
         let client = self.connect(database).await.during(|| format!("connect to database {database}"))?;
         let timeout = STATEMENT_TIMEOUT.as_millis();
-        let settings = format!("SET statement_timeout = {timeout}; SET default_transaction_read_only = on");
+        let settings = format!("SET statement_timeout = {timeout}; {before}");
         let failed = |error| Error::from(crate::pg::PgError::from(error)).during(format!("ask {name}"));
         client.batch_execute(&settings).await.map_err(failed)?;
         let rows = client.simple_query(sql).await.map_err(failed)?;

@@ -8,8 +8,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use chrono::{DateTime, TimeDelta, Utc};
+
 use crate::jobs::context::{Context, Target};
-use crate::jobs::restore::{self, PhaseTime, Point, Prepared, Request};
+use crate::jobs::restore::{self, PhaseTime, Plan, Point, Prepared, Request};
+use crate::model::schedule::Pick;
 use crate::model::{Error, Kind, Lsn, RegionName, Result, ResultExt, TargetName};
 use crate::pg::instance::Instance;
 use crate::pg::sql;
@@ -22,10 +25,14 @@ mod examine;
 mod login;
 mod report;
 mod scratch;
+mod select;
+mod stop;
 mod told;
+mod verdict;
 
-pub use report::{Check, Control, Level, Measured, Outcome, Report};
+pub use report::{Asked, Check, Control, Level, Measured, Outcome, Report};
 use scratch::Scratch;
+use stop::Stop;
 
 /// How long the region may take to hold the beat that precedes the drill. Afterwards the drill goes on, and finds an
 /// older beat: that is what it measures.
@@ -38,9 +45,25 @@ pub struct Options {
     pub target: TargetName,
     /// The region that is read; the last one of the configuration if none is named.
     pub region: Option<RegionName>,
+    /// Which recovery point.
+    pub pick: Pick,
+    /// This backup and no other.
+    pub backup: Option<String>,
+    /// The state at this time, instead of the newest.
+    pub to_time: Option<DateTime<Utc>>,
+    /// How long the scratch cluster is left to be looked at.
+    pub keep: Option<Duration>,
 }
 
-/// Rehearses a recovery. Whatever stops it on the way is in the report; the scratch cluster is gone in every case.
+impl Options {
+    /// The newest point of a target, from the region that nobody would miss for a long time.
+    pub const fn newest(target: TargetName) -> Self {
+        Self { target, region: None, pick: Pick::Latest, backup: None, to_time: None, keep: None }
+    }
+}
+
+/// Rehearses a recovery. Whatever stops it on the way is in the report; the scratch cluster is gone in every case, unless
+/// it is to be kept.
 ///
 /// # Errors
 /// There is no such target or region, or no place for a scratch cluster.
@@ -48,27 +71,47 @@ pub async fn run(context: &Context, options: &Options) -> Result<Report> {
     let target = context.target(&options.target)?;
     let region = chosen(context, options.region.as_ref())?;
     let alone = within(context, &region)?;
-    let scratch = Scratch::create(&context.scratch, &options.target, context).await?;
-    let mut report = Report::new(context, target, region, &scratch);
-    let rehearsed = rehearse(&alone, target, &scratch, &mut report).await;
-    if let Err(error) = rehearsed {
-        report.stopped_by(&error);
+    let mut scratch = Scratch::create(&context.scratch, &options.target, context).await?;
+    let Options { pick, backup, to_time, .. } = options.clone();
+    let asked = Asked { select: pick, backup, to_time };
+    let mut report = Report::new(context, target, (region, asked), &scratch);
+    if let Err(stop) = rehearse(&alone, target, &mut scratch, &mut report).await {
+        report.stopped_by(&stop);
     }
-    report.left_behind = scratch.tear_down().err().map(|error| error.to_string());
+    leave(context, options, scratch, &mut report);
     report.conclude(context.clock.now());
     keep(context, &mut report).await;
     told::tell(context, &report);
     Ok(report)
 }
 
-/// The report goes into every region, beside what it reports on. A drill is no worse for it if that fails; it is told.
+/// The scratch cluster goes, or stays for as long as was asked for.
+fn leave(context: &Context, options: &Options, scratch: Scratch, report: &mut Report) {
+    let until = options.keep.and_then(|keep| Some(context.clock.now() + TimeDelta::from_std(keep).ok()?));
+    let left = match until {
+        Some(until) => scratch.keep(until),
+        None => scratch.tear_down(),
+    };
+    report.kept_until = until.filter(|_| left.is_ok());
+    report.left_behind = left.err().map(|error| error.to_string());
+}
+
+/// The report goes into every region, beside what it reports on, now or as soon as they answer. A drill is no worse for it
+/// if that fails; it is told.
 async fn keep(context: &Context, report: &mut Report) {
     let Some(writer) = &context.writer else {
         report.warnings.push("the report was not stored: this machine has no signer".to_owned());
         return;
     };
     match evidence::store(context, writer, report).await {
-        Ok((id, regions)) => (report.stored_as, report.stored_in) = (Some(id), regions),
+        Ok(kept) => {
+            if !kept.is_stored() {
+                let state = context.state_dir.display();
+                report.warnings.push(format!("no region took the report: it waits in {state} and goes there later"));
+            }
+            report.warnings.extend(kept.not_waiting.iter().map(|why| format!("the report does not wait here: {why}")));
+            (report.stored_as, report.stored_in) = (Some(kept.id), kept.regions);
+        }
         Err(error) => report.warnings.push(format!("the report was not stored: {error}")),
     }
 }
@@ -93,27 +136,54 @@ fn within(context: &Context, region: &RegionName) -> Result<Context> {
     Ok(Context { repository, ring, ..context.clone() })
 }
 
-async fn rehearse(context: &Context, target: &Target, scratch: &Scratch, report: &mut Report) -> Result<()> {
-    let beat = precede(context, target, report).await;
+async fn rehearse(
+    context: &Context,
+    target: &Target,
+    scratch: &mut Scratch,
+    report: &mut Report,
+) -> std::result::Result<(), Stop> {
+    let beat = match report.asked.is_newest() {
+        true => precede(context, target, report).await,
+        false => None,
+    };
     let end = beat.as_ref().map(|(_, end)| *end);
-    let (request, prepared, planned_in) = prepare(context, scratch, &target.name, end).await?;
+    let (request, prepared, planned_in) = prepare(context, scratch, (target, end), report).await?;
     // The fault happens now: whatever reaches the region from here on is lost to this drill.
     let fault_at = context.clock.now();
-    report.faulted(fault_at, &prepared.plan);
+    report.faulted(fault_at, &prepared.plan, scratch);
     let arrived = beat.filter(|(_, end)| prepared.plan.end_lsn >= *end).map(|(beat, _)| beat);
     if end.is_some() && arrived.is_none() {
         report.warnings.push(format!("the beat before the drill did not reach {} in time", report.region));
     }
-    let server = scratch.server(&prepared.plan)?;
+    check_plan(&prepared.plan, target, report)?;
+    let system_id = prepared.plan.wal.last().map(|leg| leg.system_id);
+    let server = scratch.server(&prepared.plan).map_err(Stop::examining)?;
     report.phases.push(PhaseTime::new("provision", planned_in));
-    let (restored, mut instance) = restore::rehearse(context, &request, prepared, &server).await?;
+    let restored = restore::rehearse(context, &request, prepared, &server).await;
+    let (restored, mut instance) = restored.map_err(|error| Stop::restoring(error, scratch))?;
     report.restored(restored);
     let began = context.clock.monotonic();
-    let examined = examine::all(context, target, (scratch, arrived), report).await;
+    let examined = examine::all(context, (target, system_id), (scratch, arrived), report).await;
     report.phases.push(PhaseTime::new("validate", context.clock.monotonic() - began));
-    examined?;
-    stop(&mut instance).await?;
-    checks::offline(scratch, report).await
+    examined.map_err(Stop::examining)?;
+    stop(&mut instance).await.map_err(Stop::examining)?;
+    checks::offline(scratch, report).await.map_err(Stop::examining)
+}
+
+/// What the plan says of the region before anything is restored from it.
+fn check_plan(plan: &Plan, target: &Target, report: &mut Report) -> std::result::Result<(), Stop> {
+    if plan.target != target.name {
+        let error = Error::usage(format!("{} is a backup of {}, not of {}", plan.backup, plan.target, target.name));
+        return Err(Stop::planning(error));
+    }
+    let end = plan.end_lsn;
+    let whole = match &plan.unreachable {
+        Some(why) if report.asked.is_newest() => Err(Error::damaged(why.clone())),
+        _ => Ok(format!("to {end}")),
+    };
+    report.check("WAL without a gap", Level::L1, whole);
+    let judges = plan.refused.iter().any(|refusal| refusal.judges);
+    plan.refuse().map_err(|error| Stop::refused(error, judges))
 }
 
 /// One beat before the fault, so that even an idle cluster has something to be found. A primary that is gone cannot beat.
@@ -121,13 +191,13 @@ async fn precede(context: &Context, target: &Target, report: &mut Report) -> Opt
     let info = target.conninfo.clone().with_application_name("drctl drill").with_dbname(&*target.heartbeat_database);
     let beat = async {
         let client = sql::connect(&info).await.during(|| "reach the primary")?;
-        heartbeat::beat(&client, &target.name).await
+        let before = context.clock.now();
+        heartbeat::beat(&client, &target.name).await.map(|(beat, end)| (before, beat, end))
     };
-    let asked = context.clock.now();
     let outcome = tokio::time::timeout(BEAT_LIMIT, beat).await;
     match outcome.unwrap_or_else(|_| Err(Error::new(Kind::Unavailable, "the primary did not answer in time"))) {
-        Ok((beat, end)) => {
-            report.compare_clocks((asked, context.clock.now()), beat.at);
+        Ok((before, beat, end)) => {
+            report.compare_clocks(before, beat.at);
             Some((beat, end))
         }
         Err(error) => {
@@ -138,42 +208,45 @@ async fn precede(context: &Context, target: &Target, report: &mut Report) -> Opt
 }
 
 /// The plan, once the region holds the beat or is given up waiting for, and how long the planning took: the wait belongs
-/// to the drill, not to a recovery.
+/// to the drill, not to a recovery. WAL arrives in several streams, so what looks like a gap may be on its way too.
 async fn prepare(
     context: &Context,
     scratch: &Scratch,
-    target: &TargetName,
-    beat: Option<Lsn>,
-) -> Result<(Request, Prepared, Duration)> {
+    (target, beat): (&Target, Option<Lsn>),
+    report: &mut Report,
+) -> std::result::Result<(Request, Prepared, Duration), Stop> {
     let give_up = context.clock.monotonic() + BEAT_ARRIVES;
-    let mut request = request(context, scratch, target, &[]);
+    let (what, point) = select::point(context, &target.name, &mut report.asked).await.map_err(Stop::planning)?;
+    let mut request = request(context, scratch, (what, point), &[]);
     loop {
         let began = context.clock.monotonic();
-        let prepared = restore::prepare(context, &request).await.during(|| "plan the restore")?;
+        let prepared = restore::prepare(context, &request).await.during(|| "plan the restore");
+        let prepared = prepared.map_err(Stop::planning)?;
         let homeless: Vec<_> = prepared.plan.tablespaces.iter().filter(|(_, place)| place.is_none()).collect();
         if !homeless.is_empty() {
             let locations: Vec<_> = prepared.plan.tablespaces.iter().map(|(location, _)| location.clone()).collect();
-            request = self::request(context, scratch, target, &locations);
+            request = self::request(context, scratch, (request.what, request.point), &locations);
             continue;
         }
         let arrived = beat.is_none_or(|beat| prepared.plan.end_lsn >= beat);
+        let whole = prepared.plan.unreachable.is_none() || !report.asked.is_newest();
         let now = context.clock.monotonic();
-        if arrived || now >= give_up {
+        if (arrived && whole) || now >= give_up {
             return Ok((request, prepared, now - began));
         }
         tokio::time::sleep(Duration::from_millis(300)).await;
     }
 }
 
-fn request(context: &Context, scratch: &Scratch, target: &TargetName, tablespaces: &[String]) -> Request {
+fn request(context: &Context, scratch: &Scratch, (what, point): (String, Point), tablespaces: &[String]) -> Request {
     let place = |(number, location): (usize, &String)| (location.clone(), scratch.tablespace(number));
     let tablespaces: BTreeMap<String, PathBuf> = tablespaces.iter().enumerate().map(place).collect();
     Request {
-        what: target.to_string(),
+        what,
         directory: scratch.data(),
         tablespaces,
         region: None,
-        point: Point::End,
+        point,
         timeline: None,
         start: true,
         run_as: context.scratch.run_as.clone(),
@@ -189,8 +262,3 @@ async fn stop(instance: &mut Instance) -> Result<()> {
 
 /// How long the primary may take for a beat.
 const BEAT_LIMIT: Duration = Duration::from_secs(20);
-
-/// Whether an error says something about the backup, or only that nothing could be found out.
-fn is_inconclusive(error: &Error) -> bool {
-    matches!(error.kind(), Kind::Unavailable | Kind::Cancelled | Kind::Refused | Kind::Usage)
-}

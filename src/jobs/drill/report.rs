@@ -6,10 +6,11 @@ use chrono::{DateTime, Utc};
 use serde::Serialize;
 
 use crate::jobs::context::{Context, Objectives, Target};
-use crate::jobs::drill::is_inconclusive;
-use crate::jobs::drill::scratch::{Scratch, sorted};
+use crate::jobs::drill::scratch::Scratch;
 use crate::jobs::restore::{self, PhaseTime, Plan};
-use crate::model::{BackupId, Error, Lsn, RegionName, ReportId, TargetName};
+use crate::model::schedule::Pick;
+use crate::model::{BackupId, Lsn, RegionName, ReportId, TargetName};
+use crate::pg::instance::Network;
 use crate::repository::fan_out::LaneOutcome;
 use crate::repository::regions::Incident;
 use crate::source::postgres::heartbeat::Beat;
@@ -29,6 +30,10 @@ pub enum Outcome {
 /// How deep a backup was proven.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub enum Level {
+    /// Every object and all WAL that the recovery needs is there.
+    L1,
+    /// Every frame is what was written, and a key opens it.
+    L2,
     /// PostgreSQL started, replayed WAL to the target and was promoted.
     L4,
     /// Every index agrees with its table, every page with its checksum.
@@ -61,6 +66,24 @@ pub struct Control {
     pub caught: bool,
 }
 
+/// Which point a drill recovers to.
+#[derive(Debug, Clone, Serialize)]
+pub struct Asked {
+    /// How it was chosen.
+    pub select: Pick,
+    /// The backup that was named.
+    pub backup: Option<String>,
+    /// The time that was named or drawn.
+    pub to_time: Option<DateTime<Utc>>,
+}
+
+impl Asked {
+    /// Whether the newest point was meant: only that one tells what a disaster now would cost.
+    pub(super) const fn is_newest(&self) -> bool {
+        matches!(self.select, Pick::Latest) && self.to_time.is_none()
+    }
+}
+
 /// A figure and what was promised.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct Measured {
@@ -84,12 +107,16 @@ impl Measured {
 /// What was found out.
 #[derive(Debug, Clone, Serialize)]
 pub struct Report {
-    /// Version of this record.
+    /// Version of this record, and of `docs/report.schema.json`.
     pub format: u32,
+    /// `drill`.
+    pub job: &'static str,
     /// What was rehearsed.
     pub target: TargetName,
     /// The region that it was restored from, alone.
     pub region: RegionName,
+    /// Which point was to be recovered.
+    pub asked: Asked,
     /// How it ended.
     pub outcome: Outcome,
     /// The deepest level all of whose checks passed.
@@ -106,6 +133,8 @@ pub struct Report {
     pub fault_at: Option<DateTime<Utc>>,
     /// Where replay ended.
     pub recovered_to: Option<Lsn>,
+    /// The newest commit up to there, by the clock of the source.
+    pub last_commit: Option<DateTime<Utc>>,
     /// Recovery point: from the newest heartbeat that came back to the fault.
     pub rpo: Measured,
     /// The heartbeat that came back.
@@ -118,6 +147,8 @@ pub struct Report {
     pub checks: Vec<Check>,
     /// The deliberately wrong expectation.
     pub control: Option<Control>,
+    /// The assertions whose owner said how to break them, broken on purpose.
+    pub controls: Vec<Control>,
     /// Objects that the region did not give.
     pub incidents: Vec<Incident>,
     /// What the reader should know.
@@ -126,9 +157,12 @@ pub struct Report {
     pub environment: Environment,
     /// Why the scratch cluster, a copy of production, is still there; `null` = it is gone.
     pub left_behind: Option<String>,
+    /// Until when the scratch cluster was left to be looked at; `null` = it was not to be.
+    pub kept_until: Option<DateTime<Utc>>,
     /// What opened the keys; those of other regions counted as lost.
     pub opened_with: Option<String>,
-    /// How far the primary's clock was ahead of ours when the beat was written; the recovery point is corrected by it.
+    /// How far the primary's clock was at most ahead of ours when the beat was written; the recovery point is corrected by
+    /// it.
     pub clock_skew_seconds: Option<f64>,
     /// The name of this report in the regions.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -148,17 +182,24 @@ pub struct Environment {
     /// The directory of the scratch cluster.
     pub directory: String,
     /// `isolated` in a network namespace of its own, else `shared`; the scratch cluster listens on no network either way.
-    pub network: &'static str,
+    pub network: Network,
 }
 
 impl Report {
-    pub(super) fn new(context: &Context, target: &Target, region: RegionName, scratch: &Scratch) -> Self {
+    pub(super) fn new(
+        context: &Context,
+        target: &Target,
+        (region, asked): (RegionName, Asked),
+        scratch: &Scratch,
+    ) -> Self {
         let Objectives { rpo, rto_restore, .. } = target.objectives;
         let now = context.clock.now();
         Self {
             format: 1,
+            job: "drill",
             target: target.name.clone(),
             region,
+            asked,
             outcome: Outcome::Inconclusive,
             level: None,
             reasons: Vec::new(),
@@ -167,21 +208,24 @@ impl Report {
             finished_at: now,
             fault_at: None,
             recovered_to: None,
+            last_commit: None,
             rpo: Measured::of(rpo),
             heartbeat: None,
             rto: Measured::of(rto_restore),
             phases: Vec::new(),
             checks: Vec::new(),
             control: None,
+            controls: Vec::new(),
             incidents: Vec::new(),
             warnings: Vec::new(),
             environment: Environment {
                 host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
                 cores: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
                 directory: scratch.root().display().to_string(),
-                network: "shared",
+                network: scratch.network(),
             },
             left_behind: None,
+            kept_until: None,
             opened_with: None,
             clock_skew_seconds: None,
             stored_as: None,
@@ -189,20 +233,21 @@ impl Report {
         }
     }
 
-    pub(super) fn faulted(&mut self, at: DateTime<Utc>, plan: &Plan) {
+    pub(super) fn faulted(&mut self, at: DateTime<Utc>, plan: &Plan, scratch: &Scratch) {
         (self.fault_at, self.backup, self.recovered_to) = (Some(at), Some(plan.backup.clone()), Some(plan.end_lsn));
         self.opened_with.clone_from(&plan.opens_with);
-        self.warnings.extend(plan.unreachable.iter().cloned());
-        let (_, left_out) = sorted(&plan.needs.preload);
+        self.last_commit = plan.last_commit;
+        let (_, left_out) = scratch.sorted(&plan.needs.preload);
         if !left_out.is_empty() {
             let names = left_out.join(", ");
             self.warnings.push(format!("not loaded, because they may act by themselves: {names}"));
         }
     }
 
-    /// The server wrote `at` between the two moments of ours.
-    pub(super) fn compare_clocks(&mut self, (before, after): (DateTime<Utc>, DateTime<Utc>), at: DateTime<Utc>) {
-        self.clock_skew_seconds = Some((at - (before + (after - before) / 2)).as_seconds_f64());
+    /// The server wrote `at` after this moment of ours. What lies between the two is the most that its clock can be ahead:
+    /// a recovery point that is corrected by it is never reported better than it was.
+    pub(super) fn compare_clocks(&mut self, before: DateTime<Utc>, at: DateTime<Utc>) {
+        self.clock_skew_seconds = Some((at - before).as_seconds_f64());
     }
 
     pub(super) fn restored(&mut self, restored: restore::Report) {
@@ -219,6 +264,10 @@ impl Report {
 
     /// The newest beat that came back. Its time is the primary's; the fault is on our clock.
     pub(super) fn found(&mut self, beat: Beat) {
+        if !self.asked.is_newest() {
+            self.heartbeat = Some(beat);
+            return;
+        }
         let skew = self.clock_skew_seconds.unwrap_or(0.0);
         let lost = self.fault_at.map(|fault_at| (fault_at - beat.at).as_seconds_f64());
         self.rpo.measured_seconds = lost.map(|lost| (lost + skew).max(0.0));
@@ -227,77 +276,5 @@ impl Report {
                 .push("the primary's clock was not compared with ours: the RPO may be off by as much".to_owned());
         }
         self.heartbeat = Some(beat);
-    }
-
-    /// Notes a check; an error that says nothing about the data is inconclusive.
-    pub(super) fn check(&mut self, name: impl Into<String>, level: Level, seen: Result<String, Error>) {
-        let (outcome, detail) = match seen {
-            Ok(detail) => (Outcome::Pass, detail),
-            Err(error) if is_inconclusive(&error) => (Outcome::Inconclusive, error.to_string()),
-            Err(error) => (Outcome::Fail, error.to_string()),
-        };
-        self.checks.push(Check { name: name.into(), level, outcome, detail });
-    }
-
-    /// What kept the drill from going on.
-    pub(super) fn stopped_by(&mut self, error: &Error) {
-        self.outcome = if is_inconclusive(error) { Outcome::Inconclusive } else { Outcome::Fail };
-        self.reasons.push(error.to_string());
-    }
-
-    /// Judges everything that was found.
-    pub(super) fn conclude(&mut self, now: DateTime<Utc>) {
-        self.finished_at = now;
-        let stopped = !self.reasons.is_empty();
-        let of = |outcome| self.checks.iter().filter(move |check| check.outcome == outcome);
-        let named = |check: &Check| format!("{}: {}", check.name, check.detail);
-        let mut failures: Vec<_> = of(Outcome::Fail).map(named).collect();
-        let open: Vec<_> = of(Outcome::Inconclusive).map(named).collect();
-        self.level = [Level::L4, Level::L5, Level::L6].into_iter().take_while(|level| self.proves(*level)).last();
-        if !stopped {
-            // `stage` runs beside `replay` and is contained in it.
-            let sequential = self.phases.iter().filter(|phase| phase.name != "stage");
-            self.rto.measured_seconds = Some(sequential.map(|phase| phase.seconds).sum());
-            if self.rpo.measured_seconds.is_none() {
-                failures.push(
-                    "no recovery point was measured: no heartbeat came back (does `drctl wal stream` run?)".to_owned(),
-                );
-            }
-            let told = self.control.as_ref().map(|control| control.caught);
-            failures.extend(match told {
-                Some(true) => None,
-                Some(false) => {
-                    Some("the negative control was not caught: a check that cannot fail proves nothing".to_owned())
-                }
-                None => Some("there was no check to give a wrong expectation to".to_owned()),
-            });
-            let missed = [("RPO", &self.rpo), ("technical recovery time", &self.rto)];
-            let missed = missed.into_iter().filter(|(_, measured)| measured.is_missed());
-            failures.extend(missed.map(|(name, _)| format!("the objective for {name} was missed")));
-        }
-        failures.extend(self.left_behind.iter().map(|why| format!("a copy of production remains: {why}")));
-        if !failures.is_empty() {
-            self.outcome = Outcome::Fail;
-        } else if !stopped {
-            self.outcome = if open.is_empty() { Outcome::Pass } else { Outcome::Inconclusive };
-        }
-        self.reasons.extend(failures);
-        self.reasons.extend(open);
-    }
-
-    /// In words that say nothing of what is in the data: they are stored in clear text.
-    pub fn summary(&self) -> String {
-        let failed = self.checks.iter().filter(|check| check.outcome != Outcome::Pass);
-        let names: Vec<_> = failed.map(|check| check.name.as_str()).collect();
-        let missed = [("RPO", &self.rpo), ("recovery time", &self.rto)];
-        let missed = missed.into_iter().filter(|(_, measured)| measured.is_missed()).map(|(name, _)| name);
-        let all: Vec<_> = names.into_iter().chain(missed).collect();
-        if all.is_empty() { "it did not get that far".to_owned() } else { all.join(", ") }
-    }
-
-    /// Whether something was looked at on this level, and nothing was wrong.
-    fn proves(&self, level: Level) -> bool {
-        let mut checks = self.checks.iter().filter(|check| check.level == level).peekable();
-        checks.peek().is_some() && checks.all(|check| check.outcome == Outcome::Pass)
     }
 }

@@ -5,35 +5,34 @@ use std::io::Write as _;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, lchown};
 use std::path::{Path, PathBuf};
 
-use crate::disk::DiskError;
+use chrono::{DateTime, Utc};
+
 use crate::disk::lock::Lock;
+use crate::disk::space::free_bytes;
+use crate::disk::{DiskError, place};
 use crate::jobs::context::{Context, ScratchPlace};
-use crate::jobs::restore::{self, Plan};
+use crate::jobs::restore::{self, Plan, SCRATCH_PORT};
 use crate::model::{Error, Result, TargetName};
-use crate::pg::instance::{Postmaster, User, postmaster_of};
+use crate::pg::instance::{Network, Postmaster, User, postmaster_of};
 
 /// What the directory of every drill begins with; eight hex digits follow.
 const PREFIX: &str = "drill-";
 const LOCK: &str = "lock";
-/// Preloaded libraries that a copy of production may have: they count, explain and check, and never act by themselves.
-const HARMLESS: [&str; 10] = [
-    "auth_delay",
-    "auto_explain",
-    "passwordcheck",
-    "pg_hint_plan",
-    "pg_qualstats",
-    "pg_stat_kcache",
-    "pg_stat_monitor",
-    "pg_stat_statements",
-    "pgaudit",
-    "sepgsql",
-];
+/// With less space left PostgreSQL cannot even begin a segment of WAL.
+const FULL: u64 = 16 << 20;
+/// Until when a directory is not to be reaped.
+const KEEP: &str = "keep";
 
 /// The directory of one drill; what is in it belongs to nobody else.
 #[derive(Debug)]
 pub(super) struct Scratch {
     root: PathBuf,
     owner: Option<User>,
+    network: Network,
+    /// Libraries that may be loaded.
+    preload: Vec<String>,
+    /// How its server was set up, once it was.
+    server: Option<restore::Scratch>,
     _lock: Lock,
     gone: bool,
 }
@@ -52,12 +51,14 @@ impl Scratch {
         };
         refuse_source(place, target, context)?;
         make_place(&place.directory, owner)?;
-        reap(&place.directory).await;
+        reap(&place.directory, context.clock.now()).await;
         let root = fresh(&place.directory, context)?;
         // Ours alone, so that nobody puts a link where the next drill looks for a lock; the server passes through.
         make(&root, if owner.is_some() { 0o711 } else { 0o700 })?;
         let lock = Lock::acquire(&root.join(LOCK))?;
-        let scratch = Self { root, owner, _lock: lock, gone: false };
+        let network = Network::probe(owner).await;
+        let preload = place.preload.clone();
+        let scratch = Self { root, owner, network, preload, server: None, _lock: lock, gone: false };
         for part in ["s", "t"] {
             let part = scratch.root.join(part);
             make(&part, 0o700)?;
@@ -89,14 +90,24 @@ impl Scratch {
         &self.root
     }
 
+    /// What its server sees of the network.
+    pub(super) const fn network(&self) -> Network {
+        self.network
+    }
+
+    /// The libraries that a scratch cluster loads, and those that are left out because they may act by themselves.
+    pub(super) fn sorted(&self, preload: &str) -> (String, Vec<String>) {
+        sorted(preload, &self.preload)
+    }
+
     /// A server that reaches nothing outside: no network, no archive, no subscription, no schedule of its own, and its own
     /// rule of who may connect, which is whoever may enter its directory.
-    pub(super) fn server(&self, plan: &Plan) -> Result<restore::Scratch> {
+    pub(super) fn server(&mut self, plan: &Plan) -> Result<restore::Scratch> {
         let path = |name: &str| {
             let path = self.root.join(name);
             path.to_str().map(str::to_owned).ok_or_else(|| Error::usage(format!("{} is not UTF-8", path.display())))
         };
-        let (preload, _) = sorted(&plan.needs.preload);
+        let (preload, _) = self.sorted(&plan.needs.preload);
         let mut settings = vec![
             ("hba_file", path("hba.conf")?),
             ("ident_file", path("ident.conf")?),
@@ -116,11 +127,33 @@ impl Scratch {
             // Debian keeps it outside of the data directory, where another server of this host may have its own.
             settings.push(("stats_temp_directory", "pg_stat_tmp".to_owned()));
         }
-        Ok(restore::Scratch {
+        let server = restore::Scratch {
             socket_dir: self.socket_dir(),
             log_file: self.root.join("log"),
             settings: settings.into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
-        })
+            network: self.network,
+        };
+        self.server = Some(server.clone());
+        Ok(server)
+    }
+
+    /// Whether its disk is so full that nothing more can be found out there.
+    pub(super) fn is_full(&self) -> bool {
+        free_bytes(&self.root).is_ok_and(|free| free < FULL)
+    }
+
+    /// Leaves everything to be looked at until then. Started by hand it is as harmless as it was, but for the network,
+    /// which only a drill keeps from it.
+    pub(super) fn keep(mut self, until: DateTime<Utc>) -> Result<()> {
+        if let Some(server) = &self.server {
+            let conf = self.data().join("postgresql.auto.conf");
+            let text = std::fs::read_to_string(&conf).unwrap_or_default() + &settings_text(server);
+            place::place(&conf, text.as_bytes(), 0o600)?;
+            give(&conf, self.owner)?;
+        }
+        place::place(&self.root.join(KEEP), until.to_rfc3339().as_bytes(), 0o600)?;
+        self.gone = true;
+        Ok(())
     }
 
     /// Removes everything.
@@ -149,11 +182,23 @@ impl Drop for Scratch {
     }
 }
 
-/// The libraries that a scratch cluster loads, and those that are left out because they may act by themselves, on a clock
-/// or on the network.
-pub(super) fn sorted(preload: &str) -> (String, Vec<String>) {
+fn settings_text(server: &restore::Scratch) -> String {
+    let quote = |value: &str| value.replace('\\', "\\\\").replace('\'', "''");
+    let socket = [
+        ("listen_addresses".to_owned(), String::new()),
+        ("port".to_owned(), SCRATCH_PORT.to_string()),
+        ("unix_socket_directories".to_owned(), format!("\"{}\"", server.socket_dir.display())),
+    ];
+    server
+        .settings
+        .iter()
+        .chain(&socket)
+        .fold(String::from("\n"), |text, (name, value)| text + &format!("{name} = '{}'\n", quote(value)))
+}
+
+fn sorted(preload: &str, harmless: &[String]) -> (String, Vec<String>) {
     let name = |library: &str| library.trim().trim_matches('"').rsplit('/').next().unwrap_or_default().to_owned();
-    let harmless = |library: &&str| HARMLESS.contains(&name(library).trim_end_matches(".so"));
+    let harmless = |library: &&str| harmless.iter().any(|known| known == name(library).trim_end_matches(".so"));
     let libraries = preload.split(',').map(str::trim).filter(|library| !library.is_empty());
     let (kept, left_out): (Vec<_>, Vec<_>) = libraries.partition(harmless);
     (kept.join(","), left_out.into_iter().map(str::to_owned).collect())
@@ -212,10 +257,13 @@ fn remove(root: &Path) -> Result<(), DiskError> {
 }
 
 /// What a killed drill left: its lock went with it, its server and its files did not.
-async fn reap(directory: &Path) {
+async fn reap(directory: &Path, now: DateTime<Utc>) {
     let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
     for root in entries.map(|entry| entry.path()).filter(|root| is_ours(root)) {
         let Ok(_lock) = Lock::acquire(&root.join(LOCK)) else { continue };
+        if kept_until(&root).is_some_and(|until| until > now) {
+            continue;
+        }
         if !stop_orphan(&root.join("data")).await {
             tracing::warn!(scratch = %root.display(), "the server that a killed drill left does not stop");
             continue;
@@ -225,6 +273,10 @@ async fn reap(directory: &Path) {
             Err(error) => tracing::warn!(%error, "what a killed drill left remains"),
         }
     }
+}
+
+fn kept_until(root: &Path) -> Option<DateTime<Utc>> {
+    std::fs::read_to_string(root.join(KEEP)).ok()?.trim().parse().ok()
 }
 
 /// Whether a drill of this account made the directory. Anything else of that name is somebody's data.
@@ -258,8 +310,10 @@ mod tests {
 
     #[test]
     fn libraries_that_may_act_by_themselves_are_left_out_and_named() {
-        assert_eq!(sorted(""), (String::new(), Vec::new()));
-        let (kept, left_out) = sorted("pg_stat_statements, pg_cron,auto_explain, \"$libdir/timescaledb.so\"");
+        let harmless = ["pg_stat_statements", "auto_explain"].map(str::to_owned);
+        assert_eq!(sorted("", &harmless), (String::new(), Vec::new()));
+        let preload = "pg_stat_statements, pg_cron,auto_explain, \"$libdir/timescaledb.so\"";
+        let (kept, left_out) = sorted(preload, &harmless);
         assert_eq!(kept, "pg_stat_statements,auto_explain");
         assert_eq!(left_out, ["pg_cron", "\"$libdir/timescaledb.so\""]);
     }
@@ -273,7 +327,16 @@ mod tests {
         }
         std::os::unix::fs::symlink("/etc/hostname", place.path().join("drill-0123abcd/lock")).unwrap();
         drop(Lock::acquire(&place.path().join("drill-00000000/lock")).unwrap());
-        reap(place.path()).await;
+        let now = DateTime::UNIX_EPOCH;
+        for (name, until) in [("drill-11111111", 1), ("drill-22222222", 0)] {
+            let root = place.path().join(name);
+            std::fs::create_dir(&root).unwrap();
+            drop(Lock::acquire(&root.join(LOCK)).unwrap());
+            let until = now + chrono::TimeDelta::seconds(until);
+            place::place(&root.join(KEEP), until.to_rfc3339().as_bytes(), 0o600).unwrap();
+        }
+        reap(place.path(), now).await;
+        assert!(place.path().join("drill-11111111").exists() && !place.path().join("drill-22222222").exists());
         let left = |name: &&str| place.path().join(name).exists();
         assert_eq!(names.iter().copied().filter(left).collect::<Vec<_>>(), ["drill-reports", "drill-0123abcd", "else"]);
     }

@@ -6,6 +6,8 @@ use crate::jobs::context::Context;
 use crate::model::{Error, Kind, ReportId, Result, TargetName};
 use crate::repository::reports::{self, ReportBody, ReportHead};
 
+pub mod outbox;
+
 /// All reports.
 #[derive(Debug, Clone, Serialize)]
 pub struct Listed {
@@ -31,6 +33,10 @@ pub struct Shown {
 /// # Errors
 /// No region answers.
 pub async fn list(context: &Context, target: Option<&TargetName>) -> Result<Listed> {
+    // A report that waited for a region is told like any other.
+    if let Err(error) = outbox::spread(context).await {
+        tracing::info!(%error, "reports that wait here were not brought to the regions");
+    }
     let (mut heads, errors) = reports::list(&context.repository, target).await?;
     heads.reverse();
     Ok(Listed { reports: heads, unreadable: errors.iter().map(ToString::to_string).collect() })

@@ -3,17 +3,15 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use chrono::{DateTime, Utc};
-
 use crate::jobs::context::Context;
-use crate::jobs::verdict::Verdict;
-use crate::model::{Error, RegionName, Result, TargetName, Timeline};
+use crate::model::{Error, RegionName, Result, Timeline};
 
 mod checks;
 mod conf;
 pub mod feed;
 mod files;
 mod plan;
+mod record;
 mod recover;
 mod report;
 mod route;
@@ -27,8 +25,9 @@ pub use target::Point;
 pub use words::{Needs, Plan, Refusal, RegionState, WalLeg};
 
 pub use plan::{Prepared, quoted};
+use record::Record;
 
-use crate::pg::instance::Instance;
+use crate::pg::instance::{Instance, Network};
 
 /// The marker of a restore that has not ended.
 pub const MARKER: &str = "drctl-restore.json";
@@ -81,36 +80,19 @@ pub async fn run(context: &Context, request: &Request, digest: Option<&str>) -> 
         check_digest(&prepared.plan, wanted)?;
     }
     prepared.plan.refuse()?;
-    let (target, began) = (prepared.plan.target.clone(), context.clock.now());
-    let ended = run::run(context, request, prepared, None).await;
-    tell(context, (&target, request.region.as_ref()), began, ended.as_ref().ok().map(|(report, _)| report));
-    let (report, server) = ended?;
-    server.map(Instance::leave_running);
-    Ok(report)
-}
-
-/// Without a report it failed.
-fn tell(
-    context: &Context,
-    (target, region): (&TargetName, Option<&RegionName>),
-    began: DateTime<Utc>,
-    report: Option<&Report>,
-) {
-    let phases = report.into_iter().flat_map(|report| &report.phases);
-    let verdict = Verdict {
-        job: "restore",
-        target: Some(target),
-        region,
-        outcome: if report.is_some() { "pass" } else { "fail" },
-        level: None,
-        rpo_seconds: None,
-        rto_seconds: report.map(|report| report.seconds),
-        report: None,
-        phases: phases.map(|phase| (phase.name, phase.seconds)).collect(),
-        began,
-        ended: context.clock.now(),
-    };
-    verdict.tell(context);
+    let mut record = Record::begin(context, &prepared.plan, request.region.as_ref());
+    let run = run::run(context, request, prepared, None).await;
+    let mut report = run.map(|(report, server)| {
+        server.map(Instance::leave_running);
+        report
+    });
+    record.end(context.clock.now(), &report);
+    let kept = record.keep(context).await;
+    record.tell(context, kept.as_ref().ok());
+    if let Ok(report) = &mut report {
+        record::note(report, kept);
+    }
+    report
 }
 
 /// A server that is only to be examined: where it listens and logs, and settings that no file of the restored cluster
@@ -123,6 +105,8 @@ pub struct Scratch {
     pub log_file: PathBuf,
     /// Settings for its command line.
     pub settings: Vec<(String, String)>,
+    /// What it sees of the network.
+    pub network: Network,
 }
 
 /// Plans and runs a restore whose server is examined instead of used: it listens on [`Scratch::socket_dir`] alone, at

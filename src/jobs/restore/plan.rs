@@ -266,7 +266,17 @@ impl Plan {
     }
 
     pub(super) fn refuse_because(&mut self, what: impl Into<String>, why: impl Into<String>, next: impl Into<String>) {
-        self.refused.push(Refusal { what: what.into(), why: why.into(), next: next.into() });
+        self.refused.push(Refusal { what: what.into(), why: why.into(), next: next.into(), judges: false });
+    }
+
+    /// A key holder that is away may open it tomorrow; one that was asked and could not will not.
+    fn refuse_unopened(&mut self, what: &str, error: &Error) {
+        self.refused.push(Refusal {
+            what: what.to_owned(),
+            why: error.to_string(),
+            next: "pass --age-identity FILE, or credentials for one of the KMS keys".to_owned(),
+            judges: error.kind() == Kind::NoKey,
+        });
     }
 
     /// Tries the keys. A backup that no key opens is a refusal, and the rest of the plan still shows.
@@ -279,15 +289,13 @@ impl Plan {
         match context.ring.try_open(&commit.target, &commit.keyset).await {
             Ok((_, by)) => self.opens_with = Some(by),
             Err(error) => {
-                let next = "pass --age-identity FILE, or credentials for one of the KMS keys";
-                self.refuse_because("no key opens the backup", error.to_string(), next);
+                self.refuse_unopened("no key opens the backup", &error);
             }
         }
         for keyset in catalog::keysets(commit, inventory).into_iter().filter(|keyset| *keyset != commit.keyset) {
             if let Err(error) = context.ring.open(&commit.target, &keyset).await {
                 let what = "no key opens pages that the backup shares with an earlier one";
-                let next = "pass --age-identity FILE, or credentials for one of the KMS keys";
-                self.refuse_because(what, error.to_string(), next);
+                self.refuse_unopened(what, &error);
             }
         }
         match outline {

@@ -17,7 +17,7 @@ use crate::jobs::restore::report::{PhaseTime, Report, Started};
 use crate::jobs::restore::stage::{Stager, give};
 use crate::jobs::restore::{Request, SCRATCH_PORT, STAGING, Scratch};
 use crate::model::{Error, Result, ResultExt};
-use crate::pg::instance::{Instance, InstanceError, InstanceOptions, PgBinaries, Readiness, User};
+use crate::pg::instance::{Instance, InstanceError, InstanceOptions, Network, PgBinaries, Readiness, User};
 
 const POLL: Duration = Duration::from_millis(50);
 /// PostgreSQL says this when replay has ended.
@@ -66,7 +66,7 @@ pub(super) async fn start(
 fn options(request: &Request, scratch: Option<&Scratch>, owner: Option<User>) -> InstanceOptions {
     let data_dir = request.directory.clone();
     match scratch {
-        Some(Scratch { socket_dir, log_file, settings }) => InstanceOptions {
+        Some(Scratch { socket_dir, log_file, settings, network }) => InstanceOptions {
             data_dir,
             socket_dir: socket_dir.clone(),
             port: SCRATCH_PORT,
@@ -74,6 +74,7 @@ fn options(request: &Request, scratch: Option<&Scratch>, owner: Option<User>) ->
             log_file: log_file.clone(),
             as_user: owner,
             listens: false,
+            network: *network,
         },
         None => InstanceOptions {
             socket_dir: data_dir.clone(),
@@ -82,6 +83,7 @@ fn options(request: &Request, scratch: Option<&Scratch>, owner: Option<User>) ->
             log_file: data_dir.join("drctl-recovery.log"),
             as_user: owner,
             listens: true,
+            network: Network::Shared,
             data_dir,
         },
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use serde::Serialize;
 
-use crate::model::{BackupId, Lsn, TargetName, Timeline};
+use crate::model::{BackupId, Lsn, ReportId, TargetName, Timeline};
 use crate::repository::regions::Incident;
 
 /// What a restore came to.
@@ -38,6 +38,10 @@ pub struct Report {
     pub warnings: Vec<String>,
     /// What to do next.
     pub next: Vec<String>,
+    /// The name of the record of this in the regions.
+    pub stored_as: Option<ReportId>,
+    /// The file with the record, where this machine cannot sign one for the regions.
+    pub record: Option<PathBuf>,
 }
 
 /// A phase and what it moved.

@@ -76,6 +76,8 @@ fn report(plan: &Plan) -> Report {
         incidents: Vec::new(),
         warnings: plan.warnings.clone(),
         next: Vec::new(),
+        stored_as: None,
+        record: None,
     }
 }
 

@@ -123,4 +123,7 @@ pub struct Refusal {
     pub why: String,
     /// What to do.
     pub next: String,
+    /// Whether it says something of what is stored, and not of this machine or of what is away just now.
+    #[serde(skip)]
+    pub judges: bool,
 }

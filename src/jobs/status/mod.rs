@@ -102,7 +102,7 @@ pub async fn run(context: &Context) -> Result<Report> {
     let mut targets = Vec::new();
     for survey in &surveys {
         let mut status = status(context, survey, receiver(context, &survey.target).await);
-        status.judge_drills(drills.iter().filter(|head| head.target == survey.target));
+        status.judge_drills(drills.iter().filter(|head| head.job == "drill" && head.target == survey.target));
         targets.push(status);
     }
     for (name, objectives) in context.promises() {

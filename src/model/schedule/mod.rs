@@ -93,6 +93,19 @@ pub enum Depth {
     L2,
 }
 
+/// Which recovery point a drill takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Pick {
+    /// The newest.
+    #[default]
+    Latest,
+    /// Any time between the oldest backup and the newest commit.
+    Random,
+    /// The oldest backup.
+    Oldest,
+}
+
 /// A job with its parameters.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(tag = "job", rename_all = "lowercase")]
@@ -131,6 +144,8 @@ pub enum Work {
         target: TargetName,
         /// The region that is read; without it the last one of the configuration.
         region: Option<RegionName>,
+        /// Which recovery point.
+        select: Pick,
     },
     /// Regions brought back to equal.
     Repair {

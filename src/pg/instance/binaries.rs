@@ -97,7 +97,17 @@ impl PgBinaries {
 
     /// A command for one of the programs, with a bare environment and no standard input.
     pub fn command(&self, program: &str) -> Command {
-        let mut command = Command::new(self.directory.join(program));
+        self.furnish(Command::new(self.directory.join(program)))
+    }
+
+    /// As [`command`](Self::command), started by another program that becomes it.
+    pub(super) fn behind(&self, starter: &str, arguments: Vec<String>, program: &str) -> Command {
+        let mut command = Command::new(starter);
+        command.args(arguments).arg(self.directory.join(program));
+        self.furnish(command)
+    }
+
+    fn furnish(&self, mut command: Command) -> Command {
         command.env_clear().stdin(Stdio::null());
         command.envs(ENVIRONMENT.iter().filter_map(|name| Some((*name, std::env::var_os(name)?))));
         if let Some(libraries) = &self.libraries {

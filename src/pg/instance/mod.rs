@@ -1,6 +1,7 @@
 //! A PostgreSQL server as a child process: what a restore starts and a drill examines.
 
 mod binaries;
+mod network;
 mod postmaster;
 
 use std::ffi::OsString;
@@ -18,6 +19,7 @@ use crate::model::Error;
 use crate::pg::control::{self, ControlFile, State};
 
 pub use self::binaries::{ClientPrograms, PgBinaries, User};
+pub use self::network::Network;
 pub use self::postmaster::{Postmaster, Readiness, postmaster_of};
 
 const POLL: Duration = Duration::from_millis(20);
@@ -133,6 +135,8 @@ pub struct InstanceOptions {
     pub as_user: Option<User>,
     /// Listens, and logs, as its own configuration says, instead of only on the socket above: a server that is to stay.
     pub listens: bool,
+    /// What it sees of the network.
+    pub network: Network,
 }
 
 impl InstanceOptions {
@@ -215,12 +219,9 @@ impl Instance {
         let log = log.map_err(|source| io(&format!("open log file `{}`", options.log_file.display()), source))?;
         let log_start = log.metadata().map_err(|source| io("read the size of the log file", source))?.len();
         let both = log.try_clone().map_err(|source| io("share the log file", source))?;
-        let mut command = binaries.command("postgres");
+        let mut command = options.network.command(binaries, options.as_user);
         // Its own process group: an interrupt at the terminal is for drctl, which then stops the server in order.
         command.args(options.arguments()).stdout(both).stderr(log).process_group(0);
-        if let Some(user) = options.as_user.filter(|_| rustix::process::geteuid().is_root()) {
-            user.apply(&mut command);
-        }
         let program = binaries.directory.join("postgres");
         let child = command.spawn().map_err(|source| io(&format!("run `{}`", program.display()), source))?;
         let pid = child.id().and_then(|id| Pid::from_raw(i32::try_from(id).ok()?));

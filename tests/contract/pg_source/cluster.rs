@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use drctl::pg::conninfo::ConnInfo;
-use drctl::pg::instance::{Instance, InstanceOptions, PgBinaries, StopMode, User};
+use drctl::pg::instance::{Instance, InstanceOptions, Network, PgBinaries, StopMode, User};
 use drctl::pg::sql::{self, SqlClient};
 use tempfile::TempDir;
 
@@ -80,6 +80,7 @@ impl Cluster {
             log_file: dir.path().join("server.log"),
             as_user: account(),
             listens: false,
+            network: Network::Shared,
         };
         let binaries = PgBinaries::find(MAJOR, None).await.unwrap();
         let mut instance = Instance::start(&binaries, options).unwrap();

@@ -1,7 +1,7 @@
 //! Does what the scheduler decided: notes, runs, stops, records, and brings records into the regions.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
@@ -14,12 +14,13 @@ use tokio_util::sync::CancellationToken;
 
 use crate::app::{self, Role, World};
 use crate::config::Settings;
-use crate::daemon::scheduler::{Action, End};
+use crate::daemon::scheduler::{Action, End, Going};
 use crate::jobs::runs::RunLog;
 use crate::jobs::work::{self, Done};
 use crate::model::run::{Open, Outcome, Run};
 use crate::model::schedule::Work;
 use crate::model::{Error, Kind, Result, ScheduleName};
+use crate::observe::progress::{Progress, Snapshot};
 use crate::observe::task;
 
 /// How often records are brought to regions that did not answer.
@@ -36,6 +37,8 @@ pub(super) struct Hands {
     log: Arc<RunLog>,
     jobs: FuturesUnordered<BoxFuture<'static, (Open, End)>>,
     stops: BTreeMap<(ScheduleName, DateTime<Utc>), CancellationToken>,
+    /// How far the jobs that run have come.
+    progress: Arc<Mutex<BTreeMap<ScheduleName, Progress>>>,
     recorded: Arc<Notify>,
     spreader: JoinHandle<()>,
 }
@@ -45,11 +48,18 @@ impl Hands {
         let (settings, log, recorded) = (Arc::new(settings), Arc::new(log), Arc::new(Notify::new()));
         let spreading = keep_spreading(Arc::clone(&settings), world.clone(), Arc::clone(&log), Arc::clone(&recorded));
         let spreader = task::spawn("run-spreader", spreading);
-        Self { settings, world, log, jobs: FuturesUnordered::new(), stops: BTreeMap::new(), recorded, spreader }
+        let (jobs, stops, progress) = (FuturesUnordered::new(), BTreeMap::new(), Arc::default());
+        Self { settings, world, log, jobs, stops, progress, recorded, spreader }
     }
 
     pub(super) fn settings(&self) -> &Settings {
         &self.settings
+    }
+
+    /// How far the job of a schedule has come, once it has opened the repository.
+    pub(super) fn progress(&self, schedule: &ScheduleName) -> Option<Going> {
+        let progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner).get(schedule).cloned();
+        going(&progress?.snapshot())
     }
 
     pub(super) const fn world(&self) -> &World {
@@ -91,6 +101,7 @@ impl Hands {
         }
         let (open, end) = self.jobs.next().await?;
         self.stops.remove(&(open.schedule.clone(), open.slot));
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner).remove(&open.schedule);
         Some((open, end))
     }
 
@@ -122,12 +133,16 @@ impl Hands {
         let (settings, world) = (Arc::clone(&self.settings), self.world.clone());
         let stop = CancellationToken::new();
         self.stops.insert((schedule.clone(), *slot), stop.clone());
+        let (progress, name) = (Arc::clone(&self.progress), schedule.clone());
+        let going = move |begun: Progress| {
+            progress.lock().unwrap_or_else(PoisonError::into_inner).insert(name, begun);
+        };
         // A thread of its own: a job that hangs in a system call takes nobody else's.
         let runtime = tokio::runtime::Handle::current();
         let handle = tokio::task::spawn_blocking(move || {
             runtime.block_on(async {
                 tokio::select! {
-                    done = attempt(&settings, &world, &work) => done,
+                    done = attempt(&settings, &world, &work, going) => done,
                     () = stop.cancelled() => Err(Error::new(Kind::Cancelled, "it was stopped")),
                 }
             })
@@ -151,7 +166,7 @@ impl Drop for Hands {
 }
 
 /// One attempt opens everything anew: a region that was away an hour ago is back, and a password that was changed is read.
-async fn attempt(settings: &Settings, world: &World, work: &Work) -> Result<Done> {
+async fn attempt(settings: &Settings, world: &World, work: &Work, going: impl FnOnce(Progress) + Send) -> Result<Done> {
     let role = match work {
         Work::Backup { .. } => Role::Write,
         Work::Verify { .. } | Work::Drill { .. } => Role::Restore,
@@ -166,7 +181,20 @@ async fn attempt(settings: &Settings, world: &World, work: &Work) -> Result<Done
         // Its report is signed and sealed, on behalf of whoever restores.
         context.writer = Some(app::writer(settings, role, world).await?);
     }
+    going(context.progress.clone());
     work::run(&context, work).await
+}
+
+/// The phase that began last of those that go on; between two phases nothing is known.
+fn going(snapshot: &Snapshot) -> Option<Going> {
+    let phase = snapshot.phases.iter().rfind(|phase| phase.ended.is_none())?;
+    Some(Going {
+        phase: phase.name.to_owned(),
+        seconds: phase.elapsed(snapshot.at).as_secs_f64(),
+        done_bytes: phase.done,
+        total_bytes: phase.total,
+        note: phase.note.clone(),
+    })
 }
 
 /// Writes into the state directory, as often as it takes: a full disk is no reason to stop streaming WAL, and whatever

@@ -5,6 +5,7 @@
 //! is killed leaves every slot with an outcome for the next one to tell.
 
 pub mod control;
+mod gate;
 mod hands;
 mod http;
 pub mod scheduler;
@@ -22,13 +23,14 @@ use tokio::sync::mpsc;
 
 use crate::app::{self, Role, World};
 use crate::config::{Settings, load_schedules};
-use crate::daemon::control::{Ask, Control, Triggered};
+use crate::daemon::control::{Api, Ask, Control, Triggered};
 use crate::daemon::hands::Hands;
 use crate::daemon::http::Http;
 use crate::daemon::scheduler::{Known, Now, Scheduler};
 use crate::daemon::standing::{Standing, Watch};
 use crate::daemon::streams::Streams;
 use crate::jobs::runs::{self, Memory, RunLog};
+use crate::jobs::socket::Guests;
 use crate::model::schedule::{Job, Schedule};
 use crate::model::{Result, ResultExt};
 
@@ -72,18 +74,20 @@ impl Options {
 /// cannot keep its promises stops rather than run on.
 pub async fn run(settings: Settings, options: Options, world: World, wishes: mpsc::Receiver<Wish>) -> Result<()> {
     let schedules = chosen(&settings, &options)?;
+    let guests = Guests::named(&settings.daemon.allow)?;
     let (log, memory) = RunLog::open(&settings.repository.state_dir)?;
     let (sender, asks) = mpsc::channel(16);
     let standing = Arc::new(Standing::new(&settings, Arc::clone(&world.clock)));
     let _watch = Watch::start(&settings, options.role(), &world, &standing);
-    let http = listen(&settings, &standing).await?;
+    let api = Api::new(sender, &settings, options.role(), &world);
+    let http = listen(&settings, &standing, api.clone()).await?;
     let streams = Streams::start(&settings, &world, options.wants(Job::Wal));
     let memory = recall(&settings, &world, memory).await;
     tracing::info!(schedules = schedules.len(), streams = streams.count(), "the daemon works");
     let now = now(&world);
     let known = Known { cursors: memory.cursors, pauses: memory.pauses, left: memory.open };
     let (scheduler, actions) = Scheduler::new(app::host_name(), schedules, known, now);
-    let control = Control::start(&settings.repository.state_dir, sender).await?;
+    let control = Control::start(&settings.repository.state_dir, &guests, api).await?;
     let hands = Hands::new(settings, world, log);
     let mut daemon = Daemon { scheduler, hands, options, wishes, asks, standing };
     let worked = match daemon.hands.act(actions).await {
@@ -100,9 +104,13 @@ pub async fn run(settings: Settings, options: Options, world: World, wishes: mps
 }
 
 /// The TCP listener, where one is wanted.
-async fn listen(settings: &Settings, standing: &Arc<Standing>) -> Result<Option<Http>> {
+async fn listen(settings: &Settings, standing: &Arc<Standing>, api: Api) -> Result<Option<Http>> {
     let Some(address) = settings.daemon.listen else { return Ok(None) };
-    Http::start(address, Arc::clone(standing), Router::new()).await.map(Some)
+    let guarded = match &settings.daemon.token {
+        Some(token) => gate::guarded(control::router(api), &token.read()?),
+        None => Router::new(),
+    };
+    Http::start(address, Arc::clone(standing), guarded).await.map(Some)
 }
 
 struct Daemon {
@@ -141,7 +149,11 @@ impl Daemon {
         let now = self.now();
         match ask {
             Ask::Jobs(answer) => {
-                let _ = answer.send(self.scheduler.view(now));
+                let mut views = self.scheduler.view(now);
+                for view in views.iter_mut().filter(|view| view.running.is_some()) {
+                    view.going = self.hands.progress(&view.schedule);
+                }
+                let _ = answer.send(views);
             }
             Ask::Run(schedule, answer) => {
                 let (slot, actions) = self.scheduler.trigger(&schedule, now);

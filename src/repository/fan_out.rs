@@ -34,6 +34,12 @@ impl Patience {
     /// A report is small and about the past: nobody waits for a region long.
     pub const REPORT: Self =
         Self { laggard: Duration::from_secs(5), quorum: Some(Duration::from_secs(30)), retry_after: None };
+    /// A segment that is handed over is handed over again: better soon told than long waited for.
+    pub const PUSH: Self = Self {
+        laggard: Duration::from_secs(10),
+        quorum: Some(Duration::from_secs(60)),
+        retry_after: Some(Duration::from_secs(5)),
+    };
     /// WAL waits for ever and tries lost regions again.
     pub const WAL: Self =
         Self { laggard: Duration::from_secs(10), quorum: None, retry_after: Some(Duration::from_secs(5)) };

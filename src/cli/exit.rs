@@ -46,6 +46,9 @@ impl Exit {
 pub enum Reader {
     /// People and scripts: the codes of [`Exit`].
     Script,
+    /// PostgreSQL, through `archive_command`: 0 = it is safe, 1 = keep it and come again. Beyond 125 PostgreSQL would stop
+    /// its archiver, so everything but success is 1.
+    Archive,
     /// PostgreSQL, through `restore_command`: 0 = here it is, 1 = it does not exist, 255 = stop.
     ///
     /// PostgreSQL takes every code from 1 to 125 for "the archive ends here" and opens the database without a word. So
@@ -59,6 +62,8 @@ impl Reader {
         match (self, result) {
             (Self::Script, Ok(exit)) => exit.code(),
             (Self::Script, Err(error)) => Exit::of(error).code(),
+            (Self::Archive, Ok(Exit::Ok)) => 0,
+            (Self::Archive, _) => 1,
             (Self::Recovery, Ok(Exit::Ok)) => 0,
             (Self::Recovery, Ok(Exit::Failed)) => 1,
             (Self::Recovery, _) => 255,
@@ -97,6 +102,11 @@ mod tests {
         for exit in [Exit::Usage, Exit::Inconclusive, Exit::Debts, Exit::Refused, Exit::Unknown] {
             assert_eq!(Reader::Recovery.code(&Ok(exit)), 255, "{exit:?}");
         }
+        for exit in [Exit::Failed, Exit::Usage, Exit::Inconclusive, Exit::Debts, Exit::Refused, Exit::Unknown] {
+            assert_eq!(Reader::Archive.code(&Ok(exit)), 1, "{exit:?}");
+        }
+        assert!(KINDS.iter().all(|kind| Reader::Archive.code(&Err(Error::new(*kind, "x"))) == 1));
+        assert_eq!(Reader::Archive.code(&Ok(Exit::Ok)), 0);
         assert_eq!((Reader::Recovery.code(&Ok(Exit::Ok)), Reader::Recovery.code(&Ok(Exit::Failed))), (0, 1));
     }
 }

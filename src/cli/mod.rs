@@ -85,8 +85,12 @@ pub fn main(arguments: Vec<OsString>) -> ExitCode {
 /// Any mention of the verb counts, so that a command line that cannot be parsed is not answered with 2: recovery would
 /// take it for the end of the archive.
 fn reader_of(arguments: &[OsString]) -> Reader {
-    let recovery = arguments.iter().any(|argument| argument == verbs::recovery_fetch::NAME);
-    if recovery { Reader::Recovery } else { Reader::Script }
+    let says = |word: &str| arguments.iter().any(|argument| argument == word);
+    match () {
+        () if says(verbs::recovery_fetch::NAME) || says("wal") && says("fetch") => Reader::Recovery,
+        () if says("wal") && says("push") => Reader::Archive,
+        () => Reader::Script,
+    }
 }
 
 fn parse_and_run(line: &[OsString], output: &Output) -> Result<Exit> {
@@ -184,9 +188,24 @@ mod tests {
 
     #[test]
     fn recovery_hears_255_whatever_was_wrong() {
-        for line in [&["drctl", "recovery-fetch"][..], &["drctl", "--nonsense", "recovery-fetch", "a", "b"]] {
+        let fetches = [
+            &["drctl", "recovery-fetch"][..],
+            &["drctl", "--nonsense", "recovery-fetch", "a", "b"],
+            &["drctl", "wal", "fetch"],
+            &["drctl", "--nonsense", "wal", "fetch", "a", "b"],
+        ];
+        for line in fetches {
             let arguments: Vec<OsString> = line.iter().map(OsString::from).collect();
-            assert_eq!(main(arguments), ExitCode::from(255));
+            assert_eq!(main(arguments), ExitCode::from(255), "{line:?}");
+        }
+    }
+
+    #[test]
+    fn the_archiver_hears_1_whatever_was_wrong() {
+        for line in [&["drctl", "wal", "push"][..], &["drctl", "wal", "push", "--socket", "/nonexistent", "/x/y", "z"]]
+        {
+            let arguments: Vec<OsString> = line.iter().map(OsString::from).collect();
+            assert_eq!(main(arguments), ExitCode::from(1), "{line:?}");
         }
     }
 }

@@ -61,6 +61,21 @@ impl Settings {
         found.ok_or_else(|| unknown("target", name.as_str(), names))
     }
 
+    /// The target of this name; without a name the only one that there is.
+    ///
+    /// # Errors
+    /// There is no such target, or no name and several targets.
+    pub fn the_target(&self, name: Option<&TargetName>) -> Result<&Target> {
+        match (name, self.targets.as_slice()) {
+            (Some(name), _) => self.target(name),
+            (None, [only]) => Ok(only),
+            (None, targets) => {
+                let names = targets.iter().map(|target| target.name.as_str()).collect::<Vec<_>>().join(", ");
+                Err(Error::usage("which target is meant?").hint(format!("--target with one of: {names}")))
+            }
+        }
+    }
+
     /// A region by name.
     ///
     /// # Errors
@@ -90,7 +105,7 @@ impl Settings {
             [notify.webhook.as_ref().map(|webhook| &webhook.url), notify.dead_man.as_ref().map(|dead| &dead.url)];
         let told = told.into_iter().flatten().filter_map(Url::secret);
         let ours = roles.flat_map(AwsAccess::secrets).chain(keys).chain(passwords);
-        ours.chain(&self.openers.age_identities).chain(grafana).chain(told)
+        ours.chain(&self.daemon.token).chain(&self.openers.age_identities).chain(grafana).chain(told)
     }
 }
 
@@ -483,6 +498,10 @@ pub struct PostgresTarget {
     /// The space for WAL on the server, where it cannot be measured.
     #[serde(serialize_with = "show::optional_size", skip_serializing_if = "Option::is_none")]
     pub wal_disk_bytes: Option<u64>,
+    /// Whether its WAL is streamed; else `archive_command` alone brings it.
+    pub stream: bool,
+    /// Whether the heartbeat row is written while WAL is streamed.
+    pub heartbeat: bool,
     /// The socket on which the WAL receiver of this target answers.
     pub control_socket: PathBuf,
     /// Further configuration files to capture, as glob patterns on the server's machine.

@@ -104,6 +104,8 @@ config_files = ["/etc/postgresql/15/main/*.conf"]
 
 [daemon]
 listen = "127.0.0.1:9841"
+token = "file:/etc/drctl/token"
+allow = ["postgres"]
 
 [grafana]
 url = "https://grafana.example/"

@@ -1,35 +1,50 @@
-//! The daemon's control socket: how things stand, run this now, pause that. HTTP on a Unix socket of its owner.
+//! The daemon's API: how things stand, run this now, pause that. HTTP on a Unix socket, and over TCP behind a token
+//! (`gate`).
 //!
 //! | request | answer |
 //! |---|---|
-//! | `GET /v1/jobs` | every schedule: what runs, waits, is paused, comes next |
+//! | `GET /v1/jobs` | every schedule: what runs and how far it has come, waits, is paused, comes next |
+//! | `GET /v1/wal` | where the WAL of each target stands, as far as it is taken on this host |
+//! | `GET /v1/status` | what `drctl status --json` shows; it asks the regions, so it takes its time |
 //! | `POST /v1/schedules/{name}/run` | `{"slot": …}`; 409 when it runs already |
 //! | `POST /v1/schedules/{name}/pause` with `{"until": …, "reason": …}` | the pause |
 //! | `DELETE /v1/schedules/{name}/pause` | |
 //!
-//! A refusal is `{"message": …, "hint": …}`.
+//! A refusal is `{"kind": …, "message": …, "hint": …}`.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
-use axum::extract::{Path as UrlPath, State};
-use axum::http::StatusCode;
-use axum::response::{IntoResponse, Response};
+use axum::body::Body;
+use axum::extract::{DefaultBodyLimit, Path as UrlPath, State};
+use axum::http::header::{AUTHORIZATION, CONTENT_TYPE};
+use axum::http::{HeaderValue, Request, StatusCode};
+use axum::response::Response;
 use axum::routing::{get, post};
 use axum::{Json, Router};
+use bytes::Bytes;
 use chrono::{DateTime, Utc};
+use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use tokio::net::TcpStream;
 use tokio::sync::{mpsc, oneshot};
-use tokio::task::JoinHandle;
-use tokio_util::sync::CancellationToken;
 
+use crate::app::{self, Role, World};
+use crate::config::{SecretText, Settings, Source, load_schedules};
 use crate::daemon::scheduler::View;
-use crate::jobs::socket;
+use crate::jobs::socket::{self, Guests, Served, reply, understand};
+use crate::jobs::status;
+use crate::jobs::wal::control::position;
 use crate::model::run::Pause;
 use crate::model::{Error, Kind, Result, ResultExt, ScheduleName};
-use crate::observe::task;
 
+/// No question is longer.
+const QUESTION_LIMIT: usize = 64 * 1024;
+/// What asks every region gives up before whoever asked does.
+const STATUS_TIME: Duration = Duration::from_secs(60);
 /// A daemon answers between two looks at its schedules.
 const ANSWER_TIME: Duration = Duration::from_secs(15);
 
@@ -51,10 +66,19 @@ pub struct Triggered {
     pub slot: DateTime<Utc>,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
-struct Refusal {
-    message: String,
-    hint: Option<String>,
+/// What answers need.
+#[derive(Debug, Clone)]
+pub(super) struct Api {
+    asks: mpsc::Sender<Ask>,
+    settings: Arc<Settings>,
+    role: Role,
+    world: World,
+}
+
+impl Api {
+    pub(super) fn new(asks: mpsc::Sender<Ask>, settings: &Settings, role: Role, world: &World) -> Self {
+        Self { asks, settings: Arc::new(settings.clone()), role, world: world.clone() }
+    }
 }
 
 /// Where the daemon of a state directory answers.
@@ -63,63 +87,71 @@ pub fn socket_path(state_dir: &Path) -> PathBuf {
 }
 
 /// Answers until it is stopped.
-pub(super) struct Control {
-    path: PathBuf,
-    stop: CancellationToken,
-    task: JoinHandle<()>,
-}
+pub(super) struct Control(Served);
 
 impl Control {
-    pub(super) async fn start(state_dir: &Path, asks: mpsc::Sender<Ask>) -> Result<Self> {
-        let path = socket_path(state_dir);
-        let listener = socket::listen(&path).await.during(|| format!("listen on {}", path.display()))?;
-        let app = Router::new()
-            .route("/v1/jobs", get(jobs))
-            .route("/v1/schedules/{name}/run", post(run))
-            .route("/v1/schedules/{name}/pause", post(pause).delete(resume))
-            .with_state(asks);
-        let stop = CancellationToken::new();
-        let serve = axum::serve(listener, app).with_graceful_shutdown(stop.clone().cancelled_owned());
-        let task = task::spawn("daemon-socket", async move {
-            if let Err(error) = serve.await {
-                tracing::error!(%error, "the daemon's socket failed");
-            }
-        });
-        Ok(Self { path, stop, task })
+    pub(super) async fn start(state_dir: &Path, guests: &Guests, api: Api) -> Result<Self> {
+        Served::start(&socket_path(state_dir), guests, router(api)).await.map(Self)
     }
 
     /// Stops answering and removes the socket.
     pub(super) async fn stop(self) {
-        self.stop.cancel();
-        // A client that keeps its connection open is no reason to stay.
-        let _ = tokio::time::timeout(Duration::from_secs(1), self.task).await;
-        if let Err(error) = std::fs::remove_file(&self.path) {
-            tracing::debug!(%error, "the daemon's socket is not removed");
-        }
+        self.0.stop(Duration::from_secs(1)).await;
     }
 }
 
-type Asks = State<mpsc::Sender<Ask>>;
-
-async fn jobs(State(asks): Asks) -> Response {
-    let (answer, answered) = oneshot::channel();
-    reply(put(&asks, Ask::Jobs(answer), answered).await)
+/// Everything that can be asked for.
+pub(super) fn router(api: Api) -> Router {
+    Router::new()
+        .route("/v1/jobs", get(jobs))
+        .route("/v1/wal", get(wal))
+        .route("/v1/status", get(how_it_stands))
+        .route("/v1/schedules/{name}/run", post(run))
+        .route("/v1/schedules/{name}/pause", post(pause).delete(resume))
+        .layer(DefaultBodyLimit::max(QUESTION_LIMIT))
+        .with_state(api)
 }
 
-async fn run(State(asks): Asks, UrlPath(name): UrlPath<String>) -> Response {
+async fn jobs(State(api): State<Api>) -> Response {
+    let (answer, answered) = oneshot::channel();
+    reply(put(&api.asks, Ask::Jobs(answer), answered).await)
+}
+
+async fn wal(State(api): State<Api>) -> Response {
+    let mut positions = Vec::new();
+    for target in &api.settings.targets {
+        let Source::Postgres(postgres) = &target.source;
+        match position(&postgres.control_socket, &target.name).await {
+            Ok(position) => positions.extend(position),
+            Err(error) => return reply::<()>(Err(error)),
+        }
+    }
+    reply(Ok(positions))
+}
+
+async fn how_it_stands(State(api): State<Api>) -> Response {
+    let look = async {
+        let context = app::context(&api.settings, api.role, &api.world).await?;
+        status::run(&context, &load_schedules(&api.settings).unwrap_or_default()).await
+    };
+    let late = || Error::new(Kind::Unavailable, "the regions do not answer in time").transient(true);
+    reply(tokio::time::timeout(STATUS_TIME, look).await.unwrap_or_else(|_| Err(late())))
+}
+
+async fn run(State(api): State<Api>, UrlPath(name): UrlPath<String>) -> Response {
     let (answer, answered) = oneshot::channel();
     match name.parse() {
-        Ok(name) => reply(put(&asks, Ask::Run(name, answer), answered).await.and_then(|triggered| triggered)),
+        Ok(name) => reply(put(&api.asks, Ask::Run(name, answer), answered).await.and_then(|triggered| triggered)),
         Err(error) => reply::<()>(Err(error)),
     }
 }
 
-async fn pause(State(asks): Asks, UrlPath(name): UrlPath<String>, Json(pause): Json<Pause>) -> Response {
-    set(&asks, &name, Some(pause)).await
+async fn pause(State(api): State<Api>, UrlPath(name): UrlPath<String>, Json(pause): Json<Pause>) -> Response {
+    set(&api.asks, &name, Some(pause)).await
 }
 
-async fn resume(State(asks): Asks, UrlPath(name): UrlPath<String>) -> Response {
-    set(&asks, &name, None).await
+async fn resume(State(api): State<Api>, UrlPath(name): UrlPath<String>) -> Response {
+    set(&api.asks, &name, None).await
 }
 
 async fn set(asks: &mpsc::Sender<Ask>, name: &str, pause: Option<Pause>) -> Response {
@@ -136,70 +168,102 @@ async fn put<T>(asks: &mpsc::Sender<Ask>, ask: Ask, answered: oneshot::Receiver<
     answered.await.map_err(|_| gone())
 }
 
-fn reply<T: Serialize>(answer: Result<T>) -> Response {
-    match answer {
-        Ok(value) => Json(value).into_response(),
-        Err(error) => {
-            let status = match error.kind() {
-                Kind::NotFound => StatusCode::NOT_FOUND,
-                Kind::Refused => StatusCode::CONFLICT,
-                Kind::Usage => StatusCode::BAD_REQUEST,
-                _ => StatusCode::SERVICE_UNAVAILABLE,
-            };
-            let refusal = Refusal { message: error.to_string(), hint: error.hint_text().map(str::to_owned) };
-            (status, Json(refusal)).into_response()
+/// The way to a daemon.
+#[derive(Debug)]
+pub enum Door {
+    /// Its socket on this host.
+    Socket(PathBuf),
+    /// Its address, and the token that opens it.
+    Tcp(String, SecretText),
+}
+
+impl Door {
+    /// The daemon of a state directory of this host.
+    pub fn here(state_dir: &Path) -> Self {
+        Self::Socket(socket_path(state_dir))
+    }
+
+    /// A daemon by its URL: `http://host:port`.
+    ///
+    /// # Errors
+    /// Another kind of URL.
+    pub fn at(url: &str, token: SecretText) -> Result<Self> {
+        let address = url.strip_prefix("http://").map(|rest| rest.trim_end_matches('/'));
+        let plain = |address: &&str| !address.contains(['/', '@']) && address.rsplit_once(':').is_some();
+        let address = address.filter(plain).ok_or_else(|| {
+            let error = Error::usage(format!("`{url}` is not the address of a daemon"));
+            error.hint("write http://HOST:PORT; for TLS put a tunnel or a proxy before it")
+        })?;
+        Ok(Self::Tcp(address.to_owned(), token))
+    }
+
+    async fn send(&self, request: Request<Body>) -> Result<Option<(StatusCode, Bytes)>> {
+        match self {
+            Self::Socket(path) => socket::send(path, request).await,
+            Self::Tcp(address, token) => {
+                let cannot = |error| Error::new(Kind::Unavailable, "cannot connect").because(error);
+                let stream = TcpStream::connect(address).await.map_err(cannot)?;
+                let mut request = request;
+                let wrong = |error| Error::usage("the token cannot be sent").because(error);
+                let mut bearer = HeaderValue::try_from(format!("Bearer {}", token.expose())).map_err(wrong)?;
+                bearer.set_sensitive(true);
+                request.headers_mut().insert(AUTHORIZATION, bearer);
+                socket::exchange(TokioIo::new(stream), request).await.map(Some)
+            }
         }
     }
 }
 
-/// Asks the daemon of a state directory how things stand.
+impl fmt::Display for Door {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Socket(path) => path.display().fmt(f),
+            Self::Tcp(address, _) => write!(f, "http://{address}"),
+        }
+    }
+}
+
+/// Asks a daemon how its jobs stand.
 ///
 /// # Errors
 /// No daemon answers.
-pub async fn ask_jobs(state_dir: &Path) -> Result<Vec<View>> {
-    ask(state_dir, "GET", "/v1/jobs", Vec::new()).await
+pub async fn ask_jobs(door: &Door) -> Result<Vec<View>> {
+    ask(door, "GET", "/v1/jobs", Vec::new()).await
 }
 
 /// Asks for a run now.
 ///
 /// # Errors
 /// No daemon answers, or it refuses.
-pub async fn ask_run(state_dir: &Path, schedule: &ScheduleName) -> Result<Triggered> {
-    ask(state_dir, "POST", &format!("/v1/schedules/{schedule}/run"), Vec::new()).await
+pub async fn ask_run(door: &Door, schedule: &ScheduleName) -> Result<Triggered> {
+    ask(door, "POST", &format!("/v1/schedules/{schedule}/run"), Vec::new()).await
 }
 
 /// Asks for a pause, or for its end.
 ///
 /// # Errors
 /// No daemon answers, or it refuses.
-pub async fn ask_pause(state_dir: &Path, schedule: &ScheduleName, pause: Option<&Pause>) -> Result<()> {
+pub async fn ask_pause(door: &Door, schedule: &ScheduleName, pause: Option<&Pause>) -> Result<()> {
     let path = format!("/v1/schedules/{schedule}/pause");
     match pause {
-        None => ask(state_dir, "DELETE", &path, Vec::new()).await,
+        None => ask(door, "DELETE", &path, Vec::new()).await,
         Some(pause) => {
             let body =
                 serde_json::to_vec(pause).map_err(|error| Error::failed("a pause is not JSON").because(error))?;
-            ask(state_dir, "POST", &path, body).await
+            ask(door, "POST", &path, body).await
         }
     }
 }
 
-async fn ask<T: DeserializeOwned>(state_dir: &Path, method: &str, path: &str, body: Vec<u8>) -> Result<T> {
-    let socket = socket_path(state_dir);
-    let asked = tokio::time::timeout(ANSWER_TIME, socket::ask(&socket, method, path, body)).await;
+async fn ask<T: DeserializeOwned>(door: &Door, method: &str, path: &str, body: Vec<u8>) -> Result<T> {
+    let request = Request::builder().method(method).uri(path).header(CONTENT_TYPE, "application/json");
+    let request = request.body(Body::from(body)).map_err(|error| Error::failed("not a request").because(error))?;
+    let asked = tokio::time::timeout(ANSWER_TIME, door.send(request)).await;
     let hangs = || Error::new(Kind::Unavailable, "no answer in time").transient(true);
-    let answer = asked.unwrap_or_else(|_| Err(hangs())).during(|| format!("ask {}", socket.display()))?;
+    let answer = asked.unwrap_or_else(|_| Err(hangs())).during(|| format!("ask {door}"))?;
     let nobody = || {
-        let error = Error::new(Kind::Unavailable, "no daemon answers").because(socket.display());
+        let error = Error::new(Kind::Unavailable, "no daemon answers").because(door);
         error.hint("start it: drctl daemon; it must use the same configuration, on this host")
     };
-    let (status, body) = answer.ok_or_else(nobody)?;
-    let strange = || Error::failed("the daemon's answer is not understood").because(status);
-    if status.is_success() {
-        return serde_json::from_slice(&body).map_err(|error| strange().because(error));
-    }
-    let Refusal { message, hint } = serde_json::from_slice(&body).map_err(|_| strange())?;
-    let kind = if status == StatusCode::NOT_FOUND { Kind::NotFound } else { Kind::Refused };
-    let error = Error::new(kind, message);
-    Err(hint.map_or(error.clone(), |hint| error.hint(hint)))
+    understand(answer.ok_or_else(nobody)?)
 }

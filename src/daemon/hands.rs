@@ -1,7 +1,7 @@
 //! Does what the scheduler decided: notes, runs, stops, records, and brings records into the regions.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
@@ -16,7 +16,7 @@ use crate::app::{self, Role, World};
 use crate::config::Settings;
 use crate::daemon::figures::Figures;
 use crate::daemon::pager::Pager;
-use crate::daemon::scheduler::{Action, End};
+use crate::daemon::scheduler::{Action, End, Going};
 use crate::daemon::standing::Standing;
 use crate::jobs::reports::outbox;
 use crate::jobs::runs::RunLog;
@@ -24,6 +24,7 @@ use crate::jobs::work::{self, Done};
 use crate::model::run::{Open, Outcome, Run};
 use crate::model::schedule::Work;
 use crate::model::{Error, Kind, Result, ScheduleName};
+use crate::observe::progress::{Progress, Snapshot};
 use crate::observe::task;
 
 /// How often records are brought to regions that did not answer.
@@ -47,6 +48,8 @@ pub(super) struct Hands {
     log: Arc<RunLog>,
     jobs: FuturesUnordered<BoxFuture<'static, (Open, End)>>,
     stops: BTreeMap<(ScheduleName, DateTime<Utc>), CancellationToken>,
+    /// How far the jobs that run have come.
+    progress: Arc<Mutex<BTreeMap<ScheduleName, Progress>>>,
     recorded: Arc<Notify>,
     spreader: JoinHandle<()>,
     observers: Observers,
@@ -63,6 +66,7 @@ impl Hands {
             log,
             jobs: FuturesUnordered::new(),
             stops: BTreeMap::new(),
+            progress: Arc::default(),
             recorded,
             spreader,
             observers,
@@ -75,6 +79,12 @@ impl Hands {
 
     pub(super) fn settings(&self) -> &Settings {
         &self.settings
+    }
+
+    /// How far the job of a schedule has come, once it has opened the repository.
+    pub(super) fn progress(&self, schedule: &ScheduleName) -> Option<Going> {
+        let progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner).get(schedule).cloned();
+        going(&progress?.snapshot())
     }
 
     pub(super) const fn world(&self) -> &World {
@@ -122,6 +132,7 @@ impl Hands {
         }
         let (open, end) = self.jobs.next().await?;
         self.stops.remove(&(open.schedule.clone(), open.slot));
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner).remove(&open.schedule);
         Some((open, end))
     }
 
@@ -172,12 +183,16 @@ impl Hands {
         let (settings, world) = (Arc::clone(&self.settings), self.world.clone());
         let stop = CancellationToken::new();
         self.stops.insert((schedule.clone(), *slot), stop.clone());
+        let (progress, name) = (Arc::clone(&self.progress), schedule.clone());
+        let going = move |begun: Progress| {
+            progress.lock().unwrap_or_else(PoisonError::into_inner).insert(name, begun);
+        };
         // A thread of its own: a job that hangs in a system call takes nobody else's.
         let runtime = tokio::runtime::Handle::current();
         let handle = tokio::task::spawn_blocking(move || {
             runtime.block_on(async {
                 tokio::select! {
-                    done = attempt(&settings, &world, &work) => done,
+                    done = attempt(&settings, &world, &work, going) => done,
                     () = stop.cancelled() => Err(Error::new(Kind::Cancelled, "it was stopped")),
                 }
             })
@@ -201,7 +216,7 @@ impl Drop for Hands {
 }
 
 /// One attempt opens everything anew: a region that was away an hour ago is back, and a password that was changed is read.
-async fn attempt(settings: &Settings, world: &World, work: &Work) -> Result<Done> {
+async fn attempt(settings: &Settings, world: &World, work: &Work, going: impl FnOnce(Progress) + Send) -> Result<Done> {
     let role = match work {
         Work::Backup { .. } | Work::Dump { .. } | Work::Files { .. } => Role::Write,
         Work::Verify { .. } | Work::Drill { .. } => Role::Restore,
@@ -216,7 +231,20 @@ async fn attempt(settings: &Settings, world: &World, work: &Work) -> Result<Done
         // Its report is signed and sealed, on behalf of whoever restores.
         context.writer = Some(app::writer(settings, role, world).await?);
     }
+    going(context.progress.clone());
     work::run(&context, work).await
+}
+
+/// The phase that began last of those that go on; between two phases nothing is known.
+fn going(snapshot: &Snapshot) -> Option<Going> {
+    let phase = snapshot.phases.iter().rfind(|phase| phase.ended.is_none())?;
+    Some(Going {
+        phase: phase.name.to_owned(),
+        seconds: phase.elapsed(snapshot.at).as_secs_f64(),
+        done_bytes: phase.done,
+        total_bytes: phase.total,
+        note: phase.note.clone(),
+    })
 }
 
 fn tell(run: &Run) {

@@ -7,6 +7,7 @@
 
 pub mod control;
 mod figures;
+mod gate;
 mod hands;
 mod http;
 mod life;
@@ -27,7 +28,7 @@ use tokio::sync::mpsc;
 
 use crate::app::{self, Role, World};
 use crate::config::{Settings, load_schedules};
-use crate::daemon::control::{Ask, Control, Triggered};
+use crate::daemon::control::{Api, Ask, Control, Triggered};
 use crate::daemon::figures::{Figures, Reading};
 use crate::daemon::hands::{Hands, Observers};
 use crate::daemon::http::Http;
@@ -38,6 +39,7 @@ use crate::daemon::standing::{Standing, Watch};
 use crate::daemon::streams::Streams;
 use crate::daemon::supervisor::Supervisor;
 use crate::jobs::runs::{self, Memory, RunLog};
+use crate::jobs::socket::Guests;
 use crate::model::schedule::{Job, Schedule};
 use crate::model::{Result, ResultExt};
 
@@ -83,16 +85,18 @@ impl Options {
 /// cannot keep its promises stops rather than run on.
 pub async fn run(settings: Settings, options: Options, world: World, wishes: mpsc::Receiver<Wish>) -> Result<()> {
     let schedules = chosen(&settings, &options)?;
+    let guests = Guests::named(&settings.daemon.allow)?;
     let (log, memory) = RunLog::open(&settings.repository.state_dir)?;
     let (sender, asks) = mpsc::channel(16);
-    let observer = Observer::start(&settings, &options, &world, &schedules).await?;
+    let api = Api::new(sender, &settings, options.role(), &world);
+    let observer = Observer::start((&settings, &options), &world, &schedules, api.clone()).await?;
     let streams = Streams::start(&settings, &world, options.wants(Job::Wal));
     let memory = recall(&settings, &world, memory).await;
     tracing::info!(schedules = schedules.len(), streams = streams.count(), "the daemon works");
     let now = now(&world);
     let known = Known { cursors: memory.cursors, pauses: memory.pauses, left: memory.open };
     let (scheduler, actions) = Scheduler::new(app::host_name(), schedules, known, now);
-    let control = Control::start(&settings.repository.state_dir, sender).await?;
+    let control = Control::start(&settings.repository.state_dir, &guests, api).await?;
     let courier = world.courier.clone();
     let standing = Arc::clone(&observer.standing);
     let supervisor = Supervisor::start(Arc::clone(&standing));
@@ -124,7 +128,12 @@ struct Observer {
 }
 
 impl Observer {
-    async fn start(settings: &Settings, options: &Options, world: &World, schedules: &[Schedule]) -> Result<Self> {
+    async fn start(
+        (settings, options): (&Settings, &Options),
+        world: &World,
+        schedules: &[Schedule],
+        api: Api,
+    ) -> Result<Self> {
         let settings = Arc::new(settings.clone());
         let standing = Arc::new(Standing::new(&settings, Arc::clone(&world.clock)));
         let figures = Arc::new(Figures::new(Arc::clone(&standing), Arc::clone(&world.meters)));
@@ -134,9 +143,9 @@ impl Observer {
         let (on, state_dir) = (settings.notify.on.clone(), &settings.repository.state_dir);
         let pager = Arc::new(Pager::new(on, state_dir, world.clone()));
         let http = match settings.daemon.listen {
-            // Whatever else is to be answered over TCP is merged in here; it asks for a token by itself.
             Some(address) => {
-                Some(Http::start(address, (Arc::clone(&standing), Arc::clone(&figures)), Router::new()).await?)
+                let known = (Arc::clone(&standing), Arc::clone(&figures));
+                Some(Http::start(address, known, guarded(&settings, api)?).await?)
             }
             None => None,
         };
@@ -161,6 +170,14 @@ impl Observer {
         if let Some(http) = self.http {
             http.stop().await;
         }
+    }
+}
+
+/// What is answered over TCP beside probes and metrics: nothing without a token.
+fn guarded(settings: &Settings, api: Api) -> Result<Router> {
+    match &settings.daemon.token {
+        Some(token) => Ok(gate::guarded(control::router(api), &token.read()?)),
+        None => Ok(Router::new()),
     }
 }
 
@@ -203,7 +220,11 @@ impl Daemon {
         let now = self.now();
         match ask {
             Ask::Jobs(answer) => {
-                let _ = answer.send(self.scheduler.view(now));
+                let mut views = self.scheduler.view(now);
+                for view in views.iter_mut().filter(|view| view.running.is_some()) {
+                    view.going = self.hands.progress(&view.schedule);
+                }
+                let _ = answer.send(views);
             }
             Ask::Run(schedule, answer) => {
                 let (slot, actions) = self.scheduler.trigger(&schedule, now);

@@ -77,8 +77,8 @@ async fn stream(settings: &Settings, world: &World, target: &TargetName, stop: &
     let context = app::context(settings, Role::Write, world).await?;
     let stream = Stream::start(&context, context.target(target)?).await?;
     tracing::info!(%target, "streams WAL");
-    let watch = stream.receiver().watch();
-    while !stream.receiver().is_over() {
+    let watch = stream.watch();
+    while !stream.is_over() {
         tokio::select! {
             () = tokio::time::sleep(LOOK) => {}
             () = stop.cancelled() => break,

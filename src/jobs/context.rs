@@ -35,6 +35,8 @@ pub struct Context {
     pub state_dir: PathBuf,
     /// Where scratch clusters live.
     pub scratch: ScratchPlace,
+    /// Accounts that may use the sockets beside their own and root.
+    pub guests: Vec<String>,
     /// What is going on, for whoever draws it.
     pub progress: Progress,
     /// What this process counts.
@@ -92,6 +94,10 @@ pub struct Target {
     pub on_pressure: Option<String>,
     /// The size of the server's WAL disk, if it cannot be asked.
     pub wal_disk_bytes: Option<u64>,
+    /// Whether its WAL is streamed; else `archive_command` alone brings it.
+    pub stream: bool,
+    /// Whether the heartbeat row is written while WAL is streamed.
+    pub heartbeat: bool,
     /// Where the WAL receiver of this target answers.
     pub control_socket: PathBuf,
     /// Further configuration files to capture, as globs.

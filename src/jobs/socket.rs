@@ -1,26 +1,164 @@
-//! HTTP on a Unix socket that only its owner may use: how processes of one host talk to each other.
+//! HTTP on a Unix socket: how processes of one host talk to each other. The kernel says who is at the other end; its own
+//! user and root may ask, and whoever the configuration invites.
 
 use std::io::ErrorKind;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use axum::http::{Request, StatusCode};
+use axum::Router;
+use axum::extract::connect_info::{ConnectInfo, Connected};
+use axum::extract::{Request, State};
+use axum::http::{Request as HttpRequest, StatusCode};
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
+use axum::serve::IncomingStream;
+use axum::{Json, body::Body};
 use bytes::Bytes;
-use http_body_util::{BodyExt, Full, Limited};
+use http_body_util::{BodyExt, Limited};
 use hyper_util::rt::TokioIo;
+use serde::{Deserialize, Serialize};
 use tokio::net::{UnixListener, UnixStream};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
 
-use crate::model::{Error, Result};
+use crate::model::{Error, Kind, Result, ResultExt};
 use crate::observe::task;
+use crate::pg::instance::User;
 
 /// Whoever sends more is not drctl.
 const ANSWER_LIMIT: usize = 1024 * 1024;
+/// Root may do anything anyway.
+const ROOT: u32 = 0;
 
-/// Listens on `path`. A socket that a killed process left there is replaced; one that answers is not.
+/// Who may use a socket beside its own user and root.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Guests {
+    uids: Vec<u32>,
+}
+
+impl Guests {
+    /// Accounts by name, or by number where the name is not in `/etc/passwd`.
+    ///
+    /// # Errors
+    /// There is no such account.
+    pub fn named(names: &[String]) -> Result<Self> {
+        let uid = |name: &String| match name.parse() {
+            Ok(uid) => Ok(uid),
+            Err(_) => User::named(name).map(|user| user.uid).map_err(|error| {
+                let error = Error::usage(format!("`{name}` may not use the sockets")).because(error);
+                error.hint("[daemon] allow takes names of /etc/passwd and numbers")
+            }),
+        };
+        Ok(Self { uids: names.iter().map(uid).collect::<Result<_>>()? })
+    }
+
+    fn admits(&self, uid: u32) -> bool {
+        uid == ROOT || uid == rustix::process::geteuid().as_raw() || self.uids.contains(&uid)
+    }
+}
+
+/// A refusal, as it goes over a socket.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Refusal {
+    /// What kind it is.
+    pub kind: Kind,
+    /// What was not done, and why.
+    pub message: String,
+    /// What to do.
+    pub hint: Option<String>,
+}
+
+impl From<&Error> for Refusal {
+    fn from(error: &Error) -> Self {
+        let hint = error.hint_text().map(str::to_owned);
+        Self { kind: error.kind(), message: error.to_string(), hint }
+    }
+}
+
+impl From<Refusal> for Error {
+    fn from(Refusal { kind, message, hint }: Refusal) -> Self {
+        let error = Self::new(kind, message);
+        hint.iter().fold(error, |error, hint| error.hint(hint))
+    }
+}
+
+/// What became of a request, as an answer.
+pub fn reply<T: Serialize>(answer: Result<T>) -> Response {
+    match answer {
+        Ok(value) => Json(value).into_response(),
+        Err(error) => {
+            let status = match error.kind() {
+                Kind::NotFound => StatusCode::NOT_FOUND,
+                Kind::Refused | Kind::Damaged => StatusCode::CONFLICT,
+                Kind::Usage => StatusCode::BAD_REQUEST,
+                _ => StatusCode::SERVICE_UNAVAILABLE,
+            };
+            (status, Json(Refusal::from(&error))).into_response()
+        }
+    }
+}
+
+/// The value in an answer, or the refusal.
 ///
 /// # Errors
-/// Somebody answers there, or the socket cannot be made.
-pub async fn listen(path: &Path) -> Result<UnixListener> {
+/// It is a refusal, or nothing of ours.
+pub fn understand<T: serde::de::DeserializeOwned>((status, body): (StatusCode, Bytes)) -> Result<T> {
+    let strange = || Error::failed("the answer is not understood").because(status);
+    if status.is_success() {
+        return serde_json::from_slice(&body).map_err(|error| strange().because(error));
+    }
+    let refusal: Refusal = serde_json::from_slice(&body).map_err(|_| strange())?;
+    Err(refusal.into())
+}
+
+/// A socket that is served until it is stopped.
+#[derive(Debug)]
+pub struct Served {
+    path: PathBuf,
+    stop: CancellationToken,
+    task: Option<JoinHandle<()>>,
+}
+
+impl Served {
+    /// Listens on `path` and serves `app`. A socket that a killed process left there is replaced; one that answers is not.
+    ///
+    /// # Errors
+    /// Somebody answers there, or the socket cannot be made.
+    pub async fn start(path: &Path, guests: &Guests, app: Router) -> Result<Self> {
+        let listener = listen(path, guests).await.during(|| format!("listen on {}", path.display()))?;
+        let app = app.layer(from_fn_with_state(guests.clone(), admit));
+        let stop = CancellationToken::new();
+        let serve = axum::serve(listener, app.into_make_service_with_connect_info::<Peer>());
+        let serve = serve.with_graceful_shutdown(stop.clone().cancelled_owned());
+        let shown = path.display().to_string();
+        let task = task::spawn("socket", async move {
+            if let Err(error) = serve.await {
+                tracing::error!(%error, socket = shown, "a socket failed");
+            }
+        });
+        Ok(Self { path: path.to_owned(), stop, task: Some(task) })
+    }
+
+    /// Stops answering and removes the socket.
+    pub async fn stop(mut self, patience: std::time::Duration) {
+        self.stop.cancel();
+        if let Some(task) = self.task.take() {
+            // A client that keeps its connection open is no reason to stay.
+            let _ = tokio::time::timeout(patience, task).await;
+        }
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        self.stop.cancel();
+        if let Err(error) = std::fs::remove_file(&self.path) {
+            tracing::debug!(%error, path = %self.path.display(), "a socket is not removed");
+        }
+    }
+}
+
+async fn listen(path: &Path, guests: &Guests) -> Result<UnixListener> {
     let listener = match UnixListener::bind(path) {
         Err(error) if error.kind() == ErrorKind::AddrInUse => {
             if UnixStream::connect(path).await.is_ok() {
@@ -34,8 +172,41 @@ pub async fn listen(path: &Path) -> Result<UnixListener> {
     };
     let cannot = |error| Error::failed("the socket cannot be made").because(error);
     let listener = listener.map_err(cannot)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(cannot)?;
+    // Connecting takes the right to write. With guests the door is open, and every request is asked who it is.
+    let mode = if guests.uids.is_empty() { 0o600 } else { 0o666 };
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).map_err(cannot)?;
     Ok(listener)
+}
+
+/// Who is at the other end, as the kernel says.
+#[derive(Debug, Clone, Copy)]
+struct Peer {
+    uid: Option<u32>,
+    pid: Option<i32>,
+}
+
+impl Connected<IncomingStream<'_, UnixListener>> for Peer {
+    fn connect_info(stream: IncomingStream<'_, UnixListener>) -> Self {
+        let cred = stream.io().peer_cred().ok();
+        Self { uid: cred.as_ref().map(tokio::net::unix::UCred::uid), pid: cred.and_then(|cred| cred.pid()) }
+    }
+}
+
+async fn admit(
+    State(guests): State<Guests>,
+    ConnectInfo(Peer { uid, pid }): ConnectInfo<Peer>,
+    request: Request,
+    next: Next,
+) -> Response {
+    if uid.is_some_and(|uid| guests.admits(uid)) {
+        return next.run(request).await;
+    }
+    let path = request.uri().path();
+    tracing::warn!(uid, pid, path, "somebody who is not invited asked on a socket");
+    let who = uid.map_or_else(|| "this account".to_owned(), |uid| format!("user {uid}"));
+    let error = Error::refused(format!("{who} may not use this socket"));
+    let error = error.hint("the daemon's own user and root may; others are named in [daemon] allow");
+    (StatusCode::FORBIDDEN, Json(Refusal::from(&error))).into_response()
 }
 
 /// Sends one request; `None` = nobody answers there.
@@ -43,22 +214,46 @@ pub async fn listen(path: &Path) -> Result<UnixListener> {
 /// # Errors
 /// Somebody answers who does not speak HTTP.
 pub async fn ask(socket: &Path, method: &str, path: &str, body: Vec<u8>) -> Result<Option<(StatusCode, Bytes)>> {
+    let request = HttpRequest::builder().method(method).uri(path).header("content-type", "application/json");
+    send(socket, request.body(Body::from(body)).map_err(|error| Error::failed("not a request").because(error))?).await
+}
+
+/// The same with a request of choice.
+///
+/// # Errors
+/// As [`ask`].
+pub async fn send(socket: &Path, request: HttpRequest<Body>) -> Result<Option<(StatusCode, Bytes)>> {
     let stream = match UnixStream::connect(socket).await {
         Ok(stream) => stream,
         Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => return Ok(None),
-        Err(error) => return Err(Error::failed("cannot connect").because(error)),
+        Err(error) => {
+            let error = Error::failed("cannot connect").because(error);
+            return Err(
+                error.hint("whoever asks needs the right to search its directory, and a place in [daemon] allow")
+            );
+        }
     };
+    exchange(TokioIo::new(stream), request).await.map(Some)
+}
+
+/// One request and its answer over a connection.
+///
+/// # Errors
+/// The other end does not speak HTTP, or too much of it.
+pub async fn exchange<C>(connection: C, mut request: HttpRequest<Body>) -> Result<(StatusCode, Bytes)>
+where
+    C: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
+{
     let strange = |what: &str| Error::failed(what.to_owned());
-    let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await;
+    let handshake = hyper::client::conn::http1::handshake(connection).await;
     let (mut sender, connection) = handshake.map_err(|error| strange("no HTTP").because(error))?;
     let driver = task::spawn("control-client", connection);
-    let request = Request::builder().method(method).uri(path).header("host", "drctl");
-    let request = request.header("content-type", "application/json").body(Full::new(Bytes::from(body)));
-    let request = request.map_err(|error| strange("not a request").because(error))?;
+    let host = axum::http::HeaderValue::from_static("drctl");
+    request.headers_mut().entry("host").or_insert(host);
     let response = sender.send_request(request).await.map_err(|error| strange("no answer").because(error))?;
     let status = response.status();
     let body = Limited::new(response.into_body(), ANSWER_LIMIT).collect().await;
     driver.abort();
     let body = body.map_err(|error| strange("half an answer").because(error))?.to_bytes();
-    Ok(Some((status, body)))
+    Ok((status, body))
 }

@@ -28,6 +28,7 @@ async fn context(fixture: &Fixture) -> Context {
         levels: Levels { pages: 1, dumps: 1, wal: 1 },
         pack_size: crate::repository::pack::OBJECT_LIMIT,
         state_dir: PathBuf::new(),
+        guests: Vec::new(),
         scratch: ScratchPlace { directory: PathBuf::new(), run_as: None, preload: Vec::new() },
         progress: Progress::new(Arc::clone(&clock)),
         meters: Arc::default(),
@@ -232,6 +233,6 @@ async fn the_list_tells_region_by_region() {
     let shown = show::run(&context(&fixture).await, "latest").await.unwrap();
     assert_eq!(shown.wraps.len(), 1);
     assert!(shown.held[&"b".parse().unwrap()].damaged == 1);
-    let status = status::run(&context(&fixture).await).await.unwrap();
+    let status = status::run(&context(&fixture).await, &[]).await.unwrap();
     assert_eq!(status.targets[0].next.as_deref(), Some("drctl repair ledger --region a"));
 }

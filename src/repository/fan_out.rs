@@ -31,6 +31,12 @@ impl Patience {
     /// A backup leaves a region behind for its whole run, and gives up when the quorum is away for ten minutes.
     pub const BACKUP: Self =
         Self { laggard: Duration::from_secs(30), quorum: Some(Duration::from_secs(600)), retry_after: None };
+    /// A segment that is handed over is handed over again: better soon told than long waited for.
+    pub const PUSH: Self = Self {
+        laggard: Duration::from_secs(10),
+        quorum: Some(Duration::from_secs(60)),
+        retry_after: Some(Duration::from_secs(5)),
+    };
     /// WAL waits for ever and tries lost regions again.
     pub const WAL: Self =
         Self { laggard: Duration::from_secs(10), quorum: None, retry_after: Some(Duration::from_secs(5)) };

@@ -290,8 +290,13 @@ impl Fixture {
 
     /// The same, by a writer of choice.
     pub async fn epoch_by(&self, writer: &Writer, start: u64, lengths: &[usize], close: bool) {
+        self.epoch_of(writer, (EpochKind::Stream, start), lengths, close).await;
+    }
+
+    /// The same, of a kind of choice.
+    pub async fn epoch_of(&self, writer: &Writer, (kind, start): (EpochKind, u64), lengths: &[usize], close: bool) {
         let out = Arc::new(FanOut::new(&self.repository.regions, Patience::WAL));
-        let opening = (log(), EpochKind::Stream, Lsn(start));
+        let opening = (log(), kind, Lsn(start));
         let mut epoch = Epoch::open(&self.repository, writer, opening, 1, Arc::clone(&out)).await.unwrap();
         let mut at = start;
         for length in lengths {

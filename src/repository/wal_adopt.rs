@@ -45,7 +45,15 @@ pub async fn take_over(repository: &Repository, lineage: &[BranchId], out: &FanO
         // Signers may have been enrolled since this process began.
         repository.trust.refresh(&repository.regions).await?;
         let adopted = adopt(repository, &index, out).await?;
-        let (runs, errors) = index.runs(repository, None).await;
+        let (mut runs, errors) = index.runs(repository, None).await;
+        // Nobody adopts frames of the other kinds: what fewer regions than the quorum hold of them is not durable, and
+        // whoever began behind it would tell the server to forget what a single region has.
+        let quorum = repository.regions.quorum();
+        let (others, _) = index.runs_of(repository, |held| held.len() >= quorum).await;
+        let is_stream = |run: &Run| run.first.epoch_kind == EpochKind::Stream;
+        runs.retain(is_stream);
+        runs.extend(others.into_iter().filter(|run| !is_stream(run)));
+        runs.sort_by_key(|run| (run.start(), run.end()));
         for error in &errors {
             tracing::warn!(%error, "stored WAL is not readable");
         }
@@ -72,8 +80,8 @@ fn must_be_readable(repository: &Repository, unreadable: &[(RegionName, String)]
     Err(unreadable.iter().fold(error.transient(true), because))
 }
 
-/// The end of the newest stream run, and of whatever continues it without a hole. WAL of a backup beyond a hole does not
-/// move it: the hole would never be filled.
+/// The end of the newest stream run, and of whatever continues it without a hole: also of what `archive_command` brought
+/// while nobody streamed. WAL of a backup beyond a hole does not move it: the hole would never be filled.
 fn end_of(runs: &[Run]) -> Option<(Lsn, bool)> {
     let newest = |kind: Option<EpochKind>| {
         let of_kind = runs.iter().filter(|run| kind.is_none_or(|kind| run.first.epoch_kind == kind));
@@ -119,4 +127,44 @@ async fn copy(repository: &Repository, place: &FramePlace, out: &FanOut) -> Resu
     let (bytes, _) = repository.regions.read(&key, None, check).await?;
     let digest = Digest::of(&bytes);
     out.put(key.clone(), bytes, digest).await.during(|| format!("adopt {key}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::repository::fan_out::Patience;
+    use crate::repository::testing::{Fixture, log};
+
+    fn branch() -> BranchId {
+        let log = log();
+        BranchId { system_id: log.system_id, timeline: log.timeline, branch: log.branch }
+    }
+
+    async fn end(fixture: &Fixture) -> Tail {
+        let out = Arc::new(FanOut::new(&fixture.repository.regions, Patience::WAL));
+        let tail = take_over(&fixture.repository, &[branch()], &out).await.unwrap().unwrap();
+        Arc::into_inner(out).unwrap().drain().await;
+        tail
+    }
+
+    /// Whoever streams on tells the server to forget what lies before: what one region alone holds does not count.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn what_was_pushed_counts_where_the_quorum_holds_it() {
+        let fixture = Fixture::memory(3, 2).await;
+        fixture.epoch(1000, &[40], true).await;
+        let before: Vec<_> = fixture.stores[0].contents().await.into_iter().map(|(key, _)| key).collect();
+        fixture.epoch_of(&fixture.writer, (EpochKind::Push, 1040), &[50], false).await;
+        let after = fixture.stores[0].contents().await.into_iter().map(|(key, _)| key);
+        let pushed = after.filter(|key| key.starts_with("wal/") && !before.contains(key)).collect::<Vec<_>>();
+        assert_eq!(pushed.len(), 1);
+        let told = end(&fixture).await;
+        assert_eq!((told.end, told.at_record, told.adopted), (Lsn(1090), true, 0));
+        fixture.stores[0].lose(&pushed[0]).await;
+        assert_eq!(end(&fixture).await.end, Lsn(1090));
+        fixture.stores[1].lose(&pushed[0]).await;
+        let told = end(&fixture).await;
+        assert_eq!((told.end, told.adopted), (Lsn(1040), 0), "and nobody adopts it");
+    }
 }

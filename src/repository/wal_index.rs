@@ -11,7 +11,7 @@ use chrono::{DateTime, Utc};
 use futures::future::join_all;
 use serde::Serialize;
 
-use crate::model::{Branch, EpochId, Lsn, RegionName, Result, SystemId, Timeline};
+use crate::model::{Branch, EpochId, Error, Lsn, RegionName, Result, SystemId, Timeline};
 use crate::repository::handle::Repository;
 use crate::repository::layout;
 use crate::repository::regions::{Regions, list_all};
@@ -182,14 +182,19 @@ impl WalIndex {
 
     /// The unbroken runs in one region, or (`None`) in all of them together, ascending by start. A frame whose header is
     /// nowhere intact breaks its run and is reported beside it.
-    pub async fn runs(
+    pub async fn runs(&self, repository: &Repository, region: Option<&RegionName>) -> (Vec<Run>, Vec<Error>) {
+        self.runs_of(repository, |held| region.is_none_or(|region| held.contains(region))).await
+    }
+
+    /// The unbroken runs of frames that are listed by regions which `counts`.
+    pub async fn runs_of(
         &self,
         repository: &Repository,
-        region: Option<&RegionName>,
-    ) -> (Vec<Run>, Vec<crate::model::Error>) {
+        counts: impl Fn(&BTreeSet<RegionName>) -> bool,
+    ) -> (Vec<Run>, Vec<Error>) {
         let (mut runs, mut errors) = (Vec::new(), Vec::new());
         for (epoch, seqs) in &self.frames {
-            let held = seqs.iter().filter(|(_, regions)| region.is_none_or(|region| regions.contains(region)));
+            let held = seqs.iter().filter(|(_, held)| counts(held));
             for (first, last) in unbroken(held.map(|(seq, _)| *seq)) {
                 match self.run(repository, epoch, (first, last)).await {
                     Ok(run) => runs.push(run),

@@ -218,3 +218,62 @@ async fn a_scheduled_drill_proves_what_the_daemon_keeps() {
     let detail = rig.runs("region-b", "ledger-drill")[0]["detail"].as_str().unwrap().to_owned();
     assert!(detail.contains(report["id"].as_str().unwrap()), "the run names its report: {detail}");
 }
+
+/// A question over plain HTTP, and the whole answer.
+async fn http(port: u16, path: &str, headers: &str) -> String {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let mut stream = tokio::net::TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+    let question = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{headers}\r\n");
+    stream.write_all(question.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    answer
+}
+
+#[tokio::test]
+async fn the_daemon_answers_over_tcp_whoever_has_the_token_and_nobody_else() {
+    let (scratch, cluster) = (Scratch::new(), Cluster::start_new(16).await);
+    let port = free_ports(1);
+    let more = format!("[daemon]\nlisten = \"127.0.0.1:{port}\"\ntoken = \"env:TOKEN_OF_THE_TEST\"\n");
+    let rig = Rig::new(&scratch, &cluster, &more).await;
+    rig.schedule("ledger-base", "job = \"backup\"\ntarget = \"ledger\"\nmax_age = \"1h\"\n", 0);
+    let daemon = rig.daemon(&[]).env("TOKEN_OF_THE_TEST", "open sesame").expect_log("without the token").spawn();
+    let asked = |verb: &[&str], token: &str| {
+        let url = format!("http://127.0.0.1:{port}");
+        let words = verb.iter().copied().chain(["--daemon", &url, "--token", "env:HERE"]).map(str::to_owned);
+        // No configuration: whoever asks may be anywhere.
+        Drctl::new(words.collect::<Vec<_>>()).env("HERE", token)
+    };
+    eventually("the daemon answers", SOON, async || tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok())
+        .await;
+    let wrong = asked(&["jobs"], "open barley").run().await.code(5);
+    assert!(wrong.stderr.contains("the token is missing or wrong"), "{wrong}");
+    for path in ["/v1/jobs", "/v1/status", "/v1/wal", "/v1/schedules/ledger-base/run"] {
+        let answer = http(port, path, "").await;
+        assert!(answer.starts_with("HTTP/1.1 401 ") && !answer.contains("ledger-base\""), "{answer}");
+    }
+    assert!(http(port, "/healthz", "").await.starts_with("HTTP/1.1 200 "), "probes need no token");
+
+    asked(&["pause", "ledger-base", "--for", "1h", "--reason", "from afar"], "open sesame").run().await.ok();
+    let jobs = asked(&["jobs", "--json"], "open sesame").run().await.ok().json();
+    assert_eq!(jobs[0]["paused"]["reason"], "from afar", "{jobs:#}");
+    let here = Drctl::new(["jobs", "--json"]).config(&rig.config).run().await.ok().json();
+    assert_eq!(here[0]["paused"]["reason"], "from afar", "the socket tells the same");
+    let token = "Authorization: Bearer open sesame\r\n";
+    eventually("WAL is streamed", SOON, async || {
+        http(port, "/v1/wal", token).await.contains("\"state\":\"streaming\"")
+    })
+    .await;
+
+    // Never backed up, and a schedule says that it should have been an hour ago at the latest.
+    let told = http(port, "/v1/status", token).await;
+    assert!(told.starts_with("HTTP/1.1 200 ") && told.contains("\"overdue\":[{\"schedule\":\"ledger-base\""), "{told}");
+    let status = Drctl::new(["status", "--json"]).config(&rig.config).run().await.code(1).json();
+    assert_eq!((&status["overdue"][0]["max_age_seconds"], &status["next_told_by"]), (&3600.into(), &"daemon".into()));
+    assert_eq!(status["targets"][0]["slot"]["active"], true, "{status:#}");
+    let text = Drctl::new(["status"]).config(&rig.config).run().await.code(1).stdout;
+    assert!(text.contains("OVERDUE  ledger-base never succeeded") && text.contains("NEXT  ledger-base"), "{text}");
+    assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
+    let ended = daemon.terminate().await.ok();
+    assert!(!ended.stderr.contains("sesame") && !ended.stderr.contains("barley"), "{ended}");
+}

@@ -10,6 +10,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod archive;
 mod bank;
 mod check;
 mod daemon;

@@ -25,20 +25,29 @@ use crate::support::s3::Endpoint;
 
 const SOON: Duration = Duration::from_secs(20);
 
+/// Three regions.
+pub const DIRECTORIES: &str = "[regions.a]\nurl = \"a\"\n[regions.b]\nurl = \"b\"\n[regions.c]\nurl = \"c\"\n";
+
 /// A repository of one target, `ledger`.
-struct Rig {
-    scratch: Scratch,
-    config: PathBuf,
+pub struct Rig {
+    pub scratch: Scratch,
+    pub config: PathBuf,
+    /// Where its WAL is asked about.
+    pub socket: PathBuf,
 }
 
 impl Rig {
     /// Three directories, quorum two.
-    async fn new(conninfo: &str) -> Self {
-        Self::with_regions(conninfo, "[regions.a]\nurl = \"a\"\n[regions.b]\nurl = \"b\"\n[regions.c]\nurl = \"c\"\n")
-            .await
+    pub async fn new(conninfo: &str) -> Self {
+        Self::with_regions(conninfo, DIRECTORIES).await
     }
 
     async fn with_regions(conninfo: &str, regions: &str) -> Self {
+        Self::with_more(conninfo, regions, "").await
+    }
+
+    /// The same with further lines, of the target first.
+    pub async fn with_more(conninfo: &str, regions: &str, more: &str) -> Self {
         let scratch = Scratch::new();
         let (identity, recipient) = generate_identity(chrono::DateTime::default());
         let mut options = std::fs::OpenOptions::new();
@@ -47,27 +56,28 @@ impl Rig {
         let config = scratch.join("drctl.toml");
         let text = format!(
             "[repository]\nstate_dir = \"state\"\nmin_wraps = 1\n{regions}[keys.recovery]\nage = \"{recipient}\"\nidentity = \
-             \"file:recovery.age\"\n[targets.ledger]\nsource = \"postgres\"\nconninfo = \"{conninfo}\"\n"
+             \"file:recovery.age\"\n[targets.ledger]\nsource = \"postgres\"\nconninfo = \"{conninfo}\"\n{more}"
         );
         std::fs::write(&config, text).unwrap();
-        let rig = Self { scratch, config };
+        let socket = scratch.join("state/ledger.sock");
+        let rig = Self { scratch, config, socket };
         rig.drctl(&["init"]).run().await.ok();
         rig
     }
 
-    fn drctl(&self, arguments: &[&str]) -> Drctl {
+    pub fn drctl(&self, arguments: &[&str]) -> Drctl {
         Drctl::new(arguments).config(&self.config).expect_log("config file overridden")
     }
 
-    fn stream(&self) -> Drctl {
+    pub fn stream(&self) -> Drctl {
         self.drctl(&["wal", "stream", "ledger"])
     }
 
-    async fn position(&self) -> Option<Position> {
-        control::position(&self.scratch.join("state/ledger.sock"), &"ledger".parse().unwrap()).await.unwrap()
+    pub async fn position(&self) -> Option<Position> {
+        control::position(&self.socket, &"ledger".parse().unwrap()).await.unwrap()
     }
 
-    async fn wait(&self, what: &str, limit: Duration, reached: impl Fn(&Position) -> bool) -> Position {
+    pub async fn wait(&self, what: &str, limit: Duration, reached: impl Fn(&Position) -> bool) -> Position {
         let deadline = Instant::now() + limit;
         loop {
             let position = self.position().await;
@@ -79,20 +89,20 @@ impl Rig {
         }
     }
 
-    async fn wait_durable(&self, lsn: Lsn) -> Position {
+    pub async fn wait_durable(&self, lsn: Lsn) -> Position {
         self.wait(&format!("durable up to {lsn}"), SOON, |position| position.reaches(lsn)).await
     }
 
-    async fn context(&self) -> Context {
+    pub async fn context(&self) -> Context {
         app::context(&config::load(&self.config).unwrap(), Role::Restore, &World::real()).await.unwrap()
     }
 
-    async fn status(&self) -> WalStatus {
+    pub async fn status(&self) -> WalStatus {
         wal_status(&self.context().await, Some(&"ledger".parse().unwrap())).await.unwrap()
     }
 
     /// Every window of every region, by timeline.
-    async fn windows(&self) -> Vec<(Timeline, Vec<(Lsn, Lsn)>)> {
+    pub async fn windows(&self) -> Vec<(Timeline, Vec<(Lsn, Lsn)>)> {
         let status = self.status().await;
         let branches = status.targets.iter().flat_map(|target| &target.branches);
         let windows = branches.flat_map(|branch| {
@@ -105,7 +115,7 @@ impl Rig {
     }
 
     /// One window per region that reaches `lsn`, and no gap.
-    async fn assert_one_window(&self, lsn: Lsn) {
+    pub async fn assert_one_window(&self, lsn: Lsn) {
         let windows = self.windows().await;
         assert_eq!(windows.len(), 3, "{windows:?}");
         for (_, windows) in windows {
@@ -116,7 +126,7 @@ impl Rig {
     }
 
     /// Regions go away for WAL: what was a directory is a file.
-    fn take_away(&self, regions: &[&str]) {
+    pub fn take_away(&self, regions: &[&str]) {
         for region in regions {
             let wal = self.scratch.join(&format!("{region}/wal"));
             std::fs::rename(&wal, wal.with_extension("away")).unwrap();
@@ -124,7 +134,7 @@ impl Rig {
         }
     }
 
-    fn give_back(&self, regions: &[&str]) {
+    pub fn give_back(&self, regions: &[&str]) {
         for region in regions {
             let wal = self.scratch.join(&format!("{region}/wal"));
             std::fs::remove_file(&wal).unwrap();
@@ -132,7 +142,7 @@ impl Rig {
         }
     }
 
-    fn objects(&self, region: &str) -> usize {
+    pub fn objects(&self, region: &str) -> usize {
         fn count(path: &std::path::Path) -> usize {
             let Ok(entries) = std::fs::read_dir(path) else { return 1 };
             entries.map(|entry| count(&entry.unwrap().path())).sum()
@@ -255,6 +265,43 @@ async fn an_idle_server_costs_nothing_and_a_commit_is_shipped_within_the_interva
     }
     assert!(quiet_spell, "the server is never idle");
     stop(&rig, stream, &cluster).await;
+}
+
+#[tokio::test]
+async fn a_server_that_works_beats_every_second_and_an_idle_one_not_at_all() {
+    let cluster = quiet(16).start().await;
+    cluster.execute("CREATE TABLE t (n int)").await;
+    let rig = Rig::new(&cluster.conninfo()).await;
+    let stream = rig.stream().spawn();
+    rig.wait("streaming", SOON, |position| position.state == State::Streaming).await;
+    for n in 0..30 {
+        cluster.execute(&format!("INSERT INTO t VALUES ({n})")).await;
+        tokio::time::sleep(Duration::from_millis(150)).await;
+    }
+    let beats = async || cluster.query("SELECT seq FROM drctl.heartbeat").await.parse::<u32>().unwrap();
+    assert!((3..=8).contains(&beats().await), "{} beats in about five seconds", beats().await);
+    // The last commit of somebody else is followed by one beat, and that by none.
+    let written = |position: &Position| position.heartbeat.as_ref().and_then(|beat| beat.written_at);
+    let durable = |position: &Position| position.heartbeat.as_ref().and_then(|beat| beat.durable_at);
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let (seq, lsn) = (beats().await, cluster.flush_lsn().await);
+    let settled = rig.wait_durable(lsn).await;
+    assert!(durable(&settled).is_some() && durable(&settled) == written(&settled), "{settled:?}");
+    tokio::time::sleep(Duration::from_secs(20)).await;
+    assert_eq!(beats().await, seq);
+    let grown = cluster.flush_lsn().await.bytes_since(lsn);
+    assert!(grown < 2_000, "an idle server wrote {grown} bytes of WAL");
+    stream.terminate().await.ok();
+
+    // Where no row can be written that is said once, and WAL is streamed all the same.
+    cluster.execute("ALTER DATABASE postgres SET default_transaction_read_only = on").await;
+    let stream = rig.stream().spawn();
+    rig.wait("streaming", SOON, |position| position.state == State::Streaming).await;
+    cluster.execute("BEGIN READ WRITE; INSERT INTO t VALUES (0); COMMIT").await;
+    let troubled = |position: &Position| position.heartbeat.as_ref().is_some_and(|beat| beat.trouble.is_some());
+    rig.wait("the trouble is told", SOON, troubled).await;
+    rig.wait_durable(cluster.flush_lsn().await).await;
+    stream.terminate().await.ok();
 }
 
 #[tokio::test]

@@ -1,5 +1,6 @@
 //! `drctl jobs`, `drctl run`, `drctl pause`, `drctl resume`: what a running daemon is asked for.
 
+use std::path::Path;
 use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
@@ -7,20 +8,49 @@ use chrono::{DateTime, TimeDelta, Utc};
 use crate::cli::exit::Exit;
 use crate::cli::render::{Colour, Output, Table};
 use crate::cli::{Session, figures};
-use crate::config::units;
-use crate::daemon::control;
-use crate::daemon::scheduler::View;
+use crate::config::{Secret, units};
+use crate::daemon::control::{self, Door};
+use crate::daemon::scheduler::{Going, View};
 use crate::model::run::Pause;
 use crate::model::{Error, Result, ScheduleName};
 
 /// A pause that nobody ends would be the end of a schedule.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30 * 86_400);
 
+/// Which daemon is asked.
+#[derive(Debug, clap::Args)]
+pub struct Whom {
+    /// The daemon at this address instead of the one of this host: http://HOST:PORT
+    #[arg(long, value_name = "URL", requires = "token")]
+    daemon: Option<String>,
+    /// Where its token is: env:VARIABLE or file:/path
+    #[arg(long, value_name = "SECRET", requires = "daemon")]
+    token: Option<String>,
+}
+
+impl Whom {
+    fn door(&self, session: &Session) -> Result<Door> {
+        match (&self.daemon, &self.token) {
+            (Some(url), Some(token)) => Door::at(url, Secret::parse(token, Path::new("."))?.read()?),
+            _ => Ok(Door::here(&session.settings()?.repository.state_dir)),
+        }
+    }
+}
+
+/// Arguments of `jobs`.
+#[derive(Debug, clap::Args)]
+pub struct JobsArgs {
+    #[command(flatten)]
+    whom: Whom,
+}
+
 /// Arguments of `run` and `resume`.
 #[derive(Debug, clap::Args)]
 pub struct Named {
     /// The schedule
     schedule: ScheduleName,
+    #[command(flatten)]
+    whom: Whom,
 }
 
 /// Arguments of `pause`.
@@ -34,6 +64,8 @@ pub struct PauseArgs {
     /// Why; it stands in the record of every slot that is skipped
     #[arg(long)]
     reason: String,
+    #[command(flatten)]
+    whom: Whom,
 }
 
 fn length(text: &str) -> Result<Duration> {
@@ -47,8 +79,8 @@ fn length(text: &str) -> Result<Duration> {
 ///
 /// # Errors
 /// No daemon answers.
-pub async fn list(session: &Session) -> Result<Exit> {
-    let views = control::ask_jobs(&session.settings()?.repository.state_dir).await?;
+pub async fn list(args: JobsArgs, session: &Session) -> Result<Exit> {
+    let views = control::ask_jobs(&args.whom.door(session)?).await?;
     match session.output.json {
         true => session.output.print_json(&views)?,
         false => session.output.print(&text(&views, session.clock.now(), &session.output))?,
@@ -61,7 +93,7 @@ pub async fn list(session: &Session) -> Result<Exit> {
 /// # Errors
 /// No daemon answers, or it refuses.
 pub async fn run(args: Named, session: &Session) -> Result<Exit> {
-    let triggered = control::ask_run(&session.settings()?.repository.state_dir, &args.schedule).await?;
+    let triggered = control::ask_run(&args.whom.door(session)?, &args.schedule).await?;
     match session.output.json {
         true => session.output.print_json(&triggered)?,
         false => {
@@ -81,7 +113,7 @@ pub async fn run(args: Named, session: &Session) -> Result<Exit> {
 pub async fn pause(args: PauseArgs, session: &Session) -> Result<Exit> {
     let until = session.clock.now() + TimeDelta::from_std(args.length).unwrap_or_default();
     let pause = Pause { until, reason: args.reason };
-    control::ask_pause(&session.settings()?.repository.state_dir, &args.schedule, Some(&pause)).await?;
+    control::ask_pause(&args.whom.door(session)?, &args.schedule, Some(&pause)).await?;
     match session.output.json {
         true => session.output.print_json(&pause)?,
         false => session.output.print(&format!("{} is paused until {}", args.schedule, figures::utc(until)))?,
@@ -94,7 +126,7 @@ pub async fn pause(args: PauseArgs, session: &Session) -> Result<Exit> {
 /// # Errors
 /// No daemon answers, or it refuses.
 pub async fn resume(args: Named, session: &Session) -> Result<Exit> {
-    control::ask_pause(&session.settings()?.repository.state_dir, &args.schedule, None).await?;
+    control::ask_pause(&args.whom.door(session)?, &args.schedule, None).await?;
     if !session.output.json {
         session.output.print(&format!("{} goes on with its next slot", args.schedule))?;
     }
@@ -123,6 +155,7 @@ fn state(view: &View, now: DateTime<Utc>, output: &Output) -> String {
         let since = open.started_at.and_then(|started| (now - started).to_std().ok()).unwrap_or_default();
         let attempt = if open.attempts > 1 { format!(", attempt {}", open.attempts) } else { String::new() };
         let running = format!("runs for {}{attempt}", figures::duration(since));
+        let running = view.going.as_ref().map_or(running.clone(), |going| format!("{running}: {}", progress(going)));
         let failed = view.failed.as_ref().map(|why| format!("failed, is tried again: {why}"));
         return failed.map_or(running, |failed| output.paint(Colour::Yellow, &failed));
     }
@@ -132,4 +165,34 @@ fn state(view: &View, now: DateTime<Utc>, output: &Output) -> String {
     let paused = view.paused.as_ref();
     let paused = paused.map(|pause| format!("paused until {}: {}", figures::moment(now, pause.until), pause.reason));
     paused.map_or_else(|| "idle".to_owned(), |paused| output.paint(Colour::Yellow, &paused))
+}
+
+/// `fetch 79 % of 1.65 GB`, `replay 312 MB`.
+fn progress(going: &Going) -> String {
+    let Going { phase, done_bytes, total_bytes, note, .. } = going;
+    let done = match total_bytes.filter(|total| *total > 0) {
+        // Totals are estimates.
+        Some(total) => format!(" {} % of {}", (done_bytes.saturating_mul(100) / total).min(100), figures::bytes(total)),
+        None if *done_bytes > 0 => format!(" {}", figures::bytes(*done_bytes)),
+        None => String::new(),
+    };
+    let note = note.as_ref().map(|note| format!(", {note}")).unwrap_or_default();
+    format!("{phase}{done}{note}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn progress_is_told_with_what_is_known() {
+        let told = |done_bytes, total_bytes, note: Option<&str>| {
+            let note = note.map(str::to_owned);
+            progress(&Going { phase: "fetch".to_owned(), seconds: 2.0, done_bytes, total_bytes, note })
+        };
+        assert_eq!(told(1_300_000_000, Some(1_650_000_000), None), "fetch 78 % of 1.65 GB");
+        assert_eq!(told(312_000_000, None, None), "fetch 312 MB");
+        assert_eq!(told(2_000, Some(1_000), Some("waits for a")), "fetch 100 % of 1.00 kB, waits for a");
+        assert_eq!(told(0, Some(0), None), "fetch");
+    }
 }

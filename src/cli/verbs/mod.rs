@@ -65,7 +65,7 @@ pub enum Verb {
     /// Stream WAL and run jobs to their schedules, until told to stop
     Daemon(daemon::Args),
     /// Show what the daemon of this host runs, waits for, and does next
-    Jobs,
+    Jobs(jobs::JobsArgs),
     /// Ask the daemon of this host to run a schedule now
     Run(jobs::Named),
     /// Let a schedule skip its slots for some time
@@ -117,7 +117,7 @@ pub async fn run(verb: Verb, session: &Session) -> Result<Exit> {
         Verb::Repair(args) => repair::run(args, session).await,
         Verb::Keys(args) => keys::run(&args, session).await,
         Verb::Daemon(args) => daemon::run(args, session).await,
-        Verb::Jobs => jobs::list(session).await,
+        Verb::Jobs(args) => jobs::list(args, session).await,
         Verb::Run(args) => jobs::run(args, session).await,
         Verb::Pause(args) => jobs::pause(args, session).await,
         Verb::Resume(args) => jobs::resume(args, session).await,

@@ -1,6 +1,7 @@
 //! `drctl wal`.
 
 use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
@@ -12,8 +13,10 @@ use crate::cli::Session;
 use crate::cli::exit::Exit;
 use crate::cli::figures;
 use crate::cli::render::{Colour, Output};
+use crate::config::Source;
+use crate::jobs::wal::fetch::{Fetched, Request, fetch};
 use crate::jobs::wal::status::{BranchWal, RegionWal, TargetWal};
-use crate::jobs::wal::{Position, State, Stream, WalStatus, wal_status};
+use crate::jobs::wal::{Position, State, Stream, WalStatus, control, wal_status};
 use crate::model::{Error, Result, TargetName};
 
 /// Arguments.
@@ -35,6 +38,29 @@ enum Action {
         /// Only this target
         target: Option<TargetName>,
     },
+    /// Take a file from PostgreSQL's archive_command: ends with 0 once it is safe, else with 1
+    #[command(after_help = ARCHIVE_HELP)]
+    Push {
+        /// The file, as PostgreSQL's %p names it
+        path: PathBuf,
+        /// The target; needed where the configuration has several
+        #[arg(long)]
+        target: Option<TargetName>,
+        /// The target's socket: with it no configuration is read
+        #[arg(long, value_name = "PATH", conflicts_with = "target")]
+        socket: Option<PathBuf>,
+    },
+    /// Give PostgreSQL's restore_command a file: ends with 0, with 1 if it exists nowhere, with 255 in doubt
+    #[command(after_help = FETCH_HELP)]
+    Fetch {
+        /// The file, as PostgreSQL's %f names it
+        file: String,
+        /// Where it is to be, as %p says
+        path: PathBuf,
+        /// The target; needed where the configuration has several
+        #[arg(long)]
+        target: Option<TargetName>,
+    },
     /// Take a target's WAL over from another writer
     Takeover {
         /// The target
@@ -53,12 +79,55 @@ pub async fn run(args: Args, session: &Session) -> Result<Exit> {
     match args.action {
         Action::Stream { target } => stream(&target, session).await,
         Action::Status { target } => status(target.as_ref(), session).await,
+        Action::Fetch { file, path, target } => fetched(file, path, target.as_ref(), session).await,
+        Action::Push { path, target, socket } => push(&path, target, socket, session).await,
         Action::Takeover { target, .. } => {
             session.settings()?.target(&target)?;
             let error = Error::refused("taking WAL over from a writer that may be alive is not there yet");
             Err(error.hint("stop the other receiver; `drctl wal stream` continues where its WAL ends"))
         }
     }
+}
+
+const ARCHIVE_HELP: &str = "In postgresql.conf:
+  archive_mode = on
+  archive_command = 'drctl wal push --socket /run/drctl/ledger.sock %p'
+It hands the file to drctl daemon (or drctl wal stream) of this host, which needs to name the account of
+PostgreSQL in [daemon] allow. It ends with 1 whenever the file is not surely safe; PostgreSQL keeps it.";
+
+const FETCH_HELP: &str = "For a standby, or a recovery made by hand (`drctl restore` brings a command of its own):
+  restore_command = 'drctl --config /etc/drctl/drctl.toml wal fetch %f %p'
+It opens the regions itself, with the credentials of role restore: a daemon that writes cannot open WAL. The last
+segment is filled up with zeros behind its last record. PostgreSQL takes 1 to 125 for the end of WAL, so every doubt
+is 255.";
+
+async fn fetched(file: String, path: PathBuf, target: Option<&TargetName>, session: &Session) -> Result<Exit> {
+    let settings = session.settings()?;
+    let target = settings.the_target(target)?.name.clone();
+    let context = app::context(&settings, Role::Restore, &World::real()).await?;
+    // PostgreSQL runs its commands in the data directory.
+    let request = Request { target, file, path, data_dir: PathBuf::from(".") };
+    Ok(match fetch(&context, &request).await? {
+        Fetched::Copied => Exit::Ok,
+        Fetched::Absent => Exit::Failed,
+    })
+}
+
+async fn push(path: &Path, target: Option<TargetName>, socket: Option<PathBuf>, session: &Session) -> Result<Exit> {
+    let (socket, target) = match socket {
+        Some(socket) => (socket, None),
+        None => {
+            let settings = session.settings()?;
+            let target = settings.the_target(target.as_ref())?;
+            let Source::Postgres(postgres) = &target.source;
+            (postgres.control_socket.clone(), Some(target.name.clone()))
+        }
+    };
+    let receipt = control::push(&socket, target.as_ref(), path).await?;
+    if session.output.json {
+        session.output.print_json_line(&receipt)?;
+    }
+    Ok(Exit::Ok)
 }
 
 /// How often the position is looked at for people and for `--json`.
@@ -72,15 +141,15 @@ async fn stream(target: &TargetName, session: &Session) -> Result<Exit> {
     let stream = Stream::start(&context, context.target(target)?).await?;
     let mut teller = Teller::new(&session.output);
     let mut looks = tokio::time::interval(LOOK);
-    while !stream.receiver().is_over() {
+    while !stream.is_over() {
         tokio::select! {
-            _ = looks.tick() => teller.look(&stream.receiver().position())?,
+            _ = looks.tick() => teller.look(&stream.position())?,
             _ = interrupt.recv() => break,
             _ = terminate.recv() => break,
         }
     }
     teller.looked_away();
-    let last = stream.receiver().watch();
+    let last = stream.watch();
     let outcomes = stream.stop().await?;
     teller.stopped(&last())?;
     let debts = outcomes.iter().filter(|outcome| outcome.missing_objects > 0).count();
@@ -207,7 +276,10 @@ fn branch_text(text: &mut String, branch: &BranchWal, now: DateTime<Utc>, output
     for gap in &branch.gaps {
         let at = figures::moment(now, gap.at);
         let bytes = figures::bytes(gap.to.bytes_since(gap.from));
-        let word = output.paint(Colour::Red, "GAP");
+        let word = match gap.filled {
+            true => output.paint(Colour::Green, "filled"),
+            false => output.paint(Colour::Red, "GAP"),
+        };
         let _ = writeln!(text, "    {word}  {} to {}  {bytes}  met {at}: {}", gap.from, gap.to, gap.reason);
     }
     for error in &branch.errors {

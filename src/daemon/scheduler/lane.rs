@@ -181,6 +181,7 @@ impl Lane {
             job: self.schedule.work.job(),
             target: self.schedule.work.target().cloned(),
             running: running.map(|running| running.open.clone()),
+            going: None,
             failed: pausing.map(|(_, why)| why.clone()),
             waiting: self.waiting.as_ref().map(|waiting| waiting.open.clone()),
             paused: self.paused.clone().filter(|pause| pause.until > now.wall),

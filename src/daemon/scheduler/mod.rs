@@ -82,7 +82,7 @@ pub struct Known {
 }
 
 /// How a schedule stands, for people.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct View {
     /// Its name.
     pub schedule: ScheduleName,
@@ -92,6 +92,9 @@ pub struct View {
     pub target: Option<TargetName>,
     /// What runs, or is between two attempts.
     pub running: Option<Open>,
+    /// How far it has come.
+    #[serde(default)]
+    pub going: Option<Going>,
     /// Why the last attempt failed, between two.
     pub failed: Option<String>,
     /// What waits.
@@ -100,6 +103,21 @@ pub struct View {
     pub paused: Option<Pause>,
     /// The next slot.
     pub next: Option<DateTime<Utc>>,
+}
+
+/// How far a job has come.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Going {
+    /// What it does: `fetch`, `replay`.
+    pub phase: String,
+    /// For how long.
+    pub seconds: f64,
+    /// Bytes done in this phase.
+    pub done_bytes: u64,
+    /// Bytes in all, if they are known.
+    pub total_bytes: Option<u64>,
+    /// What it waits for.
+    pub note: Option<String>,
 }
 
 /// Whether a slot is one that a right clock can have come to: of one far ahead, a clock told that was wrong.

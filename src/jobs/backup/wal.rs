@@ -7,7 +7,6 @@ use crate::jobs::wal::position::reaches;
 use crate::jobs::wal::{Position, Receiver, State, control, wait_durable_at};
 use crate::model::{Branch, Error, Kind, Result, ResultExt};
 use crate::repository::fan_out::LaneOutcome;
-use crate::repository::wal_frame::EpochKind;
 use crate::repository::wal_index::{BranchId, WalIndex, windows};
 use crate::source::{Begun, Finished};
 
@@ -42,7 +41,7 @@ impl WalCover {
         if position.as_ref().is_some_and(works) {
             return Ok(Self::Running);
         }
-        let receiver = Receiver::start(context, target, EpochKind::Backup).await?;
+        let receiver = Receiver::for_backup(context, target).await?;
         Ok(Self::Own(Box::new(receiver)))
     }
 

@@ -7,17 +7,31 @@ use serde::Serialize;
 
 use crate::jobs::Context;
 use crate::jobs::list;
-use crate::jobs::wal::{Position, control};
-use crate::model::{BackupId, Lsn, RegionName, ReportId, Result, TargetName};
+use crate::jobs::status::overdue::Otherwise;
+use crate::jobs::status::rto::Present;
+use crate::jobs::wal::{Heartbeat, Position, Pushes, control};
+use crate::model::schedule::Schedule;
+use crate::model::{BackupId, Lsn, RegionName, ReportId, Result, TargetName, Timeline};
 use crate::repository::catalog;
+use crate::repository::gaps;
 use crate::repository::reports::{self, ReportHead};
 use crate::repository::survey::{self, State, Survey};
+
+mod overdue;
+mod rto;
+mod slot;
+
+pub use overdue::Overdue;
+pub use rto::Prediction;
+pub use slot::Slot;
 
 /// How things stand.
 #[derive(Debug, Clone, Serialize)]
 pub struct Report {
     /// Every target, the worst first.
     pub targets: Vec<TargetStatus>,
+    /// Schedules without a success for longer than they allow.
+    pub overdue: Vec<Overdue>,
     /// COMMITs that no region holds intact.
     pub unreadable: Vec<String>,
 }
@@ -25,7 +39,7 @@ pub struct Report {
 impl Report {
     /// Whether an objective is violated.
     pub fn is_violated(&self) -> bool {
-        !self.unreadable.is_empty() || self.targets.iter().any(|target| target.violated)
+        !self.unreadable.is_empty() || !self.overdue.is_empty() || self.targets.iter().any(|target| target.violated)
     }
 }
 
@@ -42,6 +56,18 @@ pub struct TargetStatus {
     pub proven: Option<Proven>,
     /// How much may be lost, in seconds.
     pub rpo_seconds: Option<u64>,
+    /// How long a restore may take, in seconds.
+    pub rto_seconds: Option<u64>,
+    /// How long it would take now; `null` = no drill has passed yet.
+    pub rto_predicted: Option<Prediction>,
+    /// Holes in the WAL behind the newest backup: nothing beyond them can be restored.
+    pub gaps: Vec<OpenGap>,
+    /// Its replication slot, if the server answered.
+    pub slot: Option<Slot>,
+    /// What `archive_command` handed over, if somebody takes WAL on this machine.
+    pub pushes: Option<Pushes>,
+    /// The heartbeat row, if somebody writes it on this machine.
+    pub heartbeat: Option<Heartbeat>,
     /// Whether an objective is violated, or cannot be shown to be kept.
     pub violated: bool,
     /// Region by region.
@@ -50,6 +76,19 @@ pub struct TargetStatus {
     pub problems: Vec<String>,
     /// What to type next.
     pub next: Option<String>,
+}
+
+/// A hole in the WAL that nothing has filled.
+#[derive(Debug, Clone, Serialize)]
+pub struct OpenGap {
+    /// The timeline.
+    pub timeline: Timeline,
+    /// The end of the WAL before it.
+    pub from: Lsn,
+    /// Where WAL begins again.
+    pub to: Lsn,
+    /// When it was met.
+    pub at: DateTime<Utc>,
 }
 
 /// A drill that passed.
@@ -90,7 +129,7 @@ pub struct RegionStatus {
 ///
 /// # Errors
 /// No region answers.
-pub async fn run(context: &Context) -> Result<Report> {
+pub async fn run(context: &Context, schedules: &[Schedule]) -> Result<Report> {
     let repository = &context.repository;
     let (backups, unreadable) = catalog::backups(repository, None).await?;
     let surveys = survey::survey(repository, &backups).await?;
@@ -101,17 +140,43 @@ pub async fn run(context: &Context) -> Result<Report> {
     }
     let mut targets = Vec::new();
     for survey in &surveys {
-        let mut status = status(context, survey, receiver(context, &survey.target).await);
-        status.judge_drills(drills.iter().filter(|head| head.job == "drill" && head.target == survey.target));
+        let receiver = receiver(context, &survey.target).await;
+        let mut status = status(context, survey, receiver.as_ref());
+        let own: Vec<_> = drills.iter().filter(|head| head.job == "drill" && head.target == survey.target).collect();
+        status.judge_drills(own.iter().copied());
+        status.judge_gaps(context, survey).await?;
+        status.judge_time(context, survey, &own).await;
+        status.judge_receiver(receiver);
         targets.push(status);
     }
     for (name, objectives) in context.promises() {
         if !targets.iter().any(|status| status.target == *name) {
-            targets.push(without_backup(context, name, objectives.rpo));
+            let mut status = without_backup(context, name, objectives.rpo);
+            status.judge_receiver(receiver(context, name).await);
+            targets.push(status);
+        }
+    }
+    for (target, slot) in slot::slots(context).await {
+        if let Some(status) = targets.iter_mut().find(|status| status.target == target) {
+            status.problems.extend(slot.problem());
+            status.slot = Some(slot);
+        }
+    }
+    let otherwise = |target: &TargetName| {
+        let status = targets.iter().find(|status| status.target == *target);
+        let drill = status.and_then(|status| status.proven.as_ref()).map(|proven| proven.at);
+        Otherwise { backup: status.and_then(|status| status.last_backup_at), drill }
+    };
+    let overdue = overdue::overdue(context, schedules, otherwise).await?;
+    for late in &overdue {
+        for status in targets.iter_mut().filter(|status| late.target.as_ref() == Some(&status.target)) {
+            status.violated = true;
+            status.problems.push(format!("{} is overdue", late.schedule));
+            status.next.get_or_insert_with(|| format!("drctl run {}", late.schedule));
         }
     }
     targets.sort_by_key(|status| (!status.violated, status.problems.is_empty(), status.target.clone()));
-    Ok(Report { targets, unreadable: unreadable.iter().map(ToString::to_string).collect() })
+    Ok(Report { targets, overdue, unreadable: unreadable.iter().map(ToString::to_string).collect() })
 }
 
 impl TargetStatus {
@@ -136,6 +201,63 @@ impl TargetStatus {
     }
 }
 
+impl TargetStatus {
+    /// A gap behind the newest backup cuts off everything that was committed since.
+    async fn judge_gaps(&mut self, context: &Context, survey: &Survey) -> Result<()> {
+        let newest = survey.backups.iter().rev().map(|(backup, _)| &backup.commit);
+        let newest = newest.filter(|commit| self.last_backup.as_ref() == Some(&commit.id));
+        let consistent_at = newest.filter_map(|commit| commit.wal.as_ref()).map(|need| need.stop_lsn).next();
+        for branch in &survey.branches {
+            let (gaps, _) = gaps::read(&context.repository, &branch.branch).await?;
+            let filled = |from, to| branch.union.iter().any(|reach| reach.window.covers(from, to));
+            let open = gaps.into_iter().filter(|gap| !filled(gap.from, gap.to));
+            let open = open.filter(|gap| consistent_at.is_none_or(|stop| gap.from >= stop));
+            self.gaps.extend(open.map(|gap| OpenGap {
+                timeline: gap.timeline,
+                from: gap.from,
+                to: gap.to,
+                at: gap.at,
+            }));
+        }
+        if let Some(gap) = self.gaps.last() {
+            self.violated = true;
+            self.problems.insert(0, format!("WAL has a gap at {}: nothing after it can be restored", gap.from));
+            self.next = Some(format!("drctl backup {}", self.target));
+        }
+        Ok(())
+    }
+
+    /// Whether a restore would keep its objective.
+    async fn judge_time(&mut self, context: &Context, survey: &Survey, drills: &[&ReportHead]) {
+        let objective = context.targets.iter().find(|target| target.name == self.target);
+        let objective = objective.and_then(|target| target.objectives.rto_restore);
+        self.rto_seconds = objective.map(|objective| objective.as_secs());
+        let passed: Vec<_> = drills.iter().copied().filter(|head| head.outcome == "pass").collect();
+        let newest = survey.backups.iter().find(|(backup, _)| self.last_backup.as_ref() == Some(&backup.commit.id));
+        let Some(commit) = newest.map(|(backup, _)| &backup.commit) else { return };
+        let ends = self.regions.iter().filter_map(|region| region.wal_end).max();
+        let wal_bytes = commit.wal.as_ref().zip(ends).map_or(0, |(need, end)| end.bytes_since(need.start_lsn));
+        let present = Present { base_bytes: commit.size_bytes, wal_bytes };
+        self.rto_predicted = rto::predict(context, &passed, present).await;
+        let late = objective.zip(self.rto_predicted.as_ref());
+        if late.is_some_and(|(objective, predicted)| predicted.seconds > objective.as_secs_f64()) {
+            self.violated = true;
+            self.problems.push("a restore would take longer than its objective".to_owned());
+            self.next.get_or_insert_with(|| format!("drctl backup {}", self.target));
+        }
+    }
+
+    fn judge_receiver(&mut self, receiver: Option<Position>) {
+        let Some(Position { pushes, heartbeat, .. }) = receiver else { return };
+        if pushes.is_refusing() {
+            self.violated = true;
+            let refusal = pushes.last_refusal.as_deref().unwrap_or_default();
+            self.problems.push(format!("archive_command was refused: {refusal}"));
+        }
+        (self.pushes, self.heartbeat) = (Some(pushes), heartbeat);
+    }
+}
+
 fn without_backup(context: &Context, name: &TargetName, rpo: Option<Duration>) -> TargetStatus {
     let region = |name: &RegionName| RegionStatus {
         name: name.clone(),
@@ -152,6 +274,12 @@ fn without_backup(context: &Context, name: &TargetName, rpo: Option<Duration>) -
         last_backup_at: None,
         proven: None,
         rpo_seconds: rpo.map(|rpo| rpo.as_secs()),
+        rto_seconds: None,
+        rto_predicted: None,
+        gaps: Vec::new(),
+        slot: None,
+        pushes: None,
+        heartbeat: None,
         violated: true,
         regions: context.repository.regions.all().iter().map(|found| region(&found.name)).collect(),
         problems: vec!["there is no backup".to_owned()],
@@ -177,7 +305,7 @@ fn exposure(receiver: Option<&Position>, region: &RegionName) -> Option<u64> {
     Duration::try_from_secs_f64(seconds).ok().map(|exposed| exposed.as_secs() + u64::from(exposed.subsec_nanos() > 0))
 }
 
-fn status(context: &Context, survey: &Survey, receiver: Option<Position>) -> TargetStatus {
+fn status(context: &Context, survey: &Survey, receiver: Option<&Position>) -> TargetStatus {
     let now = context.clock.now();
     let rpo = context.promises().find(|(name, _)| **name == survey.target).and_then(|(_, objectives)| objectives.rpo);
     let listed = list::list(survey);
@@ -189,7 +317,7 @@ fn status(context: &Context, survey: &Survey, receiver: Option<Position>) -> Tar
         let states = listed.iter().flat_map(|backup| &backup.regions).filter(|region| region.name == *name);
         let newest = survey.newest_window(name);
         let exposure_seconds = match has_wal {
-            true => exposure(receiver.as_ref(), name),
+            true => exposure(receiver, name),
             false => age_of_newest(now, &listed, name),
         };
         let since = newest.map(|reach| reach.window.written_at).or(usable.map(|backup| backup.finished_at));
@@ -231,6 +359,12 @@ fn status(context: &Context, survey: &Survey, receiver: Option<Position>) -> Tar
         last_backup_at: usable.map(|backup| backup.finished_at),
         proven: None,
         rpo_seconds: rpo.map(|rpo| rpo.as_secs()),
+        rto_seconds: None,
+        rto_predicted: None,
+        gaps: Vec::new(),
+        slot: None,
+        pushes: None,
+        heartbeat: None,
         violated: usable.is_none() || !violated_in.is_empty(),
         regions,
         problems,

@@ -5,7 +5,7 @@
 //! somebody has to tell from the real thing. Only a record larger than a frame is cut.
 
 use crate::model::{Error, Lsn, Result};
-use crate::pg::wal::{Pushed, RecordWalker};
+use crate::pg::wal::{Pushed, Record, RecordWalker};
 use crate::repository::wal_log::{FRAME_LIMIT, Marks};
 
 /// As much as one message of the server may add to a buffer that is not full yet.
@@ -47,7 +47,15 @@ impl Buffer {
     /// # Errors
     /// They do not follow those before, or they are not WAL of this history. Nothing of them is kept.
     pub(super) fn push(&mut self, at: Lsn, data: &[u8]) -> Result<()> {
-        let found = self.walker.push(at, data, |_| ()).map_err(Error::from)?;
+        self.push_seen(at, data, |_| ())
+    }
+
+    /// The same; `see` is shown every record that became complete.
+    ///
+    /// # Errors
+    /// As [`push`](Self::push).
+    pub(super) fn push_seen(&mut self, at: Lsn, data: &[u8], see: impl FnMut(&Record)) -> Result<()> {
+        let found = self.walker.push(at, data, see).map_err(Error::from)?;
         self.found.merge(&found);
         self.wal.extend_from_slice(data);
         Ok(())

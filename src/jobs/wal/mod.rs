@@ -1,52 +1,84 @@
-//! The WAL of a target: received, stored, and told about.
+//! The WAL of a target: received, taken from `archive_command` ([`push`]), stored, and told about.
 //!
 //! The reading side ([`receiver`], `session`) never waits for a region, the storing side (`shipper`) never for the
 //! server; between them is one frame on its way and one that grows.
 
 mod buffer;
 pub mod control;
+pub mod fetch;
 pub mod position;
+mod pulse;
+pub mod push;
 pub mod receiver;
 mod run;
+mod segments;
 mod server;
 mod session;
 mod shared;
 mod shipper;
 pub mod status;
 
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-pub use position::{Position, State};
+pub use position::{Heartbeat, Position, Pushes, State};
+pub use push::Receipt;
 pub use receiver::Receiver;
 pub use status::{WalStatus, wal_status};
 
+use crate::disk::lock::Lock;
 use crate::jobs::context::{Context, Target};
-use crate::jobs::wal::control::ControlServer;
+use crate::jobs::socket::Guests;
+use crate::jobs::wal::control::{ControlServer, Place};
+use crate::jobs::wal::push::{PushDesk, Streamed};
+use crate::jobs::wal::segments::SegmentBook;
 use crate::model::{Lsn, Result};
 use crate::repository::fan_out::LaneOutcome;
-use crate::repository::wal_frame::EpochKind;
 
-/// A receiver that answers on the target's control socket.
+/// Takes the WAL of a target, streamed and handed over, and answers for it on the target's control socket.
 #[derive(Debug)]
 pub struct Stream {
-    receiver: Receiver,
+    target: Target,
+    receiver: Option<Receiver>,
+    push: Arc<PushDesk>,
     control: ControlServer,
+    _lock: Arc<Lock>,
 }
 
 impl Stream {
-    /// Starts streaming a target's WAL and answering for it.
+    /// Starts taking a target's WAL and answering for it.
     ///
     /// # Errors
-    /// Another receiver of this target runs here, or the socket cannot be made.
+    /// Somebody else takes it on this host already, or the socket cannot be made.
     pub async fn start(context: &Context, target: &Target) -> Result<Self> {
-        let receiver = Receiver::start(context, target, EpochKind::Stream).await?;
-        let control = ControlServer::start(&target.control_socket, &target.name, receiver.watch()).await?;
-        Ok(Self { receiver, control })
+        let lock = Arc::new(receiver::lock(context, target)?);
+        let book = Arc::new(Mutex::new(SegmentBook::open(&context.state_dir, target.name.as_str())));
+        let receiver = match target.stream {
+            true => Some(Receiver::stream(context, target, Arc::clone(&lock), Arc::clone(&book))?),
+            false => None,
+        };
+        let streamed = receiver.as_ref().map(|receiver| Streamed(Arc::new(receiver.watch())));
+        let push = Arc::new(PushDesk::open(context, target, book, streamed));
+        let ask = watch(target, receiver.as_ref(), &push);
+        let guests = Guests::named(&context.guests)?;
+        let place = Place { path: &target.control_socket, guests: &guests, spool: &context.state_dir };
+        let control = ControlServer::start(place, &target.name, ask, Arc::clone(&push)).await?;
+        Ok(Self { target: target.clone(), receiver, push, control, _lock: lock })
     }
 
-    /// The receiver.
-    pub const fn receiver(&self) -> &Receiver {
-        &self.receiver
+    /// Where it stands.
+    pub fn position(&self) -> Position {
+        self.watch()()
+    }
+
+    /// A way to ask for the position that outlives borrowing.
+    pub fn watch(&self) -> impl Fn() -> Position + Clone + Send + Sync + 'static {
+        watch(&self.target, self.receiver.as_ref(), &self.push)
+    }
+
+    /// Whether it has ended by itself, which it does only at an error of the configuration.
+    pub fn is_over(&self) -> bool {
+        self.receiver.as_ref().is_some_and(Receiver::is_over)
     }
 
     /// Ships what was received and ends; says what each region lacks.
@@ -54,9 +86,28 @@ impl Stream {
     /// # Errors
     /// As [`Receiver::stop`].
     pub async fn stop(self) -> Result<Vec<LaneOutcome>> {
-        let ended = self.receiver.stop().await;
+        let ended = match self.receiver {
+            Some(receiver) => receiver.stop().await,
+            None => Ok(Vec::new()),
+        };
         self.control.stop().await;
-        ended
+        let pushed = self.push.close().await;
+        ended.map(|mut lanes| {
+            lanes.extend(pushed);
+            lanes
+        })
+    }
+}
+
+fn watch(
+    target: &Target,
+    receiver: Option<&Receiver>,
+    push: &Arc<PushDesk>,
+) -> impl Fn() -> Position + Clone + Send + Sync + 'static {
+    let (target, push, streamed) = (target.clone(), Arc::clone(push), receiver.map(Receiver::watch));
+    move || match &streamed {
+        Some(streamed) => Position { pushes: push.pushes(), ..streamed() },
+        None => push.position(&target),
     }
 }
 

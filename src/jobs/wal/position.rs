@@ -23,6 +23,8 @@ pub enum State {
     Reconnecting,
     /// WAL flows again after a gap: recovery cannot cross it, a new base backup is needed.
     Gap,
+    /// Nothing is streamed: WAL comes by `archive_command` alone.
+    Archiving,
     /// It has ended.
     Stopped,
 }
@@ -36,6 +38,7 @@ impl State {
             Self::WaitingForRegions => "waiting for regions",
             Self::Reconnecting => "reconnecting",
             Self::Gap => "gap: take a new base backup",
+            Self::Archiving => "archive_command only",
             Self::Stopped => "stopped",
         }
     }
@@ -75,6 +78,51 @@ pub struct Position {
     pub epoch: Option<EpochId>,
     /// What went wrong last.
     pub last_error: Option<String>,
+    /// What `archive_command` handed over.
+    #[serde(default)]
+    pub pushes: Pushes,
+    /// The heartbeat row.
+    #[serde(default)]
+    pub heartbeat: Option<Heartbeat>,
+}
+
+/// What `archive_command` handed over to this process.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pushes {
+    /// Files that were stored.
+    pub stored: u64,
+    /// Segments that were known to be stored already.
+    pub known: u64,
+    /// Files of which recovery needs nothing.
+    pub not_needed: u64,
+    /// The newest file that was taken.
+    pub last_file: Option<String>,
+    /// When.
+    pub last_at: Option<DateTime<Utc>>,
+    /// Files that were refused for what they are: of another cluster, damaged, or not what is stored under their name.
+    pub refused: u64,
+    /// The last one, and why.
+    pub last_refusal: Option<String>,
+    /// When.
+    pub refused_at: Option<DateTime<Utc>>,
+}
+
+impl Pushes {
+    /// Whether the last thing that happened was a refusal: PostgreSQL does not get rid of its WAL.
+    pub fn is_refusing(&self) -> bool {
+        self.refused_at.is_some_and(|refused| self.last_at.is_none_or(|taken| refused >= taken))
+    }
+}
+
+/// The row that a receiver writes into the cluster that it streams.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Heartbeat {
+    /// The newest beat that was written; on the server's clock.
+    pub written_at: Option<DateTime<Utc>>,
+    /// The newest one that is durable at the write quorum: every commit before it can be recovered.
+    pub durable_at: Option<DateTime<Utc>>,
+    /// Why there are no beats.
+    pub trouble: Option<String>,
 }
 
 /// One region in a [`Position`].

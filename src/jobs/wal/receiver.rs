@@ -10,12 +10,15 @@ use std::time::Duration;
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::disk::lock::Lock;
 use crate::jobs::context::{Context, Target};
 use crate::jobs::wal::buffer::Buffer;
 use crate::jobs::wal::position::{Position, State};
+use crate::jobs::wal::pulse::keep_beating;
 use crate::jobs::wal::run::{Ended, Run, SlotCare, Trouble};
+use crate::jobs::wal::segments::SharedBook;
 use crate::jobs::wal::server::{self, Server, Start};
 use crate::jobs::wal::session::Session;
 use crate::jobs::wal::shared::Shared;
@@ -43,24 +46,40 @@ pub struct Receiver {
     shared: Arc<Shared>,
     stop: CancellationToken,
     task: Option<JoinHandle<Result<Vec<LaneOutcome>>>>,
+    beating: Option<AbortOnDropHandle<()>>,
 }
 
 impl Receiver {
-    /// Starts receiving a target's WAL. A stream receiver continues where stored WAL ends and never gives up; a backup
-    /// receiver begins with the segment that the server writes now, and this returns when the server holds that WAL.
+    /// Starts a backup's own receiver: it begins with the segment that the server writes now, and this returns when the
+    /// server holds that WAL.
     ///
     /// # Errors
-    /// Another stream receiver of this target runs on this host; for a backup: the server does not stream.
-    pub async fn start(context: &Context, target: &Target, kind: EpochKind) -> Result<Self> {
-        let lock = match kind {
-            EpochKind::Stream => Some(lock(context, target)?),
-            EpochKind::Backup | EpochKind::Push => None,
-        };
+    /// The server does not stream.
+    pub async fn for_backup(context: &Context, target: &Target) -> Result<Self> {
+        let mut receiver = Self::begin(context, target, EpochKind::Backup, (None, None))?;
+        receiver.wait_until(|position| position.state != State::Connecting).await?;
+        Ok(receiver)
+    }
+
+    /// Starts receiving a target's WAL for good: it continues where stored WAL ends and never gives up. The lock lives as
+    /// long as its task.
+    pub(super) fn stream(context: &Context, target: &Target, lock: Arc<Lock>, book: SharedBook) -> Result<Self> {
+        Self::begin(context, target, EpochKind::Stream, (Some(lock), Some(book)))
+    }
+
+    fn begin(
+        context: &Context,
+        target: &Target,
+        kind: EpochKind,
+        (lock, book): (Option<Arc<Lock>>, Option<SharedBook>),
+    ) -> Result<Self> {
         let out = Arc::new(FanOut::new(&context.repository.regions, Patience::WAL));
-        let shared = Arc::new(Shared::new(target.name.clone(), Arc::clone(&context.clock), &out));
+        let mut shared = Shared::new(target.name.clone(), Arc::clone(&context.clock), &out);
+        shared.beats = kind == EpochKind::Stream && target.heartbeat;
+        let shared = Arc::new(shared);
         let stop = CancellationToken::new();
         let run = Run {
-            shipper: shipper::start(context, kind, &out, &shared.shipped)?,
+            shipper: shipper::start(context, kind, &out, (&shared.shipped, book.as_ref()))?,
             context: context.clone(),
             target: target.clone(),
             kind,
@@ -73,13 +92,13 @@ impl Receiver {
             sessions: 0,
             slot: SlotCare::Trust,
             stored_histories: BTreeSet::new(),
+            book,
             _lock: lock,
         };
-        let mut receiver = Self { shared, stop, task: Some(task::spawn("wal-receiver", run.until_stopped())) };
-        if kind != EpochKind::Stream {
-            receiver.wait_until(|position| position.state != State::Connecting).await?;
-        }
-        Ok(receiver)
+        let beating =
+            shared.beats.then(|| task::spawn("heartbeat", keep_beating(target.clone(), Arc::clone(&shared.pulse))));
+        let beating = beating.map(AbortOnDropHandle::new);
+        Ok(Self { shared, stop, task: Some(task::spawn("wal-receiver", run.until_stopped())), beating })
     }
 
     /// Every record that ends at or before this position is durable at the write quorum.
@@ -150,6 +169,7 @@ impl Receiver {
     /// # Errors
     /// The receiver had ended with an error, or regions did not take the rest within a minute: the server keeps it.
     pub async fn stop(mut self) -> Result<Vec<LaneOutcome>> {
+        drop(self.beating.take());
         self.stop.cancel();
         let Some(task) = self.task.as_mut() else { return Ok(Vec::new()) };
         match timeout(STOP_LIMIT, task).await {
@@ -172,7 +192,7 @@ impl Drop for Receiver {
     }
 }
 
-fn lock(context: &Context, target: &Target) -> Result<Lock> {
+pub(super) fn lock(context: &Context, target: &Target) -> Result<Lock> {
     let path = context.state_dir.join(format!("{}.wal.lock", target.name));
     let lock = Lock::acquire(&path).map_err(Error::from);
     lock.map_err(|error| match error.kind() {
@@ -378,7 +398,7 @@ impl Run {
 
     /// What was on its way may be stored or not: the regions are asked, as after a crash.
     async fn restart_shipper(&mut self) -> Result<()> {
-        let fresh = shipper::start(&self.context, self.kind, &self.out, &self.shared.shipped)?;
+        let fresh = shipper::start(&self.context, self.kind, &self.out, (&self.shared.shipped, self.book.as_ref()))?;
         let error = match std::mem::replace(&mut self.shipper, fresh).finish().await {
             Ok(()) => Error::failed("the WAL shipper has ended"),
             Err(error) => error,
@@ -405,6 +425,12 @@ impl Run {
             return Err(Error::failed(format!("the server lacks WAL at {} that it still writes", cursor.lsn)).into());
         }
         self.ship_pending().await?;
+        if let Some(filled) = self.filled(&cursor, &server).await? {
+            tracing::info!(target = %self.target.name, from = %cursor.lsn, to = %filled.lsn, "archived WAL takes the place of what the server lacks");
+            self.shared.shipped.send_modify(|shipped| shipped.durable = filled.lsn);
+            self.cursor = Some(filled);
+            return Ok(());
+        }
         let now = self.context.clock.now();
         let gap = Gap::new(&self.target.name, &cursor.branch, (cursor.lsn, next.lsn), reason, now);
         tracing::error!(target = %self.target.name, from = %gap.from, to = %gap.to, reason, "WAL is missing: a new base backup is needed");
@@ -414,6 +440,13 @@ impl Run {
         self.shared.shipped.send_modify(|shipped| shipped.durable = next.lsn);
         self.cursor = Some(next);
         Ok(())
+    }
+
+    /// Where to go on if others stored what the server no longer has.
+    async fn filled(&self, cursor: &Start, server: &Server) -> Result<Option<Start>> {
+        let tail = self.take_over(&server.branches()).await?;
+        let tail = tail.filter(|tail| tail.branch != cursor.branch || tail.end > cursor.lsn);
+        Ok(tail.map(|tail| Start { branch: tail.branch, lsn: tail.end, at_record: tail.at_record }))
     }
 
     async fn finish(mut self) -> Result<Vec<LaneOutcome>> {

@@ -7,6 +7,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::disk::lock::Lock;
 use crate::jobs::context::{Context, Target};
+use crate::jobs::wal::segments::SharedBook;
 use crate::jobs::wal::server::Start;
 use crate::jobs::wal::shared::Shared;
 use crate::jobs::wal::shipper::{Frame, ShipperHandle};
@@ -84,5 +85,6 @@ pub(super) struct Run {
     pub(super) sessions: u64,
     pub(super) slot: SlotCare,
     pub(super) stored_histories: BTreeSet<BranchId>,
-    pub(super) _lock: Option<Lock>,
+    pub(super) book: Option<SharedBook>,
+    pub(super) _lock: Option<Arc<Lock>>,
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
 
 use crate::jobs::wal::buffer::{Buffer, Chunk};
+use crate::jobs::wal::pulse::Pulse;
 use crate::jobs::wal::run::{Ended, Run, Trouble};
 use crate::jobs::wal::server::Start;
 use crate::jobs::wal::shipper::Frame;
@@ -58,8 +59,8 @@ impl Session {
         Start { branch: self.start.branch.clone(), lsn: self.buffer.end(), at_record: true }
     }
 
-    fn receive(&mut self, at: Lsn, data: &[u8]) -> Result<(), Error> {
-        self.buffer.push(at, data)?;
+    fn receive(&mut self, at: Lsn, data: &[u8], pulse: &Pulse) -> Result<(), Error> {
+        self.buffer.push_seen(at, data, |record| pulse.see(record))?;
         self.since.get_or_insert_with(Instant::now);
         Ok(())
     }
@@ -156,7 +157,7 @@ impl Run {
     async fn on_event(&self, session: &mut Session, event: WalEvent) -> Result<Option<Ended>, Trouble> {
         match event {
             WalEvent::Wal { start, data, server_end, .. } => {
-                session.receive(start, &data)?;
+                session.receive(start, &data, &self.shared.pulse)?;
                 self.shared.sample(server_end);
                 let received = session.buffer.end();
                 self.shared.view.send_modify(|view| view.received = received);

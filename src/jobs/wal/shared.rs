@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
-use crate::jobs::wal::position::{Position, RegionPosition, Samples, State};
+use crate::jobs::wal::position::{Position, Pushes, RegionPosition, Samples, State};
+use crate::jobs::wal::pulse::Pulse;
 use crate::jobs::wal::shipper::Shipped;
 use crate::model::{Clock, Lsn, SystemId, TargetName};
 use crate::repository::fan_out::FanOut;
@@ -36,6 +37,9 @@ pub(super) struct Shared {
     pub(super) shipped: Arc<watch::Sender<Shipped>>,
     pub(super) samples: Mutex<Samples>,
     pub(super) out: std::sync::Weak<FanOut>,
+    pub(super) pulse: Arc<Pulse>,
+    /// Whether somebody beats.
+    pub(super) beats: bool,
 }
 
 impl Shared {
@@ -56,6 +60,8 @@ impl Shared {
             shipped: Arc::new(watch::channel(Shipped::default()).0),
             samples: Mutex::default(),
             out: Arc::downgrade(out),
+            pulse: Arc::default(),
+            beats: false,
         }
     }
 
@@ -114,6 +120,8 @@ impl Shared {
             regions: regions.collect(),
             epoch: shipped.epoch,
             last_error: shipped.trouble.or(view.last_error),
+            pushes: Pushes::default(),
+            heartbeat: self.beats.then(|| self.pulse.heartbeat(shipped.durable)),
         }
     }
 }

@@ -11,6 +11,7 @@ use tokio::task::JoinHandle;
 
 use crate::jobs::context::Context;
 use crate::jobs::wal::buffer::Chunk;
+use crate::jobs::wal::segments::{self, PassingSegments, SharedBook};
 use crate::model::{EpochId, Error, Lsn, Result, SystemId, Timeline};
 use crate::observe::task;
 use crate::repository::fan_out::FanOut;
@@ -73,6 +74,9 @@ struct Shipper {
     out: Arc<FanOut>,
     open: Option<Open>,
     shipped: Arc<watch::Sender<Shipped>>,
+    passing: PassingSegments,
+    /// Where digests of whole segments are kept, by which `archive_command` is answered.
+    book: Option<SharedBook>,
 }
 
 struct Open {
@@ -86,7 +90,7 @@ pub(super) fn start(
     context: &Context,
     kind: EpochKind,
     out: &Arc<FanOut>,
-    shipped: &Arc<watch::Sender<Shipped>>,
+    (shipped, book): (&Arc<watch::Sender<Shipped>>, Option<&SharedBook>),
 ) -> Result<ShipperHandle> {
     let (commands, queue) = mpsc::unbounded_channel();
     let shipper = Shipper {
@@ -97,6 +101,8 @@ pub(super) fn start(
         out: Arc::clone(out),
         open: None,
         shipped: Arc::clone(shipped),
+        passing: PassingSegments::default(),
+        book: book.cloned(),
     };
     let task = task::spawn("wal-shipper", shipper.run(queue));
     Ok(ShipperHandle { commands, idle: Arc::new(Semaphore::new(1)), task })
@@ -159,7 +165,11 @@ impl Shipper {
             None => self.open_epoch(&frame).await,
         };
         let Chunk { start, wal, marks, .. } = frame.chunk;
+        let complete = self.passing.pass(&frame.log, start, &wal);
         open.epoch.append(start, wal, marks).await?;
+        if let Some(book) = &self.book {
+            segments::note(book, complete).await;
+        }
         let now = self.writer.clock.now();
         self.shipped.send_modify(|shipped| {
             // A record that is not complete yet does not count: it may be streamed again.

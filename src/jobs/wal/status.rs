@@ -76,11 +76,13 @@ pub struct RecordedGap {
     pub reason: String,
     /// When it was met.
     pub at: DateTime<Utc>,
+    /// Whether WAL that came later, by `archive_command`, covers it: then it is a gap no more.
+    pub filled: bool,
 }
 
-impl From<Gap> for RecordedGap {
-    fn from(Gap { from, to, reason, at, .. }: Gap) -> Self {
-        Self { from, to, reason, at }
+impl RecordedGap {
+    fn new(Gap { from, to, reason, at, .. }: Gap, union: &[Window]) -> Self {
+        Self { from, to, reason, at, filled: union.iter().any(|window| window.covers(from, to)) }
     }
 }
 
@@ -95,7 +97,7 @@ impl BranchWal {
     fn is_whole(&self) -> bool {
         let whole =
             |region: &RegionWal| region.missing_frames == 0 && region.unreadable.is_none() && region.windows.len() <= 1;
-        self.gaps.is_empty() && self.errors.is_empty() && self.regions.iter().all(whole)
+        self.gaps.iter().all(|gap| gap.filled) && self.errors.is_empty() && self.regions.iter().all(whole)
     }
 }
 
@@ -210,6 +212,8 @@ async fn branch_wal(context: &Context, branch: BranchId) -> Result<BranchWal> {
             unreadable,
         });
     }
+    let (union, _) = index.runs(repository, None).await;
+    let union = windows(&union);
     let (gaps, more) = gaps::read(repository, &branch).await?;
     errors.extend(more);
     let mut errors: Vec<_> = errors.iter().map(Error::to_string).collect();
@@ -221,7 +225,7 @@ async fn branch_wal(context: &Context, branch: BranchId) -> Result<BranchWal> {
         timeline,
         branch,
         regions,
-        gaps: gaps.into_iter().map(RecordedGap::from).collect(),
+        gaps: gaps.into_iter().map(|gap| RecordedGap::new(gap, &union)).collect(),
         errors,
     })
 }

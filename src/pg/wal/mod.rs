@@ -9,7 +9,7 @@ mod walker;
 
 use chrono::{DateTime, Utc};
 
-pub use page::{PageHeader, SegmentHeader, WAL_PAGE_SIZE, check_segment, magic_of};
+pub use page::{PageHeader, SegmentHeader, WAL_PAGE_SIZE, check_segment, check_segment_head, magic_of};
 pub use walker::{Expect, Pushed, RecordWalker, WalkState};
 
 use crate::model::{Error, Kind, Lsn, SystemId, Timeline};

@@ -116,13 +116,21 @@ pub struct SegmentHeader {
 /// # Errors
 /// [`WalError::Segment`] or [`WalError::Page`]; the records inside are not looked at.
 pub fn check_segment(name: &str, bytes: &[u8]) -> Result<SegmentHeader, WalError> {
+    check_segment_head(name, bytes, bytes.len() as u64)
+}
+
+/// The same for a file of `length` bytes of which `bytes` are the first.
+///
+/// # Errors
+/// As [`check_segment`].
+pub fn check_segment_head(name: &str, bytes: &[u8], length: u64) -> Result<SegmentHeader, WalError> {
     let wrong = |what| WalError::Segment { name: name.to_owned(), what };
     let head = bytes.get(..LONG_HEADER).ok_or_else(|| wrong("shorter than its header"))?;
     let header = PageHeader::parse(head, Lsn(u64_at(head, 8).unwrap_or_default()))?;
     let long = header.long.ok_or_else(|| wrong("no long header"))?;
     let segment_size =
         WalSegmentSize::try_from(u64::from(long.segment_size)).map_err(|_| wrong("impossible segment size"))?;
-    if bytes.len() as u64 != segment_size.bytes() {
+    if length != segment_size.bytes() {
         return Err(wrong("wrong size"));
     }
     let parsed = SegmentName::parse(name, segment_size).ok_or_else(|| wrong("not the name of a segment"))?;

@@ -1,0 +1,293 @@
+//! Which segments are stored, and what was in them: the digests by which `archive_command` is told "known" or "another
+//! one", although whoever writes WAL cannot read it back.
+//!
+//! The book is a cache in the state directory. A digest that it lost costs a second copy of a segment, never WAL.
+
+use std::collections::{HashMap, VecDeque};
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+
+use crate::disk::{DiskError, place};
+use crate::model::{Branch, Lsn, SystemId, Timeline};
+use crate::repository::wal_log::Log;
+
+/// Segments remembered: 64 GiB of WAL at the usual size. A server that archives later than that stores a second copy.
+const KEPT: usize = 4096;
+
+/// SHA-256 of a whole segment.
+pub(super) type SegmentDigest = [u8; 32];
+
+/// One segment of one branch.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) struct SegmentKey {
+    pub(super) system_id: SystemId,
+    pub(super) timeline: Timeline,
+    pub(super) branch: Branch,
+    /// The position of its first byte.
+    pub(super) start: Lsn,
+}
+
+impl SegmentKey {
+    /// The segment of `log` that begins at `start`.
+    pub(super) fn of(log: &Log, start: Lsn) -> Self {
+        Self { system_id: log.system_id, timeline: log.timeline, branch: log.branch.clone(), start }
+    }
+}
+
+/// The digests of the segments that are durable at the write quorum.
+#[derive(Debug)]
+pub(super) struct SegmentBook {
+    path: PathBuf,
+    known: HashMap<SegmentKey, SegmentDigest>,
+    /// Oldest first.
+    order: VecDeque<SegmentKey>,
+    /// Lines in the file, those of forgotten segments among them.
+    lines: usize,
+}
+
+impl SegmentBook {
+    /// Reads the book; what is not readable in it is not known.
+    pub(super) fn open(state_dir: &Path, target: &str) -> Self {
+        let path = state_dir.join(format!("{target}.segments"));
+        let mut book = Self { path, known: HashMap::new(), order: VecDeque::new(), lines: 0 };
+        let text = match std::fs::read(&book.path) {
+            Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
+            Err(error) => {
+                tracing::debug!(%error, "no digests of earlier segments");
+                return book;
+            }
+        };
+        book.lines = text.lines().count();
+        for (key, digest) in text.lines().filter_map(parse) {
+            book.learn(key, digest);
+        }
+        book
+    }
+
+    /// What a segment holds, if that is known.
+    pub(super) fn get(&self, key: &SegmentKey) -> Option<SegmentDigest> {
+        self.known.get(key).copied()
+    }
+
+    /// The segment is durable and has this digest.
+    pub(super) fn note(&mut self, key: SegmentKey, digest: SegmentDigest) {
+        let line = print(&key, &digest);
+        self.learn(key, digest);
+        let kept = match self.lines >= 2 * KEPT {
+            true => self.rewrite(),
+            false => self.append(&line),
+        };
+        if let Err(error) = kept {
+            tracing::info!(%error, "the digest of a segment is remembered until the next start alone");
+        }
+    }
+
+    fn learn(&mut self, key: SegmentKey, digest: SegmentDigest) {
+        if self.known.insert(key.clone(), digest).is_none() {
+            self.order.push_back(key);
+        }
+        while self.order.len() > KEPT {
+            self.order.pop_front().and_then(|oldest| self.known.remove(&oldest));
+        }
+    }
+
+    fn append(&mut self, line: &str) -> Result<(), DiskError> {
+        let mut options = OpenOptions::new();
+        let file = options.append(true).create(true).mode(0o600).open(&self.path);
+        file.and_then(|mut file| file.write_all(line.as_bytes()))
+            .map_err(|error| DiskError::new("write", &self.path, error))?;
+        self.lines += 1;
+        Ok(())
+    }
+
+    fn rewrite(&mut self) -> Result<(), DiskError> {
+        let lines = self.order.iter().filter_map(|key| Some(print(key, self.known.get(key)?)));
+        place::place(&self.path, lines.collect::<String>().as_bytes(), 0o600)?;
+        self.lines = self.order.len();
+        Ok(())
+    }
+}
+
+/// A line with a checksum of its own: a digest that a disk changed would call good WAL another one for ever.
+fn print(SegmentKey { system_id, timeline, branch, start }: &SegmentKey, digest: &SegmentDigest) -> String {
+    let text = format!("{system_id} {timeline} {branch} {start} {}", hex::encode(digest));
+    let sum = crc32c::crc32c(text.as_bytes());
+    format!("{text} {sum:08x}\n")
+}
+
+fn parse(line: &str) -> Option<(SegmentKey, SegmentDigest)> {
+    let (text, sum) = line.rsplit_once(' ')?;
+    if u32::from_str_radix(sum, 16).ok()? != crc32c::crc32c(text.as_bytes()) {
+        return None;
+    }
+    let mut fields = text.split(' ');
+    let key = SegmentKey {
+        system_id: fields.next()?.parse().ok()?,
+        timeline: Timeline(fields.next()?.parse().ok()?),
+        branch: Branch::try_from(fields.next()?.to_owned()).ok()?,
+        start: fields.next()?.parse().ok()?,
+    };
+    let digest = hex::decode(fields.next()?).ok()?.try_into().ok()?;
+    Some((key, digest))
+}
+
+/// Digests of segments as their bytes pass in pieces. A segment whose beginning did not pass stays unknown.
+#[derive(Debug, Default)]
+pub(super) struct PassingSegments {
+    open: Option<Passing>,
+}
+
+#[derive(Debug)]
+struct Passing {
+    log: Log,
+    start: Lsn,
+    at: Lsn,
+    sha: Sha256,
+}
+
+impl PassingSegments {
+    /// Takes bytes, and gives the segments that end in them.
+    pub(super) fn pass(&mut self, log: &Log, mut at: Lsn, mut wal: &[u8]) -> Vec<(SegmentKey, SegmentDigest)> {
+        let mut complete = Vec::new();
+        let size = log.wal_segment_size;
+        if self.open.as_ref().is_some_and(|open| open.at != at || open.log != *log) {
+            self.open = None;
+        }
+        while !wal.is_empty() {
+            let start = size.segment_start(at);
+            let left = usize::try_from(size.bytes() - at.bytes_since(start)).unwrap_or(usize::MAX);
+            let (now, later) = wal.split_at(left.min(wal.len()));
+            if at == start {
+                self.open = Some(Passing { log: log.clone(), start, at, sha: Sha256::new() });
+            }
+            at.0 += now.len() as u64;
+            wal = later;
+            let Some(open) = &mut self.open else { continue };
+            open.sha.update(now);
+            open.at = at;
+            if at == Lsn(start.0 + size.bytes())
+                && let Some(Passing { log, start, sha, .. }) = self.open.take()
+            {
+                complete.push((SegmentKey::of(&log, start), sha.finalize().into()));
+            }
+        }
+        complete
+    }
+}
+
+/// The digest of a whole segment.
+pub(super) fn digest_of(mut read: impl std::io::Read) -> std::io::Result<SegmentDigest> {
+    let (mut sha, mut buffer) = (Sha256::new(), vec![0; 256 * 1024]);
+    loop {
+        match read.read(&mut buffer)? {
+            0 => return Ok(sha.finalize().into()),
+            length => sha.update(buffer.get(..length).unwrap_or_default()),
+        }
+    }
+}
+
+/// A book that several tasks write into.
+pub(super) type SharedBook = std::sync::Arc<std::sync::Mutex<SegmentBook>>;
+
+/// Notes digests without holding up a thread that also answers the server.
+pub(super) async fn note(book: &SharedBook, digests: Vec<(SegmentKey, SegmentDigest)>) {
+    if digests.is_empty() {
+        return;
+    }
+    let book = std::sync::Arc::clone(book);
+    let noted = tokio::task::spawn_blocking(move || {
+        let mut book = book.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        digests.into_iter().for_each(|(key, digest)| book.note(key, digest));
+    });
+    if noted.await.is_err() {
+        tracing::error!("the digest of a segment was not noted");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::model::WalSegmentSize;
+
+    fn log(timeline: u32) -> Log {
+        Log {
+            target: "ledger".parse().unwrap(),
+            system_id: SystemId(7),
+            timeline: Timeline(timeline),
+            branch: Branch::root(),
+            wal_segment_size: WalSegmentSize::try_from(1 << 20).unwrap(),
+        }
+    }
+
+    #[test]
+    fn a_book_is_read_back_and_forgets_the_oldest_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut book = SegmentBook::open(dir.path(), "ledger");
+        let key = |number: u64| SegmentKey::of(&log(1), Lsn(number << 20));
+        let digest = |number: u64| digest_of(&number.to_le_bytes()[..]).unwrap();
+        for number in 0..2 * KEPT as u64 + 10 {
+            book.note(key(number), digest(number));
+        }
+        for book in [book, SegmentBook::open(dir.path(), "ledger")] {
+            assert_eq!(book.get(&key(9)), None);
+            assert_eq!(book.get(&key(2 * KEPT as u64 + 9)), Some(digest(2 * KEPT as u64 + 9)));
+            assert!(book.order.len() <= KEPT && book.lines < 2 * KEPT);
+        }
+    }
+
+    #[test]
+    fn what_is_not_readable_in_a_book_is_not_known() {
+        let dir = tempfile::tempdir().unwrap();
+        let key = |number: u64| SegmentKey::of(&log(1), Lsn(number << 20));
+        let mut book = SegmentBook::open(dir.path(), "ledger");
+        book.note(key(1), [1; 32]);
+        book.note(key(2), [2; 32]);
+        let mut bytes = std::fs::read(&book.path).unwrap();
+        let digit = bytes.len() - 20;
+        bytes[digit] = if bytes[digit] == b'0' { b'1' } else { b'0' };
+        bytes.extend_from_slice(b"7 1 0 0/300000 00");
+        place::place(&book.path, &bytes, 0o600).unwrap();
+        let book = SegmentBook::open(dir.path(), "ledger");
+        assert_eq!([1, 2, 3].map(|number| book.get(&key(number)).is_some()), [true, false, false]);
+    }
+
+    proptest! {
+        /// However WAL is cut, exactly the segments that passed whole are known, each with the digest of its bytes.
+        #[test]
+        fn segments_have_one_digest_however_they_pass(
+            from in 0u64..3 << 20,
+            cuts in prop::collection::vec(1usize..900_000, 1..12),
+            lost in 0usize..12,
+        ) {
+            let (log, byte) = (log(1), |at: u64| (at / 4093) as u8);
+            let (mut passing, mut at, mut known) = (PassingSegments::default(), from, HashMap::new());
+            let mut gap = None;
+            for (index, cut) in cuts.iter().enumerate() {
+                if index == lost {
+                    gap = Some(at);
+                    at += *cut as u64;
+                    continue;
+                }
+                let wal: Vec<u8> = (at..at + *cut as u64).map(byte).collect();
+                known.extend(passing.pass(&log, Lsn(at), &wal));
+                at += *cut as u64;
+            }
+            let size = 1u64 << 20;
+            for start in (0..at).step_by(1 << 20) {
+                let whole = start >= from && start + size <= at;
+                let gap_end = gap.map_or(0, |gap| gap + cuts[lost] as u64);
+                let broken = gap.is_some_and(|gap| gap < start + size && gap_end > start);
+                let expected = (whole && !broken).then(|| {
+                    digest_of((start..start + size).map(byte).collect::<Vec<_>>().as_slice()).unwrap()
+                });
+                prop_assert_eq!(known.get(&SegmentKey::of(&log, Lsn(start))).copied(), expected);
+            }
+        }
+    }
+}

@@ -120,7 +120,7 @@ async fn jobs(State(api): State<Api>) -> Response {
 async fn wal(State(api): State<Api>) -> Response {
     let mut positions = Vec::new();
     for target in &api.settings.targets {
-        let Source::Postgres(postgres) = &target.source;
+        let Source::Postgres(postgres) = &target.source else { continue };
         match position(&postgres.control_socket, &target.name).await {
             Ok(position) => positions.extend(position),
             Err(error) => return reply::<()>(Err(error)),

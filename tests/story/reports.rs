@@ -114,7 +114,7 @@ async fn a_report_waits_here_for_the_region_that_was_away() {
     // No region at all takes it: it waits here, and a daemon brings it when they answer.
     for region in ["region-a", "region-b"] {
         let reports = bank.home().join(region).join("reports");
-        fs::rename(&reports, bank.scratch.join(format!("{region}-reports"))).unwrap();
+        fs::rename(&reports, bank.scratch.join(&format!("{region}-reports"))).unwrap();
         fs::write(&reports, "in the way").unwrap();
     }
     let report = bank.drill(&[]).await.json();
@@ -122,7 +122,7 @@ async fn a_report_waits_here_for_the_region_that_was_away() {
     let id = report["stored_as"].as_str().unwrap();
     for region in ["region-a", "region-b"] {
         fs::remove_file(bank.home().join(region).join("reports")).unwrap();
-        fs::rename(bank.scratch.join(format!("{region}-reports")), bank.home().join(region).join("reports")).unwrap();
+        fs::rename(bank.scratch.join(&format!("{region}-reports")), bank.home().join(region).join("reports")).unwrap();
     }
     fs::create_dir_all(bank.home().join("schedules")).unwrap();
     let daemon = bank.drctl(["daemon", "--only", "verify"]).spawn();

@@ -54,7 +54,7 @@ impl Receiver {
     pub async fn start() -> Self {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
         let port = listener.local_addr().unwrap().port();
-        let (told, answers): (Arc<Mutex<Vec<Told>>>, Arc<Mutex<VecDeque<u16>>>) = Default::default();
+        let (told, answers) = (Arc::<Mutex<Vec<Told>>>::default(), Arc::<Mutex<VecDeque<u16>>>::default());
         let (kept, planned) = (Arc::clone(&told), Arc::clone(&answers));
         let task = tokio::spawn(async move {
             while let Ok((mut stream, _)) = listener.accept().await {

@@ -119,7 +119,9 @@ async fn push(path: &Path, target: Option<TargetName>, socket: Option<PathBuf>, 
         None => {
             let settings = session.settings()?;
             let target = settings.the_target(target.as_ref())?;
-            let Source::Postgres(postgres) = &target.source;
+            let Source::Postgres(postgres) = &target.source else {
+                return Err(Error::refused(format!("{} is no PostgreSQL cluster: it has no WAL", target.name)));
+            };
             (postgres.control_socket.clone(), Some(target.name.clone()))
         }
     };

@@ -101,7 +101,7 @@ impl Plan {
     }
 
     pub(super) fn refuse_because(&mut self, what: impl Into<String>, why: impl Into<String>, next: impl Into<String>) {
-        self.refused.push(Refusal { what: what.into(), why: why.into(), next: next.into() });
+        self.refused.push(Refusal { what: what.into(), why: why.into(), next: next.into(), judges: false });
     }
 }
 

@@ -265,7 +265,7 @@ mod tests {
             cuts in prop::collection::vec(1usize..900_000, 1..12),
             lost in 0usize..12,
         ) {
-            let (log, byte) = (log(1), |at: u64| (at / 4093) as u8);
+            let (log, byte) = (log(1), |at: u64| (at / 4093).to_le_bytes()[0]);
             let (mut passing, mut at, mut known) = (PassingSegments::default(), from, HashMap::new());
             let mut gap = None;
             for (index, cut) in cuts.iter().enumerate() {

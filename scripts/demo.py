@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 
 WRITERS = 4
 
@@ -115,5 +116,35 @@ def report(safe, *options):
         sys.exit("LOST: " + " ".join(map(str, sorted(lost)[:20])))
 
 
+def port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        print(probe.getsockname()[1])
+
+
+def newest():
+    """The id of the newest report of a list."""
+    print(json.load(sys.stdin)["reports"][0]["id"])
+
+
+SHOWN = ("drctl_rpo_exposure_seconds", "drctl_rpo_achieved_seconds", "drctl_rto_achieved_seconds",
+         "drctl_backup_last_success_timestamp_seconds", "drctl_verify_last_success_timestamp_seconds",
+         "drctl_schedule_runs_total")
+
+
+def metrics(port):
+    """A few of the daemon's metrics that are not zero; it looks at the repository after each run, and once a minute."""
+    deadline = time.time() + 90
+    while True:
+        with urllib.request.urlopen("http://127.0.0.1:%s/metrics" % port, timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        found = [line for line in lines if line.startswith(SHOWN) and not line.endswith(" 0")]
+        if any(line.startswith("drctl_rto_achieved_seconds") for line in found) or time.time() > deadline:
+            print("\n".join(found))
+            return
+        time.sleep(1)
+
+
 if __name__ == "__main__":
-    {"write": write, "damage": damage, "report": report}[sys.argv[1]](*sys.argv[2:])
+    commands = {"write": write, "damage": damage, "report": report, "port": port, "newest": newest, "metrics": metrics}
+    commands[sys.argv[1]](*sys.argv[2:])

@@ -69,10 +69,8 @@ pub(super) fn drill(section: &Section<'_>, state_dir: &Path) -> Result<Drill> {
     let default = Drill::below(state_dir);
     let dir = section.path("dir")?.unwrap_or(default.dir);
     let run_as = section.string("run_as")?.map(str::to_owned);
-    let preload = match section.has("preload") {
-        true => section.strings("preload")?.into_iter().map(str::to_owned).collect(),
-        false => default.preload,
-    };
+    let named = section.strings("preload")?.into_iter().map(str::to_owned).collect();
+    let preload = if section.has("preload") { named } else { default.preload };
     section.finish()?;
     Ok(Drill { dir, run_as, preload })
 }

@@ -25,7 +25,9 @@ pub async fn run(context: &Context, work: &Work) -> Result<Done> {
         Work::Backup { target, fast } => {
             let report =
                 backup::run(context, target, backup::Options { fast: *fast, ..backup::Options::default() }).await?;
-            Ok(done(report.has_debts(), report.backup.id.to_string()))
+            let why = report.full_because.as_ref();
+            let why = why.map_or_else(String::new, |why| format!(", full, because {why}"));
+            Ok(done(report.has_debts(), format!("{}{why}", report.backup.id)))
         }
         Work::Dump { target } | Work::Files { target } => {
             let report = backup::run(context, target, backup::Options::default()).await?;

@@ -175,7 +175,7 @@ async fn reason(fixture: &Fixture, system_id: u64) -> Option<String> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn only_what_the_newest_commit_names_is_believed() {
+async fn only_what_a_commit_names_is_believed() {
     let (fixture, other) = (Fixture::memory(2, 2).await, Fixture::memory(2, 2).await);
     let files = [Made::new("base/1", noise(5, 90 * PAGE_SIZE)), Made::new("base/2", noise(6, 100))];
     next(&fixture, &files).await;
@@ -199,12 +199,14 @@ async fn only_what_the_newest_commit_names_is_believed() {
     keep(&std::fs::read(state_path(other.files.path(), &options().target)).unwrap());
     assert!(reason(&fixture, 7).await.unwrap().contains("is not the page map"));
 
-    // Another machine took a backup meanwhile: what is remembered here is of the one before.
+    // Another machine took a backup meanwhile, perhaps under a clock that is ahead: what is remembered here is of the one
+    // before, and as good as it was.
     keep(&good);
     fixture.clock.advance(60);
     fixture.backup(&files, Some(need(1000, 1090))).await;
-    assert!(reason(&fixture, 7).await.unwrap().contains("no page map was kept"));
+    assert_eq!(reason(&fixture, 7).await, None);
     std::fs::remove_file(&path).unwrap();
+    assert!(reason(&fixture, 7).await.unwrap().contains("no page map was kept"));
     let full = next(&fixture, &files).await;
     assert_eq!(full.commit.kind, BackupKind::Full);
     std::fs::remove_file(&path).unwrap();

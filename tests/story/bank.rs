@@ -80,6 +80,17 @@ impl Bank {
         stream
     }
 
+    /// Waits until everything that is committed now is durable.
+    pub async fn shipped(&self) {
+        let flushed = self.cluster.flush_lsn().await;
+        process::eventually("it is durable", Duration::from_secs(20), async || {
+            let status = self.drctl(["wal", "status", "--json"]).run().await.ok().json();
+            let durable = status["targets"][0]["receiver"]["durable_lsn"].as_str().unwrap_or("0/0").to_owned();
+            durable.parse::<drctl::model::Lsn>().is_ok_and(|durable| durable >= flushed)
+        })
+        .await;
+    }
+
     /// A base backup.
     pub async fn backup(&self) {
         self.drctl(["backup", "ledger", "--fast"]).run().await.ok();
@@ -90,6 +101,7 @@ impl Bank {
         let line = ["drill", "ledger", "--json"].iter().chain(options);
         let drill =
             self.drctl(line).expect_log("drill left").expect_log("is not readable").expect_log("region is left behind");
+        let drill = drill.expect_log("taken from another region");
         drill.run().await
     }
 

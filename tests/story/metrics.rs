@@ -95,7 +95,7 @@ async fn prometheus_sees_what_the_regions_hold_and_what_goes_wrong() {
     let more = format!("rpo = \"5s\"\n[daemon]\nlisten = \"127.0.0.1:{port}\"\n");
     let config = first_configuration(&scratch, &cluster, &more).await;
     let dr = config.parent().unwrap();
-    std::fs::create_dir(dr.join("schedules")).unwrap();
+    std::fs::create_dir_all(dr.join("schedules")).unwrap();
     let schedule =
         "job = \"backup\"\ntarget = \"ledger\"\ncron = \"0 3 * * *\"\nmax_age = \"2d\"\nparams = { fast = true }\n";
     std::fs::write(dr.join("schedules/ledger-base.toml"), schedule).unwrap();

@@ -63,7 +63,7 @@ async fn a_problem_is_paged_once_and_so_is_its_end() {
     let (scratch, receiver) = (Scratch::new(), Receiver::start().await);
     let config = configured(&scratch, &receiver, "generic").await;
     let dr = config.parent().unwrap();
-    std::fs::create_dir(dr.join("schedules")).unwrap();
+    std::fs::create_dir_all(dr.join("schedules")).unwrap();
     let schedule = "job = \"verify\"\ncron = \"0 0 1 1 *\"\nretry = { max = 0 }\n";
     std::fs::write(dr.join("schedules/all-verify.toml"), schedule).unwrap();
     let daemon = drctl(&receiver, &config, &["daemon", "--grace", "5s"]);

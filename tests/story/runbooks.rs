@@ -158,6 +158,7 @@ async fn cold_restore_after_the_loss_of_a_region() {
     let stream = bank.stream().await;
     bank.backup().await;
     bank.cluster.execute("INSERT INTO account VALUES (1001, 70), (1002, -70)").await;
+    bank.shipped().await;
     stream.terminate().await.ok();
 
     bank.cluster.kill9().await;
@@ -218,8 +219,10 @@ async fn a_damaged_region_is_whole_again_and_a_drill_says_so() {
     bank.backup().await;
     let region = bank.home().join("region-b");
     let whole = super::rig3::files_below(&region);
-    let pack = largest(&region.join("packs"));
+    // The newest backup's, whose names end in their time.
     let damage = || {
+        let backups = fs::read_dir(region.join("packs/ledger")).unwrap().map(|entry| entry.unwrap().path());
+        let pack = largest(&backups.max().unwrap());
         let mut bad = fs::read(&pack).unwrap();
         let middle = bad.len() / 2;
         bad[middle] ^= 1;

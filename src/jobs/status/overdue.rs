@@ -45,7 +45,7 @@ pub(super) async fn overdue(
         let (job, target) = (schedule.work.job(), schedule.work.target().cloned());
         let otherwise = target.as_ref().map(&otherwise).unwrap_or_default();
         let by_hand = match job {
-            Job::Backup => otherwise.backup,
+            Job::Backup | Job::Dump | Job::Files => otherwise.backup,
             Job::Drill => otherwise.drill,
             _ => None,
         };

@@ -38,7 +38,7 @@ use crate::store::{ObjectStore, StoreError};
 
 mod told;
 
-pub use told::{dead_man, notifiers};
+pub use told::{dead_man, notifiers, willing_notifiers};
 
 /// On whose behalf stores and keys are used; each has credentials of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

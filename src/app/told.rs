@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::config::{Settings, Url, WebhookFormat};
-use crate::model::{Result, ResultExt};
+use crate::model::{Error, Result, ResultExt};
 use crate::notify::{Address, Client, DeadMan, Grafana, Notifier, Style, Webhook};
 
 /// Everybody who is told of pages and of drills.
@@ -11,26 +11,30 @@ use crate::notify::{Address, Client, DeadMan, Grafana, Notifier, Style, Webhook}
 /// # Errors
 /// An address is wrong, or its secret cannot be read.
 pub fn notifiers(settings: &Settings) -> Result<Vec<Arc<dyn Notifier>>> {
-    let mut list: Vec<Arc<dyn Notifier>> = Vec::new();
-    let (webhook, grafana) = (settings.notify.webhook.as_ref(), settings.grafana.as_ref());
-    if webhook.is_none() && grafana.is_none() {
-        return Ok(list);
-    }
-    let client = Client::new()?;
-    if let Some(webhook) = webhook {
-        let style = match webhook.format {
+    each(settings).into_iter().collect()
+}
+
+/// The same for work that must not wait for a secret to be mended: who cannot be told is left out, and that is logged.
+pub fn willing_notifiers(settings: &Settings) -> Vec<Arc<dyn Notifier>> {
+    let told = |error: &Error| tracing::error!(%error, "somebody will not be told; see: drctl notify test");
+    each(settings).into_iter().filter_map(|notifier| notifier.inspect_err(told).ok()).collect()
+}
+
+fn each(settings: &Settings) -> Vec<Result<Arc<dyn Notifier>>> {
+    let webhook = settings.notify.webhook.as_ref().map(|wanted| -> Result<Arc<dyn Notifier>> {
+        let style = match wanted.format {
             WebhookFormat::Generic => Style::Generic,
             WebhookFormat::Slack => Style::Slack,
         };
-        let address = address(&webhook.url).during(|| "[notify.webhook] url")?;
-        list.push(Arc::new(Webhook::new(client.clone(), address, style)));
-    }
-    if let Some(grafana) = grafana {
-        let address = address(&grafana.url).during(|| "[grafana] url")?;
-        let token = grafana.token.read()?;
-        list.push(Arc::new(Grafana::new(client, &address, token.expose(), grafana.dashboard_uid.clone())?));
-    }
-    Ok(list)
+        let address = address(&wanted.url).during(|| "[notify.webhook] url")?;
+        Ok(Arc::new(Webhook::new(Client::new()?, address, style)))
+    });
+    let grafana = settings.grafana.as_ref().map(|wanted| -> Result<Arc<dyn Notifier>> {
+        let address = address(&wanted.url).during(|| "[grafana] url")?;
+        let token = wanted.token.read()?;
+        Ok(Arc::new(Grafana::new(Client::new()?, &address, token.expose(), wanted.dashboard_uid.clone())?))
+    });
+    webhook.into_iter().chain(grafana).collect()
 }
 
 fn address(url: &Url) -> Result<Address> {

@@ -13,7 +13,7 @@ use crate::app::{self, World};
 use crate::config::Settings;
 use crate::daemon::figures::Figures;
 use crate::daemon::standing::Standing;
-use crate::model::Result;
+use crate::model::Error;
 use crate::observe::task;
 
 /// How long WAL of a target may stand still.
@@ -25,13 +25,10 @@ pub(super) struct Life {
 }
 
 impl Life {
-    pub(super) fn start(
-        settings: &Settings,
-        world: &World,
-        standing: &Arc<Standing>,
-        figures: &Arc<Figures>,
-    ) -> Result<Self> {
-        let Some(switch) = app::dead_man(settings)? else { return Ok(Self { task: None }) };
+    pub(super) fn start(settings: &Settings, world: &World, standing: &Arc<Standing>, figures: &Arc<Figures>) -> Self {
+        // Whoever waits for the sign pages when it stays away.
+        let told = |error: &Error| tracing::error!(%error, "no sign of life will be given");
+        let Some(switch) = app::dead_man(settings).inspect_err(told).ok().flatten() else { return Self { task: None } };
         let every = settings.notify.dead_man.as_ref().map_or(LONGEST_STILL, |dead_man| dead_man.every);
         let (standing, figures, clock) = (Arc::clone(standing), Arc::clone(figures), Arc::clone(&world.clock));
         let task = task::spawn("dead-man", async move {
@@ -53,7 +50,7 @@ impl Life {
                 tokio::time::sleep(every).await;
             }
         });
-        Ok(Self { task: Some(task) })
+        Self { task: Some(task) }
     }
 }
 

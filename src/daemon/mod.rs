@@ -139,22 +139,20 @@ impl Observer {
         let figures = Arc::new(Figures::new(Arc::clone(&standing), Arc::clone(&world.meters)));
         standing.reloaded(Some(schedules));
         figures.begin(schedules);
-        world.courier.serve(app::notifiers(&settings)?);
+        world.courier.serve(app::willing_notifiers(&settings));
         let (on, state_dir) = (settings.notify.on.clone(), &settings.repository.state_dir);
         let pager = Arc::new(Pager::new(on, state_dir, world.clone()));
-        let http = match settings.daemon.listen {
-            Some(address) => {
-                let known = (Arc::clone(&standing), Arc::clone(&figures));
-                Some(Http::start(address, known, guarded(&settings, api)?).await?)
-            }
-            None => None,
-        };
+        let known = (Arc::clone(&standing), Arc::clone(&figures));
+        let http = listen(&settings, known, api).await.unwrap_or_else(|error| {
+            tracing::error!(%error, "nothing answers over TCP until the daemon is started again");
+            None
+        });
         let role = options.role();
         Ok(Self {
             http,
             _watch: Watch::start(&settings, role, world, &standing),
             _reading: Reading::start((&settings, role, options.wants(Job::Wal)), world, &figures, &pager)?,
-            _life: Life::start(&settings, world, &standing, &figures)?,
+            _life: Life::start(&settings, world, &standing, &figures),
             standing,
             figures,
             pager,
@@ -173,12 +171,14 @@ impl Observer {
     }
 }
 
-/// What is answered over TCP beside probes and metrics: nothing without a token.
-fn guarded(settings: &Settings, api: Api) -> Result<Router> {
-    match &settings.daemon.token {
-        Some(token) => Ok(gate::guarded(control::router(api), &token.read()?)),
-        None => Ok(Router::new()),
-    }
+/// The TCP listener, where one is wanted. Beside probes and metrics it answers nothing without a token.
+async fn listen(settings: &Settings, known: (Arc<Standing>, Arc<Figures>), api: Api) -> Result<Option<Http>> {
+    let Some(address) = settings.daemon.listen else { return Ok(None) };
+    let guarded = match &settings.daemon.token {
+        Some(token) => gate::guarded(control::router(api), &token.read()?),
+        None => Router::new(),
+    };
+    Http::start(address, known, guarded).await.map(Some)
 }
 
 struct Daemon {

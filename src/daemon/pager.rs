@@ -25,12 +25,14 @@ const AWAY_FOR_LONG: Duration = Duration::from_secs(600);
 pub(super) struct Pager {
     on: BTreeSet<Occasion>,
     problems: Mutex<Problems>,
+    /// Targets without a gap when the regions were read last.
+    whole: Mutex<BTreeSet<String>>,
     world: World,
 }
 
 impl Pager {
     pub(super) fn new(on: BTreeSet<Occasion>, state_dir: &Path, world: World) -> Self {
-        Self { on, problems: Mutex::new(Problems::open(state_dir)), world }
+        Self { on, problems: Mutex::new(Problems::open(state_dir)), whole: Mutex::default(), world }
     }
 
     /// A slot has ended.
@@ -64,8 +66,12 @@ impl Pager {
                 Some(_) => {}
             }
         }
-        for (target, position) in positions.iter().filter(|(_, position)| position.state == State::Gap) {
-            self.gap(target.as_str(), position.last_error.as_deref().unwrap_or_default());
+        // A receiver remembers a gap for as long as it lives; the regions know when a backup has begun behind it.
+        let whole = self.whole.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        for (target, position) in positions.iter().filter(|(target, _)| !whole.contains(target.as_str())) {
+            if position.state == State::Gap {
+                self.gap(target.as_str(), position.last_error.as_deref().unwrap_or_default());
+            }
         }
     }
 
@@ -73,9 +79,16 @@ impl Pager {
     pub(super) fn gaps(&self, page: &Page) {
         for (labels, gaps) in page.series(&table::WAL_GAPS) {
             let target = labels.first().map(String::as_str).unwrap_or_default();
+            let mut whole = self.whole.lock().unwrap_or_else(PoisonError::into_inner);
             match *gaps > 0.0 {
-                true => self.gap(target, ""),
-                false => self.resolve(&format!("gap/{target}"), "a backup was begun behind it"),
+                true => {
+                    whole.remove(target);
+                    self.gap(target, "");
+                }
+                false => {
+                    whole.insert(target.to_owned());
+                    self.resolve(&format!("gap/{target}"), "a backup was begun behind it");
+                }
             }
         }
     }

@@ -296,7 +296,9 @@ async fn a_file_is_given_to_recovery_or_it_certainly_does_not_exist() {
     for doubtful in [last.as_str(), &beyond] {
         fetch(doubtful, 255).await;
     }
-    ["a", "b"].map(|name| std::fs::rename(region(name).with_extension("away"), region(name)).unwrap());
+    for name in ["a", "b"] {
+        std::fs::rename(region(name).with_extension("away"), region(name)).unwrap();
+    }
 
     let frames = |region: &str| {
         let mut frames = walk(&rig.scratch.join(region).join("wal"));

@@ -80,7 +80,7 @@ fn pick(text: &str) -> Result<Pick> {
 pub async fn run(args: Args, session: &Session) -> Result<Exit> {
     let settings = session.settings()?;
     let world = World::real();
-    world.courier.serve(app::notifiers(&settings)?);
+    world.courier.serve(app::willing_notifiers(&settings));
     let mut context = app::context(&settings, Role::Restore, &world).await?;
     if let Some(directory) = args.dir {
         let absolute = std::path::absolute(directory);

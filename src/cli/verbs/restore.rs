@@ -120,7 +120,7 @@ impl FromStr for TablespaceMove {
 /// What stopped it.
 pub async fn run(args: Args, session: &Session) -> Result<Exit> {
     let (settings, world) = (session.settings()?, World::real());
-    world.courier.serve(app::notifiers(&settings)?);
+    world.courier.serve(app::willing_notifiers(&settings));
     let mut context = app::context(&settings, Role::Restore, &world).await?;
     if jobs::restore_streams::is_one(&context, &args.what).await? {
         let clusters_only = args.point.point() != Point::End

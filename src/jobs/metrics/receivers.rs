@@ -26,7 +26,7 @@ pub async fn ask(targets: &[Target]) -> Positions {
 
 /// Whether WAL flows into the regions.
 pub const fn flows(position: &Position) -> bool {
-    matches!(position.state, State::Streaming | State::Gap)
+    matches!(position.state, State::Streaming | State::Gap | State::Archiving)
 }
 
 /// What they say, as figures.

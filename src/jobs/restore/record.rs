@@ -15,7 +15,7 @@ use crate::jobs::restore::report::{PhaseTime, Report};
 use crate::jobs::restore::target::Point;
 use crate::jobs::restore::words::Plan;
 use crate::jobs::verdict::Verdict;
-use crate::model::{BackupId, Error, Lsn, RegionName, ReportId, Result, TargetName, Timeline};
+use crate::model::{BackupId, Error, Kind, Lsn, RegionName, ReportId, Result, TargetName, Timeline};
 use crate::repository::FORMAT;
 use crate::repository::handle::Writer;
 use crate::repository::regions::Incident;
@@ -118,7 +118,9 @@ impl Record {
         let mut why = None;
         if let Some(writer) = context.writer.as_ref().filter(signs) {
             match outbox::keep(context, writer, &head, &body).await {
-                Ok(_) => return Ok(Place::Regions(id)),
+                Ok(kept) if kept.is_stored() => return Ok(Place::Regions(id)),
+                // It waits in the state directory of a machine that may be thrown away tomorrow.
+                Ok(_) => why = Some(Error::new(Kind::Unavailable, "no region took the record")),
                 Err(error) => why = Some(error),
             }
         }

@@ -128,7 +128,7 @@ async fn a_killed_daemon_leaves_no_slot_without_an_outcome() {
     assert_eq!(rig.told("all-verify"), ["success 1 late"]);
     assert_eq!(rig.told("ledger-again"), ["success 1 late"]);
     let again = rig.runs("region-a", "ledger-again").remove(0);
-    let id = again["detail"].as_str().unwrap();
+    let id = again["detail"].as_str().unwrap().split(',').next().unwrap();
     let shown = Drctl::new(["show", id]).config(&rig.config).run().await.ok();
     assert!(shown.stdout.contains(id), "{shown}");
 

@@ -107,7 +107,11 @@ async fn prometheus_sees_what_the_regions_hold_and_what_goes_wrong() {
         http::get(port, "/readyz").await.is_ok_and(|(status, _)| status == 200)
     })
     .await;
-    Drctl::new(["run", "ledger-base"]).config(&config).run().await.ok();
+    // The second in which a schedule was met is accounted for.
+    eventually("the daemon takes the wish", SOON, async || {
+        Drctl::new(["run", "ledger-base"]).config(&config).run().await.code == Some(0)
+    })
+    .await;
     let backups = "drctl_backups{target=\"ledger\",kind=\"full\",region=\"region-b\",state=\"complete\"}";
     eventually("the backup is seen", SOON, async || prometheus.value(backups).await == Some(1.0)).await;
 

@@ -9,7 +9,9 @@ use crate::model::pattern::Pattern;
 use crate::model::{Error, Result};
 
 pub(super) fn files(section: &Section<'_>) -> Result<FilesTarget> {
-    let roots: Vec<_> = section.strings("roots")?.into_iter().map(PathBuf::from).collect();
+    // Rebuilt from its parts: a slash at the end would become the name of an entry that nothing unpacks.
+    let plain = |root: &str| Path::new(root).components().collect::<PathBuf>();
+    let roots: Vec<_> = section.strings("roots")?.into_iter().map(plain).collect();
     if roots.is_empty() {
         return Err(section.missing("roots"));
     }
@@ -42,10 +44,14 @@ fn check_roots(roots: &[PathBuf]) -> Result<()> {
 pub(super) fn dump(section: &Section<'_>) -> Result<DumpTarget> {
     let conninfo = section.converted("conninfo", without_password)?;
     let list = |key| -> Result<Vec<String>> { Ok(section.strings(key)?.into_iter().map(str::to_owned).collect()) };
+    let databases = list("databases")?;
+    if let Some(twice) = databases.iter().enumerate().find(|(at, name)| databases[..*at].contains(name)) {
+        return Err(section.wrong("databases", &Error::usage(format!("`{}` is named twice", twice.1))));
+    }
     Ok(DumpTarget {
         conninfo: conninfo.ok_or_else(|| section.missing("conninfo"))?,
         password: section.secret("password")?,
-        databases: list("databases")?,
+        databases,
         globals: section.boolean("globals")?.unwrap_or(true),
         bin_dir: section.path("bin_dir")?,
         schemas: list("schemas")?,
@@ -77,6 +83,15 @@ mod tests {
     }
 
     #[test]
+    fn a_root_has_one_spelling() {
+        for root in ["/etc/", "//etc", "/./etc/."] {
+            let files = read(&format!("source = \"files\"\nroots = [\"{root}\"]\n")).unwrap();
+            let Source::Files(target) = &files.targets[0].source else { panic!("{files:?}") };
+            assert_eq!(target.roots[0].as_os_str(), "/etc");
+        }
+    }
+
+    #[test]
     fn each_source_has_keys_of_its_own() {
         let files = read("source = \"files\"\nroots = [\"/etc\"]\nexclude = [\"*.swp\"]\nrpo = \"1h\"\n").unwrap();
         let Source::Files(target) = &files.targets[0].source else { panic!("{files:?}") };
@@ -90,6 +105,7 @@ mod tests {
             ("source = \"files\"\nroots = [\"/etc\"]\ninclude = [\"a/\"]\n", "`a/` is not a pattern"),
             ("source = \"files\"\nroots = [\"/etc\"]\nslot = \"x\"\n", "unknown key `slot`"),
             ("source = \"dump\"\nconninfo = \"host=a password=hunter2\"\n", "a password must not stand"),
+            ("source = \"dump\"\nconninfo = \"host=a\"\ndatabases = [\"x\", \"y\", \"x\"]\n", "`x` is named twice"),
             ("source = \"dump\"\nconninfo = \"host=a\"\nmethod = \"local\"\n", "unknown key `method`"),
         ] {
             let told = read(text).unwrap_err().to_string();

@@ -69,7 +69,13 @@ impl Protected {
     }
 
     pub async fn backup(&self) -> Value {
-        self.drctl(["backup", "ledger", "--fast", "--json"]).run().await.ok().json()["backup"].clone()
+        self.drctl(["backup", "ledger", "--fast", "--json"])
+            .expect_log("taken from another region")
+            .run()
+            .await
+            .ok()
+            .json()["backup"]
+            .clone()
     }
 
     pub fn stream(&self) -> Background {

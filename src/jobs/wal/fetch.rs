@@ -7,13 +7,14 @@ use std::path::PathBuf;
 
 use crate::disk::place::Draft;
 use crate::jobs::context::Context;
+use crate::jobs::wal::position::reaches;
 use crate::model::{Branch, Error, Kind, Lsn, RegionName, Result, ResultExt, SegmentName, SystemId, TargetName};
 use crate::model::{Timeline, WalSegmentSize};
 use crate::pg::control::ControlFile;
 use crate::pg::history::{History, Reign};
 use crate::repository::catalog;
 use crate::repository::layout;
-use crate::repository::wal_index::{BranchId, Window};
+use crate::repository::wal_index::{self, BranchId, Window};
 use crate::repository::wal_log::{branch_of, read_history};
 use crate::repository::wal_reader::BranchLog;
 
@@ -86,6 +87,12 @@ async fn cluster(context: &Context, request: &Request) -> Result<Cluster> {
 
 /// The branches of a timeline whose history is stored.
 async fn branches(context: &Context, cluster: Cluster, timeline: Timeline) -> Result<(Vec<Branch>, Vec<RegionName>)> {
+    let (found, silent) = histories(context, cluster).await;
+    Ok((found.into_iter().filter(|(known, _)| *known == timeline).map(|(_, branch)| branch).collect(), silent))
+}
+
+/// Every stored history, and the regions that do not tell.
+async fn histories(context: &Context, cluster: Cluster) -> (Vec<(Timeline, Branch)>, Vec<RegionName>) {
     let prefix = layout::histories(cluster.system_id);
     let (mut found, mut silent) = (Vec::new(), Vec::new());
     for (region, listed) in context.repository.regions.list_each(&prefix).await {
@@ -94,17 +101,17 @@ async fn branches(context: &Context, cluster: Cluster, timeline: Timeline) -> Re
             continue;
         };
         let parsed = objects.iter().filter_map(|object| layout::parse_branch(object.key.strip_prefix(&prefix)?));
-        found.extend(parsed.filter(|(known, _)| *known == timeline).map(|(_, branch)| branch));
+        found.extend(parsed);
     }
     found.sort_unstable();
     found.dedup();
-    Ok((found, silent))
+    (found, silent)
 }
 
 async fn history(context: &Context, request: &Request, cluster: Cluster, timeline: Timeline) -> Result<Fetched> {
     let (found, silent) = branches(context, cluster, timeline).await?;
     match found.as_slice() {
-        [] => must_be_all(context, &silent).map(|()| Fetched::Absent),
+        [] => must_be_unknown(context, cluster, timeline, &silent).await.map(|()| Fetched::Absent),
         [branch] => {
             let content = read_history(&context.repository, cluster.system_id, timeline, branch).await?;
             let mut draft = Draft::begin(&request.path, 0o600)?;
@@ -133,6 +140,47 @@ fn must_be_all(context: &Context, silent: &[RegionName]) -> Result<()> {
     Err(error.because(format!("{names}: no answer")).transient(true))
 }
 
+/// WAL without the history of its timeline is one that is still to come, and not the end of the archive.
+async fn must_be_unknown(context: &Context, cluster: Cluster, timeline: Timeline, silent: &[RegionName]) -> Result<()> {
+    must_be_all(context, silent)?;
+    let stored = wal_index::branches(&context.repository.regions, cluster.system_id).await?;
+    if stored.iter().all(|branch| branch.timeline != timeline) {
+        return Ok(());
+    }
+    let error = Error::refused(format!("WAL of timeline {timeline} is stored, and its history is in no region"));
+    Err(error.hint(format!("hand `{}` of the server's pg_wal to `drctl wal push`", timeline.history_file_name())))
+}
+
+/// PostgreSQL takes the end of a timeline for the end of recovery. It is not, if a newer one left it behind `end`: the
+/// WAL in between is missing, and all that the newer one holds would be dropped.
+async fn must_be_last(context: &Context, cluster: Cluster, history: &History, end: Lsn) -> Result<()> {
+    let (known, silent) = histories(context, cluster).await;
+    must_be_all(context, &silent)?;
+    for stored in wal_index::branches(&context.repository.regions, cluster.system_id).await? {
+        let BranchId { system_id, timeline, branch } = stored;
+        if timeline <= history.timeline() || !known.contains(&(timeline, branch.clone())) {
+            continue;
+        }
+        let content = read_history(&context.repository, system_id, timeline, &branch).await?;
+        let newer = parse(timeline, &content)?;
+        let left = newer.reign_of(history.timeline()).and_then(|reign| reign.end);
+        let descends = newer.entries().starts_with(history.entries());
+        if descends && left.is_some_and(|left| !reaches(end, left)) {
+            let text = format!("the WAL of timeline {} has a hole at {end}", history.timeline());
+            let error =
+                Error::refused(text).because(format!("timeline {timeline}, which is stored, goes on behind it"));
+            return Err(error.hint("recovery must not end here: drctl wal status shows what is missing"));
+        }
+    }
+    Ok(())
+}
+
+fn parse(timeline: Timeline, content: &[u8]) -> Result<History> {
+    let text = std::str::from_utf8(content);
+    let text = text.map_err(|error| Error::damaged(format!("the history of timeline {timeline}")).because(error))?;
+    Ok(History::parse(timeline, text)?)
+}
+
 /// The history of a timeline: the asking cluster's own file decides between two of one number.
 async fn lineage(
     context: &Context,
@@ -149,15 +197,13 @@ async fn lineage(
         Err(_) => {
             let (found, silent) = branches(context, cluster, timeline).await?;
             match found.as_slice() {
-                [] => return must_be_all(context, &silent).map(|()| None),
+                [] => return must_be_unknown(context, cluster, timeline, &silent).await.map(|()| None),
                 [branch] => read_history(&context.repository, cluster.system_id, timeline, branch).await?.to_vec(),
                 _ => return Err(ambiguous(timeline)),
             }
         }
     };
-    let text = std::str::from_utf8(&content);
-    let text = text.map_err(|error| Error::damaged(format!("the history of timeline {timeline}")).because(error))?;
-    Ok(Some((branch_of(&content), History::parse(timeline, text)?)))
+    Ok(Some((branch_of(&content), parse(timeline, &content)?)))
 }
 
 /// WAL of one timeline that goes into the file.
@@ -195,7 +241,7 @@ async fn segment(context: &Context, request: &Request, cluster: Cluster, name: S
         parts.iter_mut().for_each(|part| part.from = start);
     }
     let Some(last) = parts.last_mut() else { return Ok(Fetched::Absent) };
-    match extent(context, last)? {
+    match extent(context, last, (cluster, &history)).await? {
         None => Ok(Fetched::Absent),
         Some(to) => {
             last.to = to;
@@ -205,7 +251,7 @@ async fn segment(context: &Context, request: &Request, cluster: Cluster, name: S
 }
 
 /// Up to where a part can be given; `None` = nothing of it exists.
-fn extent(context: &Context, part: &Part) -> Result<Option<Lsn>> {
+async fn extent(context: &Context, part: &Part, (cluster, history): (Cluster, &History)) -> Result<Option<Lsn>> {
     let window = part.log.window(part.from);
     if window.is_some_and(|window| window.end >= part.to) {
         return Ok(Some(part.to));
@@ -221,6 +267,7 @@ fn extent(context: &Context, part: &Part) -> Result<Option<Lsn>> {
     }
     let silent: Vec<_> = part.log.index.unreadable().iter().map(|(region, _)| region.clone()).collect();
     must_be_all(context, &silent)?;
+    must_be_last(context, cluster, history, end).await?;
     // The end of all WAL: up to the last complete record it is right, and zeros behind it say so to PostgreSQL.
     let complete = window.and_then(|Window { last_record_end, .. }| last_record_end);
     Ok(complete.filter(|complete| *complete > part.from))

@@ -29,7 +29,7 @@ use crate::pg::PgError;
 use crate::pg::replication::ReplicationClient;
 use crate::repository::fan_out::{FanOut, LaneOutcome, Patience};
 use crate::repository::gaps::{self, Gap};
-use crate::repository::wal_adopt::{Tail, take_over};
+use crate::repository::wal_adopt::{Era, Tail, take_over};
 use crate::repository::wal_frame::EpochKind;
 use crate::repository::wal_index::BranchId;
 
@@ -292,8 +292,8 @@ impl Run {
     }
 
     /// Adoption writes at the quorum, for which it waits as long as it takes: what takes long is told.
-    async fn take_over(&self, lineage: &[BranchId]) -> Result<Option<Tail>> {
-        let taken = take_over(&self.context.repository, lineage, &self.out);
+    async fn take_over(&self, lineage: &[Era], back_to: Option<&BranchId>) -> Result<Option<Tail>> {
+        let taken = take_over(&self.context.repository, (lineage, back_to), &self.out);
         let mut taken = std::pin::pin!(taken);
         if let Ok(tail) = timeout(SLOW_TAKEOVER, &mut taken).await {
             return tail;
@@ -314,7 +314,7 @@ impl Run {
         let cursor = match &self.cursor {
             Some(cursor) => Some(cursor.clone()),
             None => {
-                let tail = self.take_over(&server.branches()).await;
+                let tail = self.take_over(&server.eras(), None).await;
                 let tail = tail.inspect_err(|error| self.shared.trouble(State::WaitingForRegions, error))?;
                 tail.map(|tail| Start { branch: tail.branch, lsn: tail.end, at_record: tail.at_record })
             }
@@ -442,10 +442,11 @@ impl Run {
         Ok(())
     }
 
-    /// Where to go on if others stored what the server no longer has.
+    /// Where to go on if others stored what the server no longer has, from the cursor on without a hole.
     async fn filled(&self, cursor: &Start, server: &Server) -> Result<Option<Start>> {
-        let tail = self.take_over(&server.branches()).await?;
+        let tail = self.take_over(&server.eras(), Some(&cursor.branch)).await?;
         let tail = tail.filter(|tail| tail.branch != cursor.branch || tail.end > cursor.lsn);
+        let tail = tail.filter(|tail| tail.is_reached_from(&cursor.branch, cursor.lsn));
         Ok(tail.map(|tail| Start { branch: tail.branch, lsn: tail.end, at_record: tail.at_record }))
     }
 

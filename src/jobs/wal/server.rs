@@ -6,6 +6,7 @@ use crate::pg::PgError;
 use crate::pg::history::{History, Reign};
 use crate::pg::replication::ReplicationClient;
 use crate::pg::wal::{Expect, RecordWalker, magic_of};
+use crate::repository::wal_adopt::Era;
 use crate::repository::wal_index::BranchId;
 use crate::repository::wal_log::{Log, branch_of};
 
@@ -74,6 +75,11 @@ impl Server {
     /// The branches of its history, newest first.
     pub(super) fn branches(&self) -> Vec<BranchId> {
         self.lineage.iter().map(|descent| self.branch(descent)).collect()
+    }
+
+    /// The same, each with where it was left.
+    pub(super) fn eras(&self) -> Vec<Era> {
+        self.lineage.iter().map(|descent| Era { branch: self.branch(descent), end: descent.reign.end }).collect()
     }
 
     /// Where streaming continues after `cursor`: there, or at the switch if the server's history left that timeline

@@ -1,7 +1,7 @@
 //! Whether a dump would work: connect, see what would be dumped, find the programs.
 
 use super::Options;
-use super::server::Server;
+use super::server::{Choice, Server};
 use crate::model::Result;
 
 /// What was found.
@@ -25,7 +25,8 @@ pub struct Found {
 /// The server does not answer, or a database that was named does not exist.
 pub async fn look(options: &Options) -> Result<Found> {
     let server = Server::connect(options).await?;
-    let (databases, left_out) = server.databases(options).await?;
+    let Choice { chosen: databases, closed, refused } = server.databases(options).await?;
+    let left_out = closed.into_iter().chain(refused).collect();
     let pg_dump = server.programs(options.bin_dir.as_deref()).await.map(|programs| programs.version);
     let query = "SELECT NOT (rolsuper OR rolbypassrls) FROM pg_catalog.pg_roles WHERE rolname = current_user";
     let row = server.client().query_one(query, &[]).await.map_err(crate::pg::PgError::from)?;

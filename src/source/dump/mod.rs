@@ -27,7 +27,7 @@ pub use look::{Found, look};
 pub use restore::{Goal, Place, Restored, Wishes, create, drop_created, inspect, restore};
 
 use child::Child;
-use server::Server;
+use server::{Choice, Server};
 
 /// The stream of what belongs to no database: roles, their memberships, tablespaces.
 pub const GLOBALS: &str = "globals.sql";
@@ -75,7 +75,10 @@ impl Scope {
             ("exclude-table", exclude_tables),
             ("exclude-table-data", exclude_table_data),
         ];
-        named.into_iter().flat_map(|(name, list)| list.iter().map(move |text| format!("--{name}={text}")))
+        // Without it a table that was renamed drops out of the dump, as long as any other pattern still matches.
+        let strict = (!schemas.is_empty() || !tables.is_empty()).then(|| "--strict-names".to_owned());
+        let named = named.into_iter().flat_map(|(name, list)| list.iter().map(move |text| format!("--{name}={text}")));
+        strict.into_iter().chain(named)
     }
 }
 
@@ -148,7 +151,7 @@ impl Dump {
 impl StreamSource for Dump {
     async fn copy(&mut self, items: mpsc::Sender<StreamItem>) -> Result<Copied> {
         let server = Server::connect(&self.options).await?;
-        let (chosen, left_out) = server.databases(&self.options).await?;
+        let Choice { chosen, closed, refused } = server.databases(&self.options).await?;
         let programs = server.programs(self.options.bin_dir.as_deref()).await?;
         let mut contents = Contents {
             server_version: server.version,
@@ -157,7 +160,7 @@ impl StreamSource for Dump {
             scope: self.options.scope.clone(),
             databases: Vec::new(),
             globals: None,
-            left_out,
+            left_out: closed.iter().chain(&refused).cloned().collect(),
         };
         let mut notes = Vec::new();
         for name in chosen {
@@ -183,10 +186,10 @@ impl StreamSource for Dump {
             notes.extend(child.send(&items, GLOBALS).await.during(|| "dump roles and tablespaces")?);
             contents.globals = Some(GLOBALS.to_owned());
         }
-        notes.extend(contents.left_out.iter().cloned());
+        notes.extend(closed);
         let document = serde_json::to_value(&contents);
         let document = document.map_err(|error| Error::failed("describe the dump").because(error))?;
-        Ok(Copied { document, notes, left_out: Vec::new() })
+        Ok(Copied { document, notes, left_out: refused })
     }
 
     fn method(&self) -> &'static str {

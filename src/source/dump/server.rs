@@ -25,6 +25,17 @@ pub(super) struct Server {
     pub(super) version: u32,
 }
 
+/// Which databases are dumped.
+#[derive(Debug, Default)]
+pub(super) struct Choice {
+    /// These.
+    pub(super) chosen: Vec<String>,
+    /// Nobody can connect to these, and the server wants it so.
+    pub(super) closed: Vec<String>,
+    /// These lack a grant: the dump is not what was asked for.
+    pub(super) refused: Vec<String>,
+}
+
 impl Server {
     pub(super) async fn connect(options: &Options) -> Result<Self> {
         Self::reach(options.conninfo.clone().with_application_name(NAME)).await
@@ -69,7 +80,7 @@ impl Server {
     }
 
     /// The databases that are to be dumped; and those that nobody named and are not, with the reason.
-    pub(super) async fn databases(&self, options: &Options) -> Result<(Vec<String>, Vec<String>)> {
+    pub(super) async fn databases(&self, options: &Options) -> Result<Choice> {
         let query = "SELECT datname, datallowconn, pg_catalog.has_database_privilege(oid, 'CONNECT')
                      FROM pg_catalog.pg_database WHERE NOT datistemplate ORDER BY datname";
         let rows = self.client.query(query, &[]).await.map_err(PgError::from)?;
@@ -77,20 +88,27 @@ impl Server {
         if !options.databases.is_empty() {
             let missing = options.databases.iter().find(|name| !known.iter().any(|(known, ..)| known == *name));
             return match missing {
-                None => Ok((options.databases.clone(), Vec::new())),
+                None => Ok(Choice { chosen: options.databases.clone(), ..Choice::default() }),
                 Some(name) => Err(Error::not_found(format!("the server has no database `{name}`"))
                     .hint("mend `databases` of the target, or leave it out to dump all of them")),
             };
         }
-        let (mut chosen, mut left_out) = (Vec::new(), Vec::new());
+        let mut choice = Choice::default();
         for (name, allows, may) in known {
             match (allows, may) {
-                (true, true) => chosen.push(name),
-                (false, _) => left_out.push(format!("database {name} is not dumped: it allows no connections")),
-                (true, false) => left_out.push(format!("database {name} is not dumped: we may not connect to it")),
+                (true, true) => choice.chosen.push(name),
+                (false, _) => choice.closed.push(format!("database {name} is not dumped: it allows no connections")),
+                (true, false) => {
+                    choice.refused.push(format!("database {name} is not dumped: we may not connect to it"))
+                }
             }
         }
-        Ok((chosen, left_out))
+        if choice.chosen.is_empty() {
+            let error =
+                Error::refused("there is no database that we may connect to").because(choice.refused.join("; "));
+            return Err(error.hint("GRANT CONNECT ON DATABASE … TO the role of the target's conninfo"));
+        }
+        Ok(choice)
     }
 
     /// Takes a snapshot of a database and keeps it until [`Snapshot::end`].
@@ -100,7 +118,9 @@ impl Server {
                      BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY";
         client.batch_execute(begin).await.map_err(PgError::from)?;
         // The time of BEGIN: the snapshot is taken by the first statement behind it, so nothing committed before is missed.
-        let query = "SELECT pg_catalog.pg_export_snapshot(), pg_catalog.now()";
+        // A standby knows what it has replayed, and not what the primary has committed since.
+        let query = "SELECT pg_catalog.pg_export_snapshot(), CASE WHEN pg_catalog.pg_is_in_recovery()
+                       THEN least(pg_catalog.now(), pg_catalog.pg_last_xact_replay_timestamp()) ELSE pg_catalog.now() END";
         let row = client.query_one(query, &[]).await.map_err(PgError::from).during(|| "export a snapshot")?;
         let (id, at): (String, DateTime<Utc>) = (row.get(0), row.get(1));
         let locale = self.locale(&client).await?;

@@ -16,7 +16,7 @@ pub const BLOCK: usize = 512;
 /// A value of an attribute has at most 64 KiB, and a file rarely more than a few; more is an attack.
 const EXTENDED_LIMIT: u64 = 16 * 1024 * 1024;
 /// A map of more than a million runs is an attack, too.
-const MAP_LIMIT: u64 = 1 << 20;
+pub(super) const MAP_LIMIT: u64 = 1 << 20;
 /// Bytes of the name, link name, user and group fields.
 const NAME_FIELD: usize = 100;
 const OWNER_FIELD: usize = 31;

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{OFlags, SeekFrom, seek};
 use rustix::io::Errno;
 
-use super::entry::{BLOCK, Entry, Kind, padding, write_end};
+use super::entry::{BLOCK, Entry, Kind, MAP_LIMIT, padding, write_end};
 use super::names::Names;
 use super::{Contents, Options, Told, shown};
 use crate::model::{Error, Result};
@@ -53,7 +53,7 @@ struct Packer<'a, W> {
     users: Names,
     groups: Names,
     /// Entries that may come again under another name: (device, inode) and the first name.
-    links: HashMap<(u64, u64), Vec<u8>>,
+    links: HashMap<(u64, u64), (Vec<u8>, Look)>,
     /// Directories that are written once something in them is: with `include`, not every one of them is wanted.
     pending: Vec<Entry>,
     contents: Contents,
@@ -149,14 +149,24 @@ impl<W: Write> Packer<'_, W> {
 
     /// What may have several names; a later one refers to the first.
     fn other_name(&mut self, found: &Metadata, mut entry: Entry) -> Done {
-        let identity = (found.dev(), found.ino());
-        if found.nlink() > 1 {
-            match self.links.get(&identity) {
-                Some(first) => (entry.kind, entry.attributes) = (Kind::Hardlink(first.clone()), Vec::new()),
-                None => drop(self.links.insert(identity, entry.path.clone())),
-            }
+        match self.first_name(found) {
+            Some(first) => (entry.kind, entry.attributes) = (Kind::Hardlink(first), Vec::new()),
+            None => self.remember(found, &entry),
         }
         self.head(&entry)
+    }
+
+    /// The name under which the same contents are in the archive already. A number that was given to another file since
+    /// then is no proof: size and time tell them apart.
+    fn first_name(&self, found: &Metadata) -> Option<Vec<u8>> {
+        let (first, look) = self.links.get(&(found.dev(), found.ino())).filter(|_| found.nlink() > 1)?;
+        (*look == look_of(found)).then(|| first.clone())
+    }
+
+    fn remember(&mut self, found: &Metadata, entry: &Entry) {
+        if found.nlink() > 1 {
+            self.links.insert((found.dev(), found.ino()), (entry.path.clone(), look_of(found)));
+        }
     }
 
     fn head(&mut self, entry: &Entry) -> Done {
@@ -190,14 +200,16 @@ impl<W: Write> Packer<'_, W> {
             Ok(_) => return self.lost(path, &ErrorKind::NotFound.into()),
             Err(error) => return self.lost(path, &error),
         };
-        let identity = (found.dev(), found.ino());
-        if found.nlink() > 1 && self.links.contains_key(&identity) {
+        // Decided once: what follows a head must be what the head says, whatever the file becomes meanwhile.
+        if self.first_name(&found).is_some() {
             let entry = self.entry(path, &found, Kind::File { size: 0, data: None });
             return self.other_name(&found, entry);
         }
         let runs = runs(&file, found.len());
+        // One that is cut short just now looks like a hole.
+        let steady = file.metadata().is_ok_and(|after| same(&found, &after));
         match runs {
-            None if found.len() <= SMALL => self.small(path, &file, found),
+            runs if found.len() <= SMALL && (runs.is_none() || !steady) => self.small(path, &file, found),
             runs => self.large(path, &file, (&found, runs)),
         }
     }
@@ -223,14 +235,16 @@ impl<W: Write> Packer<'_, W> {
             self.told.note(format!("{} changed while it was read", shown(path.as_os_str().as_bytes())));
         }
         let entry = self.entry(path, &found, Kind::File { size: bytes.len() as u64, data: None });
-        self.other_name(&found, entry)?;
+        self.remember(&found, &entry);
+        self.head(&entry)?;
         self.out.write_all(&bytes).and_then(|()| self.pad(bytes.len() as u64)).map_err(gone)
     }
 
     fn large(&mut self, path: &Path, file: &File, (found, data): (&Metadata, Option<Vec<(u64, u64)>>)) -> Done {
         let size = found.len();
         let entry = self.entry(path, found, Kind::File { size, data: data.clone() });
-        self.other_name(found, entry.clone())?;
+        self.remember(found, &entry);
+        self.head(&entry)?;
         let name = shown(path.as_os_str().as_bytes());
         for (offset, length) in data.unwrap_or_else(|| vec![(0, size)]) {
             match self.copy(file, (offset, length))? {
@@ -247,11 +261,11 @@ impl<W: Write> Packer<'_, W> {
         }
         if let Ok(after) = file.metadata()
             && !same(found, &after)
-            && after.len() >= size
         {
-            self.told.note(match after.len() - size {
-                0 => format!("{name} changed while it was read"),
-                more => format!("{name} grew by {more} bytes while it was read; they are not kept"),
+            self.told.note(match after.len().checked_sub(size) {
+                Some(0) => format!("{name} changed while it was read"),
+                Some(more) => format!("{name} grew by {more} bytes while it was read; they are not kept"),
+                None => format!("{name} shrank to {} bytes while it was read", after.len()),
             });
         }
         self.pad(entry.contents()).map_err(gone)
@@ -345,6 +359,13 @@ fn names(directory: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(names)
 }
 
+/// Size and time of the last change, which differ when a number is given to another file.
+type Look = (u64, i64, i64);
+
+fn look_of(found: &Metadata) -> Look {
+    (found.len(), found.mtime(), found.mtime_nsec())
+}
+
 fn same(before: &Metadata, after: &Metadata) -> bool {
     let look = |found: &Metadata| (found.len(), found.mtime(), found.mtime_nsec(), found.ctime(), found.ctime_nsec());
     look(before) == look(after)
@@ -378,7 +399,8 @@ fn runs(file: &File, size: u64) -> Option<Vec<(u64, u64)>> {
         at = end;
     }
     let data: u64 = runs.iter().map(|(_, length)| length).sum();
-    (data < size).then_some(runs)
+    // A file of more holes than a reader accepts is stored whole.
+    (data < size && (runs.len() as u64) < MAP_LIMIT - 1).then_some(runs)
 }
 
 fn attributes(path: &Path) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {

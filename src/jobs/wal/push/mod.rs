@@ -8,6 +8,7 @@ mod name;
 mod origin;
 mod walk;
 
+use std::collections::BTreeSet;
 use std::io::{Seek, SeekFrom};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -25,7 +26,8 @@ use crate::model::{Error, Kind, Lsn, Result, ResultExt, SystemId, Timeline};
 use crate::pg::wal::{SegmentHeader, check_segment_head};
 use crate::repository::fan_out::{FanOut, LaneOutcome, Patience};
 use crate::repository::wal_frame::EpochKind;
-use crate::repository::wal_log::{Epoch, Log, store_history};
+use crate::repository::wal_index::BranchId;
+use crate::repository::wal_log::{Epoch, Log, branch_of, store_history};
 
 /// A keyset seals no more than a day of WAL.
 const KEYSET_LIFE: Duration = Duration::from_secs(24 * 3600);
@@ -82,6 +84,8 @@ struct Desk {
     out: Arc<FanOut>,
     book: SharedBook,
     origin: Origin,
+    /// Timelines whose history files are stored.
+    histories: BTreeSet<BranchId>,
     open: Option<Open>,
     streamed: Option<Streamed>,
 }
@@ -108,7 +112,7 @@ impl PushDesk {
         let out = Arc::new(FanOut::new(&context.repository.regions, Patience::PUSH));
         let origin = Origin::open(context, target);
         let (context, target) = (context.clone(), target.clone());
-        let desk = Desk { context, target, out, book, origin, open: None, streamed };
+        let desk = Desk { context, target, out, book, origin, histories: BTreeSet::new(), open: None, streamed };
         Self { work: tokio::sync::Mutex::new(desk), told: Mutex::default() }
     }
 
@@ -276,7 +280,21 @@ impl Desk {
         let header = check_segment_head(name, &head, handed.length)?;
         self.origin.must_own(&self.target, header.system_id).await?;
         let line = self.origin.line(&self.target, header.name.timeline).await?;
+        self.store_histories(header.system_id, &line).await?;
         Ok((header, line))
+    }
+
+    /// Nobody finds WAL of a timeline whose history is not stored, and PostgreSQL may archive that later or never.
+    async fn store_histories(&mut self, system_id: SystemId, line: &Line) -> Result<()> {
+        for timeline in line.history.ancestry().map(|reign| reign.timeline) {
+            let Some(file) = self.origin.file(timeline) else { continue };
+            let id = BranchId { system_id, timeline, branch: branch_of(file.as_bytes()) };
+            if !self.histories.contains(&id) {
+                store_history(&self.context.repository, (system_id, timeline), file.as_bytes(), &self.out).await?;
+                self.histories.insert(id);
+            }
+        }
+        Ok(())
     }
 
     /// PostgreSQL archives a segment in the moment in which its last byte is streamed.

@@ -71,6 +71,11 @@ impl Origin {
         self.known.system_id
     }
 
+    /// The history file of a timeline, as far as it is known.
+    pub(super) fn file(&self, timeline: Timeline) -> Option<&str> {
+        self.known.histories.get(&timeline).map(String::as_str)
+    }
+
     /// A timeline of this cluster.
     ///
     /// # Errors

@@ -25,6 +25,6 @@ fn what_is_dumped_goes_to_pg_dump_as_one_argument_each() {
     let arguments: Vec<_> = scope.arguments().collect();
     assert_eq!(
         arguments,
-        ["--schema=app", "--exclude-table-data=app.log_*", "--exclude-table-data=--file=/etc/passwd"]
+        ["--strict-names", "--schema=app", "--exclude-table-data=app.log_*", "--exclude-table-data=--file=/etc/passwd"]
     );
 }

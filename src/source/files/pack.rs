@@ -245,11 +245,12 @@ impl<W: Write> Packer<'_, W> {
         let entry = self.entry(path, found, Kind::File { size, data: data.clone() });
         self.remember(found, &entry);
         self.head(&entry)?;
-        let name = shown(path.as_os_str().as_bytes());
+        let (name, mut ended) = (shown(path.as_os_str().as_bytes()), false);
         for (offset, length) in data.unwrap_or_else(|| vec![(0, size)]) {
             match self.copy(file, (offset, length))? {
                 Copied::Whole => {}
                 Copied::EndedAt(at) => {
+                    ended = true;
                     self.told
                         .note(format!("{name} shrank from {size} to {at} bytes while it was read; zeros stand behind"));
                 }
@@ -261,6 +262,7 @@ impl<W: Write> Packer<'_, W> {
         }
         if let Ok(after) = file.metadata()
             && !same(found, &after)
+            && !ended
         {
             self.told.note(match after.len().checked_sub(size) {
                 Some(0) => format!("{name} changed while it was read"),

@@ -65,17 +65,13 @@ impl Protected {
     /// With the configuration and PostgreSQL of this cluster.
     fn here(&self, drctl: Drctl) -> Drctl {
         let bin = self.cluster.bin_dir();
-        drctl.config(&self.home().join("drctl.toml")).env(&format!("DRCTL_PG_BIN_{}", self.cluster.major()), bin)
+        let drctl = drctl.config(&self.home().join("drctl.toml"));
+        // While WAL streams beside it, a frame on its way is in one region before it is in the other.
+        drctl.env(&format!("DRCTL_PG_BIN_{}", self.cluster.major()), bin).expect_log("taken from another region")
     }
 
     pub async fn backup(&self) -> Value {
-        self.drctl(["backup", "ledger", "--fast", "--json"])
-            .expect_log("taken from another region")
-            .run()
-            .await
-            .ok()
-            .json()["backup"]
-            .clone()
+        self.drctl(["backup", "ledger", "--fast", "--json"]).run().await.ok().json()["backup"].clone()
     }
 
     pub fn stream(&self) -> Background {

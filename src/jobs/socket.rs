@@ -14,6 +14,7 @@ use axum::response::{IntoResponse, Response};
 use axum::serve::IncomingStream;
 use axum::{Json, body::Body};
 use bytes::Bytes;
+use futures::StreamExt as _;
 use http_body_util::{BodyExt, Limited};
 use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize};
@@ -27,6 +28,8 @@ use crate::pg::instance::User;
 
 /// Whoever sends more is not drctl.
 const ANSWER_LIMIT: usize = 1024 * 1024;
+/// How long somebody who is not invited is listened to.
+const LISTEN_OUT: std::time::Duration = std::time::Duration::from_secs(10);
 /// Root may do anything anyway.
 const ROOT: u32 = 0;
 
@@ -201,11 +204,14 @@ async fn admit(
     if uid.is_some_and(|uid| guests.admits(uid)) {
         return next.run(request).await;
     }
-    let path = request.uri().path();
+    let path = request.uri().path().to_owned();
     tracing::warn!(uid, pid, path, "somebody who is not invited asked on a socket");
     let who = uid.map_or_else(|| "this account".to_owned(), |uid| format!("user {uid}"));
     let error = Error::refused(format!("{who} may not use this socket"));
     let error = error.hint("the daemon's own user and root may; others are named in [daemon] allow");
+    // Whoever still writes when the connection closes gets a broken pipe, and never reads why.
+    let rest = request.into_body().into_data_stream().for_each(|_| std::future::ready(()));
+    let _ = tokio::time::timeout(LISTEN_OUT, rest).await;
     (StatusCode::FORBIDDEN, Json(Refusal::from(&error))).into_response()
 }
 

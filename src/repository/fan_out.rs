@@ -151,6 +151,11 @@ impl FanOut {
         outcome
     }
 
+    /// In how many regions a write must be to be acknowledged.
+    pub const fn quorum(&self) -> usize {
+        self.quorum
+    }
+
     /// Waits until every region has what it was given or is left behind, and says which owe what.
     pub async fn drain(self) -> Vec<LaneOutcome> {
         self.tasks.close();

@@ -46,10 +46,14 @@ pub mod tree;
 pub mod trust;
 pub mod uploads;
 pub mod wal_adopt;
+pub mod wal_claim;
 pub mod wal_frame;
 pub mod wal_index;
 pub mod wal_log;
+#[cfg(test)]
+mod wal_model;
 pub mod wal_reader;
+pub mod wal_seal;
 pub mod wrap_debts;
 
 /// The version of the repository format that this program writes and reads.

@@ -11,6 +11,7 @@ use futures::future::join_all;
 use serde::Serialize;
 
 use crate::model::{Error, Kind, RegionName, Result};
+use crate::repository::layout::WAL;
 use crate::store::{Depth, Digest, ListedObject, ObjectStore, StoreError};
 
 /// One independent copy of the repository.
@@ -98,6 +99,11 @@ impl Regions {
     /// The lowest quorum that the configuration allows.
     pub const fn lowest_quorum(&self) -> usize {
         self.lowest
+    }
+
+    /// How many regions must be read so that at least one of them holds any write that was ever acknowledged.
+    pub const fn read_quorum(&self) -> usize {
+        self.list.len() + 1 - self.lowest
     }
 
     /// One region by name.
@@ -195,6 +201,15 @@ impl Regions {
             (region.name.clone(), listed)
         });
         join_all(lists).await
+    }
+
+    /// The regions that cannot be listed at present, and why.
+    pub async fn silent(&self) -> BTreeMap<RegionName, Error> {
+        let asked = self.list.iter().map(|region| async {
+            let listed = region.store.list(WAL, Depth::Level, None).await;
+            listed.err().map(|error| (region.name.clone(), Error::from(error)))
+        });
+        join_all(asked).await.into_iter().flatten().collect()
     }
 
     /// The names below `prefix` in any region that answers, sorted.

@@ -26,6 +26,7 @@ mod majors;
 mod memory;
 mod metrics;
 mod notify;
+mod ownership;
 mod platforms;
 mod recovery_point;
 mod regions;

@@ -42,7 +42,7 @@ impl Rig {
         Self::with_regions(conninfo, DIRECTORIES).await
     }
 
-    async fn with_regions(conninfo: &str, regions: &str) -> Self {
+    pub async fn with_regions(conninfo: &str, regions: &str) -> Self {
         Self::with_more(conninfo, regions, "").await
     }
 
@@ -151,7 +151,7 @@ impl Rig {
     }
 
     /// Every stored byte is the byte that the server wrote there, frames end with records, and closed epochs are closed.
-    async fn assert_equals_pg_wal(&self, cluster: &Cluster) -> u64 {
+    pub async fn assert_equals_pg_wal(&self, cluster: &Cluster) -> u64 {
         let context = self.context().await;
         let system = cluster.query("SELECT system_identifier FROM pg_control_system()").await.parse().unwrap();
         let mut compared = 0;

@@ -387,7 +387,7 @@ impl Desk {
 
 fn fits(open: &Open, log: &Log, start: Lsn, now: Duration) -> bool {
     let fresh = now.saturating_sub(open.since) < KEYSET_LIFE;
-    fresh && open.epoch.durable() == start && open.epoch.log() == log
+    fresh && open.epoch.position() == start && open.epoch.log() == log
 }
 
 fn rewound(file: &mut SpooledTempFile) -> Result<&mut SpooledTempFile> {

@@ -118,7 +118,8 @@ pub async fn regions(settings: &Settings, role: Role, world: &World) -> Result<R
     }
     let repository = &settings.repository;
     let regions = Regions::new(list, repository.write_quorum, repository.lowest_quorum())?;
-    Ok(regions.detached_after(repository.detach_after))
+    let degrade_after = repository.degrade.as_ref().map(|degrade| degrade.after);
+    Ok(regions.detached_after(repository.detach_after).degraded_after(degrade_after))
 }
 
 /// One region of `settings`; if it cannot be opened, one stands in its place that says why.
@@ -482,6 +483,7 @@ fn cluster(target: &TargetSettings, pg: &PostgresTarget) -> Result<Target> {
         wal_disk_bytes: pg.wal_disk_bytes,
         stream: pg.stream,
         heartbeat: pg.heartbeat,
+        sync: pg.sync,
         control_socket: pg.control_socket.clone(),
         config_files: pg.config_files.clone(),
         heartbeat_database: pg.heartbeat_database.clone(),

@@ -53,6 +53,9 @@ pub mod wal_log;
 #[cfg(test)]
 mod wal_model;
 pub mod wal_reader;
+#[cfg(test)]
+#[allow(clippy::cast_possible_truncation, reason = "made-up data is small")]
+mod wal_replay;
 pub mod wal_seal;
 pub mod wrap_debts;
 

@@ -30,6 +30,7 @@ pub struct Regions {
     quorum: usize,
     lowest: usize,
     detach_after: Option<Duration>,
+    degrade_after: Option<Duration>,
     trouble: Arc<Trouble>,
 }
 
@@ -73,12 +74,22 @@ impl Regions {
                 "a write quorum of {quorum} (lowest {lowest}) does not fit {count} regions"
             )));
         }
-        Ok(Self { list, quorum, lowest, detach_after: None, trouble: Arc::default() })
+        Ok(Self { list, quorum, lowest, detach_after: None, degrade_after: None, trouble: Arc::default() })
     }
 
     /// The same regions, with the time after which writes go on without one that lags behind the quorum.
     pub fn detached_after(self, detach_after: Option<Duration>) -> Self {
         Self { detach_after, ..self }
+    }
+
+    /// The same regions, with the time after which writes are acknowledged at the lowest quorum while more is out of reach.
+    pub fn degraded_after(self, degrade_after: Option<Duration>) -> Self {
+        Self { degrade_after, ..self }
+    }
+
+    /// How long the full quorum must have been out of reach before a lower one is enough; never without a word.
+    pub const fn degrade_after(&self) -> Option<Duration> {
+        self.degrade_after
     }
 
     /// How long a region may lag behind the quorum, if the configuration says.

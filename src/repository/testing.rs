@@ -26,7 +26,7 @@ use crate::repository::manifest::Line;
 use crate::repository::pack::OBJECT_LIMIT;
 use crate::repository::parent::{Basis, choose, state_path};
 use crate::repository::regions::{Region, Regions};
-use crate::repository::wal_adopt::{Era, TakeOver, Tail, take_over};
+use crate::repository::wal_adopt::{Era, Tail, TakeOver, take_over};
 use crate::repository::wal_claim::Known;
 use crate::repository::wal_frame::EpochKind;
 use crate::repository::wal_index::BranchId;
@@ -37,6 +37,8 @@ use crate::store::{
     Capabilities, Depth, Digest, ListPage, ListToken, ObjectInfo, ObjectStore, Put, PutOptions, StoreError,
 };
 
+const FIRST_SECOND: i64 = 1_795_000_000;
+
 /// Time that stands still unless it is moved.
 #[derive(Debug)]
 pub struct TestClock(AtomicI64);
@@ -44,7 +46,7 @@ pub struct TestClock(AtomicI64);
 impl TestClock {
     /// A clock that shows a fixed day.
     pub fn new() -> Arc<Self> {
-        Arc::new(Self(AtomicI64::new(1_795_000_000)))
+        Arc::new(Self(AtomicI64::new(FIRST_SECOND)))
     }
 
     /// Moves it.
@@ -59,7 +61,7 @@ impl Clock for TestClock {
     }
 
     fn monotonic(&self) -> Duration {
-        Duration::ZERO
+        Duration::from_secs(u64::try_from(self.0.load(Ordering::Relaxed) - FIRST_SECOND).unwrap_or_default())
     }
 }
 
@@ -288,9 +290,8 @@ impl Fixture {
 
     /// Takes over from every earlier writer.
     pub async fn take_over(&self, lineage: &[Era], back_to: Option<&BranchId>) -> Result<Option<Tail>> {
-        let (known, lost) = (Known::default(), BTreeSet::new());
-        let (repository, writer) = (&self.repository, &self.writer);
-        let owner = TakeOver { repository, writer, own: None, known: &known, lost: &lost };
+        let (known, repository, writer) = (Known::default(), &self.repository, &self.writer);
+        let owner = TakeOver { repository, writer, own: None, known: &known };
         take_over(&owner, (lineage, back_to)).await
     }
 

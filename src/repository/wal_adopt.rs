@@ -89,8 +89,6 @@ pub struct TakeOver<'a> {
     pub own: Option<&'a EpochId>,
     /// Epochs that are closed now are added.
     pub known: &'a Known,
-    /// Regions that somebody gave up, with whatever they alone hold.
-    pub lost: &'a BTreeSet<RegionName>,
 }
 
 /// Seals every other open stream epoch of a history, finds where its stored WAL ends, and makes all of it durable.
@@ -103,10 +101,7 @@ pub struct TakeOver<'a> {
 /// # Errors
 /// `Unavailable` and transient while too few regions answer: an acknowledged frame may be in any quorum of regions, so
 /// all but one less than the lowest quorum must be read.
-pub async fn take_over(
-    owner: &TakeOver<'_>,
-    (lineage, back_to): (&[Era], Option<&BranchId>),
-) -> Result<Option<Tail>> {
+pub async fn take_over(owner: &TakeOver<'_>, (lineage, back_to): (&[Era], Option<&BranchId>)) -> Result<Option<Tail>> {
     let mut found: Option<Stored> = None;
     for era in lineage {
         let Some(older) = stored(owner, &era.branch).await? else { continue };
@@ -179,12 +174,6 @@ fn end_of(runs: &[Run]) -> Option<(Window, bool)> {
     Some((window, streamed.is_some()))
 }
 
-/// How many regions must answer, and hold a SEAL.
-fn needed(owner: &TakeOver<'_>, index: &WalIndex) -> usize {
-    let given_up = index.unreadable().iter().filter(|(region, _)| owner.lost.contains(region)).count();
-    owner.repository.regions.read_quorum().saturating_sub(given_up).max(1)
-}
-
 /// A branch on which no epoch is open but the owner's own.
 struct Closed {
     index: WalIndex,
@@ -198,19 +187,15 @@ struct Closed {
 async fn close_epochs(owner: &TakeOver<'_>, branch: &BranchId) -> Result<Closed> {
     let repository = owner.repository;
     let index = WalIndex::load(&repository.regions, branch.clone()).await;
-    let needed = needed(owner, &index);
+    let needed = owner.known.read_quorum(repository, index.unreadable());
     must_be_readable(repository, index.unreadable(), needed)?;
     let (mut sealed, mut unclean) = (0, Vec::new());
     for epoch in index.epochs().keys().filter(|epoch| Some(*epoch) != owner.own) {
         match is_stream(repository, &index, epoch).await {
             Some(true) if !is_ended(repository, &index, epoch).await => unclean.push(epoch.clone()),
-            Some(_) => {}
-            None => {
-                tracing::error!(%epoch, "no frame of a WAL epoch is readable; it is left as it is");
-                continue;
-            }
+            Some(_) => owner.known.add(epoch.clone()),
+            None => tracing::error!(%epoch, "no frame of a WAL epoch is readable; it is left as it is"),
         }
-        owner.known.add(epoch.clone());
     }
     for epoch in &unclean {
         let mut ending = Ending::look(repository, (&index, epoch), needed).await?;
@@ -219,6 +204,7 @@ async fn close_epochs(owner: &TakeOver<'_>, branch: &BranchId) -> Result<Closed>
             tracing::info!(%epoch, at, "the epoch of an earlier writer is sealed");
             sealed += 1;
         }
+        owner.known.add(epoch.clone());
     }
     let index = if sealed > 0 { WalIndex::load(&repository.regions, branch.clone()).await } else { index };
     must_be_readable(repository, index.unreadable(), needed)?;
@@ -235,11 +221,11 @@ async fn is_ended(repository: &Repository, index: &WalIndex, epoch: &EpochId) ->
 /// every frame at the quorum before; what it lacks now is a debt for repair.
 async fn adopt(owner: &TakeOver<'_>, index: &WalIndex, unclean: &[EpochId]) -> Result<u64> {
     let repository = owner.repository;
-    let quorum = enough(owner, index);
+    let (quorum, needed) = (enough(owner, index), owner.known.read_quorum(repository, index.unreadable()));
     let mut adopted = 0;
     for epoch in unclean {
         let Some(seqs) = index.epochs().get(epoch) else { continue };
-        let ending = Ending::look(repository, (index, epoch), needed(owner, index)).await?;
+        let ending = Ending::look(repository, (index, epoch), needed).await?;
         let Closing::Sealed(end) = ending.closing else { continue };
         for (seq, listed) in seqs.range(..end) {
             // A SEAL is listed like a frame, so of the last ones the list tells too little.

@@ -18,9 +18,14 @@ use crate::repository::wal_frame::{EpochKind, FrameHeader};
 use crate::repository::wal_index::{BranchId, WalIndex};
 use crate::repository::wal_seal::{Closing, Ending};
 
-/// Epochs that need no second look: closed ones, those of other kinds, and this writer's own.
+/// What a writer knows of the others.
 #[derive(Debug, Default)]
-pub struct Known(Mutex<BTreeSet<EpochId>>);
+pub struct Known {
+    /// Epochs that need no second look: closed ones, those of other kinds, and this writer's own.
+    epochs: Mutex<BTreeSet<EpochId>>,
+    /// Regions that somebody gave up, with whatever they alone hold.
+    lost: Mutex<BTreeSet<RegionName>>,
+}
 
 impl Known {
     /// Adds one.
@@ -39,7 +44,20 @@ impl Known {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeSet<EpochId>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.epochs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From now on these regions may be away.
+    pub fn give_up(&self, regions: BTreeSet<RegionName>) {
+        *self.lost.lock().unwrap_or_else(PoisonError::into_inner) = regions;
+    }
+
+    /// How many regions must answer, and hold a SEAL: as many as share one with every write quorum, less those that do
+    /// not answer and were given up.
+    pub(super) fn read_quorum(&self, repository: &Repository, unreadable: &[(RegionName, String)]) -> usize {
+        let lost = self.lost.lock().unwrap_or_else(PoisonError::into_inner);
+        let given_up = unreadable.iter().filter(|(region, _)| lost.contains(region)).count();
+        repository.regions.read_quorum().saturating_sub(given_up).max(1)
     }
 }
 
@@ -60,16 +78,17 @@ pub(super) async fn is_stream(repository: &Repository, index: &WalIndex, epoch: 
 /// # Errors
 /// `Failed`: there is one, which a takeover must seal first. `Unavailable` and transient: too few regions answer.
 pub async fn must_be_alone(repository: &Repository, branch: &BranchId, known: &Known) -> Result<()> {
-    let epochs = epochs(repository, branch).await?;
+    let epochs = epochs(repository, branch, known).await?;
     if epochs.iter().all(|epoch| known.contains(epoch)) {
         return Ok(());
     }
     repository.trust.refresh(&repository.regions).await?;
     let index = WalIndex::load(&repository.regions, branch.clone()).await;
-    must_be_readable(repository, index.unreadable(), repository.regions.read_quorum())?;
+    let needed = known.read_quorum(repository, index.unreadable());
+    must_be_readable(repository, index.unreadable(), needed)?;
     for epoch in index.epochs().keys().filter(|epoch| !known.contains(epoch)) {
         if is_stream(repository, &index, epoch).await == Some(true) {
-            let ending = Ending::look(repository, (&index, epoch), repository.regions.read_quorum()).await?;
+            let ending = Ending::look(repository, (&index, epoch), needed).await?;
             if let Closing::Open(_) = ending.closing {
                 return Err(Error::failed(format!("another writer has an open WAL epoch beside this one: {epoch}")));
             }
@@ -80,7 +99,7 @@ pub async fn must_be_alone(repository: &Repository, branch: &BranchId, known: &K
 }
 
 /// The names of the epochs alone: far fewer than frames.
-async fn epochs(repository: &Repository, branch: &BranchId) -> Result<BTreeSet<EpochId>> {
+async fn epochs(repository: &Repository, branch: &BranchId, known: &Known) -> Result<BTreeSet<EpochId>> {
     let prefix = layout::wal_branch(branch.system_id, branch.timeline, &branch.branch);
     let lists = repository.regions.all().iter().map(|region| list_prefixes(region.store.as_ref(), &prefix));
     let (mut epochs, mut unreadable) = (BTreeSet::new(), Vec::new());
@@ -93,7 +112,7 @@ async fn epochs(repository: &Repository, branch: &BranchId) -> Result<BTreeSet<E
             Err(error) => unreadable.push((region.name.clone(), error.to_string())),
         }
     }
-    must_be_readable(repository, &unreadable, repository.regions.read_quorum())?;
+    must_be_readable(repository, &unreadable, known.read_quorum(repository, &unreadable))?;
     Ok(epochs)
 }
 

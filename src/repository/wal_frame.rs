@@ -213,6 +213,12 @@ impl Frame {
         Self::split(bytes, repository, place, trust).map(|(header, _)| header)
     }
 
+    /// What the header says that these bytes are; whether it may say so is not looked at.
+    pub fn kind(bytes: &[u8]) -> Option<FrameKind> {
+        let (head, _) = split_head(bytes)?;
+        serde_json::from_slice::<FrameHeader>(head).ok().map(|header| header.kind)
+    }
+
     /// Reads a whole object; the body's digest is checked, no key is needed.
     ///
     /// # Errors

@@ -209,7 +209,8 @@ impl WalIndex {
         let seqs = self.frames.get(epoch)?;
         let (last, _) = seqs.last_key_value()?;
         let small = |seq: &&u64| self.size(epoch, **seq) <= BARE_LIMIT;
-        let near: Vec<u64> = seqs.range(last.saturating_sub(IN_FLIGHT - 1)..).map(|(seq, _)| seq).filter(small).copied().collect();
+        let near: Vec<u64> =
+            seqs.range(last.saturating_sub(IN_FLIGHT - 1)..).map(|(seq, _)| seq).filter(small).copied().collect();
         let headers = join_all(near.iter().map(|seq| self.header(repository, epoch, *seq))).await;
         let sealed = headers.into_iter().flatten().filter(|header| header.kind == FrameKind::Seal);
         sealed.map(|header| header.place.seq).min()

@@ -344,14 +344,14 @@ fn holdings(view: &Cells) -> Holdings<usize> {
 }
 
 /// Every state that any order of steps leads to: how many, or the first that loses something.
-fn explore(rules: &Rules) -> Result<usize, State> {
+fn explore(rules: &Rules) -> Result<usize, Box<State>> {
     let first = State::first(rules);
     let (mut seen, mut open) = (HashSet::from([first]), vec![first]);
     while let Some(state) = open.pop() {
         for action in state.actions(rules) {
             let next = state.step(rules, action).sorted(rules.regions);
             if next.is_lossy() {
-                return Err(next);
+                return Err(Box::new(next));
             }
             if seen.insert(next) {
                 open.push(next);

@@ -80,11 +80,7 @@ impl Ending {
     ///
     /// # Errors
     /// A region listed a frame and does not give it.
-    pub async fn look(
-        repository: &Repository,
-        (index, epoch): Sealed<'_>,
-        read_quorum: usize,
-    ) -> Result<Self> {
+    pub async fn look(repository: &Repository, (index, epoch): Sealed<'_>, read_quorum: usize) -> Result<Self> {
         let mut holdings = Holdings::new();
         let Some(seqs) = index.epochs().get(epoch) else {
             return Ok(Self { holdings, read_quorum, closing: Closing::Open(0) });

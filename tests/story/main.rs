@@ -37,6 +37,7 @@ mod runbooks;
 mod sabotage;
 mod soak;
 mod streams;
+mod sync;
 mod systemd;
 mod verify;
 mod wal;

@@ -259,7 +259,8 @@ impl Run {
         });
         self.sessions += 1;
         let log = server.log(&self.target, &start.branch);
-        Ok(Session::new((self.sessions, log), start, stream, Buffer::new(walker), durable))
+        let session = Session::new((self.sessions, log), start, stream, Buffer::new(walker), durable);
+        Ok(session.synchronous(self.target.sync && self.kind == EpochKind::Stream))
     }
 
     async fn prepare_slot(&mut self, client: &mut ReplicationClient) -> Result<String, Trouble> {

@@ -35,6 +35,8 @@ pub(super) struct Session {
     /// When the first byte in the buffer arrived.
     since: Option<Instant>,
     durable: Lsn,
+    /// Whether commits wait for what this stream reports.
+    sync: bool,
 }
 
 impl Session {
@@ -46,7 +48,12 @@ impl Session {
         buffer: Buffer,
         durable: Lsn,
     ) -> Self {
-        Self { number, log, start, stream, buffer, since: None, durable }
+        Self { number, log, start, stream, buffer, since: None, durable, sync: false }
+    }
+
+    /// The same, for a server that lets commits wait.
+    pub(super) fn synchronous(self, sync: bool) -> Self {
+        Self { sync, ..self }
     }
 
     /// Where to go on when this session is over.
@@ -79,7 +86,8 @@ impl Session {
 
     async fn send_status(&mut self, now: chrono::DateTime<chrono::Utc>) -> Result<(), Trouble> {
         let status = StandbyStatus {
-            write: self.buffer.end(),
+            // A server that waits with remote_write takes this for the operating system's hands, and here is only memory.
+            write: if self.sync { self.durable } else { self.buffer.end() },
             // Never behind the last complete record: the server may remove what lies before, and an unfinished record
             // is streamed again from its start.
             flush: self.durable,
@@ -109,7 +117,9 @@ impl Run {
     }
 
     async fn pump(&mut self, session: &mut Session) -> Result<Ended, Trouble> {
-        let (clock, ship_interval) = (self.context.clock.clone(), self.target.ship_interval);
+        let clock = self.context.clock.clone();
+        // A commit that waits must not wait for others to share its frame; those that come while frames are on their way do.
+        let ship_interval = if self.target.sync { Duration::ZERO } else { self.target.ship_interval };
         let mut shipped = self.shared.shipped.subscribe();
         let mut ticks = interval(STATUS);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);

@@ -97,7 +97,9 @@ impl Shared {
             State::Streaming if view.gap => State::Gap,
             other => other,
         };
-        let outcomes = self.out.upgrade().map(|out| out.outcomes()).unwrap_or_default();
+        let out = self.out.upgrade();
+        let degraded_to = out.as_ref().filter(|out| out.is_degraded()).map(|out| out.quorum());
+        let outcomes = out.map(|out| out.outcomes()).unwrap_or_default();
         let regions = outcomes.into_iter().map(|lane| RegionPosition {
             name: lane.region,
             missing_objects: lane.missing_objects,
@@ -120,6 +122,7 @@ impl Shared {
             regions: regions.collect(),
             epoch: shipped.epoch,
             last_error: shipped.trouble.or(view.last_error),
+            degraded_to,
             pushes: Pushes::default(),
             heartbeat: self.beats.then(|| self.pulse.heartbeat(shipped.durable)),
         }

@@ -32,7 +32,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 const ROOM: u32 = 32;
 /// What a frame takes of it at least, so that there are never more than four.
 const SMALLEST_SHARE: u32 = 8;
-const _: () = assert!(ROOM / SMALLEST_SHARE <= IN_FLIGHT as u32, "readers reckon with no more frames on their way");
+const _: () = assert!((ROOM / SMALLEST_SHARE) as u64 <= IN_FLIGHT, "readers reckon with no more frames on their way");
 
 /// A frame to be shipped.
 #[derive(Debug)]
@@ -118,20 +118,8 @@ struct Landed {
 
 /// Starts a shipper.
 pub(super) fn start(context: &Context, kind: EpochKind, means: Means) -> Result<ShipperHandle> {
-    let (commands, queue) = mpsc::unbounded_channel();
-    let shipper = Shipper {
-        repository: context.repository.clone(),
-        writer: context.writer()?.clone(),
-        level: context.levels.wal,
-        kind,
-        means,
-        open: None,
-        flying: FuturesOrdered::new(),
-        since: VecDeque::new(),
-        passing: PassingSegments::default(),
-    };
-    let task = task::spawn("wal-shipper", shipper.run(queue));
-    Ok(ShipperHandle { commands, room: Arc::new(Semaphore::new(ROOM as usize)), task })
+    let writer = context.writer()?.clone();
+    Ok(Shipper::new(context.repository.clone(), writer, (kind, context.levels.wal), means).start())
 }
 
 impl ShipperHandle {
@@ -180,6 +168,17 @@ impl ShipperHandle {
 }
 
 impl Shipper {
+    fn new(repository: Repository, writer: Writer, (kind, level): (EpochKind, i32), means: Means) -> Self {
+        let (flying, since, passing) = (FuturesOrdered::new(), VecDeque::new(), PassingSegments::default());
+        Self { repository, writer, level, kind, means, open: None, flying, since, passing }
+    }
+
+    fn start(self) -> ShipperHandle {
+        let (commands, queue) = mpsc::unbounded_channel();
+        let task = task::spawn("wal-shipper", self.run(queue));
+        ShipperHandle { commands, room: Arc::new(Semaphore::new(ROOM as usize)), task }
+    }
+
     async fn run(mut self, mut queue: mpsc::UnboundedReceiver<Command>) -> Result<()> {
         loop {
             tokio::select! {
@@ -280,16 +279,18 @@ impl Shipper {
     /// Only stream epochs have one owner at a time.
     async fn claim(&mut self, epoch: &mut Epoch) -> Result<()> {
         let mut pause = FIRST_PAUSE;
-        while self.kind == EpochKind::Stream {
+        if self.kind != EpochKind::Stream {
+            return Ok(());
+        }
+        loop {
             match epoch.claim(&self.means.known).await {
-                Ok(()) => break,
+                Ok(()) => return Ok(()),
                 Err(error) if error.kind() == Kind::Unavailable => self.tell_closed(&error),
                 Err(error) => return Err(error),
             }
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(LONGEST_PAUSE);
         }
-        Ok(())
     }
 
     fn tell_closed(&self, error: &Error) {
@@ -306,5 +307,61 @@ impl Shipper {
             Some(open) => open.epoch.close().await,
             None => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::repository::fan_out::Patience;
+    use crate::repository::testing::{Fixture, log};
+    use crate::repository::wal_index::BranchId;
+    use crate::repository::wal_reader::BranchLog;
+
+    fn frame(start: u64, end: u64, at_boundary: bool) -> Frame {
+        let marks = Marks { first_record: Some(Lsn(start)), last_record: Some((Lsn(start), Lsn(end))), commits: None };
+        let wal = (start..end).map(|at| at.to_le_bytes()[0]).collect();
+        Frame { log: log(), session: 1, chunk: Chunk { start: Lsn(start), wal, marks, at_boundary } }
+    }
+
+    async fn shipped(handle: &ShipperHandle, means: &Means, frame: Frame) -> EpochId {
+        let end = frame.chunk.marks.last_record.unwrap().1;
+        let room = handle.room(frame.chunk.wal.len()).await.unwrap();
+        handle.ship(frame, room);
+        let mut shipped = means.shipped.subscribe();
+        shipped.wait_for(|shipped| shipped.durable == end).await.unwrap().epoch.clone().unwrap()
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_keyset_is_renewed_after_a_day_and_never_within_a_record() {
+        let fixture = Fixture::memory(3, 2).await;
+        let out = Arc::new(FanOut::new(&fixture.repository.regions, Patience::WAL));
+        let shipped_so_far = Arc::new(watch::channel(Shipped::default()).0);
+        let means = Means { out, shipped: shipped_so_far, book: None, known: Arc::default() };
+        let (repository, writer) = (fixture.repository.clone(), fixture.writer.clone());
+        let handle = Shipper::new(repository, writer, (EpochKind::Stream, 1), means.clone()).start();
+        let first = shipped(&handle, &means, frame(1000, 1040, true)).await;
+        fixture.clock.advance(23 * 3600);
+        assert_eq!(shipped(&handle, &means, frame(1040, 1080, true)).await, first);
+        fixture.clock.advance(2 * 3600);
+        assert_eq!(shipped(&handle, &means, frame(1080, 1120, false)).await, first, "a record is not torn apart");
+        let second = shipped(&handle, &means, frame(1120, 1160, true)).await;
+        assert_ne!(second, first);
+        handle.finish().await.unwrap();
+
+        let branch = BranchId { system_id: log().system_id, timeline: log().timeline, branch: log().branch };
+        let stored = BranchLog::load(&fixture.repository, branch).await;
+        let keysets: BTreeSet<_> = stored.runs.iter().map(|run| run.first.keyset.clone()).collect();
+        assert_eq!((stored.runs.len(), keysets.len()), (2, 2));
+        let mut read = Vec::new();
+        let mut sink = |_, wal: &[u8]| {
+            read.extend_from_slice(wal);
+            Ok(std::ops::ControlFlow::Continue(()))
+        };
+        let range = (Lsn(1000), Lsn(1160));
+        stored.read(&fixture.repository, &fixture.ring, range, &mut sink).await.unwrap();
+        assert_eq!(read, (1000..1160_u64).map(|at| at.to_le_bytes()[0]).collect::<Vec<_>>());
     }
 }

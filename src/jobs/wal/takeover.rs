@@ -19,7 +19,7 @@ use crate::jobs::wal::server::{self, Server};
 use crate::model::{EpochId, Error, Lsn, RegionName, Result, TargetName, Timeline};
 use crate::pg::replication::StandbyStatus;
 use crate::repository::fan_out::{FanOut, Patience};
-use crate::repository::wal_adopt::{Era, TakeOver, Tail, take_over};
+use crate::repository::wal_adopt::{Era, Tail, TakeOver, take_over};
 use crate::repository::wal_claim::Known;
 use crate::repository::wal_index::BranchId;
 
@@ -75,9 +75,17 @@ async fn while_holding_the_slot<T>(
 ) -> Result<T, Trouble> {
     let newest = server.branches().into_iter().next();
     let newest = newest.ok_or_else(|| Error::failed("the server has no timeline"))?;
-    let mut client = server::connect(target).await?;
-    server::ensure_slot(&mut client, &target.slot).await?;
-    let mut held = client.start_physical(Some(&target.slot), server.flush_lsn, newest.timeline).await?;
+    let begin = async || {
+        let client = server::connect(target).await?;
+        client.start_physical(Some(&target.slot), server.flush_lsn, newest.timeline).await
+    };
+    let mut held = match begin().await {
+        Err(error) if server::is_missing_slot(&error) => {
+            server::ensure_slot(&mut server::connect(target).await?, &target.slot).await?;
+            begin().await?
+        }
+        begun => begun?,
+    };
     let mut work = std::pin::pin!(work);
     let mut ticks = interval(STATUS);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
@@ -112,7 +120,8 @@ async fn take_over_as(
         tracing::error!(%target, regions = ?accepted.regions, by, %at, "WAL that only these regions hold is given up, as an operator said");
         lost = accepted.regions;
     }
-    let tail = take_over(&TakeOver { repository, writer, own, known, lost: &lost }, history).await?;
+    known.give_up(lost.clone());
+    let tail = take_over(&TakeOver { repository, writer, own, known }, history).await?;
     if let Some(Tail { sealed, adopted, end, .. }) = tail.as_ref().filter(|tail| tail.sealed + tail.adopted > 0) {
         tracing::info!(%target, sealed, adopted, %end, "taken over from an earlier writer");
     }

@@ -186,6 +186,7 @@ impl PushDesk {
             regions: Vec::new(),
             epoch: None,
             last_error: None,
+            degraded_to: None,
             pushes: told.pushes,
             heartbeat: None,
         }

@@ -1,6 +1,7 @@
 //! Writing the WAL log: one epoch is one connection of one writer, with a keyset of its own and frames numbered from 0.
 //!
-//! An epoch's frames follow each other without a hole. Several may be on their way at once, up to [`IN_FLIGHT`]; a frame
+//! An epoch's frames follow each other without a hole. Several may be on their way at once, up to
+//! [`IN_FLIGHT`](crate::repository::wal_frame::IN_FLIGHT); a frame
 //! counts as durable when it and all before it are at the write quorum. The end of the last frame of that unbroken prefix
 //! is a position that may be reported to PostgreSQL as flushed.
 

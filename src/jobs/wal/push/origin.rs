@@ -75,7 +75,7 @@ impl Origin {
     /// Makes sure that the server itself has written `[start, end)` of a timeline.
     ///
     /// # Errors
-    /// Refused: it has not. Unavailable: it does not answer, and had not even begun that WAL when it was asked last.
+    /// Refused: it has not. Unavailable: it does not answer, and had not come to that WAL when it was asked last.
     pub(super) async fn must_have_written(
         &mut self,
         target: &Target,
@@ -91,7 +91,7 @@ impl Origin {
             if let Err(error) = self.ask(target).await {
                 // A server that shuts down archives its last segment and no longer answers.
                 return match self.seen {
-                    Some((current, flushed)) if current == timeline && flushed > start => Ok(()),
+                    Some((current, flushed)) if current == timeline && flushed >= start => Ok(()),
                     _ => Err(error.during(format!("whether {} wrote this WAL cannot be told now", target.name))),
                 };
             }

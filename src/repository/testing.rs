@@ -295,6 +295,17 @@ impl Fixture {
 
     /// The same, of a kind of choice.
     pub async fn epoch_of(&self, writer: &Writer, (kind, start): (EpochKind, u64), lengths: &[usize], close: bool) {
+        self.epoch_holding(writer, (kind, start), (lengths, close), |at| at as u8).await;
+    }
+
+    /// The same, with bytes of choice by position.
+    pub async fn epoch_holding(
+        &self,
+        writer: &Writer,
+        (kind, start): (EpochKind, u64),
+        (lengths, close): (&[usize], bool),
+        byte: impl Fn(u64) -> u8,
+    ) {
         let out = Arc::new(FanOut::new(&self.repository.regions, Patience::WAL));
         let opening = (log(), kind, Lsn(start));
         let mut epoch = Epoch::open(&self.repository, writer, opening, 1, Arc::clone(&out)).await.unwrap();
@@ -307,7 +318,7 @@ impl Fixture {
                 last_record: Some((Lsn(at), Lsn(end))),
                 commits: Some((time, time)),
             };
-            epoch.append(Lsn(at), (at..end).map(|at| at as u8).collect(), marks).await.unwrap();
+            epoch.append(Lsn(at), (at..end).map(&byte).collect(), marks).await.unwrap();
             at = end;
         }
         if close {

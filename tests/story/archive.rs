@@ -13,10 +13,10 @@ use crate::support::pg::{Cluster, Until};
 use crate::support::process::eventually;
 use crate::wal::{DIRECTORIES, Rig};
 
-const SOON: Duration = Duration::from_secs(30);
+pub const SOON: Duration = Duration::from_secs(30);
 
 /// A server with small segments that archives to whoever is at the rig's socket, and the rig.
-async fn archiving(major: u32, stream: bool) -> (Cluster, Rig) {
+pub async fn archiving(major: u32, stream: bool) -> (Cluster, Rig) {
     let cluster = Cluster::builder(major)
         .wal_segsize(1)
         .setting("autovacuum", "off")
@@ -37,14 +37,14 @@ async fn archiving(major: u32, stream: bool) -> (Cluster, Rig) {
 }
 
 /// A hundred rows and the end of their segment; its name.
-async fn fill_segment(cluster: &Cluster) -> String {
+pub async fn fill_segment(cluster: &Cluster) -> String {
     cluster.execute("CREATE TABLE IF NOT EXISTS t (n serial, text text)").await;
     cluster.execute("INSERT INTO t (text) SELECT md5(n::text) FROM generate_series(1, 100) n").await;
     let end: Lsn = cluster.query("SELECT pg_switch_wal()").await.parse().unwrap();
     cluster.query(&format!("SELECT pg_walfile_name('{end}'::pg_lsn)")).await
 }
 
-async fn until_archived(cluster: &Cluster, segment: &str) {
+pub async fn until_archived(cluster: &Cluster, segment: &str) {
     let archived = "SELECT coalesce(last_archived_wal, '') FROM pg_stat_archiver";
     eventually("the segment is archived", SOON, async || {
         let last = cluster.query(archived).await;
@@ -56,7 +56,7 @@ async fn until_archived(cluster: &Cluster, segment: &str) {
 const DIGEST: &str = "SELECT count(*), md5(string_agg(n || text, ',' ORDER BY n)) FROM t";
 
 impl Rig {
-    async fn serve(&self, state: State) -> Background {
+    pub async fn serve(&self, state: State) -> Background {
         let serve = self
             .stream()
             .expect_log("was refused")
@@ -67,7 +67,7 @@ impl Rig {
         serve
     }
 
-    async fn push(&self, path: &Path) -> Finished {
+    pub async fn push(&self, path: &Path) -> Finished {
         Drctl::new(
             ["wal", "push", "--socket"]
                 .map(std::ffi::OsStr::new)
@@ -93,7 +93,7 @@ impl Rig {
         count
     }
 
-    async fn restored(&self, name: &str) -> PathBuf {
+    pub async fn restored(&self, name: &str) -> PathBuf {
         let directory = self.scratch.join(name);
         let shown = directory.display().to_string();
         let fixed = ["restore", "ledger", "--json", "--target-dir", &shown];

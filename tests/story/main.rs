@@ -13,6 +13,7 @@ mod support;
 mod archive;
 mod bank;
 mod check;
+mod contradiction;
 mod daemon;
 mod documents;
 mod drill;

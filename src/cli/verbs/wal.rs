@@ -278,9 +278,10 @@ fn branch_text(text: &mut String, branch: &BranchWal, now: DateTime<Utc>, output
     for gap in &branch.gaps {
         let at = figures::moment(now, gap.at);
         let bytes = figures::bytes(gap.to.bytes_since(gap.from));
-        let word = match gap.filled {
-            true => output.paint(Colour::Green, "filled"),
-            false => output.paint(Colour::Red, "GAP"),
+        let word = match (gap.filled, gap.contradiction) {
+            (true, _) => output.paint(Colour::Green, "filled"),
+            (false, true) => output.paint(Colour::Red, "CONTRADICTION"),
+            (false, false) => output.paint(Colour::Red, "GAP"),
         };
         let _ = writeln!(text, "    {word}  {} to {}  {bytes}  met {at}: {}", gap.from, gap.to, gap.reason);
     }

@@ -11,8 +11,9 @@ use crate::jobs::restore::stage::staged_bytes;
 use crate::jobs::restore::target::{Finder, Pin, Point, Unreached};
 use crate::jobs::restore::words::{Needs, Plan, Refusal, RegionState, WalLeg};
 use crate::model::commit::{Commit, WalNeed};
-use crate::model::{Error, Kind, RegionName, Result, ResultExt};
+use crate::model::{Error, Kind, Lsn, RegionName, Result, ResultExt};
 use crate::repository::catalog::{self, Backup, Held};
+use crate::repository::gaps::{self, Gap};
 use crate::repository::handle::Repository;
 use crate::repository::inventory::InventoryLine;
 use crate::repository::restore::{Leftover, read_outline};
@@ -59,6 +60,7 @@ impl Prepared {
         plan.warnings.extend(damaged.iter().map(|error| format!("a COMMIT is not readable: {error}")));
         plan.command = command(&plan, request);
         let outline = plan.open(context, (&commit, &inventory), outline).await?;
+        plan.cross(context, &repository, &route).await?;
         let checked = Checked { context, request, commit: &commit, outline: outline.as_ref() };
         checks::check(&checked, &mut plan).await?;
         let unlisted = repository.trust.unlisted();
@@ -242,6 +244,10 @@ fn command(plan: &Plan, request: &Request) -> String {
     words.join(" ")
 }
 
+fn before(at: Lsn) -> String {
+    format!("restore to a point before it (--to-lsn {at}), or from a backup that began behind it: drctl list")
+}
+
 /// A word as a shell reads it.
 pub fn quoted(text: &str) -> String {
     let plain = text.chars().all(|c| c.is_ascii_alphanumeric() || "/._-+:=@,".contains(c));
@@ -267,6 +273,27 @@ impl Plan {
 
     pub(super) fn refuse_because(&mut self, what: impl Into<String>, why: impl Into<String>, next: impl Into<String>) {
         self.refused.push(Refusal { what: what.into(), why: why.into(), next: next.into(), judges: false });
+    }
+
+    /// WAL of which two versions are stored is not crossed. Where no key opens it, the records that its writers left say so.
+    async fn cross(&mut self, context: &Context, repository: &Repository, route: &Route) -> Result<()> {
+        for leg in &route.legs {
+            let (recorded, _) = gaps::read(repository, &leg.branch).await?;
+            let crossed = |gap: &Gap| gap.contradiction && gap.from < leg.to && leg.from < gap.to;
+            for gap in recorded.into_iter().filter(crossed) {
+                let what = format!("the WAL from {} to {} was stored in two versions", gap.from, gap.to);
+                self.refuse_because(what, gap.reason, before(gap.from));
+            }
+            let (found, unread) = leg.log.compare(repository, &context.ring, (leg.from, leg.to)).await;
+            for contradiction in &found {
+                let error = Error::from(contradiction);
+                self.refuse_because(error.message(), error.causes().join("; "), before(contradiction.at));
+            }
+            // A key that is missing is told where the backup is opened.
+            let damage = unread.iter().filter(|error| !matches!(error.kind(), Kind::NoKey | Kind::Unavailable));
+            self.warnings.extend(damage.map(|error| format!("overlapping WAL was not compared: {error}")));
+        }
+        Ok(())
     }
 
     /// A key holder that is away may open it tomorrow; one that was asked and could not will not.

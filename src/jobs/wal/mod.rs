@@ -4,6 +4,7 @@
 //! server; between them is one frame on its way and one that grows.
 
 mod buffer;
+mod contradiction;
 pub mod control;
 pub mod fetch;
 pub mod position;
@@ -52,7 +53,8 @@ impl Stream {
     /// Somebody else takes it on this host already, or the socket cannot be made.
     pub async fn start(context: &Context, target: &Target) -> Result<Self> {
         let lock = Arc::new(receiver::lock(context, target)?);
-        let book = Arc::new(Mutex::new(SegmentBook::open(&context.state_dir, target.name.as_str())));
+        let book = SegmentBook::open(&context.state_dir, target.name.as_str(), &context.repository.id);
+        let book = Arc::new(Mutex::new(book));
         let receiver = match target.stream {
             true => Some(Receiver::stream(context, target, Arc::clone(&lock), Arc::clone(&book))?),
             false => None,

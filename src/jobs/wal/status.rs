@@ -78,11 +78,15 @@ pub struct RecordedGap {
     pub at: DateTime<Utc>,
     /// Whether WAL that came later, by `archive_command`, covers it: then it is a gap no more.
     pub filled: bool,
+    /// Whether nothing is missing and two versions are stored: recovery crosses it as little.
+    pub contradiction: bool,
 }
 
 impl RecordedGap {
-    fn new(Gap { from, to, reason, at, .. }: Gap, union: &[Window]) -> Self {
-        Self { from, to, reason, at, filled: union.iter().any(|window| window.covers(from, to)) }
+    fn new(gap: Gap, union: &[Window]) -> Self {
+        let filled = !gap.is_open(|from, to| union.iter().any(|window| window.covers(from, to)));
+        let Gap { from, to, reason, at, contradiction, .. } = gap;
+        Self { from, to, reason, at, filled, contradiction }
     }
 }
 

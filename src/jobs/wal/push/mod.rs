@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use tempfile::SpooledTempFile;
 
 use crate::jobs::context::{Context, Target};
+use crate::jobs::wal::contradiction;
 use crate::jobs::wal::position::{Position, Pushes, State};
 use crate::jobs::wal::push::name::Archived;
 use crate::jobs::wal::push::origin::{Line, Origin};
@@ -249,15 +250,32 @@ impl Desk {
         });
         let (mut segment, digest) = looked.await.map_err(|error| Error::failed("the check died").because(error))??;
         let key = SegmentKey::of(&log, segment.start());
-        let newest = Some((log, segment.end()));
+        let newest = Some((log.clone(), segment.end()));
         self.wait_for_stream(&key, segment.end()).await;
         if self.is_known(&key, &digest)? {
             return Ok((Receipt::Known, newest));
         }
-        let to = segment.end();
+        let (start, to) = (segment.start(), segment.end());
+        self.must_be_written(segment.header.name.timeline, (start, to)).await?;
         self.store(&mut segment, to).await?;
-        segments::note(&self.book, vec![(key, digest)]).await;
+        if let Some(found) = segments::note(&self.book, vec![(key.clone(), digest)]).await.first() {
+            // Streaming brought another one meanwhile.
+            let place = (&self.context.repository, self.context.writer()?);
+            contradiction::record(place, &log, found, "archive_command brought", &self.out).await?;
+            return Err(another_one(&key));
+        }
         Ok((Receipt::Stored, newest))
+    }
+
+    /// A copy of the server's storage that was started elsewhere writes the same timeline with records of its own. What it
+    /// archives behind the server's own end would be taken for this cluster's, and streaming would go on behind it.
+    async fn must_be_written(&mut self, timeline: Timeline, (start, end): (Lsn, Lsn)) -> Result<()> {
+        let streamed = self.streamed.as_ref().map(|Streamed(position)| position());
+        let received = streamed.filter(|position| position.timeline == Some(timeline));
+        if received.is_some_and(|position| position.received_lsn >= end) {
+            return Ok(());
+        }
+        self.origin.must_have_written(&self.target, timeline, (start, end)).await
     }
 
     /// The end of a timeline that was left: stored as far as it holds records, for until the first segment of the next
@@ -267,7 +285,10 @@ impl Desk {
         let mut segment = Segment { file: handed.file, header, history: line.history };
         match segment.valid_end()? {
             None => Ok(Receipt::NotNeeded),
-            Some(end) => self.store(&mut segment, end).await.map(|()| Receipt::Stored),
+            Some(end) => {
+                self.must_be_written(segment.header.name.timeline, (segment.start(), end)).await?;
+                self.store(&mut segment, end).await.map(|()| Receipt::Stored)
+            }
         }
     }
 
@@ -321,14 +342,7 @@ impl Desk {
         match known {
             None => Ok(false),
             Some(known) if known == *digest => Ok(true),
-            Some(_) => {
-                let text =
-                    format!("the segment at {} of timeline {} is stored, and was another one", key.start, key.timeline);
-                let error = Error::refused(text)
-                    .because("same name, other bytes: two servers write one timeline, or the file is damaged");
-                Err(error
-                    .hint("what is stored stays; find out which server is the right one before you change anything"))
-            }
+            Some(_) => Err(another_one(key)),
         }
     }
 
@@ -383,6 +397,13 @@ impl Desk {
             None => Ok(()),
         }
     }
+}
+
+fn another_one(key: &SegmentKey) -> Error {
+    let text = format!("the segment at {} of timeline {} is stored, and was another one", key.start, key.timeline);
+    let error =
+        Error::refused(text).because("same name, other bytes: two servers write one timeline, or the file is damaged");
+    error.hint("what is stored stays; find out which server is the right one before you change anything")
 }
 
 fn fits(open: &Open, log: &Log, start: Lsn, now: Duration) -> bool {

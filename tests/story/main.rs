@@ -14,6 +14,7 @@ mod archive;
 mod bank;
 mod check;
 mod daemon;
+mod detection;
 mod documents;
 mod drill;
 mod escape;

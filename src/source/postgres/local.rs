@@ -21,7 +21,7 @@ use super::session::{Identity, Session};
 use super::started::Started;
 use crate::model::{Result, SystemId};
 use crate::pg::control::{ControlFile, State};
-use crate::source::{Batch, Begun, FileId, Finished, Item, PAGE_SIZE, PhysicalSource, Piece, SmallFile};
+use crate::source::{Batch, Begun, FileId, Finished, Item, PAGE_SIZE, PhysicalSource, Piece, SmallFile, Unread};
 
 /// The server rewrites its control file in place, and a reader may see half of it. Two seconds are more than any write.
 const CONTROL_TRIES: u32 = 100;
@@ -34,6 +34,7 @@ pub struct LocalBackup {
     session: Session,
     data_directory: PathBuf,
     identity: Identity,
+    unread: Option<(Arc<dyn Unread>, bool)>,
     stage: Stage,
 }
 
@@ -58,7 +59,7 @@ impl LocalBackup {
             None => PathBuf::from(session.data_directory().await?),
         };
         let identity = recognise(&session, &data_directory).await?;
-        Ok(Self { options, session, data_directory, identity, stage: Stage::Open })
+        Ok(Self { options, session, data_directory, identity, unread: None, stage: Stage::Open })
     }
 
     async fn start(&mut self) -> Result<Begun, SourceError> {
@@ -112,7 +113,8 @@ impl LocalBackup {
         let control_id = control_id.map_err(|_| SourceError::Unsupported("more than 2^32 files".to_owned()))?;
         let check = PageCheck { checksums: self.identity.cluster.checksums, start: started.lsn };
         let pace = Pace::new(self.options.max_read_rate, Arc::clone(&self.options.clock));
-        let reading = Arc::new(Reading::new(self.data_directory.clone(), listing.files, check, pace));
+        let reading = Reading::new(self.data_directory.clone(), listing.files, check, pace);
+        let reading = Arc::new(reading.leaving_out(self.unread.clone()));
         let _stop = StopOnDrop(Arc::clone(&reading));
         let answers = reading.start(self.options.threads(), items)?.into_iter().map(|answer| async {
             answer.await.unwrap_or_else(|_| Err(SourceError::ReaderDied("it panicked".to_owned())))
@@ -136,7 +138,7 @@ impl LocalBackup {
         let size = control.bytes.len() as u64;
         let pieces = vec![Piece { file: id, first_page: 0, pages: 1 }];
         send(items, Item::File { id, path: CONTROL_FILE.to_owned(), mode: control.mode }).await?;
-        send(items, Item::Batch(Batch { pieces, data: control.bytes })).await?;
+        send(items, Item::Batch(Batch { pieces, data: control.bytes, ..Batch::default() })).await?;
         send(items, Item::FileDone { id, size, damaged_blocks: Vec::new() }).await
     }
 
@@ -163,6 +165,11 @@ impl PhysicalSource for LocalBackup {
 
     async fn copy(&mut self, items: mpsc::Sender<Item>) -> Result<()> {
         Ok(self.read(items).await?)
+    }
+
+    fn leave_out(&mut self, unread: Arc<dyn Unread>, proof: bool) -> bool {
+        self.unread = Some((unread, proof));
+        true
     }
 
     fn method(&self) -> &'static str {

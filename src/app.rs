@@ -9,8 +9,8 @@ use std::time::Duration;
 use crate::codec::random::SystemRng;
 use crate::codec::sign::Signer;
 use crate::config::{
-    self, Assertion, AwsAccess, Checksum, Drill, DumpTarget, FilesTarget, Method, OnPressure, PostgresTarget,
-    Region as RegionSettings, S3Settings, Secret, Settings, Source, Store, Target as TargetSettings,
+    self, Assertion, AwsAccess, Checksum, Detection, Drill, DumpTarget, FilesTarget, Method, OnPressure,
+    PostgresTarget, Region as RegionSettings, S3Settings, Secret, Settings, Source, Store, Target as TargetSettings,
 };
 use crate::disk::place;
 use crate::jobs::check::Subject;
@@ -472,6 +472,12 @@ fn cluster(target: &TargetSettings, pg: &PostgresTarget) -> Result<Target> {
             patience: pg.standby_patience,
         }),
     };
+    let detection = match pg.detection {
+        Detection::Read => jobs::Detection::Read,
+        Detection::Auto => jobs::Detection::Auto,
+        Detection::Wal => jobs::Detection::Wal,
+        Detection::Summaries => jobs::Detection::Summaries,
+    };
     let on_pressure = pg.on_pressure.as_ref().map(|policy| match policy {
         OnPressure::Keep => "keep".to_owned(),
         OnPressure::DropSlot => "drop-slot".to_owned(),
@@ -481,6 +487,8 @@ fn cluster(target: &TargetSettings, pg: &PostgresTarget) -> Result<Target> {
         objectives: objectives(target),
         conninfo,
         method,
+        detection,
+        full_every: pg.full_every,
         data_dir: pg.data_dir.clone(),
         standby,
         slot: pg.slot.clone(),

@@ -25,6 +25,10 @@ pub async fn run(context: &Context, work: &Work) -> Result<Done> {
         Work::Backup { target, fast } => {
             let report =
                 backup::run(context, target, backup::Options { fast: *fast, ..backup::Options::default() }).await?;
+            if report.detection.is_wrong() {
+                let text = format!("{}: change detection missed pages; the backup holds them", report.backup.id);
+                return Err(Error::failed(text).hint(format!("drctl backup {target} --full; see docs/incremental.md")));
+            }
             let why = report.full_because.as_ref();
             let why = why.map_or_else(String::new, |why| format!(", full, because {why}"));
             Ok(done(report.has_debts(), format!("{}{why}", report.backup.id)))

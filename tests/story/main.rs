@@ -15,6 +15,7 @@ mod bank;
 mod check;
 mod contradiction;
 mod daemon;
+mod detection;
 mod documents;
 mod drill;
 mod escape;

@@ -4,6 +4,7 @@
 //! server; between them is one frame on its way and one that grows.
 
 mod buffer;
+pub mod changes;
 mod contradiction;
 pub mod control;
 pub mod fetch;

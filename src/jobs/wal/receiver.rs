@@ -15,6 +15,7 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::disk::lock::Lock;
 use crate::jobs::context::{Context, Target};
 use crate::jobs::wal::buffer::Buffer;
+use crate::jobs::wal::changes::{Tracker, journal_path};
 use crate::jobs::wal::position::{Position, State};
 use crate::jobs::wal::pulse::keep_beating;
 use crate::jobs::wal::run::{Ended, Run, SlotCare, Trouble};
@@ -29,6 +30,7 @@ use crate::pg::PgError;
 use crate::pg::replication::ReplicationClient;
 use crate::repository::fan_out::{FanOut, LaneOutcome, Patience};
 use crate::repository::gaps::{self, Gap};
+use crate::repository::parent::state_path;
 use crate::repository::wal_adopt::{Era, Tail, take_over};
 use crate::repository::wal_frame::EpochKind;
 use crate::repository::wal_index::BranchId;
@@ -78,6 +80,11 @@ impl Receiver {
         shared.beats = kind == EpochKind::Stream && target.heartbeat;
         let shared = Arc::new(shared);
         let stop = CancellationToken::new();
+        let tracker = (kind == EpochKind::Stream && target.detection.reads_wal()).then(|| {
+            let (journal, pages) =
+                (journal_path(&context.state_dir, &target.name), state_path(&context.state_dir, &target.name));
+            Tracker::open(journal, pages, Arc::clone(&context.clock))
+        });
         let run = Run {
             shipper: shipper::start(context, kind, &out, (&shared.shipped, book.as_ref()))?,
             context: context.clone(),
@@ -93,6 +100,7 @@ impl Receiver {
             slot: SlotCare::Trust,
             stored_histories: BTreeSet::new(),
             book,
+            tracker,
             _lock: lock,
         };
         let beating =
@@ -251,7 +259,10 @@ impl Run {
         let (start, reason) = self.place(&mut client, &server).await?;
         self.store_histories(&server);
         let durable = self.settle(&start).await?;
-        let walker = server.walker(&start)?;
+        let mut walker = server.walker(&start)?;
+        if self.tracker.is_some() {
+            walker = walker.reading_blocks();
+        }
         let stream = client.start_physical(Some(&slot), start.lsn, start.branch.timeline).await?;
         tracing::info!(target = %self.target.name, lsn = %start.lsn, timeline = start.branch.timeline.0, reason, "streaming");
         self.shared.view.send_modify(|view| {
@@ -262,6 +273,9 @@ impl Run {
         });
         self.sessions += 1;
         let log = server.log(&self.target, &start.branch);
+        if let Some(tracker) = &mut self.tracker {
+            tracker.begin(&log, start.lsn);
+        }
         Ok(Session::new((self.sessions, log), start, stream, Buffer::new(walker), durable))
     }
 

@@ -36,8 +36,10 @@ use crate::store::wrap::meter::Meter;
 use crate::store::wrap::retry::{Retry, RetryPolicy};
 use crate::store::{ObjectStore, StoreError};
 
+mod away;
 mod told;
 
+pub use away::drill_context;
 pub use told::{dead_man, notifiers, willing_notifiers};
 
 /// On whose behalf stores and keys are used; each has credentials of its own.
@@ -82,12 +84,17 @@ pub async fn context(settings: &Settings, role: Role, world: &World) -> Result<C
     let regions = regions(settings, role, world).await?;
     let listed = settings.repository.signers.iter().cloned().collect();
     let repository = Repository::open(regions, listed).await.during(|| "open the repository")?;
-    let openers = openers(settings, world)?;
-    let ring = KeyRing::new(repository.id.clone(), repository.regions.clone(), openers);
+    away::remember(&settings.repository.state_dir, &repository.id);
     let writer = match role {
         Role::Write => Some(writer(settings, role, world).await?),
         Role::Restore => None,
     };
+    assemble(settings, repository, writer, world)
+}
+
+fn assemble(settings: &Settings, repository: Repository, writer: Option<Writer>, world: &World) -> Result<Context> {
+    let openers = openers(settings, world)?;
+    let ring = KeyRing::new(repository.id.clone(), repository.regions.clone(), openers);
     Ok(Context {
         ring: Arc::new(ring),
         repository,
@@ -118,7 +125,7 @@ pub async fn regions(settings: &Settings, role: Role, world: &World) -> Result<R
     }
     let repository = &settings.repository;
     let regions = Regions::new(list, repository.write_quorum, repository.lowest_quorum())?;
-    Ok(regions.detached_after(repository.detach_after))
+    Ok(regions.detached_after(repository.detach_after).timed_by(Arc::clone(&world.clock)))
 }
 
 /// One region of `settings`; if it cannot be opened, one stands in its place that says why.

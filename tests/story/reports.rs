@@ -131,4 +131,23 @@ async fn a_report_waits_here_for_the_region_that_was_away() {
     for region in ["region-a", "region-b"] {
         assert!(bank.home().join(region).join("reports/ledger").join(id).exists(), "{region}");
     }
+
+    // No region answers when the drill begins: that is a report too, and the next drill brings it.
+    for region in ["region-a", "region-b"] {
+        fs::rename(bank.home().join(region), bank.scratch.join(&format!("{region}-away"))).unwrap();
+    }
+    let report = bank.drill(&[]).await.code(3).json();
+    assert_eq!(report["outcome"], "inconclusive", "{report:#}");
+    assert_fits(&report);
+    let id = report["stored_as"].as_str().unwrap();
+    assert_eq!(waiting(), 1);
+    for region in ["region-a", "region-b"] {
+        fs::rename(bank.scratch.join(&format!("{region}-away")), bank.home().join(region)).unwrap();
+    }
+    let next = bank.drill(&[]).await.json();
+    assert_eq!((waiting(), next["warnings"].to_string().contains("no region")), (0, false), "{next:#}");
+    for region in ["region-a", "region-b"] {
+        let held = bank.home().join(region).join("reports/ledger");
+        assert!(held.join(id).exists() && held.join(next["stored_as"].as_str().unwrap()).exists(), "{region}");
+    }
 }

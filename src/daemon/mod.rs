@@ -11,6 +11,7 @@ mod gate;
 mod hands;
 mod http;
 mod life;
+mod listener;
 mod pager;
 pub mod scheduler;
 #[cfg(test)]

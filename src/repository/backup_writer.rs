@@ -216,6 +216,11 @@ impl BackupWriter {
         Ok(backup)
     }
 
+    /// What is in it is the state of an earlier moment: COMMIT promises no later one.
+    pub fn holds_only(&mut self, moment: DateTime<Utc>) {
+        self.started_at = self.started_at.min(moment);
+    }
+
     /// The backup's id.
     pub const fn id(&self) -> &BackupId {
         &self.id

@@ -181,4 +181,6 @@ pub struct Copied {
     pub notes: Vec<String>,
     /// What should be in the streams and is not.
     pub left_out: Vec<String>,
+    /// The moment whose state the streams hold, where that lies before the reading began.
+    pub as_of: Option<DateTime<Utc>>,
 }

@@ -95,10 +95,18 @@ pub struct Options {
 /// # Errors
 /// Whatever stopped it. There is then no backup, and what was written is orphaned.
 pub async fn run(context: &Context, name: &TargetName, options: Options) -> Result<Report> {
-    if let Some(streamed) = context.streamed(name) {
-        return streams::run(context, streamed, options).await;
-    }
-    let target = context.target(name)?;
+    let report = match context.streamed(name) {
+        Some(streamed) => streams::run(context, streamed, options).await?,
+        None => cluster(context, context.target(name)?, options).await?,
+    };
+    let backup = &report.backup;
+    let took = (backup.finished_at - backup.started_at).to_std().unwrap_or_default();
+    context.meters.backup(name.as_str(), backup.kind.as_str(), took);
+    Ok(report)
+}
+
+async fn cluster(context: &Context, target: &Target, options: Options) -> Result<Report> {
+    let name = &target.name;
     detect::check(target, options.verify_detection)?;
     let writer = context.writer()?;
     let _alone = Lock::acquire(&context.state_dir.join(format!("{name}.backup.lock")))?;

@@ -42,6 +42,9 @@ pub(super) async fn run(context: &Context, target: &Streamed, options: Options) 
         BackupWriter::begin(&context.repository, writer, how, Basis::nothing("it is no base backup")).await?;
     let read = transfer(context, source.as_mut(), &mut backup).await;
     let (streams, copied) = read.during(|| format!("back up {}", target.name))?;
+    if let Some(moment) = copied.as_of {
+        backup.holds_only(moment);
+    }
     describe(&mut backup, &copied).await?;
     backup.flush().await.during(|| "store the streams")?;
     let written = backup.commit(None).await?;

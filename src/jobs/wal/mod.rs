@@ -18,6 +18,7 @@ mod server;
 mod session;
 mod shared;
 mod shipper;
+pub mod slot;
 pub mod status;
 
 use std::sync::{Arc, Mutex};

@@ -24,6 +24,7 @@ use crate::jobs::wal::server::{self, Server, Start};
 use crate::jobs::wal::session::Session;
 use crate::jobs::wal::shared::Shared;
 use crate::jobs::wal::shipper::{self};
+use crate::jobs::wal::slot::keep_looking;
 use crate::model::{Error, Kind, Lsn, Result, ResultExt};
 use crate::observe::task;
 use crate::pg::PgError;
@@ -48,7 +49,7 @@ pub struct Receiver {
     shared: Arc<Shared>,
     stop: CancellationToken,
     task: Option<JoinHandle<Result<Vec<LaneOutcome>>>>,
-    beating: Option<AbortOnDropHandle<()>>,
+    beside: Vec<AbortOnDropHandle<()>>,
 }
 
 impl Receiver {
@@ -105,8 +106,10 @@ impl Receiver {
         };
         let beating =
             shared.beats.then(|| task::spawn("heartbeat", keep_beating(target.clone(), Arc::clone(&shared.pulse))));
-        let beating = beating.map(AbortOnDropHandle::new);
-        Ok(Self { shared, stop, task: Some(task::spawn("wal-receiver", run.until_stopped())), beating })
+        let looking = (kind == EpochKind::Stream)
+            .then(|| task::spawn("slot", keep_looking(target.clone(), Arc::clone(&shared.slot))));
+        let beside = beating.into_iter().chain(looking).map(AbortOnDropHandle::new).collect();
+        Ok(Self { shared, stop, task: Some(task::spawn("wal-receiver", run.until_stopped())), beside })
     }
 
     /// Every record that ends at or before this position is durable at the write quorum.
@@ -177,7 +180,7 @@ impl Receiver {
     /// # Errors
     /// The receiver had ended with an error, or regions did not take the rest within a minute: the server keeps it.
     pub async fn stop(mut self) -> Result<Vec<LaneOutcome>> {
-        drop(self.beating.take());
+        self.beside.clear();
         self.stop.cancel();
         let Some(task) = self.task.as_mut() else { return Ok(Vec::new()) };
         match timeout(STOP_LIMIT, task).await {

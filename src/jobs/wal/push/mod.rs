@@ -189,6 +189,7 @@ impl PushDesk {
             last_error: None,
             pushes: told.pushes,
             heartbeat: None,
+            slot: None,
         }
     }
 

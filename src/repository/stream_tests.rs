@@ -95,7 +95,7 @@ async fn streams_come_back_byte_by_byte_whatever_their_length() {
         assert!(sent.is_ok() && bytes == *wanted, "{name}: {sent:?}, {} of {}", bytes.len(), wanted.len());
     }
     let inventory = catalog::inventory(&fixture.repository, &commit).await.unwrap();
-    let phase = std::sync::Arc::new(crate::observe::progress::Progress::new(fixture.clock.clone()).begin("x", None));
+    let phase = Arc::new(Progress::new(fixture.clock.clone()).begin("x", None));
     let total = check_files(&fixture.repository, &fixture.ring, (&commit, &inventory), &phase).await.unwrap();
     assert_eq!(total, lengths(&streams).iter().sum::<u64>());
 }
@@ -128,7 +128,7 @@ async fn what_is_damaged_everywhere_ends_the_stream_with_an_error_behind_a_true_
 /// Every frame of it opens, and nothing comes back: verification must say so.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn pages_that_no_list_makes_a_stream_of_are_no_backup() {
-    let fixture = Fixture::new(1, 1).await;
+    let fixture = Fixture::memory(1, 1).await;
     let whole = written(&fixture, &[("one.dump", noise(BATCH + 5, 1))]).await;
     let how = BackupOptions { source: "dump", kind: Some(BackupKind::Dump), page_checksums: false, ..options() };
     let mut backup =

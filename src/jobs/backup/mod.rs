@@ -107,7 +107,7 @@ pub async fn run(context: &Context, name: &TargetName, options: Options) -> Resu
     let cover = WalCover::prepare(context, target).await.during(|| "secure the WAL of the backup")?;
     let begun = source.begin().await.during(|| format!("begin the backup of {name}"))?;
     let basis = basis(context, target, &begun, options).await.during(|| "find the parent of the backup")?;
-    let looking = (&cover, options.verify_detection);
+    let looking = (&cover, source.method(), options.verify_detection);
     let found = detect::find(context, target, &begun, &basis, looking).await.tell(source.as_mut());
     let how = BackupOptions {
         detection: found.by.map(str::to_owned),
@@ -174,6 +174,10 @@ fn source_options(context: &Context, target: &Target, options: Options) -> postg
         conninfo: target.conninfo.clone().with_application_name("drctl backup"),
         method: target.method,
         data_directory: target.data_dir.clone(),
+        standby: target.standby.as_ref().map(|lender| postgres::Lender {
+            conninfo: lender.conninfo.clone().with_application_name("drctl backup"),
+            patience: lender.patience,
+        }),
         fast: options.fast,
         label: format!("drctl {}", target.name),
         max_read_rate: target.max_read_rate,

@@ -12,7 +12,7 @@ use rand::{Rng, SeedableRng};
 use serde_json::Value;
 
 use crate::restore::Protected;
-use crate::support::drctl::Drctl;
+use crate::support::drctl::{Background, Drctl};
 use crate::support::pg::{Builder, Cluster};
 use crate::support::process;
 
@@ -37,6 +37,11 @@ fn detect_by(protected: &Protected, how: &str) {
 
 fn backup(protected: &Protected, options: &[&str]) -> Drctl {
     protected.drctl([&["backup", "ledger", "--fast", "--json"], options].concat())
+}
+
+/// A receiver; the first one makes its slot.
+fn streaming(protected: &Protected) -> Background {
+    protected.drctl(["wal", "stream", "ledger"]).expect_log("slot is gone").spawn()
 }
 
 async fn taken(protected: &Protected, options: &[&str]) -> Value {
@@ -116,7 +121,7 @@ async fn rounds(builder: Builder, ways: &[&str], rounds: usize) {
     let protected = detecting(builder, "auto").await;
     let cluster = &protected.cluster;
     populate(cluster).await;
-    let mut stream = protected.stream();
+    let mut stream = streaming(&protected);
     protected.durable().await;
     let first = taken(&protected, &[]).await;
     assert_eq!(first["detection"]["by"], Value::Null, "{first}");
@@ -128,7 +133,7 @@ async fn rounds(builder: Builder, ways: &[&str], rounds: usize) {
         if round == rounds / 2 {
             // What comes after it goes on where the killed one was.
             stream.kill9();
-            stream = protected.stream();
+            stream = streaming(&protected);
             protected.durable().await;
         }
         let report = taken(&protected, if round % 2 == 0 { &["--verify-detection"] } else { &[] }).await;
@@ -147,7 +152,9 @@ async fn rounds(builder: Builder, ways: &[&str], rounds: usize) {
     let last = taken(&protected, &[]).await;
     assert!(last["pages"]["unread"].as_u64().unwrap() > 1000, "{last}");
     let text = text_of(cluster, "postgres").await;
-    let restored = protected.restored("restored", &["--immediate"]).await;
+    let place = "SELECT pg_tablespace_location(oid) FROM pg_tablespace WHERE spcname = 'space'";
+    let moved = format!("{}={}", cluster.query(place).await, protected.scratch.join("space").display());
+    let restored = protected.restored("restored", &["--immediate", "--tablespace", &moved]).await;
     restored.amcheck().await;
     restored.execute("DROP EXTENSION amcheck").await;
     let came_back = text_of(&restored, "postgres").await;
@@ -181,7 +188,7 @@ async fn what_cannot_be_known_is_read_and_told() {
     };
     let told = because(&taken(&protected, &[]).await);
     assert!(told.contains("no receiver on this machine") && told.contains("summarize_wal is off"), "{told}");
-    let stream = protected.stream();
+    let stream = streaming(&protected);
     protected.durable().await;
     let told = because(&taken(&protected, &[]).await);
     assert!(told.contains("WAL was read from"), "{told}");
@@ -198,7 +205,7 @@ async fn what_cannot_be_known_is_read_and_told() {
     let told = because(&taken(&protected, &[]).await);
     assert!(told.contains("WAL was read up to"), "{told}");
     // By a base backup of the server every byte comes.
-    let stream = protected.stream();
+    let stream = streaming(&protected);
     protected.durable().await;
     taken(&protected, &[]).await;
     protected.set_method("stream");
@@ -231,7 +238,7 @@ async fn a_missed_page_is_found_stored_and_switches_detection_off() {
     let mut protected = detecting(Cluster::builder(15).checksums(false), "wal").await;
     protected.cluster.execute("CREATE TABLE still AS SELECT repeat('s', 100) s FROM generate_series(1, 20000)").await;
     protected.cluster.execute("VACUUM FREEZE still").await;
-    let stream = protected.stream();
+    let stream = streaming(&protected);
     protected.durable().await;
     let first = taken(&protected, &[]).await;
     let start: Lsn = first["backup"]["wal"]["start_lsn"].as_str().unwrap().parse().unwrap();

@@ -115,7 +115,7 @@ async fn cluster(context: &Context, target: &Target, options: Options) -> Result
     let cover = WalCover::prepare(context, target).await.during(|| "secure the WAL of the backup")?;
     let begun = source.begin().await.during(|| format!("begin the backup of {name}"))?;
     let basis = basis(context, target, &begun, options).await.during(|| "find the parent of the backup")?;
-    let looking = (&cover, options.verify_detection);
+    let looking = (&cover, source.method(), options.verify_detection);
     let found = detect::find(context, target, &begun, &basis, looking).await.tell(source.as_mut());
     let how = BackupOptions {
         detection: found.by.map(str::to_owned),

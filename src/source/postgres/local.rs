@@ -36,8 +36,8 @@ pub struct LocalBackup {
     session: Session,
     data_directory: PathBuf,
     identity: Identity,
-    standby: Option<(Standby, Duration)>,
     unread: Option<(Arc<dyn Unread>, bool)>,
+    standby: Option<(Standby, Duration)>,
     stage: Stage,
 }
 

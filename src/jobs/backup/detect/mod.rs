@@ -98,7 +98,7 @@ pub(super) async fn find(
     target: &Target,
     begun: &Begun,
     basis: &Basis,
-    (cover, verify): (&WalCover, bool),
+    (cover, method, verify): (&WalCover, &str, bool),
 ) -> Found {
     let Some(parent) = basis.parent() else { return Found { by: None, ..Found::read(None) } };
     if target.detection == Detection::Read {
@@ -111,16 +111,20 @@ pub(super) async fn find(
         Ok(wanted) => wanted,
         Err(because) => return Found::read(Some(because)),
     };
+    // The same page of a primary and of a standby may differ in hint bits, with checksums too.
+    let one_copy = [method, &parent.commit.provenance.method].iter().all(|method| *method != "standby");
+    let logged = begun.cluster.checksums && one_copy;
+    let proof = verify.then_some(Proof { from: wanted.from, to: wanted.to, logged });
     let mut reasons = Vec::new();
     if target.detection.reads_wal() {
         match journal(&context.state_dir, target, &wanted, cover.is_streaming()).await {
-            Ok(changed) => return found("wal", parent, changed, begun, (&wanted, verify)),
+            Ok(changed) => return found("wal", parent, changed, proof),
             Err(because) => reasons.push(because),
         }
     }
     if target.detection.reads_summaries() {
         match summaries::changed(target, begun.cluster.version, &wanted).await {
-            Ok(changed) => return found("summaries", parent, changed, begun, (&wanted, verify)),
+            Ok(changed) => return found("summaries", parent, changed, proof),
             Err(because) => reasons.push(because),
         }
     }
@@ -129,16 +133,9 @@ pub(super) async fn find(
     Found::read(Some(because))
 }
 
-fn found(
-    by: &'static str,
-    parent: &Parent,
-    changed: ChangedBlocks,
-    begun: &Begun,
-    (wanted, verify): (&Stretch, bool),
-) -> Found {
-    let proof = Proof { from: wanted.from, to: wanted.to, logged: begun.cluster.checksums };
+fn found(by: &'static str, parent: &Parent, changed: ChangedBlocks, proof: Option<Proof>) -> Found {
     let quiet = Quiet::new(Arc::clone(&parent.pages), changed);
-    Found { by: Some(by), because: None, quiet: Some(Arc::new(quiet)), proof: verify.then_some(proof) }
+    Found { by: Some(by), because: None, quiet: Some(Arc::new(quiet)), proof }
 }
 
 /// The stretch that must be covered, if WAL can speak for all that happened to the pages since the parent.

@@ -1,10 +1,10 @@
 //! WAL that is wrong and pushed: it is refused, or it is alarmed for good, and no restore crosses it.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use drctl::jobs::wal::State;
 
-use crate::archive::{SOON, archiving, fill_segment};
+use crate::archive::{SOON, archiving, fill_segment, walk};
 use crate::support::pg::{Cluster, Until};
 use crate::wal::Rig;
 
@@ -16,14 +16,7 @@ impl Rig {
     }
 
     fn frames(&self, region: &str) -> Vec<PathBuf> {
-        fn walk(directory: &Path, found: &mut Vec<PathBuf>) {
-            for entry in std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path()) {
-                if entry.is_dir() { walk(&entry, found) } else { found.push(entry) }
-            }
-        }
-        let mut found = Vec::new();
-        walk(&self.scratch.join(region).join("wal"), &mut found);
-        found
+        walk(&self.scratch.join(region).join("wal"))
     }
 }
 

@@ -11,7 +11,7 @@ use crate::jobs::restore::stage::staged_bytes;
 use crate::jobs::restore::target::{Finder, Pin, Point, Unreached};
 use crate::jobs::restore::words::{Needs, Plan, Refusal, RegionState, WalLeg};
 use crate::model::commit::{Commit, WalNeed};
-use crate::model::{Error, Kind, Lsn, RegionName, Result, ResultExt};
+use crate::model::{Error, Kind, Lsn, RegionName, Result, ResultExt, Timeline};
 use crate::repository::catalog::{self, Backup, Held};
 use crate::repository::gaps::{self, Gap};
 use crate::repository::handle::Repository;
@@ -48,7 +48,7 @@ impl Prepared {
         let (backups, damaged) = catalog::backups(&repository, None).await.during(|| "list the backups")?;
         let candidates = candidates(&backups, request)?;
         let Chosen { commit, route, pin, newest_commit, last_commit } =
-            choose(context, &repository, request, &candidates).await?;
+            choose(context, &repository, request, (&candidates, &backups)).await?;
         let inventory = catalog::inventory(&repository, &commit).await?;
         let regions = regions(&repository, &commit, &inventory).await;
         let outline = read_outline(&repository, &context.ring, &commit).await.map(|(_, outline)| outline);
@@ -105,7 +105,7 @@ async fn choose(
     context: &Context,
     repository: &Repository,
     request: &Request,
-    candidates: &[Commit],
+    (candidates, backups): (&[Commit], &[Backup]),
 ) -> Result<Chosen> {
     let mut first_problem = None;
     for commit in candidates {
@@ -136,7 +136,36 @@ async fn choose(
             }
         }
     }
-    Err(first_problem.unwrap_or_else(|| Error::not_found("there is no backup with WAL")))
+    let problem = first_problem.unwrap_or_else(|| Error::not_found("there is no backup with WAL"));
+    let target = candidates.first().map(|commit| &commit.target);
+    let of_target = backups.iter().map(|backup| &backup.commit).filter(|commit| Some(&commit.target) == target);
+    let remaining = remaining(repository, request.timeline, of_target).await;
+    Err(if remaining.is_empty() {
+        problem
+    } else {
+        problem.because(format!("can be restored: {}", remaining.join(", ")))
+    })
+}
+
+/// Backups whose windows are told when a point is refused.
+const TOLD: usize = 12;
+
+/// What can be reached from the newest backups, oldest first; backups of one window say it once.
+async fn remaining<'a>(
+    repository: &Repository,
+    timeline: Option<Timeline>,
+    backups: impl DoubleEndedIterator<Item = &'a Commit>,
+) -> Vec<String> {
+    let mut windows: Vec<(Lsn, Lsn)> = Vec::new();
+    let newest: Vec<_> = backups.filter_map(|commit| commit.wal.as_ref()).rev().take(TOLD).collect();
+    for need in newest.into_iter().rev() {
+        let Ok(route) = Route::find(repository, need, timeline).await else { continue };
+        match windows.last_mut() {
+            Some((from, to)) if *to == route.end() => *from = (*from).min(need.stop_lsn),
+            _ => windows.push((need.stop_lsn, route.end())),
+        }
+    }
+    windows.into_iter().map(|(from, to)| format!("{from} to {to}")).collect()
 }
 
 fn too_early(commit: &Commit, why: &str) -> Error {

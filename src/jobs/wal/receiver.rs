@@ -16,6 +16,7 @@ use crate::disk::lock::Lock;
 use crate::jobs::context::{Context, Target};
 use crate::jobs::wal::buffer::Buffer;
 use crate::jobs::wal::changes::{Tracker, journal_path};
+use crate::jobs::wal::fill::{Filler, fill};
 use crate::jobs::wal::position::{Position, State};
 use crate::jobs::wal::pulse::keep_beating;
 use crate::jobs::wal::run::{Ended, Run, SlotCare, Trouble};
@@ -59,23 +60,30 @@ impl Receiver {
     /// # Errors
     /// The server does not stream.
     pub async fn for_backup(context: &Context, target: &Target) -> Result<Self> {
-        let mut receiver = Self::begin(context, target, EpochKind::Backup, (None, None))?;
+        let mut receiver = Self::begin(context, target, EpochKind::Backup, None)?;
         receiver.wait_until(|position| position.state != State::Connecting).await?;
         Ok(receiver)
     }
 
     /// Starts receiving a target's WAL for good: it continues where stored WAL ends and never gives up. The lock lives as
     /// long as its task.
-    pub(super) fn stream(context: &Context, target: &Target, lock: Arc<Lock>, book: SharedBook) -> Result<Self> {
-        Self::begin(context, target, EpochKind::Stream, (Some(lock), Some(book)))
+    pub(super) fn stream(
+        context: &Context,
+        target: &Target,
+        lock: Arc<Lock>,
+        (book, filler): (SharedBook, Filler),
+    ) -> Result<Self> {
+        Self::begin(context, target, EpochKind::Stream, Some((lock, book, filler)))
     }
 
     fn begin(
         context: &Context,
         target: &Target,
         kind: EpochKind,
-        (lock, book): (Option<Arc<Lock>>, Option<SharedBook>),
+        kept: Option<(Arc<Lock>, SharedBook, Filler)>,
     ) -> Result<Self> {
+        let (lock, book, filler) =
+            kept.map_or((None, None, Filler::default()), |(lock, book, filler)| (Some(lock), Some(book), filler));
         let out = Arc::new(FanOut::new(&context.repository.regions, Patience::WAL));
         let mut shared = Shared::new(target.name.clone(), Arc::clone(&context.clock), &out);
         shared.beats = kind == EpochKind::Stream && target.heartbeat;
@@ -102,6 +110,7 @@ impl Receiver {
             stored_histories: BTreeSet::new(),
             book,
             tracker,
+            filler,
             _lock: lock,
         };
         let beating =
@@ -442,6 +451,7 @@ impl Run {
             return Err(Error::failed(format!("the server lacks WAL at {} that it still writes", cursor.lsn)).into());
         }
         self.ship_pending().await?;
+        self.read_files(&server, (&cursor, next.lsn)).await;
         if let Some(filled) = self.filled(&cursor, &server).await? {
             tracing::info!(target = %self.target.name, from = %cursor.lsn, to = %filled.lsn, "archived WAL takes the place of what the server lacks");
             self.shared.shipped.send_modify(|shipped| shipped.durable = filled.lsn);
@@ -457,6 +467,15 @@ impl Run {
         self.shared.shipped.send_modify(|shipped| shipped.durable = next.lsn);
         self.cursor = Some(next);
         Ok(())
+    }
+
+    async fn read_files(&self, server: &Server, range: (&Start, Lsn)) {
+        let target = &self.target.name;
+        match fill((&self.context, &self.target), &self.filler, server, range).await {
+            Ok(0) => tracing::info!(%target, "the server's directory does not hold what it lacks"),
+            Ok(segments) => tracing::warn!(%target, segments, "files were read of WAL that the server does not stream"),
+            Err(error) => tracing::warn!(%target, %error, "the server's files do not fill the gap"),
+        }
     }
 
     /// Where to go on if others stored what the server no longer has, from the cursor on without a hole.

@@ -106,9 +106,9 @@ mod tests {
         let mut ready: Vec<_> = (1..=12).rev().map(name).collect();
         ready.extend(["0000000300000000000000FF".to_owned(), "00000003.history".to_owned(), name(9) + ".partial"]);
         for file in &ready {
-            std::fs::File::create(dir.path().join(format!("archive_status/{file}.ready"))).unwrap();
+            File::create(dir.path().join(format!("archive_status/{file}.ready"))).unwrap();
         }
-        std::fs::File::create(dir.path().join(format!("archive_status/{}.done", name(14)))).unwrap();
+        File::create(dir.path().join(format!("archive_status/{}.done", name(14)))).unwrap();
         assert_eq!(shelf.waiting(&name(2)), (3..=10).map(name).collect::<Vec<_>>());
         assert_eq!(shelf.waiting(&name(11)), [name(12)]);
         assert_eq!(shelf.waiting(&name(12)), Vec::<String>::new());

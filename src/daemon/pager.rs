@@ -94,7 +94,7 @@ impl Pager {
     }
 
     fn gap(&self, target: &str, why: &str) {
-        let title = format!("WAL of {target} is missing: nothing behind the gap can be restored");
+        let title = format!("WAL of {target} has a gap: nothing behind it can be restored");
         let text = format!("{why}\ntake a new base backup now: drctl backup {target}");
         self.raise(Occasion::Gaps, &format!("gap/{target}"), &title, text.trim());
     }

@@ -1,5 +1,6 @@
 //! `wal fetch` through a daemon: whoever asks needs no key, and what is not certain is never "absent".
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -70,9 +71,12 @@ fn move_all(rig: &Rig, away: bool) {
 async fn a_daemon_that_may_restore_gives_wal_and_reads_ahead() {
     let (mut cluster, rig) = archiving(16, false).await;
     let serve = rig.serve(State::Archiving).await;
-    let mut segments = Vec::new();
+    // The server forgets them soon.
+    let (mut segments, mut saved) = (Vec::new(), BTreeMap::new());
     for _ in 0..6 {
-        segments.push(fill_segment(&cluster).await);
+        let segment = fill_segment(&cluster).await;
+        saved.insert(segment.clone(), std::fs::read(cluster.data_dir().join("pg_wal").join(&segment)).unwrap());
+        segments.push(segment);
     }
     until_archived(&cluster, segments.last().unwrap()).await;
 
@@ -86,9 +90,12 @@ async fn a_daemon_that_may_restore_gives_wal_and_reads_ahead() {
     })
     .await;
     let newer = fill_segment(&cluster).await;
+    for file in [newer.as_str(), "00000002.history"] {
+        saved.insert(file.to_owned(), std::fs::read(cluster.data_dir().join("pg_wal").join(file)).unwrap());
+    }
     until_archived(&cluster, &newer).await;
     serve.terminate().await.ok();
-    let own = |file: &str| std::fs::read(cluster.data_dir().join("pg_wal").join(file)).unwrap();
+    let own = |file: &str| saved[file].clone();
     let asking = Asking { data: asking(&rig, &cluster), rig: &rig };
     assert!(asking.alone("00000002.history", 0).await == own("00000002.history"));
     assert!(asking.alone(&newer, 0).await == own(&newer));

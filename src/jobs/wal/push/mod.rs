@@ -79,7 +79,7 @@ impl PushDesk {
         let name = handed.name.clone();
         let taken = match self.known(&mut handed).await {
             Some(newest) => Ok((Receipt::Known, Some(newest))),
-            None => self.work.lock().await.take(handed).await,
+            None => self.judged(handed).await,
         };
         match taken {
             Ok((receipt, newest)) => {
@@ -94,6 +94,15 @@ impl PushDesk {
                 self.refused(&name, &error);
                 Err(error.during(format!("archive {name}")))
             }
+        }
+    }
+
+    /// One after the other. Whoever had the desk may have stored the same segment.
+    async fn judged(&self, mut handed: Handed) -> Result<(Receipt, Option<Taken>)> {
+        let mut desk = self.work.lock().await;
+        match self.known(&mut handed).await {
+            Some(newest) => Ok((Receipt::Known, Some(newest))),
+            None => desk.take(handed).await,
         }
     }
 
@@ -154,7 +163,7 @@ impl PushDesk {
     /// As of [`take`](Self::take).
     pub(super) async fn found(&self, handed: Handed) -> Result<Receipt> {
         let name = handed.name.clone();
-        let taken = self.work.lock().await.take(handed).await;
+        let taken = self.judged(handed).await;
         taken.map(|(receipt, _)| receipt).during(|| format!("store {name}"))
     }
 
@@ -204,8 +213,9 @@ impl PushDesk {
             let (shelf, spool, file) = (Arc::clone(&looked), self.context.state_dir.clone(), next.clone());
             let copied = blocking(move || shelf.copy(&file, &spool)).await?;
             let (file, length) = copied.map_err(|error| Error::failed(format!("read {next}")).because(error))?;
-            self.found(Handed { name: next, file, length, system_id: None }).await?;
-            self.told.lock().unwrap_or_else(PoisonError::into_inner).pushes.ahead += 1;
+            if self.found(Handed { name: next, file, length, system_id: None }).await? == Receipt::Stored {
+                self.told.lock().unwrap_or_else(PoisonError::into_inner).pushes.ahead += 1;
+            }
         }
         Ok(())
     }

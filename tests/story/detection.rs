@@ -191,7 +191,14 @@ async fn what_cannot_be_known_is_read_and_told() {
     assert!(told.contains("no receiver on this machine") && told.contains("summarize_wal is off"), "{told}");
     let stream = streaming(&protected);
     protected.durable().await;
-    let told = because(&taken(&protected, &[]).await);
+    // A proof that was asked for and could not be made is owed.
+    let owed = backup(&protected, &["--verify-detection"]).run().await.code(4).json();
+    assert_eq!(
+        (&owed["detection"]["unproved"], &owed["detection"]["proof"]),
+        (&Value::Bool(true), &Value::Null),
+        "{owed}"
+    );
+    let told = because(&owed);
     assert!(told.contains("WAL was read from"), "{told}");
     let report = taken(&protected, &[]).await;
     assert_eq!(report["detection"]["by"], "wal", "{report}");

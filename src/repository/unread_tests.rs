@@ -4,6 +4,7 @@ use crate::model::pages::{BATCH_PAGES, Batch, Claims, FileId, PAGE_SIZE, Piece};
 use crate::model::{Error, Lsn, SystemId};
 use crate::repository::backup_writer::{BackupOptions, BackupWriter, Written};
 use crate::repository::compare::Proof;
+use crate::repository::manifest::Line;
 use crate::repository::parent::{choose, state_path};
 use crate::repository::testing::{Fixture, Made, need, options};
 use crate::repository::tests::{expected, noise, read_back};
@@ -26,6 +27,7 @@ async fn next(fixture: &Fixture, file: &Made, claims: (&[u32], bool), proof: Opt
     let how = BackupOptions { state: Some(state), proof, ..options() };
     let mut writer = BackupWriter::begin(&fixture.repository, &fixture.writer, how, basis).await?;
     let id = FileId(0);
+    writer.line(&Line::Directory { path: "base".to_owned(), mode: 0o700 }).await?;
     writer.file(id, file.path.clone(), 0o600)?;
     for (at, bytes) in (0u32..).zip(file.bytes.chunks(BATCH_PAGES * PAGE_SIZE)) {
         let first_page = at * u32::try_from(BATCH_PAGES).unwrap();

@@ -51,7 +51,8 @@ async fn taken(protected: &Protected, options: &[&str]) -> Value {
 /// A command beside the cluster, in one of its databases.
 async fn text_of(cluster: &Cluster, database: &str) -> String {
     let mut command = cluster.tool("pg_dump");
-    command.args(["--no-sync", "--no-tablespaces", database]);
+    // Unlogged tables begin anew after every recovery.
+    command.args(["--no-sync", "--no-tablespaces", "--no-unlogged-table-data", database]);
     let text = process::run_async(command).await;
     text.lines().filter(|line| !line.contains("restrict ")).map(|line| format!("{line}\n")).collect()
 }
@@ -175,7 +176,7 @@ async fn neither_the_receiver_nor_the_summaries_miss_anything() {
 
 #[tokio::test]
 async fn what_cannot_be_known_is_read_and_told() {
-    let protected = detecting(Cluster::builder(17), "auto").await;
+    let protected = detecting(Cluster::builder(17).setting("wal_keep_size", "1GB"), "auto").await;
     protected.cluster.execute("CREATE TABLE still AS SELECT g FROM generate_series(1, 200000) g").await;
     taken(&protected, &[]).await;
     let because = |report: &Value| {
@@ -190,7 +191,14 @@ async fn what_cannot_be_known_is_read_and_told() {
     assert!(told.contains("no receiver on this machine") && told.contains("summarize_wal is off"), "{told}");
     let stream = streaming(&protected);
     protected.durable().await;
-    let told = because(&taken(&protected, &[]).await);
+    // A proof that was asked for and could not be made is owed.
+    let owed = backup(&protected, &["--verify-detection"]).run().await.code(4).json();
+    assert_eq!(
+        (&owed["detection"]["unproved"], &owed["detection"]["proof"]),
+        (&Value::Bool(true), &Value::Null),
+        "{owed}"
+    );
+    let told = because(&owed);
     assert!(told.contains("WAL was read from"), "{told}");
     let report = taken(&protected, &[]).await;
     assert_eq!(report["detection"]["by"], "wal", "{report}");
@@ -219,6 +227,11 @@ async fn what_cannot_be_known_is_read_and_told() {
     protected.set_method("auto");
     let plain = taken(&protected, &[]).await;
     assert_eq!((plain["detection"]["by"].as_str(), &plain["detection"]["because"]), (Some("read"), &Value::Null));
+    detect_by(&protected, "auto\"\nfull_every = \"1s");
+    tokio::time::sleep(Duration::from_millis(1100)).await;
+    let renewed = taken(&protected, &[]).await;
+    assert_eq!(renewed["backup"]["kind"], "full", "{renewed}");
+    assert!(renewed["full_because"].as_str().unwrap().starts_with("the last full backup began at"), "{renewed}");
 }
 
 /// Changes a page as a broken disk, or a bug, would: past WAL, and with a position that WAL should have.

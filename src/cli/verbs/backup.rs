@@ -114,7 +114,7 @@ fn text(report: &Report, quorum: usize) -> String {
 
 /// How the changed pages were found.
 fn detection(report: &Report) -> Vec<String> {
-    let Told { by, because, proof } = &report.detection;
+    let Told { by, because, proof, unproved } = &report.detection;
     let read = figures::count(report.pages.read);
     let by = match by {
         Some("wal") => "by the WAL that passed the receiver",
@@ -140,6 +140,7 @@ fn detection(report: &Report) -> Vec<String> {
                 lines.push(format!("  {} pages differ in hint bits alone", figures::count(missed.hints)));
             }
         }
+        None if *unproved => lines.push("  NOT PROVED: there was no detection to compare with".to_owned()),
         None => {}
     }
     lines

@@ -74,6 +74,7 @@ impl Report {
     /// Whether something is still owed.
     pub fn has_debts(&self) -> bool {
         !self.left_out.is_empty()
+            || self.detection.unproved
             || !self.wrap_debts.is_empty()
             || self.regions.iter().any(|region| region.missing_objects > 0)
     }

@@ -59,7 +59,7 @@ pub(super) async fn run(context: &Context, target: &Streamed, options: Options) 
         left_out: copied.left_out,
         full_because: None,
         pages: written.pages,
-        detection: Told { by: None, because: None, proof: None },
+        detection: Told { by: None, because: None, proof: None, unproved: false },
         not_remembered: None,
     })
 }

@@ -63,17 +63,16 @@ impl Session {
         Start { branch: self.start.branch.clone(), lsn: self.buffer.end(), at_record: true }
     }
 
-    fn receive(&mut self, at: Lsn, data: &[u8], (pulse, tracker): Watchers<'_>) -> Result<(), Error> {
-        let Some(tracker) = tracker else {
-            self.buffer.push_seen(at, data, |record| pulse.see(record))?;
-            self.since.get_or_insert_with(Instant::now);
-            return Ok(());
-        };
+    fn receive(&mut self, at: Lsn, data: &[u8], (pulse, mut tracker): Watchers<'_>) -> Result<(), Error> {
         let seen = self.buffer.push_seen(at, data, |record| {
             pulse.see(record);
-            tracker.see(record);
+            if let Some(tracker) = &mut tracker {
+                tracker.see(record);
+            }
         });
-        tracker.save_in_time();
+        if let Some(tracker) = tracker {
+            tracker.save_in_time();
+        }
         seen?;
         self.since.get_or_insert_with(Instant::now);
         Ok(())

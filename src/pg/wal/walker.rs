@@ -161,7 +161,7 @@ struct Open {
     left: u64,
     crc: u32,
     body: Body,
-    blocks: Option<BlockReader>,
+    blocks: Option<Box<BlockReader>>,
 }
 
 impl RecordWalker {
@@ -423,7 +423,7 @@ impl RecordWalker {
         let body = Body::new(head.bytes[17], head.bytes[16], self.expect.magic);
         let left = u64::from(head.length()) - RECORD_HEADER as u64;
         let kind = (head.bytes[17], head.bytes[16]);
-        let blocks = self.reads_blocks.then(|| BlockReader::new(kind, left, self.expect.magic));
+        let blocks = self.reads_blocks.then(|| Box::new(BlockReader::new(kind, left, self.expect.magic)));
         self.state = State::Body(Open { head, left, crc: 0, body, blocks });
         Ok(())
     }
@@ -491,6 +491,6 @@ fn finish(open: &Open, position: Lsn, segment_size: WalSegmentSize) -> Result<Re
     let kind = open.body.kind().ok_or_else(|| wrong("its body is not of its kind"))?;
     let xid = u32_at(&bytes, 4).unwrap_or_default();
     let previous = Lsn(u64_at(&bytes, 8).unwrap_or_default());
-    let touched = open.blocks.as_ref().map(BlockReader::finish).unwrap_or_default();
+    let touched = open.blocks.as_ref().map(|blocks| blocks.finish()).unwrap_or_default();
     Ok(Record { start, end: Lsn(position.0.next_multiple_of(alignment)), xid, rmgr, info, previous, kind, touched })
 }

@@ -38,8 +38,10 @@ pub struct Told {
     pub by: Option<&'static str>,
     /// Why every page was read although the configuration asks for something faster.
     pub because: Option<String>,
-    /// What was proved of it; `None` where nothing was to be.
+    /// What was proved of it; `None` where nothing was.
     pub proof: Option<Missed>,
+    /// Whether a proof was asked for and there was nothing to prove: every page was read for another reason.
+    pub unproved: bool,
 }
 
 impl Told {
@@ -54,6 +56,7 @@ impl Told {
 pub(super) struct Found {
     pub(super) by: Option<&'static str>,
     because: Option<String>,
+    verify: bool,
     quiet: Option<Arc<Quiet>>,
     pub(super) proof: Option<Proof>,
 }
@@ -68,8 +71,8 @@ pub(super) fn check(target: &Target, verify: bool) -> Result<()> {
 }
 
 impl Found {
-    fn read(because: Option<String>) -> Self {
-        Self { by: Some("read"), because, quiet: None, proof: None }
+    fn read(because: Option<String>, verify: bool) -> Self {
+        Self { by: Some("read"), because, verify, quiet: None, proof: None }
     }
 
     /// Tells the source what it need not read.
@@ -78,7 +81,7 @@ impl Found {
         if source.leave_out(quiet, self.proof.is_some()) {
             return self;
         }
-        Self::read(Some(format!("a backup by {} brings every page", source.method())))
+        Self::read(Some(brings_all(source.method())), self.verify)
     }
 
     /// What to say of it in the end. A detection that missed something is not used again before somebody has looked.
@@ -88,7 +91,8 @@ impl Found {
             tracing::error!(target = %target.name, pages = missed.pages, examples = ?missed.examples, "change detection missed pages");
             off::switch_off(&context.state_dir, &target.name, &off::Reason::new(backup, missed, context.clock.now()));
         }
-        Told { by: self.by, because: self.because, proof }
+        let unproved = self.verify && proof.is_none();
+        Told { by: self.by, because: self.because, proof, unproved }
     }
 }
 
@@ -100,16 +104,21 @@ pub(super) async fn find(
     basis: &Basis,
     (cover, method, verify): (&WalCover, &str, bool),
 ) -> Found {
-    let Some(parent) = basis.parent() else { return Found { by: None, ..Found::read(None) } };
+    let read = |because| Found::read(because, verify);
+    let Some(parent) = basis.parent() else { return Found { by: None, ..read(None) } };
     if target.detection == Detection::Read {
-        return Found::read(None);
+        return read(None);
+    }
+    // Whoever cannot leave out anything need not wait for WAL either.
+    if method == "stream" {
+        return read(Some(brings_all(method)));
     }
     if let Some(reason) = off::reason(&context.state_dir, &target.name) {
-        return Found::read(Some(reason));
+        return read(Some(reason));
     }
     let wanted = match wanted(begun, parent, cover.branch()) {
         Ok(wanted) => wanted,
-        Err(because) => return Found::read(Some(because)),
+        Err(because) => return read(Some(because)),
     };
     // The same page of a primary and of a standby may differ in hint bits, with checksums too.
     let one_copy = [method, &parent.commit.provenance.method].iter().all(|method| *method != "standby");
@@ -130,12 +139,16 @@ pub(super) async fn find(
     }
     let because = reasons.join("; ");
     tracing::info!(target = %target.name, because, "every page is read");
-    Found::read(Some(because))
+    read(Some(because))
+}
+
+fn brings_all(method: &str) -> String {
+    format!("a backup by {method} brings every page")
 }
 
 fn found(by: &'static str, parent: &Parent, changed: ChangedBlocks, proof: Option<Proof>) -> Found {
     let quiet = Quiet::new(Arc::clone(&parent.pages), changed);
-    Found { by: Some(by), because: None, quiet: Some(Arc::new(quiet)), proof }
+    Found { by: Some(by), because: None, verify: proof.is_some(), quiet: Some(Arc::new(quiet)), proof }
 }
 
 /// The stretch that must be covered, if WAL can speak for all that happened to the pages since the parent.

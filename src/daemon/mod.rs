@@ -11,6 +11,7 @@ mod gate;
 mod hands;
 mod http;
 mod life;
+mod listener;
 mod pager;
 mod rebase;
 pub mod scheduler;

@@ -73,7 +73,7 @@ mod tests {
             name: format!("{target}-base").parse().unwrap(),
             description: None,
             enabled: true,
-            work: Work::Backup { target: target.parse().unwrap(), fast: false },
+            work: Work::Backup { target: target.parse().unwrap(), fast: false, verify_detection: false },
             cron: "0 3 * * *".parse().unwrap(),
             timezone: chrono_tz::Tz::UTC,
             jitter: Duration::ZERO,

@@ -47,6 +47,9 @@ pub mod testing;
 mod tests;
 pub mod tree;
 pub mod trust;
+#[cfg(test)]
+#[allow(clippy::cast_possible_truncation, reason = "made-up data is small")]
+mod unread_tests;
 pub mod uploads;
 pub mod wal_adopt;
 pub mod wal_frame;

@@ -16,6 +16,7 @@ use crate::repository::catalog;
 use crate::repository::gaps;
 use crate::repository::reports::{self, ReportHead};
 use crate::repository::survey::{self, State, Survey};
+use crate::source::postgres::room::Slot;
 
 mod overdue;
 mod rto;
@@ -23,7 +24,6 @@ mod slot;
 
 pub use overdue::Overdue;
 pub use rto::Prediction;
-pub use slot::Slot;
 
 /// How things stand.
 #[derive(Debug, Clone, Serialize)]
@@ -160,7 +160,7 @@ pub async fn run(context: &Context, schedules: &[Schedule]) -> Result<Report> {
     }
     for (target, slot) in slot::slots(context).await {
         if let Some(status) = targets.iter_mut().find(|status| status.target == target) {
-            status.problems.extend(slot.problem());
+            status.problems.extend(slot::problem(&slot));
             status.slot = Some(slot);
         }
     }

@@ -4,6 +4,7 @@
 //! server; between them is one frame on its way and one that grows.
 
 mod buffer;
+pub mod changes;
 mod contradiction;
 pub mod control;
 pub mod fetch;
@@ -18,6 +19,7 @@ mod server;
 mod session;
 mod shared;
 mod shipper;
+pub mod slot;
 pub mod status;
 
 use std::sync::{Arc, Mutex};

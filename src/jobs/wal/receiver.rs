@@ -15,6 +15,7 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::disk::lock::Lock;
 use crate::jobs::context::{Context, Target};
 use crate::jobs::wal::buffer::Buffer;
+use crate::jobs::wal::changes::{Tracker, journal_path};
 use crate::jobs::wal::fill::{Filler, fill};
 use crate::jobs::wal::position::{Position, State};
 use crate::jobs::wal::pulse::keep_beating;
@@ -24,12 +25,14 @@ use crate::jobs::wal::server::{self, Server, Start};
 use crate::jobs::wal::session::Session;
 use crate::jobs::wal::shared::Shared;
 use crate::jobs::wal::shipper::{self};
+use crate::jobs::wal::slot::keep_looking;
 use crate::model::{Error, Kind, Lsn, Result, ResultExt};
 use crate::observe::task;
 use crate::pg::PgError;
 use crate::pg::replication::ReplicationClient;
 use crate::repository::fan_out::{FanOut, LaneOutcome, Patience};
 use crate::repository::gaps::{self, Gap};
+use crate::repository::parent::state_path;
 use crate::repository::wal_adopt::{Era, Tail, take_over};
 use crate::repository::wal_frame::EpochKind;
 use crate::repository::wal_index::BranchId;
@@ -47,7 +50,7 @@ pub struct Receiver {
     shared: Arc<Shared>,
     stop: CancellationToken,
     task: Option<JoinHandle<Result<Vec<LaneOutcome>>>>,
-    beating: Option<AbortOnDropHandle<()>>,
+    beside: Vec<AbortOnDropHandle<()>>,
 }
 
 impl Receiver {
@@ -86,6 +89,11 @@ impl Receiver {
         shared.beats = kind == EpochKind::Stream && target.heartbeat;
         let shared = Arc::new(shared);
         let stop = CancellationToken::new();
+        let tracker = (kind == EpochKind::Stream && target.detection.reads_wal()).then(|| {
+            let (journal, pages) =
+                (journal_path(&context.state_dir, &target.name), state_path(&context.state_dir, &target.name));
+            Tracker::open(journal, pages, Arc::clone(&context.clock))
+        });
         let run = Run {
             shipper: shipper::start(context, kind, &out, (&shared.shipped, book.as_ref()))?,
             context: context.clone(),
@@ -101,13 +109,16 @@ impl Receiver {
             slot: SlotCare::Trust,
             stored_histories: BTreeSet::new(),
             book,
+            tracker,
             filler,
             _lock: lock,
         };
         let beating =
             shared.beats.then(|| task::spawn("heartbeat", keep_beating(target.clone(), Arc::clone(&shared.pulse))));
-        let beating = beating.map(AbortOnDropHandle::new);
-        Ok(Self { shared, stop, task: Some(task::spawn("wal-receiver", run.until_stopped())), beating })
+        let looking = (kind == EpochKind::Stream)
+            .then(|| task::spawn("slot", keep_looking(target.clone(), Arc::clone(&shared.slot))));
+        let beside = beating.into_iter().chain(looking).map(AbortOnDropHandle::new).collect();
+        Ok(Self { shared, stop, task: Some(task::spawn("wal-receiver", run.until_stopped())), beside })
     }
 
     /// Every record that ends at or before this position is durable at the write quorum.
@@ -178,7 +189,7 @@ impl Receiver {
     /// # Errors
     /// The receiver had ended with an error, or regions did not take the rest within a minute: the server keeps it.
     pub async fn stop(mut self) -> Result<Vec<LaneOutcome>> {
-        drop(self.beating.take());
+        self.beside.clear();
         self.stop.cancel();
         let Some(task) = self.task.as_mut() else { return Ok(Vec::new()) };
         match timeout(STOP_LIMIT, task).await {
@@ -260,7 +271,10 @@ impl Run {
         let (start, reason) = self.place(&mut client, &server).await?;
         self.store_histories(&server);
         let durable = self.settle(&start).await?;
-        let walker = server.walker(&start)?;
+        let mut walker = server.walker(&start)?;
+        if self.tracker.is_some() {
+            walker = walker.reading_blocks();
+        }
         let stream = client.start_physical(Some(&slot), start.lsn, start.branch.timeline).await?;
         tracing::info!(target = %self.target.name, lsn = %start.lsn, timeline = start.branch.timeline.0, reason, "streaming");
         self.shared.view.send_modify(|view| {
@@ -271,6 +285,9 @@ impl Run {
         });
         self.sessions += 1;
         let log = server.log(&self.target, &start.branch);
+        if let Some(tracker) = &mut self.tracker {
+            tracker.begin(&log, start.lsn);
+        }
         Ok(Session::new((self.sessions, log), start, stream, Buffer::new(walker), durable))
     }
 

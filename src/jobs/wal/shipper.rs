@@ -47,6 +47,8 @@ enum Command {
 pub(super) struct Shipped {
     /// Every record that ends at or before this position is durable.
     pub(super) durable: Lsn,
+    /// Where the newest frame ends that the regions were given.
+    pub(super) begun: Lsn,
     /// Since when.
     pub(super) at: Option<DateTime<Utc>>,
     /// The newest commit time in it.
@@ -169,6 +171,7 @@ impl Shipper {
         };
         let Chunk { start, wal, marks, .. } = frame.chunk;
         let complete = self.passing.pass(&frame.log, start, &wal);
+        self.shipped.send_modify(|shipped| shipped.begun = Lsn(start.0 + wal.len() as u64));
         open.epoch.append(start, wal, marks).await?;
         self.note(&frame.log, complete).await?;
         let now = self.writer.clock.now();

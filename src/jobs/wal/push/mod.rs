@@ -249,6 +249,7 @@ impl PushDesk {
             last_error: None,
             pushes: told.pushes,
             heartbeat: None,
+            slot: None,
         }
     }
 

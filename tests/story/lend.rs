@@ -57,16 +57,6 @@ fn histories(rig: &Rig, region: &str) -> Vec<PathBuf> {
     if directory.exists() { walk(&directory) } else { Vec::new() }
 }
 
-/// Away and back.
-fn move_all(rig: &Rig, away: bool) {
-    for region in ["a", "b", "c"] {
-        let here = rig.scratch.join(region);
-        let there = here.with_extension("away");
-        let (from, to) = if away { (here, there) } else { (there, here) };
-        std::fs::rename(from, to).unwrap();
-    }
-}
-
 #[tokio::test]
 async fn a_daemon_that_may_restore_gives_wal_and_reads_ahead() {
     let (mut cluster, rig) = archiving(16, false).await;
@@ -139,12 +129,12 @@ async fn a_daemon_that_may_restore_gives_wal_and_reads_ahead() {
     // What was read ahead is there without any region, and nothing else is.
     assert!(asking.borrow(&segments[0], 0).await.0 == own(&segments[0]));
     tokio::time::sleep(Duration::from_secs(3)).await;
-    move_all(&rig, true);
+    rig.take_away(&["a", "b", "c"]);
     for segment in &segments[1..4] {
         assert!(asking.borrow(segment, 0).await.0 == own(segment));
     }
     asking.borrow(&segments[0], 255).await;
-    move_all(&rig, false);
+    rig.give_back(&["a", "b", "c"]);
     assert!(asking.borrow(&segments[5], 0).await.0 == own(&segments[5]));
     daemon.terminate().await.ok();
     // Without a daemon the regions are asked.

@@ -1,7 +1,7 @@
 //! What is protected: from settings to the targets of jobs.
 
 use crate::config::{
-    self, Assertion, DumpTarget, FilesTarget, Method, OnPressure, PostgresTarget, Secret, Settings, Source,
+    self, Assertion, Detection, DumpTarget, FilesTarget, Method, OnPressure, PostgresTarget, Secret, Settings, Source,
     Target as TargetSettings,
 };
 use crate::jobs::{self, Objectives, Streamed, Target, What};
@@ -76,6 +76,12 @@ pub(super) fn cluster(target: &TargetSettings, pg: &PostgresTarget) -> Result<Ta
         Method::Stream => postgres::Method::Stream,
         Method::Auto => postgres::Method::Auto,
     };
+    let detection = match pg.detection {
+        Detection::Read => jobs::Detection::Read,
+        Detection::Auto => jobs::Detection::Auto,
+        Detection::Wal => jobs::Detection::Wal,
+        Detection::Summaries => jobs::Detection::Summaries,
+    };
     let standby = match &pg.standby {
         None => None,
         Some(text) => Some(postgres::Lender {
@@ -92,6 +98,8 @@ pub(super) fn cluster(target: &TargetSettings, pg: &PostgresTarget) -> Result<Ta
         objectives: objectives(target),
         conninfo,
         method,
+        detection,
+        full_every: pg.full_every,
         data_dir: pg.data_dir.clone(),
         standby,
         slot: pg.slot.clone(),

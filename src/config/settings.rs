@@ -21,7 +21,7 @@ mod target;
 pub use region::{
     AwsAccess, Checksum, Credentials, KmsEndpoint, KmsKey, OfflineKey, Openers, Region, S3Settings, Store,
 };
-pub use target::{DumpTarget, FilesTarget, Method, Objectives, OnPressure, PostgresTarget, Source, Target};
+pub use target::{Detection, DumpTarget, FilesTarget, Method, Objectives, OnPressure, PostgresTarget, Source, Target};
 
 /// Everything that the configuration says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

@@ -22,7 +22,7 @@ fn schedule(name: &str, cron: &str) -> Schedule {
         name: name.parse().unwrap(),
         description: None,
         enabled: true,
-        work: Work::Backup { target: "ledger".parse().unwrap(), fast: false },
+        work: Work::Backup { target: "ledger".parse().unwrap(), fast: false, verify_detection: false },
         cron: cron.parse().unwrap(),
         timezone: chrono_tz::Tz::UTC,
         jitter: Duration::ZERO,

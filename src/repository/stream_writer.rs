@@ -140,7 +140,7 @@ impl<'a> StreamWriter<'a> {
         let pages = u32::try_from(pages).unwrap_or(u32::MAX);
         let piece = Piece { file: open.file, first_page: page(open.sent.0), pages };
         open.sent.0 += bytes;
-        self.backup.batch(Batch { pieces: vec![piece], data }).await
+        self.backup.batch(Batch { pieces: vec![piece], data, ..Batch::default() }).await
     }
 
     /// Lists the streams in the manifest.

@@ -174,7 +174,8 @@ fn states(text: &mut String, target: &TargetStatus, now: DateTime<Utc>, output: 
     }
     for gap in &target.gaps {
         let met = figures::relative(now, gap.at);
-        let _ = writeln!(text, "  gap {} to {} on timeline {}, met {met}", gap.from, gap.to, gap.timeline);
+        let what = if gap.contradiction { "two versions" } else { "gap" };
+        let _ = writeln!(text, "  {what} {} to {} on timeline {}, met {met}", gap.from, gap.to, gap.timeline);
     }
     if let Some(slot) = target.slot.as_ref().filter(|slot| slot.retained_bytes.is_some_and(|bytes| bytes > 0)) {
         let kept = figures::bytes(slot.retained_bytes.unwrap_or_default());

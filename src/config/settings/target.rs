@@ -122,6 +122,11 @@ pub struct PostgresTarget {
     pub password: Option<Secret>,
     /// How the data directory is read.
     pub method: Method,
+    /// How a base backup finds the pages that changed.
+    pub detection: Detection,
+    /// After this time a base backup stores every page again.
+    #[serde(serialize_with = "show::duration")]
+    pub full_every: Duration,
     /// The data directory, where the server's own answer does not fit (another mount, another container).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub data_dir: Option<PathBuf>,
@@ -170,6 +175,20 @@ pub enum Method {
     Local,
     /// Through the replication protocol.
     Stream,
+}
+
+/// How a base backup finds the pages that changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Detection {
+    /// It reads every page.
+    Read,
+    /// From the WAL receiver, else from PostgreSQL's summaries, else by reading.
+    Auto,
+    /// From the WAL receiver, else by reading.
+    Wal,
+    /// From PostgreSQL's summaries, else by reading.
+    Summaries,
 }
 
 /// What to do when the slot fills the server's disk.

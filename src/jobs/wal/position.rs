@@ -99,6 +99,9 @@ pub struct Pushes {
     pub known: u64,
     /// Files of which recovery needs nothing.
     pub not_needed: u64,
+    /// Segments that were read from the server's directory and stored before they were handed over.
+    #[serde(default)]
+    pub ahead: u64,
     /// The newest file that was taken.
     pub last_file: Option<String>,
     /// When.

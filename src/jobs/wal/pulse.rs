@@ -196,7 +196,16 @@ mod tests {
 
     fn commit(xid: u32, end: u64) -> Record {
         let kind = RecordKind::Commit { time: DateTime::UNIX_EPOCH };
-        Record { start: Lsn(end - 40), end: Lsn(end), xid, rmgr: 1, info: 0, kind }
+        Record {
+            start: Lsn(end - 40),
+            end: Lsn(end),
+            xid,
+            rmgr: 1,
+            info: 0,
+            previous: Lsn::INVALID,
+            kind,
+            touched: Vec::new(),
+        }
     }
 
     #[test]

@@ -97,7 +97,7 @@ impl Shared {
         let slow = shipped.busy_since.is_some_and(|since| now.saturating_sub(since) > SLOW);
         let state = match view.state {
             State::Streaming if slow || shipped.trouble.is_some() => State::WaitingForRegions,
-            State::Streaming if view.gap => State::Gap,
+            State::Streaming if view.gap || shipped.contradiction.is_some() => State::Gap,
             other => other,
         };
         let buffered = view.received.0.saturating_sub(shipped.begun.0);
@@ -124,7 +124,7 @@ impl Shared {
             exposure_seconds: exposure.map(|exposure| exposure.as_secs_f64()),
             regions: regions.collect(),
             epoch: shipped.epoch,
-            last_error: shipped.trouble.or(view.last_error),
+            last_error: shipped.trouble.or(shipped.contradiction).or(view.last_error),
             pushes: Pushes::default(),
             slot: self.slot.held(),
             heartbeat: self.beats.then(|| self.pulse.heartbeat(shipped.durable)),

@@ -1,6 +1,7 @@
 //! The composition root: from settings to the hands of a job. The one place that knows every adapter, and the one
 //! function that stacks the wrappers around a store.
 
+use std::ffi::OsString;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -9,11 +10,12 @@ use crate::config::{Drill, Settings};
 use crate::disk::place;
 use crate::jobs::check::Subject;
 use crate::jobs::{Context, Levels, ScratchPlace};
-use crate::model::{Clock, Result, ResultExt, Rng};
+use crate::model::{Clock, Error, Result, ResultExt, Rng};
 use crate::notify::Courier;
 use crate::observe::clock::SystemClock;
 use crate::observe::metrics::Meters;
 use crate::observe::progress::Progress;
+use crate::pg::instance::beside;
 use crate::repository::handle::{Repository, Writer};
 use crate::repository::keysets::KeyRing;
 
@@ -23,7 +25,6 @@ mod stores;
 mod targets;
 mod told;
 
-pub use crate::pg::instance::beside;
 pub use away::drill_context;
 use keys::openers;
 pub use keys::{holders, new_recovery_key, writer};
@@ -143,6 +144,14 @@ pub async fn subject(settings: &Settings, world: &World) -> Result<Subject> {
 /// The file cannot be written.
 pub fn replace(path: &Path, text: &str) -> Result<()> {
     Ok(place::place(path, text.as_bytes(), 0o644)?)
+}
+
+/// The word with which drctl starts itself to become another program that ends with it.
+pub const WITH_PARENT: &str = beside::VERB;
+
+/// Becomes the program that stands behind [`WITH_PARENT`]; returns only if that fails.
+pub fn become_program(words: &[OsString]) -> Error {
+    Error::failed("the program cannot be started").because(beside::become_it(words))
 }
 
 /// The machine's name, for provenance.

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use clap::{CommandFactory, FromArgMatches, Parser};
 
-use crate::app::beside;
+use crate::app;
 use crate::cli::exit::{Exit, Reader};
 use crate::cli::globals::Globals;
 use crate::cli::render::Output;
@@ -70,9 +70,9 @@ impl Session {
 /// Runs drctl with the arguments of a process, the first of which is its name.
 pub fn main(arguments: Vec<OsString>) -> ExitCode {
     if let [name, verb, words @ ..] = arguments.as_slice()
-        && verb == beside::VERB
+        && verb == app::WITH_PARENT
     {
-        let error = Error::failed("the program cannot be started").because(beside::become_it(words));
+        let error = app::become_program(words);
         Output::new(false).tell(&error, reader_of(std::slice::from_ref(name)));
         return ExitCode::FAILURE;
     }

@@ -89,6 +89,19 @@ fn expressions(value: &Value, found: &mut Vec<String>) {
     }
 }
 
+/// Every question that a dashboard asks is one that Prometheus understands.
+async fn answers_dashboards(prometheus: &Prometheus) {
+    for dashboard in ["fleet-readiness", "target-detail"] {
+        let text = std::fs::read_to_string(deployed(&format!("grafana/{dashboard}.json"))).unwrap();
+        let mut found = Vec::new();
+        expressions(&serde_json::from_str(&text).unwrap(), &mut found);
+        for expression in found {
+            let expression = expression.replace("$target", ".*").replace("$region", ".*");
+            assert!(prometheus.query(&expression).await.is_some(), "{dashboard}: {expression}");
+        }
+    }
+}
+
 #[tokio::test]
 async fn prometheus_sees_what_the_regions_hold_and_what_goes_wrong() {
     let (scratch, cluster, port) = (Scratch::new(), Cluster::start_new(15).await, free_ports(1));
@@ -144,15 +157,7 @@ async fn prometheus_sees_what_the_regions_hold_and_what_goes_wrong() {
     cluster.execute("SELECT pg_reload_conf()").await;
     let guarded = "drctl_slot_room_bytes < 2e8";
     eventually("the server's own limit is nearer", SOON, async || prometheus.value(guarded).await.is_some()).await;
-    for dashboard in ["fleet-readiness", "target-detail"] {
-        let text = std::fs::read_to_string(deployed(&format!("grafana/{dashboard}.json"))).unwrap();
-        let mut found = Vec::new();
-        expressions(&serde_json::from_str(&text).unwrap(), &mut found);
-        for expression in found {
-            let expression = expression.replace("$target", ".*").replace("$region", ".*");
-            assert!(prometheus.query(&expression).await.is_some(), "{dashboard}: {expression}");
-        }
-    }
+    answers_dashboards(&prometheus).await;
 
     let file = scratch.join("drctl.prom");
     let textfile = ["metrics", "--textfile", file.to_str().unwrap()];

@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::escape;
 use crate::support::dirs::{Scratch, size_of};
 use crate::support::drctl::{Drctl, Finished};
-use crate::support::pg::{Cluster, bin_dir};
+use crate::support::pg::{Cluster, Until, bin_dir};
 use crate::support::process;
 
 /// Two directory regions and one target named `kept`.
@@ -363,4 +363,30 @@ async fn the_newest_major_is_dumped_with_its_own_programs_and_half_a_dump_is_no_
     let failed = protected.drctl(&["backup", "kept"]).run().await.code(1);
     assert!(failed.stderr.contains("no matching tables were found"), "{failed}");
     assert!(size_of(&protected.region("region-a").join("commits")) > 0);
+}
+
+#[tokio::test]
+async fn a_dump_of_a_standby_promises_what_was_replayed() {
+    let (primary, place) = (Cluster::start_new(16).await, Scratch::new());
+    primary.execute("CREATE TABLE t AS SELECT 1 n").await;
+    let data = place.postgres_dir("standby");
+    let mut basebackup = primary.tool("pg_basebackup");
+    basebackup.arg("-D").arg(&data).args(["-R", "-c", "fast"]);
+    process::run_async(basebackup).await;
+    let standby = Cluster::try_start_restored(&data, 16, &[], Until::Ready).await.unwrap();
+    let target = format!("source = \"dump\"\nconninfo = \"{}\"\nrpo = \"6h\"\n", standby.conninfo());
+    let protected = Protected::new(&target, &[16]).await;
+    primary.execute("INSERT INTO t VALUES (2)").await;
+    let rows = "SELECT count(*) FROM t";
+    process::eventually("it is replayed", Duration::from_secs(30), async || standby.query(rows).await == "2").await;
+    standby.execute("SELECT pg_wal_replay_pause()").await;
+    primary.execute("INSERT INTO t VALUES (3)").await;
+    let replayed = standby.query("SELECT to_json(pg_last_xact_replay_timestamp())#>>'{}'").await;
+    let replayed = chrono::DateTime::parse_from_rfc3339(&replayed).unwrap();
+    let backup = protected.json(&["backup", "kept"]).await;
+    let began = chrono::DateTime::parse_from_rfc3339(backup["backup"]["started_at"].as_str().unwrap()).unwrap();
+    assert!(began <= replayed, "{began} is promised, and {replayed} is there");
+    protected.restore(&["--into-database", "copy", "--conninfo", &primary.conninfo()], "-").await.ok();
+    let copied = primary.client_of("copy").await.query_one(rows, &[]).await.unwrap();
+    assert_eq!(copied.get::<_, i64>(0), 2);
 }

@@ -27,8 +27,8 @@ mod server;
 mod tests;
 
 pub use look::{Found, look};
-pub use properties::{Properties, dress};
-pub use restore::{Goal, Place, Restored, Wishes, create, drop_created, inspect, restore};
+pub use properties::Properties;
+pub use restore::{Goal, Place, Restored, Wishes, create, dress, drop_created, inspect, restore};
 
 use child::Child;
 use server::{Choice, Server};

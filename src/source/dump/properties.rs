@@ -3,9 +3,6 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::restore::{Goal, Wishes, identifier, literal};
-use super::server::Server;
-use crate::model::Result;
 use crate::pg::PgError;
 use crate::pg::sql::SqlClient;
 
@@ -86,7 +83,7 @@ impl Properties {
     }
 
     /// What makes a new database `name` such a one. The owner comes last: who is not a superuser has no say afterwards.
-    fn statements(&self, name: &str, no_owner: bool) -> Vec<Statement> {
+    pub(super) fn statements(&self, name: &str, no_owner: bool) -> Vec<Statement> {
         let (name, mut all) = (identifier(name), Vec::new());
         for Setting { role, name: setting, value } in &self.settings {
             let set = format!("SET {} TO {}", identifier(setting), as_value(setting, value));
@@ -128,37 +125,12 @@ impl Properties {
 
 /// One step, and which role it takes.
 #[derive(Debug)]
-struct Statement {
-    what: String,
-    role: Option<String>,
-    sql: String,
+pub(super) struct Statement {
+    pub(super) what: String,
+    pub(super) role: Option<String>,
+    pub(super) sql: String,
     /// Whether it is about owners and grants.
     owns: bool,
-}
-
-/// Gives a database that was made for a dump what was its own. Says what could not be given: the data is whole without it.
-///
-/// # Errors
-/// The server does not answer.
-pub async fn dress(into: &Goal, properties: &Properties, wishes: Wishes) -> Result<Vec<String>> {
-    let server = Server::reach(into.conninfo.clone().with_application_name(super::restore::NAME)).await?;
-    let client = server.client();
-    let mut notes = Vec::new();
-    for Statement { what, role, sql, .. } in properties.statements(&into.name, wishes.no_owner) {
-        let known = "SELECT EXISTS (SELECT FROM pg_catalog.pg_roles WHERE rolname = $1)";
-        let absent = match &role {
-            Some(role) => !client.query_one(known, &[role]).await.map_err(PgError::from)?.get::<_, bool>(0),
-            None => false,
-        };
-        let given = match (absent, &role) {
-            (true, Some(role)) => Err(format!("the server has no role {role}")),
-            _ => client.batch_execute(&sql).await.map_err(|error| PgError::from(error).to_string()),
-        };
-        if let Err(why) = given {
-            notes.push(format!("database {} lacks {what}: {why}", into.name));
-        }
-    }
-    Ok(notes)
 }
 
 /// Settings whose value is a list of names, each quoted by itself; as one string it would be one name with commas in it.
@@ -200,6 +172,15 @@ fn names(list: &str) -> Vec<String> {
         names.push(name);
     }
     names
+}
+
+pub(super) fn identifier(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
+}
+
+pub(super) fn literal(text: &str) -> String {
+    let escaped = text.replace('\\', "\\\\").replace('\'', "''");
+    format!("E'{escaped}'")
 }
 
 #[cfg(test)]

@@ -159,9 +159,9 @@ pub(super) fn report_text(report: &Report) -> String {
         let bytes = phase.bytes.map_or_else(String::new, |bytes| {
             format!("  {}, {}/s", figures::bytes(bytes), figures::bytes(rate(bytes, phase.seconds)))
         });
-        let reused = phase.reused_bytes.map_or_else(String::new, |reused| {
-            format!(", of which {} stood there already", figures::bytes(reused))
-        });
+        let reused = phase
+            .reused_bytes
+            .map_or_else(String::new, |reused| format!(", of which {} stood there already", figures::bytes(reused)));
         lines.push(format!("  {:<8}{:>10}{bytes}{reused}", phase.name, seconds(phase.seconds)));
     }
     for incident in &report.incidents {

@@ -14,6 +14,7 @@ use crate::model::{HolderId, Result, ResultExt, TargetName};
 use crate::repository::backup_writer::{BackupOptions, BackupWriter, PageCounts};
 use crate::repository::fan_out::LaneOutcome;
 use crate::repository::parent::{self, Basis, state_path};
+use crate::repository::repack::Moved;
 use crate::repository::stream_writer::StreamLine;
 use crate::source::postgres;
 use crate::source::{Begun, Finished};
@@ -62,6 +63,8 @@ pub struct Report {
     pub full_because: Option<String>,
     /// Pages read, and those of them that changed since the parent.
     pub pages: PageCounts,
+    /// What it took along from packs of earlier backups that were mostly dead.
+    pub moved: Moved,
     /// Why this machine does not remember its pages, so that the next backup will be a full one.
     pub not_remembered: Option<String>,
 }
@@ -121,6 +124,7 @@ pub async fn run(context: &Context, name: &TargetName, options: Options) -> Resu
         left_out: Vec::new(),
         full_because: written.full_because,
         pages: written.pages,
+        moved: written.moved,
         not_remembered: written.not_remembered,
     })
 }

@@ -109,12 +109,14 @@ fn standing(directory: &Path, system: Option<SystemId>, plan: &mut Plan) -> Resu
         plan.refuse_because(format!("{shown}/pg_wal is a link"), "a restore writes nothing through links", next);
     }
     if let Postmaster::Stale { pid } = postmaster_of(directory)? {
-        let warning = format!("a server (pid {pid}) did not stop cleanly there: make sure that none in another container runs");
+        let warning =
+            format!("a server (pid {pid}) did not stop cleanly there: make sure that none in another container runs");
         plan.warnings.push(warning);
     }
     let logs = plan.reuse.as_ref().map_or(0, |reuse| reuse.remove_logs);
     if logs > 0 {
-        plan.warnings.push(format!("{logs} files in {shown}/log are removed: copy them first if somebody is to read them"));
+        plan.warnings
+            .push(format!("{logs} files in {shown}/log are removed: copy them first if somebody is to read them"));
     }
     Ok(())
 }

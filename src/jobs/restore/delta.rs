@@ -148,9 +148,9 @@ impl Survey {
 
     fn doom(&mut self, path: &Path, relative: &Path, is_dir: bool) -> Result<()> {
         if is_dir {
-            return entries(path)?.into_iter().try_for_each(|(name, kind)| {
-                self.doom(&path.join(&name), &relative.join(&name), kind.is_dir())
-            });
+            return entries(path)?
+                .into_iter()
+                .try_for_each(|(name, kind)| self.doom(&path.join(&name), &relative.join(&name), kind.is_dir()));
         }
         self.found.remove_files += 1;
         self.found.remove_bytes += fs::symlink_metadata(path).map_or(0, |metadata| metadata.len());

@@ -56,7 +56,11 @@ impl Prepared {
             choose(context, &repository, request, &candidates).await?;
         let inventory = catalog::inventory(&repository, &commit).await?;
         let mut survey = Survey::new(request);
-        let look = |line: &Line| if request.delta { survey.see(line) };
+        let look = |line: &Line| {
+            if request.delta {
+                survey.see(line)
+            }
+        };
         let (regions, outline) = tokio::join!(
             regions(&repository, &commit, &inventory),
             read_outline(&repository, &context.ring, (&commit, &inventory), look)

@@ -120,8 +120,7 @@ mod tests {
             WindowFile { line, path, held: 0 }
         };
         let files: Vec<_> = sizes.into_iter().enumerate().map(file).collect();
-        let expected: Vec<_> =
-            files.iter().map(|file| crc32c::crc32c(&std::fs::read(&file.path).unwrap())).collect();
+        let expected: Vec<_> = files.iter().map(|file| crc32c::crc32c(&std::fs::read(&file.path).unwrap())).collect();
         let written = checksum_all(Arc::new(files), pool).await.unwrap();
         assert_eq!(written.iter().map(|file| file.crc32c).collect::<Vec<_>>(), expected);
         assert_eq!(written.iter().map(|file| file.size).collect::<Vec<_>>(), sizes);

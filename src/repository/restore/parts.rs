@@ -116,4 +116,3 @@ pub(super) fn decode_small(path: String, mode: u32, base64: &str) -> Result<(Str
         bytes.map_err(|error| Error::damaged(format!("{path} in the manifest is not readable")).because(error))?;
     Ok((path, mode, bytes))
 }
-

@@ -76,4 +76,3 @@ pub(super) fn link_tablespace(destination: &Destination, oid: u32, location: &st
     std::os::unix::fs::symlink(place, &link)
         .map_err(|error| Error::failed(format!("link {} to {}", link.display(), place.display())).because(error))
 }
-

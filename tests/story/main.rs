@@ -37,6 +37,7 @@ mod runbooks;
 mod sabotage;
 mod soak;
 mod soak_base;
+mod standby;
 mod streams;
 mod systemd;
 mod verify;

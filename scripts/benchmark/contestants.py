@@ -140,7 +140,7 @@ class WalRus:
 
     @staticmethod
     def binary():
-        return shutil.which(os.environ.get("DRCTL_BENCH_WALRUS", "wal-rus"))
+        return shutil.which(os.environ.get("DRCTL_BENCH_WALRUS", "walrus"))
 
     def __init__(self, place, cluster, region):
         self.place, self.cluster, (self.bed, self.side) = place, cluster, region

@@ -156,7 +156,7 @@ class WalRus:
 
     def backup(self):
         before = self.stored()
-        cost = measured([self.binary(), "backup-push", self.cluster.data], self.environment)
+        cost = measured([self.binary(), "backup-push", "--fast", "--verify", self.cluster.data], self.environment)
         cost.stored_bytes = self.stored() - before
         return cost
 

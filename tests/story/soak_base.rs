@@ -166,7 +166,7 @@ impl Soak {
             "SELECT (SELECT sum(abalance) FROM pgbench_accounts) = (SELECT sum(tbalance) FROM pgbench_tellers)
             AND (SELECT sum(bbalance) FROM pgbench_branches) = (SELECT coalesce(sum(delta), 0) FROM pgbench_history)
             AND (SELECT sum(abalance) FROM pgbench_accounts) = (SELECT sum(bbalance) FROM pgbench_branches)";
-        assert_eq!(restored.query(balances).await, "true", "{}", survivor.id);
+        assert_eq!(restored.query(balances).await, "t", "{}", survivor.id);
         restored.amcheck().await;
         restored.execute("CREATE EXTENSION pg_visibility").await;
         for check in ["pg_check_visible", "pg_check_frozen"] {

@@ -33,10 +33,10 @@ use wal::WalCover;
 /// A backup stays below 256 MiB. A batch is 8 MiB, a pack 16 MiB, and with `w` workers there are at most
 /// - `w / 2` + 3 + `w` batches: at the readers, on their way (one queued by the source, one in hand, one queued for
 ///   the workers), at the workers;
-/// - `w` + 1 + 6 packs that are shared by all regions: filled, queued, and going out, where a region that lags holds four
-///   beside the two of the others;
+/// - `w` + 2 + 6 packs that are shared by all regions: filled (one more with maps), queued, and going out, where a region
+///   that lags holds four beside the two of the others;
 ///
-/// which is 216 MiB for three workers when nothing compresses and a region lags, and 20 MiB for the process itself. The
+/// which is 232 MiB for three workers when nothing compresses and a region lags, and 20 MiB for the process itself. The
 /// files of a cluster add some hundred bytes each for their names.
 const WORKERS: usize = 3;
 

@@ -60,6 +60,7 @@ pub(super) async fn run(context: &Context, target: &Streamed, options: Options) 
         full_because: None,
         pages: written.pages,
         detection: Told { by: None, because: None, proof: None, unproved: false },
+        moved: written.moved,
         not_remembered: None,
     })
 }

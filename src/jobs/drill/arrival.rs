@@ -10,7 +10,7 @@ use crate::jobs::drill::report::Report;
 use crate::jobs::drill::scratch::Scratch;
 use crate::jobs::drill::select;
 use crate::jobs::drill::stop::Stop;
-use crate::jobs::restore::{self, Point, Prepared, Request};
+use crate::jobs::restore::{self, Memory, Point, Prepared, Request};
 use crate::model::{Kind, Lsn, ResultExt};
 use crate::repository::fan_out::Patience;
 
@@ -108,6 +108,8 @@ fn request(context: &Context, scratch: &Scratch, (what, point): (String, Point),
         timeline: None,
         start: true,
         run_as: context.scratch.run_as.clone(),
+        delta: false,
+        memory: Memory::default(),
         invocation: vec!["drctl".to_owned()],
     }
 }

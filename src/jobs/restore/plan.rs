@@ -188,6 +188,7 @@ fn outset(request: &Request, (commit, route, pin): (&Commit, &Route, Pin)) -> Pl
         write_bytes: (commit.size_bytes, staged_bytes(route)),
         free_bytes: None,
         expected_seconds: 0,
+        predicted: None,
         assumed_rate: ASSUMED_RATE,
         opens_with: None,
         needs: Needs {

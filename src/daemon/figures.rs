@@ -96,7 +96,7 @@ impl Figures {
     fn count(&self, [schedule, target, kind]: [&str; 3], outcome: Outcome, slots: f64) {
         let outcome = outcome.as_str();
         self.meters.add(&table::SCHEDULE_RUNS, [schedule, target, kind, outcome], slots);
-        if kind == Job::Backup.as_str() {
+        if [Job::Backup, Job::Dump, Job::Files].iter().any(|job| job.as_str() == kind) {
             self.meters.add(&table::BACKUP_RUNS, [target, outcome], slots);
         }
     }

@@ -3,7 +3,7 @@
 //! | request | answer |
 //! |---|---|
 //! | `GET /healthz` | 200 while the loop turns, else 503 with the reason: restart it |
-//! | `GET /readyz` | 200 when the scheduler has started and enough regions answer, else 503 with the reasons |
+//! | `GET /readyz` | 200 when the scheduler runs, its state can be written and enough regions answer, else 503 and why |
 //! | `GET /metrics` | the text format of Prometheus |
 //!
 //! What is asked here is answered from memory. `listener` bounds how many connections there are, and how long they last.

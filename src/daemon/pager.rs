@@ -52,6 +52,16 @@ impl Pager {
         }
     }
 
+    /// Whether the state directory can be written; why not.
+    pub(super) fn state_dir(&self, trouble: Option<&str>) {
+        let problem = "state-directory";
+        let title = "the state directory cannot be written: a restart forgets what ran";
+        match trouble {
+            Some(why) => self.raise(Occasion::State, problem, title, why),
+            None => self.resolve(problem, "it is written again"),
+        }
+    }
+
     /// How the regions and the receivers of this host stand.
     pub(super) fn look(&self, regions: &BTreeMap<RegionName, Answer>, positions: &Positions, now: Duration) {
         for (region, answer) in regions {
@@ -126,6 +136,20 @@ impl Pager {
 mod tests {
     use super::*;
     use crate::jobs::wal::Position;
+
+    #[test]
+    fn a_full_state_directory_is_one_problem_until_it_is_written_again() {
+        let state = tempfile::tempdir().unwrap();
+        let pager = Pager::new(BTreeSet::from([Occasion::State]), &state.path().join("gone"), World::real());
+        let since = || pager.problems.lock().unwrap().since("state-directory");
+        pager.state_dir(Some("no space left"));
+        let told = since();
+        assert!(told.is_some());
+        pager.state_dir(Some("no space left"));
+        assert_eq!(since(), told, "the same problem, told once");
+        pager.state_dir(None);
+        assert_eq!(since(), None);
+    }
 
     /// The receiver goes on telling of a gap that it met; a backup behind it ends the matter all the same, once.
     #[test]

@@ -206,6 +206,11 @@ fn hung(open: &Open) -> (u64, End) {
     if open.schedule.as_str() == "hung" { (u64::MAX, End::Failed("never".into())) } else { good(open) }
 }
 
+/// Somebody else does it.
+fn busy(_: &Open) -> (u64, End) {
+    (1, End::Busy("another backup of ledger runs".into()))
+}
+
 /// Fails twice.
 fn shaky(open: &Open) -> (u64, End) {
     if open.attempts <= 2 { (60, End::Failed("no region answers".into())) } else { good(open) }

@@ -2,7 +2,7 @@
 //! user and root may ask, and whoever the configuration invites.
 
 use std::io::ErrorKind;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use axum::Router;
@@ -94,7 +94,7 @@ pub fn reply<T: Serialize>(answer: Result<T>) -> Response {
         Err(error) => {
             let status = match error.kind() {
                 Kind::NotFound => StatusCode::NOT_FOUND,
-                Kind::Refused | Kind::Damaged => StatusCode::CONFLICT,
+                Kind::Refused | Kind::Busy | Kind::Damaged => StatusCode::CONFLICT,
                 Kind::Usage => StatusCode::BAD_REQUEST,
                 _ => StatusCode::SERVICE_UNAVAILABLE,
             };
@@ -166,9 +166,7 @@ impl Drop for Served {
 async fn listen(path: &Path, guests: &Guests) -> Result<UnixListener> {
     let listener = match UnixListener::bind(path) {
         Err(error) if error.kind() == ErrorKind::AddrInUse => {
-            if UnixStream::connect(path).await.is_ok() {
-                return Err(Error::refused("another process answers there"));
-            }
+            refuse_all_but_dead(path).await?;
             std::fs::remove_file(path)
                 .map_err(|error| Error::failed("a dead socket cannot be removed").because(error))?;
             UnixListener::bind(path)
@@ -181,6 +179,21 @@ async fn listen(path: &Path, guests: &Guests) -> Result<UnixListener> {
     let mode = if guests.uids.is_empty() { 0o600 } else { 0o666 };
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).map_err(cannot)?;
     Ok(listener)
+}
+
+/// What stands at `path` may go only if it is a socket, and nobody is behind it.
+async fn refuse_all_but_dead(path: &Path) -> Result<()> {
+    let found = std::fs::symlink_metadata(path);
+    let found = found.map_err(|error| Error::refused("what stands there is not known").because(error))?;
+    if !found.file_type().is_socket() {
+        let error = Error::refused("what stands there is no socket, and stays");
+        return Err(error.hint("name another place for the socket, or move away what is there"));
+    }
+    match UnixStream::connect(path).await {
+        Ok(_) => Err(Error::refused("another process answers there")),
+        Err(error) if error.kind() == ErrorKind::ConnectionRefused => Ok(()),
+        Err(error) => Err(Error::refused("whether another process answers there is not known").because(error)),
+    }
 }
 
 /// Who is at the other end, as the kernel says.
@@ -311,4 +324,26 @@ where
 async fn collect(response: HttpResponse<Incoming>) -> Result<Bytes> {
     let body = Limited::new(response.into_body(), ANSWER_LIMIT).collect().await;
     Ok(body.map_err(|error| Error::failed("half an answer").because(error))?.to_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn only_a_socket_that_nobody_answers_on_is_replaced() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        std::fs::File::create(&path).unwrap();
+        let refused = listen(&path, &Guests::default()).await.unwrap_err();
+        assert_eq!(refused.kind(), Kind::Refused, "{refused}");
+        assert!(path.is_file());
+
+        let socket = directory.path().join("t");
+        let alive = listen(&socket, &Guests::default()).await.unwrap();
+        let refused = listen(&socket, &Guests::default()).await.unwrap_err();
+        assert!(refused.to_string().contains("another process answers"), "{refused}");
+        drop(alive);
+        listen(&socket, &Guests::default()).await.unwrap();
+    }
 }

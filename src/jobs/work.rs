@@ -57,7 +57,8 @@ pub async fn run(context: &Context, work: &Work) -> Result<Done> {
             drilled(&drill::run(context, &options).await?)
         }
         Work::Repair { target, region, quick } => {
-            let scope = Scope { target: target.clone(), region: region.clone(), quick: *quick, dry_run: false };
+            let (target, region) = (target.clone(), region.clone());
+            let scope = Scope { target, region, quick: *quick, dry_run: false, unattended: true };
             let report = repair::run(context, &scope).await?;
             let copied: u64 = report.regions.iter().map(|region| region.copied).sum();
             let replaced: usize = report.regions.iter().map(|region| region.replaced.len()).sum();
@@ -88,6 +89,9 @@ fn drilled(report: &drill::Report) -> Result<Done> {
 
 fn verified(report: &verify::Report) -> Result<Done> {
     let (count, level) = (report.backups.len(), report.level);
+    if report.is_of_nothing() {
+        return Err(Error::not_found("nothing was verified").because("no region holds a backup"));
+    }
     match report.is_clean() || report.has_only_debts() {
         true => Ok(done(!report.is_clean(), format!("{count} backups verified at {level:?}"))),
         false => {

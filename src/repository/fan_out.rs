@@ -4,6 +4,7 @@
 //! the quorum; once the quorum holds without it, it has [`Patience::laggard`] left and then owes the object: a debt that
 //! `repair` derives from inventories and pays later. Nothing here acknowledges below the quorum.
 
+use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -13,8 +14,9 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_util::task::TaskTracker;
 
 use crate::model::{Error, Kind, RegionName, Result};
+use crate::repository::layout;
 use crate::repository::regions::{Region, Regions};
-use crate::store::{Digest, PutOptions, StoreError};
+use crate::store::{Digest, Put, PutOptions, StoreError};
 
 /// How long the parties wait for each other.
 #[derive(Debug, Clone, Copy)]
@@ -45,6 +47,9 @@ impl Patience {
 /// Objects in flight per region. With packs of 16 MiB this bounds what a slow region can hold in memory.
 const IN_FLIGHT: usize = 4;
 
+/// How long a job waits for its quorum without a word.
+const TELL_AFTER: Duration = Duration::from_secs(5);
+
 /// Writes objects to all regions.
 #[derive(Debug)]
 pub struct FanOut {
@@ -53,6 +58,8 @@ pub struct FanOut {
     patience: Patience,
     tasks: TaskTracker,
     cancelled: watch::Sender<bool>,
+    /// Whether it was told that this waits.
+    told: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -62,6 +69,9 @@ struct Lane {
     /// One object at a time finds out whether a lane that is behind works again.
     probe: Arc<Semaphore>,
     behind: AtomicBool,
+    /// Whether the region has shown the repository's record since the lane began, or was left behind; asked by one at a time.
+    asked: AtomicBool,
+    asking: Semaphore,
     /// When, on tokio's clock in milliseconds since `born`, a lane that is behind may be tried again.
     retry_at: AtomicU64,
     born: tokio::time::Instant,
@@ -105,6 +115,8 @@ impl FanOut {
                 slots: Arc::new(Semaphore::new(IN_FLIGHT)),
                 probe: Arc::new(Semaphore::new(1)),
                 behind: AtomicBool::new(false),
+                asked: AtomicBool::new(false),
+                asking: Semaphore::new(1),
                 retry_at: AtomicU64::new(0),
                 born: tokio::time::Instant::now(),
                 missing: AtomicU64::new(0),
@@ -115,7 +127,14 @@ impl FanOut {
         let lanes = regions.all().iter().map(lane).collect();
         let patience = Patience { laggard: regions.detach_after().unwrap_or(patience.laggard), ..patience };
         let (cancelled, _) = watch::channel(false);
-        Self { lanes, quorum: regions.quorum(), patience, tasks: TaskTracker::new(), cancelled }
+        Self {
+            lanes,
+            quorum: regions.quorum(),
+            patience,
+            tasks: TaskTracker::new(),
+            cancelled,
+            told: AtomicBool::new(false),
+        }
     }
 
     /// Stores `body` under `key`; returns once the write quorum holds it. The other regions go on in the background.
@@ -155,10 +174,7 @@ impl FanOut {
         drop(report);
         let waiting = self.wait_for_quorum(&object.key, &mut deliveries);
         let outcome = match self.patience.quorum {
-            Some(limit) => match tokio::time::timeout(limit, waiting).await {
-                Ok(outcome) => outcome,
-                Err(_) => Err(self.no_quorum(&object.key)),
-            },
+            Some(limit) => self.wait_aloud(&object.key, waiting, limit).await,
             None => waiting.await,
         };
         if outcome.is_ok() {
@@ -202,6 +218,22 @@ impl FanOut {
                 lane.leave_behind("its queue stayed full", self.patience);
                 None
             }
+        }
+    }
+
+    /// Whoever watches a job that stands still is told what it waits for.
+    async fn wait_aloud(&self, key: &str, waiting: impl Future<Output = Result<()>>, limit: Duration) -> Result<()> {
+        let mut waiting = std::pin::pin!(waiting);
+        if let Ok(outcome) = tokio::time::timeout(TELL_AFTER.min(limit), &mut waiting).await {
+            return outcome;
+        }
+        let (error, seconds) = (self.no_quorum(key), limit.as_secs());
+        if !self.told.swap(true, Ordering::Relaxed) {
+            tracing::warn!(%error, "waiting for regions, at most {seconds} s for one object");
+        }
+        match tokio::time::timeout(limit.saturating_sub(TELL_AFTER), waiting).await {
+            Ok(outcome) => outcome,
+            Err(_) => Err(self.no_quorum(key)),
         }
     }
 
@@ -262,9 +294,7 @@ impl Lane {
         let mut pause = Duration::from_millis(100);
         loop {
             self.wait_out_the_pause().await;
-            let options = PutOptions::default();
-            let put = self.region.store.put(&object.key, object.body.clone(), object.digest, &options);
-            let error = match put.await {
+            let error = match self.put(object).await {
                 Ok(_) => {
                     self.behind.store(false, Ordering::Relaxed);
                     self.unheld.fetch_sub(object.wal, Ordering::Relaxed);
@@ -289,6 +319,20 @@ impl Lane {
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(Duration::from_secs(5));
         }
+    }
+
+    /// A region that was replaced by an empty place meanwhile is found out here: reading the record makes it prove itself anew.
+    async fn put(&self, object: &Object) -> Result<Put, StoreError> {
+        let turn = self.asking.acquire().await;
+        if !self.asked.load(Ordering::Relaxed) {
+            match self.region.store.get(layout::REPOSITORY, None).await {
+                Err(error) if error.is_transient() => return Err(error),
+                _ => self.asked.store(true, Ordering::Relaxed),
+            }
+        }
+        drop(turn);
+        let options = PutOptions::default();
+        self.region.store.put(&object.key, object.body.clone(), object.digest, &options).await
     }
 
     /// A lane that is behind is not tried before its pause is over.
@@ -321,6 +365,7 @@ impl Lane {
         }
         let mut last = self.last_error.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         last.get_or_insert_with(|| reason.to_owned());
+        self.asked.store(false, Ordering::Relaxed);
         if !self.behind.swap(true, Ordering::Relaxed) {
             tracing::warn!(region = %self.region.name, reason, "region is left behind; repair brings it back");
         }

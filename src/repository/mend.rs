@@ -41,6 +41,8 @@ pub struct Scope {
     pub quick: bool,
     /// Only say what would be done.
     pub dry_run: bool,
+    /// Nobody looks: a place that does not show that it is a region may not be mounted, and is left alone.
+    pub unattended: bool,
 }
 
 /// What was done to one region.
@@ -94,6 +96,8 @@ pub async fn mend(repository: &Repository, scope: &Scope, progress: &Phase) -> R
     if let Some(region) = &scope.region {
         repository.regions.named(region)?;
     }
+    let regions = if scope.unattended { repository.regions.clone() } else { repository.regions.bare() };
+    let repository = &Repository { regions, ..repository.clone() };
     let (backups, unreadable) = catalog::backups(repository, scope.target.as_ref()).await?;
     for error in &unreadable {
         tracing::warn!(%error, "no region holds this COMMIT intact");

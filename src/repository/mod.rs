@@ -27,6 +27,7 @@ pub mod packer;
 pub mod page_map;
 pub mod page_state;
 pub mod parent;
+mod proven;
 pub mod regions;
 pub mod relocation;
 pub mod repack;

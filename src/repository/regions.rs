@@ -10,8 +10,9 @@ use bytes::Bytes;
 use futures::future::join_all;
 use serde::Serialize;
 
-use crate::model::{Clock, Error, Kind, RegionName, Result};
+use crate::model::{Clock, Error, Kind, RegionName, RepositoryId, Result};
 use crate::repository::layout;
+use crate::repository::proven::Proven;
 use crate::store::{Depth, Digest, ListedObject, ObjectStore, StoreError};
 
 /// One independent copy of the repository.
@@ -27,6 +28,8 @@ pub struct Region {
 #[derive(Debug, Clone)]
 pub struct Regions {
     list: Vec<Region>,
+    /// The same without the proof that each is a region.
+    bare: Vec<Region>,
     quorum: usize,
     lowest: usize,
     detach_after: Option<Duration>,
@@ -77,7 +80,8 @@ impl Regions {
                 "a write quorum of {quorum} (lowest {lowest}) does not fit {count} regions"
             )));
         }
-        Ok(Self { list, quorum, lowest, detach_after: None, clock: None, trouble: Arc::default() })
+        let bare = list.clone();
+        Ok(Self { list, bare, quorum, lowest, detach_after: None, clock: None, trouble: Arc::default() })
     }
 
     /// The same regions, with the time after which writes go on without one that lags behind the quorum.
@@ -88,6 +92,21 @@ impl Regions {
     /// The same regions, with a clock that tells what is missing from what is still on its way.
     pub fn timed_by(self, clock: Arc<dyn Clock>) -> Self {
         Self { clock: Some(clock), ..self }
+    }
+
+    /// The same regions, none of which gives or takes anything before it has shown the record of `repository`; `shown` did.
+    pub(super) fn proven(mut self, repository: &RepositoryId, shown: &BTreeSet<RegionName>) -> Self {
+        for region in &mut self.list {
+            let shown = shown.contains(&region.name);
+            region.store = Arc::new(Proven::new(Arc::clone(&region.store), repository.clone(), shown));
+        }
+        self
+    }
+
+    /// The same regions as places alone, for whoever makes regions of them.
+    pub(super) fn bare(&self) -> Self {
+        let place = |region: &Region| self.bare.iter().find(|bare| bare.name == region.name).unwrap_or(region).clone();
+        Self { list: self.list.iter().map(place).collect(), ..self.clone() }
     }
 
     /// How long a region may lag behind the quorum, if the configuration says.

@@ -26,7 +26,7 @@ impl AbsentStore {
 
     fn unavailable(&self, operation: &'static str, key: &str) -> StoreError {
         let (address, reason) = (self.address.clone(), self.reason.clone());
-        StoreError::Unavailable { operation, key: key.to_owned(), address, reason }
+        StoreError::Absent { operation, key: key.to_owned(), address, reason }
     }
 }
 

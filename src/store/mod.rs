@@ -259,6 +259,26 @@ pub enum StoreError {
         /// What happened.
         reason: String,
     },
+    /// It could not be opened, and is not tried again for as long as this process has it.
+    #[error("{operation} of {key} in {address}: {reason}")]
+    Absent {
+        /// What was tried.
+        operation: &'static str,
+        /// The name.
+        key: String,
+        /// The store.
+        address: String,
+        /// Why it could not be opened.
+        reason: String,
+    },
+    /// It answers, and does not show that it is a region of the repository; nothing is read there or written.
+    #[error("{address} is not a region of this repository: {reason}")]
+    Unproven {
+        /// The store.
+        address: String,
+        /// What it shows instead.
+        reason: String,
+    },
     /// The name or the request breaks this contract; never retried.
     #[error("{address}: {reason}")]
     Invalid {
@@ -291,7 +311,10 @@ impl From<StoreError> for Error {
         let kind = match &error {
             StoreError::NotFound { .. } => Kind::NotFound,
             StoreError::Conflict { .. } | StoreError::Truncated { .. } => Kind::Damaged,
-            StoreError::Unavailable { .. } | StoreError::Full { .. } => Kind::Unavailable,
+            StoreError::Unavailable { .. }
+            | StoreError::Full { .. }
+            | StoreError::Absent { .. }
+            | StoreError::Unproven { .. } => Kind::Unavailable,
             StoreError::Denied { .. } | StoreError::Retained { .. } | StoreError::Invalid { .. } => Kind::Failed,
         };
         Self::new(kind, error.to_string()).transient(error.is_transient())

@@ -320,6 +320,12 @@ async fn a_file_is_given_to_recovery_or_it_certainly_does_not_exist() {
     for doubtful in [last.as_str(), &beyond] {
         fetch(doubtful, 255).await;
     }
+    // A place where nothing is mounted answers, and is no region that was asked.
+    std::fs::create_dir(region("b")).unwrap();
+    for doubtful in [last.as_str(), &beyond] {
+        fetch(doubtful, 255).await;
+    }
+    std::fs::remove_dir(region("b")).unwrap();
     for name in ["a", "b"] {
         std::fs::rename(region(name).with_extension("away"), region(name)).unwrap();
     }

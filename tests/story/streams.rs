@@ -189,6 +189,39 @@ async fn directories_come_back_as_they_were_from_either_region() {
     assert_eq!(look(&raw.join(root.strip_prefix("/").unwrap())), wanted);
 }
 
+/// Nothing is called safe that is not there: neither in the archive, nor in the region, nor at all.
+#[tokio::test]
+async fn what_is_not_there_is_told_and_is_never_a_success() {
+    let scratch = Scratch::new();
+    let (root, unmounted) = (scratch.dir("srv"), scratch.dir("unmounted"));
+    fs::write(root.join("a"), "a").unwrap();
+    let target = format!("source = \"files\"\nroots = [\"{}\", \"{}\"]\n", root.display(), unmounted.display());
+    let protected = Protected::new(&target, &[]).await;
+    let code = async |arguments: &[&str], code: i32| protected.drctl(arguments).run().await.code(code);
+    assert!(code(&["verify"], 1).await.stdout.contains("NOTHING WAS VERIFIED"));
+    code(&["repair", "nosuch"], 2).await;
+
+    let report = code(&["backup", "kept", "--json"], 4).await.json();
+    assert!(report["left_out"][0].as_str().unwrap().contains("is empty"), "{report}");
+    let shown = protected.json(&["show", report["backup"]["id"].as_str().unwrap()]).await;
+    assert_eq!((&shown["left_out"], &shown["left_out_count"]), (&report["left_out"], &Value::from(1)));
+    assert!(code(&["list"], 0).await.stdout.contains("1 LEFT OUT"));
+    assert!(code(&["status"], 1).await.stdout.contains("1 left out of the newest backup"));
+
+    // The place of a region is there, and the region is not.
+    let region = protected.region("region-b");
+    fs::rename(&region, region.with_extension("away")).unwrap();
+    fs::create_dir(&region).unwrap();
+    let refused = protected.drctl(&["backup", "kept"]).expect_log("region").run().await.code(1);
+    assert!(refused.stderr.contains("is not a region of this repository"), "{refused}");
+    assert_eq!(fs::read_dir(&region).unwrap().count(), 0, "nothing is written where nothing is mounted");
+    protected.drctl(&["repair"]).expect_log("taken from another region").run().await.ok();
+    code(&["backup", "kept"], 4).await;
+
+    fs::remove_file(root.join("a")).unwrap();
+    assert!(code(&["backup", "kept"], 1).await.stderr.contains("nothing in"));
+}
+
 /// A database with most of what a dump can lose.
 async fn load(cluster: &Cluster) {
     cluster.execute("CREATE ROLE app LOGIN").await;
@@ -262,6 +295,11 @@ async fn a_dump_comes_back_into_a_database_and_as_files() {
 
     let plain = protected.drctl(&["restore", "kept", "--into-database", "shop"]).run().await.code(2);
     assert!(plain.stderr.contains("--from-database"), "{plain}");
+    for (name, code, why) in [("", 2, "names no database"), ("template1", 5, "is a template")] {
+        let line = ["restore", "kept", "--from-database", "shop", "--into-database", name];
+        let refused = protected.drctl(&line).run().await.code(code);
+        assert!(format!("{}{}", refused.stdout, refused.stderr).contains(why), "{refused}");
+    }
     let options = ["--into-database", "shop", "--from-database", "shop"];
     let plan = protected.json(&[&["restore", "kept"], &options[..]].concat()).await;
     let point = plan["backup"]["recovery_point"].as_str().unwrap().parse::<chrono::DateTime<chrono::Utc>>().unwrap();

@@ -25,8 +25,13 @@ pub struct Args {
 /// # Errors
 /// What stopped it.
 pub async fn run(args: Args, session: &Session) -> Result<Exit> {
-    let context = app::context(&session.settings()?, Role::Restore, &World::real()).await?;
+    let settings = session.settings()?;
+    let context = app::context(&settings, Role::Restore, &World::real()).await?;
     let report = list::run(&context, args.target.as_ref()).await?;
+    if let Some(target) = args.target.as_ref().filter(|_| report.backups.is_empty() && report.unreadable.is_empty()) {
+        // Of one that was taken out of the configuration the regions still tell.
+        settings.target(target)?;
+    }
     match session.output.json {
         true => session.output.print_json(&report)?,
         false => session.output.print(&text(&report, session.clock.now()))?,
@@ -71,7 +76,11 @@ pub(super) fn regions(backup: &Listed) -> String {
         Some(State::Damaged) => " damaged",
         Some(State::Unreachable) => " unreachable",
     };
-    format!("{whole} of {}{word}", backup.regions.len())
+    let left_out = match backup.left_out_count {
+        None | Some(0) => String::new(),
+        Some(count) => format!(", {count} LEFT OUT"),
+    };
+    format!("{whole} of {}{word}{left_out}", backup.regions.len())
 }
 
 fn restorable(window: &Restorable, now: DateTime<Utc>, named: bool) -> String {
@@ -126,6 +135,7 @@ mod tests {
             stop_lsn: None,
             timeline: Some(1),
             recoverable_until: Some(now),
+            left_out_count: (hour == 1).then_some(3),
             regions: vec![region("a", State::Complete), region("b", state)],
         };
         let window = Restorable {
@@ -146,7 +156,7 @@ mod tests {
         let golden = "\
 ID                         KIND   FINISHED              SIZE      STORED   REGIONS
 ledger-261120-030059-k7f   full   1 h ago  03:01 UTC    1.65 GB   254 MB   1 of 2 debt
-ledger-261120-010059-m2c   full   3 h ago  01:01 UTC    1.65 GB   254 MB   2 of 2
+ledger-261120-010059-m2c   full   3 h ago  01:01 UTC    1.65 GB   254 MB   2 of 2, 3 LEFT OUT
 Restorable: from 2026-11-20 01:01:00 to 2026-11-20 04:04:00 UTC (now), one gap: 11-20 02:01:00 to 11-20 03:01:00
 ";
         let squeezed = |text: &str| {

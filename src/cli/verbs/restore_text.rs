@@ -37,7 +37,11 @@ pub(super) fn plan_text(plan: &Plan, now: DateTime<Utc>) -> String {
         line("tablespace", format!("{old} at {new}"));
     }
     let expected = figures::duration(Duration::from_secs(plan.expected_seconds));
-    line("expected", format!("{expected}, assuming {}/s; no drill yet", figures::bytes(plan.assumed_rate)));
+    let why = match &plan.predicted {
+        Some(predicted) => format!("as {}", predicted.how),
+        None => format!("assuming {}/s; no drill yet", figures::bytes(plan.assumed_rate)),
+    };
+    line("expected", format!("{expected}, {why}"));
     line(
         "opens with",
         plan.opens_with.as_ref().map_or_else(|| "nothing at hand".to_owned(), |key| format!("{key}, tested just now")),

@@ -11,6 +11,9 @@ use crate::cli::figures;
 use crate::jobs::show::{self, Report};
 use crate::model::Result;
 
+/// Things left out that are shown; the rest is counted.
+const SHOWN: usize = 20;
+
 /// Arguments.
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -41,6 +44,15 @@ fn text(report: &Report, now: DateTime<Utc>) -> String {
     if report.damaged_pages > 0 {
         let pages = figures::count(report.damaged_pages);
         line("DAMAGED", format!("{pages} pages failed their checksum on the source already"));
+    }
+    match &report.left_out {
+        Some(list) => {
+            list.iter().take(SHOWN).for_each(|what| line("LEFT OUT", what.clone()));
+            if let Some(more) = list.len().checked_sub(SHOWN).filter(|more| *more > 0) {
+                line("LEFT OUT", format!("and {more} more   (--json shows them all)"));
+            }
+        }
+        None => line("left out", "not known: no key at hand opens what the backup says of itself".to_owned()),
     }
     let took = (listed.finished_at - listed.started_at).to_std().unwrap_or_default();
     line("finished", format!("{}, in {}", figures::moment(now, listed.finished_at), figures::duration(took)));

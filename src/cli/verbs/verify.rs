@@ -67,6 +67,7 @@ pub async fn run(args: Args, session: &Session) -> Result<Exit> {
         false => session.output.print(&text(&report))?,
     }
     Ok(match () {
+        () if report.is_of_nothing() => Exit::Failed,
         () if report.is_clean() => Exit::Ok,
         () if report.has_only_debts() => Exit::Debts,
         () => Exit::Failed,
@@ -118,6 +119,9 @@ fn last_line(report: &Report) -> String {
     let scrubbed = if report.scrub { ", every byte compared with its digest" } else { "" };
     let count = report.backups.len();
     match () {
+        () if report.is_of_nothing() => {
+            "NOTHING WAS VERIFIED: no region holds a backup. Next: drctl backup TARGET".to_owned()
+        }
         () if report.is_clean() => format!("{count} backups are good at {:?}{scrubbed}", report.level),
         () if report.has_only_debts() => {
             "Every backup can be restored, but regions lack some of it. Next: drctl repair".into()

@@ -164,6 +164,16 @@ fn a_folder_that_is_not_there_is_one_mistake() {
 }
 
 #[test]
+fn a_file_that_waits_for_a_writer_is_a_mistake_and_no_wait() {
+    let dir = tempfile::tempdir().unwrap();
+    let fifo = dir.path().join("f.toml");
+    let made = std::process::Command::new("mkfifo").arg(&fifo).status().unwrap();
+    assert!(made.success());
+    let mistakes = load_schedules(&settings(dir.path())).unwrap_err();
+    assert!(mistakes.list[0].to_string().contains("not a regular file"), "{mistakes:?}");
+}
+
+#[test]
 fn the_shipped_examples_are_good() {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("schedules");
     let schedules = load_schedules(&settings(&dir)).unwrap_or_else(|mistakes| panic!("{mistakes:#?}"));

@@ -35,6 +35,19 @@ fn a_slot_that_comes_too_early_is_skipped_or_waits() {
 }
 
 #[test]
+fn a_slot_that_meets_a_manual_backup_is_skipped_or_waits_and_has_not_failed() {
+    let retry = Retry { max: 3, pause: Duration::from_secs(60) };
+    let skip = Schedule { retry, ..schedule("skip", "0 13 * * *") };
+    let queue = Schedule { overlap: Overlap::QueueOne, ..schedule("queue", "0 13 * * *") };
+    let mut world = World::new(at(START), vec![skip, queue], busy);
+    world.pass(3600 + 120);
+    assert_eq!(world.told(), ["skip 20 13:00 skipped_overlap"]);
+    world.nature = good;
+    world.pass(3600);
+    assert_eq!(world.told(), ["skip 20 13:00 skipped_overlap", "queue 20 13:00 success"]);
+}
+
+#[test]
 fn a_job_that_hangs_is_stopped_and_holds_nobody_up() {
     let hung_one = Schedule { timeout: Duration::from_secs(5400), ..schedule("hung", "0 * * * *") };
     let mut world = World::new(at(START), vec![hung_one, schedule("other", "15 * * * *")], hung);

@@ -7,10 +7,11 @@
 
 use serde::Serialize;
 
+use crate::disk::DiskError;
 use crate::disk::lock::Lock;
 use crate::jobs::context::{Context, Target};
 use crate::model::commit::{Commit, WalNeed};
-use crate::model::{HolderId, Result, ResultExt, TargetName};
+use crate::model::{Error, HolderId, Kind, Result, ResultExt, TargetName};
 use crate::repository::backup_writer::{BackupOptions, BackupWriter, PageCounts};
 use crate::repository::fan_out::LaneOutcome;
 use crate::repository::parent::{self, Basis, Parent, state_path};
@@ -109,11 +110,22 @@ pub async fn run(context: &Context, name: &TargetName, options: Options) -> Resu
     Ok(report)
 }
 
+/// One backup of a target at a time on this host.
+fn alone(context: &Context, name: &TargetName) -> Result<Lock> {
+    Lock::acquire(&context.state_dir.join(format!("{name}.backup.lock"))).map_err(|error| match error {
+        DiskError::Locked { .. } => {
+            let busy = Error::new(Kind::Busy, format!("another backup of {name} runs on this host")).because(error);
+            busy.transient(true).hint("wait until it has ended: drctl jobs")
+        }
+        error => error.into(),
+    })
+}
+
 async fn cluster(context: &Context, target: &Target, options: Options) -> Result<Report> {
     let name = &target.name;
     detect::check(target, options.verify_detection)?;
     let writer = context.writer()?;
-    let _alone = Lock::acquire(&context.state_dir.join(format!("{name}.backup.lock")))?;
+    let _alone = alone(context, name)?;
     let mut source =
         postgres::open(source_options(context, target, options)).await.during(|| format!("reach {name}"))?;
     let cover = WalCover::prepare(context, target).await.during(|| "secure the WAL of the backup")?;

@@ -4,15 +4,16 @@
 use tokio::sync::mpsc;
 
 use super::detect::Told;
-use super::{Options, Report, workers};
-use crate::disk::lock::Lock;
+use super::{Options, Report, alone, workers};
 use crate::jobs::context::{Context, Streamed, What};
-use crate::model::commit::BackupKind;
+use crate::model::commit::{BackupKind, Commit};
 use crate::model::{Error, Result, ResultExt};
 use crate::observe::progress::Phase;
 use crate::repository::backup_writer::{BackupOptions, BackupWriter};
+use crate::repository::catalog;
 use crate::repository::manifest::Line;
 use crate::repository::parent::Basis;
+use crate::repository::restore::streams::StoredStreams;
 use crate::repository::stream_writer::{StreamLine, StreamWriter};
 use crate::source::{Copied, StreamItem, StreamSource};
 
@@ -24,6 +25,21 @@ pub const DESCRIPTION: &str = "source";
 /// The document that tells what a reader of the backup should know of it.
 pub const NOTES: &str = "notes";
 
+/// What should be in a backup and is not, in its own words: nothing for a cluster, `None` where it cannot be read.
+pub async fn left_out(context: &Context, commit: &Commit) -> Option<Vec<String>> {
+    if !matches!(commit.kind, BackupKind::Dump | BackupKind::Files) {
+        return Some(Vec::new());
+    }
+    let read = async {
+        let inventory = catalog::inventory(&context.repository, commit).await?;
+        StoredStreams::open(&context.repository, &context.ring, (commit, &inventory)).await
+    };
+    let stored =
+        read.await.inspect_err(|error| tracing::debug!(%error, backup = %commit.id, "what it left out")).ok()?;
+    let list = stored.documents.get(NOTES).and_then(|notes| notes.get("left_out")?.as_array());
+    Some(list.into_iter().flatten().filter_map(|text| text.as_str().map(str::to_owned)).collect())
+}
+
 /// Takes the backup.
 pub(super) async fn run(context: &Context, target: &Streamed, options: Options) -> Result<Report> {
     if options.fast || options.full || options.verify_detection {
@@ -34,7 +50,7 @@ pub(super) async fn run(context: &Context, target: &Streamed, options: Options) 
         return Err(error.hint("leave them out: such a backup is always whole"));
     }
     let writer = context.writer()?;
-    let _alone = Lock::acquire(&context.state_dir.join(format!("{}.backup.lock", target.name)))?;
+    let _alone = alone(context, &target.name)?;
     let mut source = target.open();
     let how = backup_options(context, target, source.method());
     // Before the source looks at anything: COMMIT says that the backup holds what was there when it began.

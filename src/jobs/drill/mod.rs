@@ -14,6 +14,7 @@ use crate::model::schedule::Pick;
 use crate::model::{Error, Kind, Lsn, RegionName, Result, ResultExt, TargetName};
 use crate::pg::instance::Instance;
 use crate::pg::sql;
+use crate::repository::catalog;
 use crate::repository::handle::Repository;
 use crate::source::postgres::heartbeat::{self, Beat};
 
@@ -62,11 +63,13 @@ impl Options {
 /// it is to be kept.
 ///
 /// # Errors
-/// There is no such target or region, or no place for a scratch cluster.
+/// There is no such target or region, no region knows the backup that was named or one that leads to the time, or there
+/// is no place for a scratch cluster. None of it says anything of recovery, so it leaves no report.
 pub async fn run(context: &Context, options: &Options) -> Result<Report> {
     let target = context.target(&options.target)?;
     let region = chosen(context, options.region.as_ref())?;
     let alone = within(context, &region)?;
+    asked_for_what_exists(context, options).await?;
     let mut scratch = Scratch::create(&context.scratch, &options.target, context).await?;
     let Options { pick, backup, to_time, .. } = options.clone();
     let asked = Asked { select: pick, backup, to_time };
@@ -79,6 +82,47 @@ pub async fn run(context: &Context, options: &Options) -> Result<Report> {
     keep(context, &mut report).await;
     told::tell(context, &report);
     Ok(report)
+}
+
+/// What a person named is looked for in all regions: that the one of the drill lacks it is what a drill finds. Without a
+/// name there is nothing to mistype, and a target without any backup fails its drill.
+async fn asked_for_what_exists(context: &Context, options: &Options) -> Result<()> {
+    let Options { target, backup, to_time, .. } = options;
+    if backup.is_none() && to_time.is_none() {
+        return Ok(());
+    }
+    // What cannot be listed or read is for the drill to tell.
+    let Ok((backups, damaged)) = catalog::backups(&context.repository, None).await else { return Ok(()) };
+    if !damaged.is_empty() {
+        return Ok(());
+    }
+    let see = format!("see: drctl list {target}");
+    let mut commits: Vec<_> = backups.iter().map(|found| &found.commit).collect();
+    if let Some(text) = backup {
+        let found = catalog::select(&backups, text);
+        let unknown = |error: Error| Error::usage(format!("--backup {text}")).because(error).hint(see.as_str());
+        let found = found.map_err(unknown)?;
+        if found.commit.target != *target {
+            let id = &found.commit.id;
+            return Err(Error::usage(format!("{id} is a backup of {}, not of {target}", found.commit.target)).hint(see));
+        }
+        commits.retain(|commit| commit.id == found.commit.id || text == target.as_str() || text == "latest");
+    }
+    let Some(time) = *to_time else { return Ok(()) };
+    commits.retain(|commit| commit.target == *target && commit.wal.is_some());
+    let reached = time <= context.clock.now() && commits.iter().any(|commit| commit.started_at <= time);
+    match reached {
+        true => Ok(()),
+        false => {
+            let oldest = commits.iter().map(|commit| commit.started_at).min();
+            let why = match oldest {
+                Some(oldest) if time < oldest => format!("the oldest one began at {}", oldest.to_rfc3339()),
+                Some(_) => "that time is still to come".to_owned(),
+                None => "there is none".to_owned(),
+            };
+            Err(Error::refused(format!("no backup of {target} leads to {}", time.to_rfc3339())).because(why).hint(see))
+        }
+    }
 }
 
 /// The scratch cluster goes, or stays for as long as was asked for.

@@ -1,13 +1,18 @@
 //! List: which backups there are, where they are whole, and up to when they can be rolled forward.
 
 use chrono::{DateTime, Utc};
+use futures::{StreamExt, stream};
 use serde::Serialize;
 
 use crate::jobs::Context;
+use crate::jobs::backup::streams::left_out;
 use crate::model::commit::Commit;
 use crate::model::{BackupId, Lsn, RegionName, Result, TargetName};
 use crate::repository::catalog;
 use crate::repository::survey::{self, Reach, State, Survey};
+
+/// Manifests that are read at the same time.
+const COUNTED_AT_ONCE: usize = 8;
 
 /// Everything that can be restored.
 #[derive(Debug, Clone, Serialize)]
@@ -47,6 +52,8 @@ pub struct Listed {
     pub timeline: Option<u32>,
     /// Up to when it can be rolled forward: from the best region, or from all together if none is whole.
     pub recoverable_until: Option<DateTime<Utc>>,
+    /// Things that should be in it and are not; `null` = not known: no key at hand opens what it says of itself.
+    pub left_out_count: Option<u64>,
     /// How it stands in each region.
     pub regions: Vec<RegionState>,
 }
@@ -86,12 +93,22 @@ pub async fn run(context: &Context, target: Option<&TargetName>) -> Result<Repor
     let (backups, unreadable) = catalog::backups(repository, target).await?;
     let surveys = survey::survey(repository, &backups).await?;
     let mut listed: Vec<_> = surveys.iter().flat_map(list).collect();
+    let commits = surveys.iter().flat_map(|survey| &survey.backups).map(|(backup, _)| backup.commit.clone());
+    let commits: Vec<_> = commits.collect();
+    let counts = stream::iter(commits).map(|commit| count(context, commit)).buffered(COUNTED_AT_ONCE);
+    for (backup, left_out) in listed.iter_mut().zip(counts.collect::<Vec<_>>().await) {
+        backup.left_out_count = left_out;
+    }
     listed.sort_by(|a, b| (b.started_at, &b.id).cmp(&(a.started_at, &a.id)));
     let windows = surveys.iter().map(restorable).collect();
     Ok(Report { backups: listed, windows, unreadable: unreadable.iter().map(ToString::to_string).collect() })
 }
 
-/// The backups of one target, oldest first.
+async fn count(context: &Context, commit: Commit) -> Option<u64> {
+    left_out(context, &commit).await.map(|list| list.len() as u64)
+}
+
+/// The backups of one target, oldest first, without what only their sealed parts tell.
 pub fn list(survey: &Survey) -> Vec<Listed> {
     let one = |(backup, debts): &(catalog::Backup, Vec<(RegionName, catalog::Debt)>)| {
         let commit = &backup.commit;
@@ -121,6 +138,7 @@ pub fn list(survey: &Survey) -> Vec<Listed> {
             stop_lsn: wal.map(|need| need.stop_lsn),
             timeline: wal.map(|need| need.timeline.0),
             recoverable_until: best.or_else(together),
+            left_out_count: None,
             regions,
         }
     };

@@ -7,10 +7,10 @@ use std::collections::BTreeMap;
 
 use chrono::{DateTime, Utc};
 
-use crate::jobs::context::{Context, Target};
+use crate::jobs::context::{Context, Objectives};
 use crate::jobs::list::{self, Listed};
 use crate::model::schedule::Schedule;
-use crate::model::{RegionName, Result};
+use crate::model::{RegionName, Result, TargetName};
 use crate::observe::metrics::{Page, table};
 use crate::repository::catalog;
 use crate::repository::gaps;
@@ -30,10 +30,11 @@ pub mod slots;
 pub async fn read(context: &Context, schedules: &[Schedule]) -> Result<Page> {
     let (repository, began) = (&context.repository, context.clock.monotonic());
     let mut page = Page::default();
-    context.targets.iter().for_each(|target| objectives(target, &mut page));
+    context.promises().for_each(|(target, promised)| objectives(target, promised, &mut page));
     let (backups, _) = catalog::backups(repository, None).await?;
     for survey in survey::survey(repository, &backups).await? {
         self::backups(&survey, &mut page);
+        exposure(&survey, context.clock.now(), &mut page);
         debts(&survey, &mut page);
         page.set_known(&table::WAL_GAPS, [survey.target.as_str()], open_gaps(repository, &survey).await);
     }
@@ -59,8 +60,8 @@ pub async fn stored(repository: &Repository) -> Page {
     page
 }
 
-fn objectives(target: &Target, page: &mut Page) {
-    let (name, objectives) = (target.name.as_str(), &target.objectives);
+fn objectives(target: &TargetName, objectives: &Objectives, page: &mut Page) {
+    let name = target.as_str();
     page.set_known(&table::RPO_TARGET, [name], objectives.rpo.map(|rpo| rpo.as_secs_f64()));
     page.set_known(&table::RTO_TARGET, [name, "restore"], objectives.rto_restore.map(|rto| rto.as_secs_f64()));
     page.set_known(&table::RTO_TARGET, [name, "failover"], objectives.rto_failover.map(|rto| rto.as_secs_f64()));
@@ -98,8 +99,12 @@ fn backups(survey: &Survey, page: &mut Page) {
                 page.set_latest(&table::BACKUP_LAST_SUCCESS, [target, kind, name], finished_at);
             }
             if let Some(until) = region.recoverable_until {
-                let until = until.max(finished_at);
-                let known = reach.entry(region.name.clone()).or_insert((finished_at, until));
+                // Without WAL a backup brings one moment back.
+                let (from, until) = match backup.start_lsn {
+                    Some(_) => (finished_at, until.max(finished_at)),
+                    None => (until, until),
+                };
+                let known = reach.entry(region.name.clone()).or_insert((from, until));
                 known.1 = known.1.max(until);
             }
         }
@@ -107,6 +112,27 @@ fn backups(survey: &Survey, page: &mut Page) {
     for (region, (from, to)) in reach {
         page.set_time(&table::RECOVERY_WINDOW_START, [target, region.as_str()], Some(from));
         page.set_time(&table::RECOVERABLE_POINT, [target, region.as_str()], Some(to));
+    }
+}
+
+/// Where there is no WAL, what was written since the newest recovery point is exposed, whether or not anything was. With
+/// WAL its receiver knows.
+fn exposure(survey: &Survey, now: DateTime<Utc>, page: &mut Page) {
+    if survey.backups.last().is_none_or(|(backup, _)| backup.commit.wal.is_some()) {
+        return;
+    }
+    let target = survey.target.as_str();
+    let mut newest: BTreeMap<RegionName, DateTime<Utc>> = BTreeMap::new();
+    for region in list::list(survey).into_iter().flat_map(|backup| backup.regions) {
+        if let Some(point) = region.recoverable_until {
+            let known = newest.entry(region.name).or_insert(point);
+            *known = point.max(*known);
+        }
+    }
+    for (region, point) in newest {
+        // A recovery point in the future says nothing of what would be lost now.
+        let age = (now - point).to_std().ok().map(|age| age.as_secs_f64());
+        page.set_known(&table::RPO_EXPOSURE, [target, region.as_str()], age);
     }
 }
 

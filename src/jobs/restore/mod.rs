@@ -2,8 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use crate::jobs::context::Context;
+use crate::jobs::status::{self, Present};
 use crate::model::{Error, RegionName, Result, Timeline};
 pub use crate::repository::restore::Memory;
 
@@ -73,7 +75,15 @@ pub struct Request {
 /// No backup fits, the point cannot be reached, or no region answers. What merely stands in the way is in
 /// [`Plan::refused`].
 pub async fn plan(context: &Context, request: &Request) -> Result<Plan> {
-    Ok(Prepared::new(context, request).await?.plan)
+    let mut plan = Prepared::new(context, request).await?.plan;
+    if !plan.refused.is_empty() {
+        plan.command.clear();
+    }
+    let present = Present { base_bytes: plan.write_bytes.0, wal_bytes: plan.wal_bytes };
+    plan.predicted = status::predict_restore(context, &plan.target, present).await;
+    let predicted = plan.predicted.as_ref().and_then(|known| Duration::try_from_secs_f64(known.seconds).ok());
+    plan.expected_seconds = predicted.map_or(plan.expected_seconds, |predicted| predicted.as_secs() + 1);
+    Ok(plan)
 }
 
 /// Runs the plan that has this digest (its beginning), or whatever plan the request gives now.

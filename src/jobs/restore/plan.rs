@@ -238,6 +238,7 @@ fn outset(request: &Request, (commit, route, pin): (&Commit, &Route, Pin)) -> Pl
         reuse: None,
         free_bytes: None,
         expected_seconds: 0,
+        predicted: None,
         assumed_rate: ASSUMED_RATE,
         opens_with: None,
         needs: Needs {

@@ -6,6 +6,7 @@ use chrono::{DateTime, Utc};
 use serde::Serialize;
 
 use crate::jobs::restore::target::Point;
+use crate::jobs::status::Prediction;
 use crate::model::{BackupId, Branch, Lsn, RegionName, SystemId, TargetName, Timeline};
 
 /// Everything that a restore will do.
@@ -49,9 +50,11 @@ pub struct Plan {
     pub reuse: Option<Reuse>,
     /// Free space where the directory is to stand.
     pub free_bytes: Option<u64>,
-    /// Seconds that this takes at the assumed rate; no drill has measured it.
+    /// Seconds that this takes: as predicted, or at the assumed rate.
     pub expected_seconds: u64,
-    /// The assumed rate, bytes per second.
+    /// From the drills that passed; `null` = none has measured it.
+    pub predicted: Option<Prediction>,
+    /// The rate that is assumed without a drill, bytes per second.
     pub assumed_rate: u64,
     /// What opened the keyset just now.
     pub opens_with: Option<String>,
@@ -67,7 +70,8 @@ pub struct Plan {
     pub refused: Vec<Refusal>,
     /// What the reader should know.
     pub warnings: Vec<String>,
-    /// The command that runs this plan.
+    /// The command that runs this plan; absent when something stands in the way.
+    #[serde(skip_serializing_if = "String::is_empty")]
     pub command: String,
 }
 

@@ -2,13 +2,12 @@
 
 use std::time::Duration;
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
 use serde::Serialize;
 
 use crate::jobs::Context;
 use crate::jobs::list;
 use crate::jobs::status::overdue::Otherwise;
-use crate::jobs::status::rto::Present;
 use crate::jobs::wal::{Heartbeat, Position, Pushes, control};
 use crate::model::schedule::Schedule;
 use crate::model::{BackupId, Lsn, RegionName, ReportId, Result, TargetName, Timeline};
@@ -18,12 +17,16 @@ use crate::repository::reports::{self, ReportHead};
 use crate::repository::survey::{self, State, Survey};
 use crate::source::postgres::room::Slot;
 
+mod contents;
 mod overdue;
 mod rto;
 mod slot;
 
 pub use overdue::Overdue;
-pub use rto::Prediction;
+pub use rto::{Prediction, Present, predict_restore};
+
+/// Clocks of hosts that work together differ by less.
+const CLOCK_SLACK: TimeDelta = TimeDelta::minutes(5);
 
 /// How things stand.
 #[derive(Debug, Clone, Serialize)]
@@ -148,6 +151,7 @@ pub async fn run(context: &Context, schedules: &[Schedule]) -> Result<Report> {
         status.judge_drills(own.iter().copied());
         status.judge_gaps(context, survey).await?;
         status.judge_time(context, survey, &own).await;
+        status.judge_contents(context, survey).await;
         status.judge_receiver(receiver);
         targets.push(status);
     }
@@ -352,11 +356,19 @@ fn status(context: &Context, survey: &Survey, receiver: Option<&Position>) -> Ta
             _ => format!("debt in {}: {} objects", region.name, region.debt_objects),
         });
     }
+    // Of a backup from the future nobody can say how old it is, and the next ones seem older than it.
+    let ahead = listed.iter().max_by_key(|backup| backup.finished_at);
+    let ahead = ahead.filter(|backup| is_ahead(now, backup.finished_at)).map(|backup| &backup.id);
+    if let Some(id) = ahead {
+        let what = "is dated in the future: the clock of this host is wrong, or that of the one that took it was";
+        problems.insert(0, format!("clock: {id} {what}"));
+    }
     let late = (!violated_in.is_empty()).then(|| match has_wal {
         true => format!("drctl wal stream {}", survey.target),
         false => format!("drctl backup {}", survey.target),
     });
     let next = next(&survey.target, usable.is_some(), late, &regions);
+    let next = next.or_else(|| ahead.map(|id| format!("drctl show {id}")));
     TargetStatus {
         target: survey.target.clone(),
         last_backup: usable.map(|backup| backup.id.clone()),
@@ -369,11 +381,15 @@ fn status(context: &Context, survey: &Survey, receiver: Option<&Position>) -> Ta
         slot: None,
         pushes: None,
         heartbeat: None,
-        violated: usable.is_none() || !violated_in.is_empty(),
+        violated: usable.is_none() || !violated_in.is_empty() || ahead.is_some(),
         regions,
         problems,
         next,
     }
+}
+
+fn is_ahead(now: DateTime<Utc>, finished_at: DateTime<Utc>) -> bool {
+    finished_at - now > CLOCK_SLACK
 }
 
 /// Without a receiver that tells the exposure, the age of the newest WAL is all there is, and no WAL at all is late.

@@ -111,6 +111,11 @@ impl Report {
         backups.chain(self.wal.iter().flat_map(|wal| &wal.problems))
     }
 
+    /// Whether there was nothing to look at, which proves nothing.
+    pub const fn is_of_nothing(&self) -> bool {
+        self.backups.is_empty() && self.unreadable.is_empty()
+    }
+
     /// Whether nothing is wrong anywhere.
     pub fn is_clean(&self) -> bool {
         self.unreadable.is_empty() && self.problems().next().is_none() && self.is_consistent()
@@ -153,7 +158,11 @@ fn tell(context: &Context, options: &Options, report: &Report, began: DateTime<U
         job: "verify",
         target: target.as_ref().filter(|target| report.backups.iter().any(|backup| backup.target == **target)),
         region: options.region.as_ref(),
-        outcome: if report.is_clean() || report.has_only_debts() { "pass" } else { "fail" },
+        outcome: match () {
+            () if report.is_of_nothing() => "inconclusive",
+            () if report.is_clean() || report.has_only_debts() => "pass",
+            () => "fail",
+        },
         level: Some(format!("{:?}", report.level)),
         rpo_seconds: None,
         rto_seconds: None,

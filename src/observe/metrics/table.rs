@@ -100,8 +100,8 @@ table! {
         "Recovery point objective of the configuration",
         absent "none is configured";
     RPO_EXPOSURE = Gauge "drctl_rpo_exposure_seconds" ["target", "region"]
-        "For how long the oldest commit that is not durable in the region has been waiting: what would be lost now. 0 when all is durable",
-        absent "it is unknown: no WAL receiver answers on this host, it has not seen the server lately, or the region lags behind it";
+        "For how long the oldest commit that is not durable in the region has been waiting: what would be lost now. 0 when all is durable. Of a target without WAL: the age of its newest recovery point there",
+        absent "it is unknown: no WAL receiver answers on this host, it has not seen the server lately, or the region lags behind it; of a target without WAL: the region restores nothing";
     RPO_ACHIEVED = Gauge "drctl_rpo_achieved_seconds" ["target", "region"]
         "Recovery point measured by the newest drill from the region that measured one",
         absent "no drill measured one";

@@ -178,6 +178,7 @@ impl StreamSource for Dump {
             left_out: closed.iter().chain(&refused).cloned().collect(),
         };
         let (mut notes, mut as_of) = (Vec::new(), None::<DateTime<Utc>>);
+        let watch = server.watch();
         for name in chosen {
             let step = || format!("dump the database {name}");
             let snapshot = server.snapshot(&name).await.during(step)?;
@@ -202,6 +203,7 @@ impl StreamSource for Dump {
             notes.extend(child.send(&items, GLOBALS).await.during(|| "dump roles and tablespaces")?);
             contents.globals = Some(GLOBALS.to_owned());
         }
+        watch.over();
         notes.extend(closed);
         let document = serde_json::to_value(&contents);
         let document = document.map_err(|error| Error::failed("describe the dump").because(error))?;

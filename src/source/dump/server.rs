@@ -2,12 +2,14 @@
 
 use std::ffi::OsString;
 use std::path::Path;
+use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 
 use super::properties::Properties;
 use super::{Database, Locale, Options};
 use crate::model::{Error, Result, ResultExt};
+use crate::observe::task;
 use crate::pg::PgError;
 use crate::pg::conninfo::ConnInfo;
 use crate::pg::instance::{ClientPrograms, PgBinaries};
@@ -16,12 +18,16 @@ use crate::pg::sql::{self, SqlClient};
 
 /// As shown in `pg_stat_activity`.
 const NAME: &str = "drctl dump";
+/// How long the server may take to end what killed programs left.
+const END_BACKENDS: Duration = Duration::from_secs(30);
 
 /// A server that answered; every connection and every program goes to this one, because a snapshot is known nowhere else.
 #[derive(Debug)]
 pub(super) struct Server {
     info: ConnInfo,
     client: SqlClient,
+    /// The name of the programs that run for us, in `pg_stat_activity`.
+    programs: String,
     /// `server_version_num`.
     pub(super) version: u32,
 }
@@ -48,9 +54,13 @@ impl Server {
             let info = info.clone().at(server.clone());
             match sql::connect(&info).await {
                 Ok(client) => {
-                    let query = "SELECT pg_catalog.current_setting('server_version_num')::pg_catalog.int4";
-                    let version: i32 = client.query_one(query, &[]).await.map_err(PgError::from)?.get(0);
-                    return Ok(Self { info, client, version: version.unsigned_abs() });
+                    let query = "SELECT pg_catalog.current_setting('server_version_num')::pg_catalog.int4,
+                                        pg_catalog.pg_backend_pid()";
+                    let row = client.query_one(query, &[]).await.map_err(PgError::from)?;
+                    let (version, pid): (i32, i32) = (row.get(0), row.get(1));
+                    // As long as we are connected no other client of the server has this number.
+                    let programs = format!("{} {pid}", info.application_name);
+                    return Ok(Self { info, client, programs, version: version.unsigned_abs() });
                 }
                 Err(error) => last = error,
             }
@@ -72,7 +82,12 @@ impl Server {
     }
 
     pub(super) fn environment(&self, database: &str) -> Result<Vec<(&'static str, OsString)>> {
-        Ok(libpq::environment(&self.info(database))?)
+        Ok(libpq::environment(&self.info(database).with_application_name(self.programs.clone()))?)
+    }
+
+    /// Watches over the programs that are started from now on.
+    pub(super) fn watch(&self) -> Watch {
+        Watch { info: self.info.clone(), programs: self.programs.clone(), over: false }
     }
 
     /// The programs of its version.
@@ -166,6 +181,49 @@ async fn roles(client: &SqlClient) -> Result<Vec<String>> {
                  ORDER BY 1";
     let rows = client.query(query, &[]).await.map_err(PgError::from)?;
     Ok(rows.iter().map(|row| row.get(0)).collect())
+}
+
+/// Ends what our programs left on the server, unless they came to their end: a backend that waits for a lock does not see
+/// that its client was killed.
+#[derive(Debug)]
+pub(super) struct Watch {
+    info: ConnInfo,
+    programs: String,
+    over: bool,
+}
+
+impl Watch {
+    /// All of them have ended by themselves.
+    pub(super) fn over(mut self) {
+        self.over = true;
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        if self.over || tokio::runtime::Handle::try_current().is_err() {
+            return;
+        }
+        let (info, programs) = (self.info.clone(), std::mem::take(&mut self.programs));
+        // Nobody waits for it: whoever dropped this has no time left.
+        drop(task::spawn("end-backends", async move {
+            match tokio::time::timeout(END_BACKENDS, end_backends(&info, &programs)).await {
+                Ok(Ok(0)) => {}
+                Ok(Ok(count)) => tracing::info!(count, programs, "backends of killed programs were ended"),
+                Ok(Err(error)) => tracing::warn!(%error, programs, "backends of killed programs may remain"),
+                Err(_) => {
+                    tracing::warn!(programs, "backends of killed programs may remain: the server does not answer")
+                }
+            }
+        }));
+    }
+}
+
+async fn end_backends(info: &ConnInfo, programs: &str) -> Result<u64> {
+    let client = sql::connect(info).await?;
+    let query = "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity
+                 WHERE application_name = $1 AND usename = current_user AND pid <> pg_catalog.pg_backend_pid()";
+    Ok(client.execute(query, &[&programs]).await.map_err(PgError::from)?)
 }
 
 /// A snapshot that others may use, as long as this lives.

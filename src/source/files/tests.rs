@@ -224,6 +224,33 @@ fn include_and_exclude_choose() {
 }
 
 #[test]
+fn an_archive_of_nothing_is_an_error_and_an_empty_root_is_told() {
+    let (tree, empty) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    write(&tree.path().join("kept"), b"1");
+    let pattern = |text: &str| vec![Pattern::parse(text).unwrap()];
+    let no_match = Options { include: pattern("nomatch"), ..options(&[tree.path()]) };
+    let all_out = Options { exclude: pattern("**"), ..options(&[tree.path()]) };
+    for nothing in [no_match, all_out, options(&[empty.path()])] {
+        let error = pack::pack(&nothing, &mut Vec::new()).unwrap_err();
+        assert!(error.to_string().contains("nothing in"), "{nothing:?}: {error}");
+    }
+    let (_, _, told) = packed(&options(&[tree.path(), empty.path()]));
+    assert!(told.left_out.len() == 1 && told.left_out[0].contains("is empty"), "{told:?}");
+}
+
+#[test]
+fn what_lies_in_a_root_is_taken_unless_it_is_excluded() {
+    let (tree, beside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    fs::create_dir(tree.path().join("region")).unwrap();
+    symlink(tree.path(), beside.path().join("link")).unwrap();
+    let all = options(&[tree.path()]);
+    assert!(all.take(&tree.path().join("region")) && all.take(&beside.path().join("link/region")));
+    assert!(!all.take(beside.path()));
+    let but = Options { exclude: vec![Pattern::parse("region").unwrap()], ..all };
+    assert!(!but.take(&tree.path().join("region")) && but.take(tree.path()));
+}
+
+#[test]
 fn a_missing_root_is_an_error() {
     let tree = tempfile::tempdir().unwrap();
     let missing = tree.path().join("missing");

@@ -117,7 +117,6 @@ async fn happen(cluster: &Cluster, chance: &mut StdRng) {
 
 async fn rounds(builder: Builder, ways: &[&str], rounds: usize) {
     let seed = std::env::var("DRCTL_SEED").map_or_else(|_| rand::random(), |seed| seed.parse().unwrap());
-    println!("DRCTL_SEED={seed}");
     let mut chance = StdRng::seed_from_u64(seed);
     let protected = detecting(builder, "auto").await;
     let cluster = &protected.cluster;
@@ -138,11 +137,11 @@ async fn rounds(builder: Builder, ways: &[&str], rounds: usize) {
             protected.durable().await;
         }
         let report = taken(&protected, if round % 2 == 0 { &["--verify-detection"] } else { &[] }).await;
-        assert_eq!(report["detection"]["by"], way, "round {round}: {report}");
-        assert_eq!(report["detection"]["because"], Value::Null, "round {round}: {report}");
+        assert_eq!(report["detection"]["by"], way, "DRCTL_SEED={seed} round {round}: {report}");
+        assert_eq!(report["detection"]["because"], Value::Null, "DRCTL_SEED={seed} round {round}: {report}");
         assert_eq!(report["backup"]["provenance"]["detection"], way, "{report}");
         if round % 2 == 0 {
-            assert_eq!(report["detection"]["proof"]["pages"], 0, "round {round}: {report}");
+            assert_eq!(report["detection"]["proof"]["pages"], 0, "DRCTL_SEED={seed} round {round}: {report}");
         } else {
             unread += report["pages"]["unread"].as_u64().unwrap();
         }
@@ -160,7 +159,7 @@ async fn rounds(builder: Builder, ways: &[&str], rounds: usize) {
     restored.execute("DROP EXTENSION amcheck").await;
     let came_back = text_of(&restored, "postgres").await;
     let other = came_back.lines().zip(text.lines()).find(|(restored, dumped)| restored != dumped);
-    assert!(came_back == text, "another text: {other:?}");
+    assert!(came_back == text, "DRCTL_SEED={seed}: another text: {other:?}");
     stream.terminate().await.ok();
 }
 

@@ -98,7 +98,7 @@ mod tests {
 
     #[test]
     fn who_asks_is_read_back() {
-        let own = [2, 3].map(|number| (Timeline(number), Branch::from_history_digest(&[number as u8; 32])));
+        let own = [2, 3].map(|number: u8| (Timeline(number.into()), Branch::from_history_digest(&[number; 32])));
         for own in [BTreeMap::new(), BTreeMap::from(own)] {
             let asker = Asker { system_id: SystemId(7), segment_size: 1 << 20, own };
             assert_eq!(Asker::try_from(Words::from(&asker)).unwrap(), asker);

@@ -95,6 +95,8 @@ async fn asked(target: &Target) -> Result<PathBuf> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
+
     use super::*;
 
     #[test]
@@ -115,7 +117,7 @@ mod tests {
 
         std::os::unix::fs::symlink("/etc/passwd", dir.path().join(name(3))).unwrap();
         assert!(shelf.copy(&name(3), dir.path()).is_err() && shelf.copy("archive_status", dir.path()).is_err());
-        std::fs::write(dir.path().join(name(4)), b"wal").unwrap();
+        File::create(dir.path().join(name(4))).unwrap().write_all(b"wal").unwrap();
         assert_eq!(shelf.copy(&name(4), dir.path()).unwrap().1, 3);
         assert!(shelf.holds(&name(4), &digest_of(&b"wal"[..]).unwrap()));
         assert!(!shelf.holds(&name(4), &digest_of(&b"war"[..]).unwrap()));

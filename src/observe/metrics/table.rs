@@ -136,7 +136,7 @@ table! {
         "How much more WAL the slot may keep before the server gives it up (max_slot_wal_keep_size) or its disk is full, whichever comes first",
         absent "no limit is known: none is set, the server is on another host, and wal_disk_bytes is not configured";
     WAL_GAPS = Gauge "drctl_wal_gaps" ["target"]
-        "Recorded gaps behind which no backup was begun yet: what came after them cannot be restored until one is",
+        "Recorded gaps that nothing filled, and WAL stored in two versions, behind which no backup was begun yet: what came after cannot be restored until one is",
         absent "the target has no WAL in any region, or none could be read";
     VERIFY_LAST_SUCCESS = Gauge "drctl_verify_last_success_timestamp_seconds" ["target", "region", "level"]
         "When the level was last proven in the region: L0 to L2 by a scheduled verify, L4 and above by a drill, which proves the levels below it too",

@@ -6,6 +6,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use chrono::TimeDelta;
+
 use crate::codec::random::SystemRng;
 use crate::codec::sign::Signer;
 use crate::config::{
@@ -19,6 +21,7 @@ use crate::keys::{
     AgeHolder, AgeOpener, AwsCredentials, KeyHolder, KeyOpener, KmsAccess, KmsHolder, KmsOpener, Metered,
     generate_identity,
 };
+use crate::model::retention::Rules;
 use crate::model::{Clock, Error, RegionName, Result, ResultExt, Rng, TargetName};
 use crate::notify::Courier;
 use crate::observe::clock::SystemClock;
@@ -27,6 +30,7 @@ use crate::observe::progress::Progress;
 use crate::pg::conninfo::ConnInfo;
 use crate::repository::handle::{RegionRecord, Repository, Writer};
 use crate::repository::keysets::{Holders, KeyRing};
+use crate::repository::prune::Limits;
 use crate::repository::regions::{Region, Regions};
 use crate::source::{dump, files, postgres};
 use crate::store::absent::AbsentStore;
@@ -47,6 +51,8 @@ pub enum Role {
     Write,
     /// Restore, verify, list.
     Restore,
+    /// Prune: the only one that deletes.
+    Prune,
 }
 
 /// What a process has once: the real clock, the real source of chance, its meters, and whom it tells.
@@ -85,7 +91,7 @@ pub async fn context(settings: &Settings, role: Role, world: &World) -> Result<C
     let openers = openers(settings, world)?;
     let ring = KeyRing::new(repository.id.clone(), repository.regions.clone(), openers);
     let writer = match role {
-        Role::Write => Some(writer(settings, role, world).await?),
+        Role::Write | Role::Prune => Some(writer(settings, role, world).await?),
         Role::Restore => None,
     };
     Ok(Context {
@@ -94,6 +100,8 @@ pub async fn context(settings: &Settings, role: Role, world: &World) -> Result<C
         writer,
         targets: targets(settings)?,
         streamed: streamed(settings)?,
+        retention: settings.targets.iter().filter_map(rules).collect(),
+        prune: limits(settings),
         levels: levels(settings),
         pack_size: settings.repository.pack_size,
         state_dir: settings.repository.state_dir.clone(),
@@ -375,6 +383,7 @@ const fn access_of(s3: &S3Settings, role: Role) -> &AwsAccess {
     match role {
         Role::Write => &s3.credentials.write,
         Role::Restore => &s3.credentials.restore,
+        Role::Prune => &s3.credentials.prune,
     }
 }
 
@@ -392,6 +401,29 @@ fn resolve(access: &AwsAccess) -> Result<Option<S3Credentials>> {
                 .map(|text| text.expose().to_owned()),
         }),
     })
+}
+
+fn rules(target: &TargetSettings) -> Option<(TargetName, Rules)> {
+    let kept = target.retention.as_ref()?;
+    let span = |duration: Option<Duration>| duration.and_then(|duration| TimeDelta::from_std(duration).ok());
+    let rules = Rules {
+        last: kept.keep_last,
+        daily: kept.keep_daily,
+        weekly: kept.keep_weekly,
+        monthly: kept.keep_monthly,
+        yearly: kept.keep_yearly,
+        within: span(kept.keep_within),
+        wal: span(kept.wal_keep),
+        timezone: kept.zone(),
+        undrilled: kept.count_undrilled,
+    };
+    Some((target.name.clone(), rules))
+}
+
+fn limits(settings: &Settings) -> Limits {
+    let config::Prune { grace, max_objects, max_bytes, max_share } = settings.prune;
+    let grace = TimeDelta::from_std(grace).unwrap_or(TimeDelta::MAX);
+    Limits { grace, objects: max_objects, bytes: max_bytes, percent: max_share }
 }
 
 fn levels(settings: &Settings) -> Levels {

@@ -12,6 +12,7 @@ use crate::config::drill::{Assertion, Drill};
 use crate::config::file::nearest;
 use crate::config::notify::{Grafana, Notify, Url};
 use crate::config::place::{BucketPath, Place};
+use crate::config::retention::{Prune, Retention};
 use crate::config::secret::Secret;
 use crate::config::show;
 use crate::model::pattern::Pattern;
@@ -38,6 +39,8 @@ pub struct Settings {
     pub targets: Vec<Target>,
     /// `[drill]`.
     pub drill: Drill,
+    /// `[prune]`.
+    pub prune: Prune,
     /// `[daemon]`.
     pub daemon: Daemon,
     /// `[grafana]`.
@@ -385,6 +388,9 @@ pub struct Target {
     /// What it is.
     #[serde(flatten)]
     pub source: Source,
+    /// What is kept of it; `None` keeps everything.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub retention: Option<Retention>,
     /// What holds in every good copy of it; drills ask.
     #[serde(serialize_with = "show::by_name", skip_serializing_if = "Vec::is_empty")]
     pub assertions: Vec<Assertion>,

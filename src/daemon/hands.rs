@@ -220,6 +220,7 @@ async fn attempt(settings: &Settings, world: &World, work: &Work, going: impl Fn
     let role = match work {
         Work::Backup { .. } | Work::Dump { .. } | Work::Files { .. } => Role::Write,
         Work::Verify { .. } | Work::Drill { .. } => Role::Restore,
+        Work::Prune => Role::Prune,
         Work::Repair { .. } => {
             // A directory that vanished is a region that was lost: repair makes it anew and fills it.
             app::create_directories(settings).await?;

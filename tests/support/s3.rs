@@ -121,6 +121,17 @@ impl Bucket {
         keys
     }
 
+    /// How many versions and delete markers stand below `prefix`.
+    pub async fn versions(&self, prefix: &str) -> usize {
+        let mut pages = self.client.list_object_versions().bucket(&self.name).prefix(prefix).into_paginator().send();
+        let mut count = 0;
+        while let Some(page) = pages.next().await {
+            let page = page.unwrap();
+            count += page.versions().len() + page.delete_markers().len();
+        }
+        count
+    }
+
     /// An object, `None` if it is not there.
     pub async fn get(&self, key: &str) -> Option<Bytes> {
         match self.client.get_object().bucket(&self.name).key(key).send().await {

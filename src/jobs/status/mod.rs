@@ -6,10 +6,10 @@ use chrono::{DateTime, Utc};
 use serde::Serialize;
 
 use crate::jobs::Context;
-use crate::jobs::list;
 use crate::jobs::status::overdue::Otherwise;
 use crate::jobs::status::rto::Present;
 use crate::jobs::wal::{Heartbeat, Position, Pushes, control};
+use crate::jobs::{list, prune};
 use crate::model::schedule::Schedule;
 use crate::model::{BackupId, Lsn, RegionName, ReportId, Result, TargetName, Timeline};
 use crate::repository::catalog;
@@ -147,6 +147,11 @@ pub async fn run(context: &Context, schedules: &[Schedule]) -> Result<Report> {
         status.judge_gaps(context, survey).await?;
         status.judge_time(context, survey, &own).await;
         status.judge_receiver(receiver);
+        let unproven = prune::alarm::unproven(context, survey, &drills).unwrap_or_default();
+        if unproven > 0 {
+            status.problems.push(format!("{unproven} backups expire that no drill ever proved"));
+            status.next.get_or_insert_with(|| format!("drctl drill {}", survey.target));
+        }
         targets.push(status);
     }
     for (name, objectives) in context.promises() {

@@ -497,6 +497,13 @@ fn cluster(target: &TargetSettings, pg: &PostgresTarget) -> Result<Target> {
         Method::Stream => postgres::Method::Stream,
         Method::Auto => postgres::Method::Auto,
     };
+    let standby = match &pg.standby {
+        None => None,
+        Some(text) => Some(postgres::Lender {
+            conninfo: self::conninfo(&target.name, text, pg.password.as_ref())?,
+            patience: pg.standby_patience,
+        }),
+    };
     let on_pressure = pg.on_pressure.as_ref().map(|policy| match policy {
         OnPressure::Keep => "keep".to_owned(),
         OnPressure::DropSlot => "drop-slot".to_owned(),
@@ -507,6 +514,7 @@ fn cluster(target: &TargetSettings, pg: &PostgresTarget) -> Result<Target> {
         conninfo,
         method,
         data_dir: pg.data_dir.clone(),
+        standby,
         slot: pg.slot.clone(),
         ship_interval: pg.ship_interval,
         max_read_rate: pg.max_read_rate,

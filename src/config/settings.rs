@@ -487,6 +487,12 @@ pub struct PostgresTarget {
     /// The data directory, where the server's own answer does not fit (another mount, another container).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub data_dir: Option<PathBuf>,
+    /// A standby on this machine whose files are read instead of the primary's, when it can be; libpq keywords or a URI.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub standby: Option<String>,
+    /// How long a backup waits for the standby to reach its start.
+    #[serde(serialize_with = "show::duration")]
+    pub standby_patience: Duration,
     /// The replication slot.
     pub slot: String,
     /// The longest that received WAL waits before it is shipped.

@@ -11,6 +11,9 @@ use crate::config::settings::{Method, Objectives, OnPressure, PostgresTarget, So
 use crate::config::streamed;
 use crate::model::{Error, Result, TargetName};
 
+/// Longer than the checkpoint that a backup begins with takes by default on a standby that follows closely.
+const STANDBY_PATIENCE: Duration = Duration::from_secs(600);
+
 pub(super) fn target(name: &str, section: &Section<'_>, state_dir: &Path) -> Result<Target> {
     let name: TargetName = name.parse().map_err(|error| section.wrong_here(&error))?;
     let objectives = Objectives {
@@ -55,6 +58,8 @@ fn postgres(name: &TargetName, section: &Section<'_>, state_dir: &Path) -> Resul
         password: section.secret("password")?,
         method,
         data_dir: section.path("data_dir")?,
+        standby: section.converted("standby", without_password)?,
+        standby_patience: section.interval("standby_patience")?.unwrap_or(STANDBY_PATIENCE),
         slot: section.converted("slot", slot_name)?.unwrap_or_else(|| default_slot(name)),
         ship_interval: section.interval("ship_interval")?.unwrap_or(Duration::from_secs(1)),
         max_read_rate: section.size("max_read_rate")?.filter(|rate| *rate > 0),

@@ -14,7 +14,7 @@ use crate::pg::conninfo::ConnInfo;
 use crate::repository::handle::{Repository, Writer};
 use crate::repository::keysets::KeyRing;
 use crate::repository::prune::Limits;
-use crate::source::postgres::Method;
+use crate::source::postgres::{Lender, Method};
 use crate::source::{StreamSource, dump, files};
 
 /// The hands of a job.
@@ -91,6 +91,8 @@ pub struct Target {
     pub method: Method,
     /// The data directory, if it is not the one that the server names.
     pub data_dir: Option<PathBuf>,
+    /// A standby on this host whose files are read instead of the primary's.
+    pub standby: Option<Lender>,
     /// Its replication slot.
     pub slot: String,
     /// The longest that WAL waits before it is shipped.

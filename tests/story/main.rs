@@ -36,6 +36,7 @@ mod rig3;
 mod runbooks;
 mod sabotage;
 mod soak;
+mod standby;
 mod streams;
 mod systemd;
 mod verify;

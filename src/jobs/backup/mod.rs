@@ -151,6 +151,10 @@ fn source_options(context: &Context, target: &Target, options: Options) -> postg
         conninfo: target.conninfo.clone().with_application_name("drctl backup"),
         method: target.method,
         data_directory: target.data_dir.clone(),
+        standby: target.standby.as_ref().map(|lender| postgres::Lender {
+            conninfo: lender.conninfo.clone().with_application_name("drctl backup"),
+            patience: lender.patience,
+        }),
         fast: options.fast,
         label: format!("drctl {}", target.name),
         max_read_rate: target.max_read_rate,

@@ -100,7 +100,7 @@ impl fmt::Display for Keep {
             Self::Monthly => "keep_monthly",
             Self::Yearly => "keep_yearly",
             Self::Within => "keep_within",
-            Self::Drilled => "one of the two newest drilled",
+            Self::Drilled => "one of the two newest that count",
             Self::Newest => "the newest",
             Self::Unproven => "never drilled",
             Self::Needed(by) => by,

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::codec::SystemRng;
 use crate::jobs::pin::{self, Reason};
 use crate::jobs::prune::{Consent, Options, Report, run, show};
+use crate::jobs::show::run as show_backup;
 use crate::jobs::verify::{self, Level};
 use crate::jobs::{Context, Levels, ScratchPlace, list, repair};
 use crate::model::retention::{Keep, Rules, Verdict};
@@ -145,6 +146,33 @@ impl Scene {
         self.prune(Consent::Scheduled).await
     }
 
+    /// Plans, waits, and sweeps; each time after so many deletes in each region the pruner is killed. Whatever is left then
+    /// is never damage, and never brought back.
+    async fn prune_with_kills(&self, deletes: i64) -> usize {
+        self.prune(Consent::None).await;
+        self.fixture.clock.advance(DAY + 1);
+        let mut kills = 0;
+        loop {
+            self.fixture.stores.iter().for_each(|store| store.break_after_deletes(deletes));
+            let done = self.try_prune(Consent::Scheduled).await;
+            self.fixture.stores.iter().for_each(|store| store.break_after_deletes(i64::MAX));
+            self.is_whole().await;
+            let mended = repair::run(&self.context().await, &Scope::default()).await.unwrap();
+            let copied: Vec<_> = mended.regions.iter().map(|region| (region.copied, region.replaced.len())).collect();
+            assert_eq!(copied, [(0, 0), (0, 0)], "{mended:#?}");
+            assert!(!mended.has_debts());
+            match done {
+                Ok(report) if report.planned.amount.objects == 0 => return kills,
+                Ok(report) => assert!(report.refusals.is_empty(), "{report:#?}"),
+                Err(error) => {
+                    assert!(error.to_string().contains("killed"), "{error}");
+                    kills += 1;
+                }
+            }
+            assert!(kills < 50);
+        }
+    }
+
     async fn exist(&self) -> Vec<BackupId> {
         let repository = self.fixture.reopen().await.unwrap();
         let (backups, unreadable) = catalog::backups(&repository, None).await.unwrap();
@@ -223,28 +251,7 @@ async fn two_runs_and_a_grace_period_take_what_no_rule_keeps_and_nothing_else() 
 async fn a_sweep_that_is_killed_again_and_again_ends_where_one_would() {
     let mut scene = Scene::new(2).await;
     let ids = scene.drilled(4).await;
-    scene.prune(Consent::None).await;
-    scene.fixture.clock.advance(DAY + 1);
-    let mut kills = 0;
-    loop {
-        scene.fixture.stores.iter().for_each(|store| store.break_after_deletes(3));
-        let done = scene.try_prune(Consent::Scheduled).await;
-        scene.fixture.stores.iter().for_each(|store| store.break_after_deletes(i64::MAX));
-        scene.is_whole().await;
-        let mended = repair::run(&scene.context().await, &Scope::default()).await.unwrap();
-        let copied: Vec<_> = mended.regions.iter().map(|region| (region.copied, region.replaced.len())).collect();
-        assert_eq!(copied, [(0, 0), (0, 0)], "{mended:#?}");
-        assert!(!mended.has_debts());
-        match done {
-            Ok(report) if report.planned.amount.objects == 0 => break,
-            Ok(report) => assert!(report.refusals.is_empty(), "{report:#?}"),
-            Err(error) => {
-                assert!(error.to_string().contains("killed"), "{error}");
-                kills += 1;
-            }
-        }
-        assert!(kills < 50);
-    }
+    let kills = scene.prune_with_kills(3).await;
     assert!(kills > 2, "{kills}");
     assert_eq!(scene.exist().await, ids[2..]);
     assert_eq!(scene.names(0).await, scene.names(1).await);
@@ -428,8 +435,8 @@ async fn wal_goes_up_to_the_oldest_backup_that_stays() {
     let keysets = async || scene.names(0).await.into_iter().filter(|key| key.starts_with("keysets/")).count();
     let (all, keys) = (frames().await, keysets().await);
     assert_eq!(all, 3 + 5 * 4 + 3);
-    let swept = scene.prune_twice().await.swept.unwrap();
-    assert_eq!(swept.backups.len(), 4);
+    assert!(scene.prune_with_kills(5).await > 2);
+    assert_eq!(scene.exist().await.len(), 2);
     // Six epochs and the one at the very beginning: those of the two that stay and the one before them (PostgreSQL looks
     // back one segment) are left whole, of the open one its last frame.
     assert_eq!(frames().await, 3 * 4 + 1);
@@ -464,4 +471,32 @@ async fn a_schedule_takes_no_more_than_its_share_and_no_forged_plan() {
     let swept = scene.prune(Consent::Scheduled).await.swept.unwrap();
     assert_eq!(swept.backups, ids[..1]);
     scene.is_whole().await;
+}
+
+/// What `list` says that a backup frees is what its end frees, to the byte, and `show` says whose pages it reads.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backup_frees_what_was_said() {
+    let mut scene = Scene::new(2).await;
+    let ids = scene.drilled(3).await;
+    let bytes = async || {
+        let contents = scene.fixture.stores[0].contents().await.into_iter();
+        let of_backups =
+            contents.filter(|(key, _)| !["sweeps/", "prunes/", "pruned/"].iter().any(|of| key.starts_with(of)));
+        of_backups.map(|(_, bytes)| bytes.len() as u64).sum::<u64>()
+    };
+    let commit = async || {
+        let key = format!("commits/ledger/{}", ids[0]);
+        let contents = scene.fixture.stores[0].contents().await;
+        contents.into_iter().find(|(name, _)| *name == key).map_or(0, |(_, bytes)| bytes.len() as u64)
+    };
+    let listed = list::run(&scene.context().await, None).await.unwrap();
+    let oldest = listed.backups.iter().find(|backup| backup.id == ids[0]).unwrap();
+    let (frees, before) = (oldest.frees_bytes.unwrap() + commit().await, bytes().await);
+    assert!(frees > 40 * 8192 && frees < oldest.stored_bytes, "{frees} of {}", oldest.stored_bytes);
+    assert_eq!(scene.prune_twice().await.swept.unwrap().backups, ids[..1]);
+    assert_eq!(before - bytes().await, frees);
+
+    let shown = show_backup(&scene.context().await, ids[2].as_str()).await.unwrap();
+    let generations: Vec<_> = shown.listed.generations.iter().map(|generation| &generation.backup).collect();
+    assert_eq!(generations, [&ids[0], &ids[2]]);
 }

@@ -45,7 +45,7 @@ impl S3Store {
         let call = self.call("list the versions", &beginning);
         let (key_marker, version_marker) = after.and_then(|token| token.0.split_once(AND)).unzip();
         let version_marker = version_marker.filter(|marker| !marker.is_empty()).map(str::to_owned);
-        let request = self.client.list_object_versions().bucket(&self.bucket).prefix(self.full(prefix));
+        let request = self.client.list_object_versions().bucket(&self.bucket).prefix(self.full(prefix)).max_keys(1000);
         let request = request.set_key_marker(key_marker.map(str::to_owned)).set_version_id_marker(version_marker);
         let reply = request.send().await.map_err(|error| call.failed(&error))?;
         let mut page = VersionPage::default();

@@ -35,9 +35,9 @@ pub use retention::{Prune, Retention};
 pub use schedules::{Mistake, Mistakes, load_schedules};
 pub use secret::{Secret, SecretText};
 pub use settings::{
-    AwsAccess, Checksum, CompressionLevels, Credentials, Degrade, DumpTarget, FilesTarget, KmsEndpoint, KmsKey, Method,
-    Objectives, OfflineKey, OnPressure, Openers, PostgresTarget, Region, Repository, S3Settings, Schedules, Settings,
-    Source, Store, Target,
+    AwsAccess, Checksum, CompressionLevels, Credentials, Degrade, Detection, DumpTarget, FilesTarget, KmsEndpoint,
+    KmsKey, Method, Objectives, OfflineKey, OnPressure, Openers, PostgresTarget, Region, Repository, S3Settings,
+    Schedules, Settings, Source, Store, Target,
 };
 
 #[cfg(test)]

@@ -111,6 +111,7 @@ impl Scene {
             rpo: (None, None),
             rto: (None, None),
             phases: Vec::new(),
+            checks: Vec::new(),
             host: "here".into(),
             drctl: "0.1.0".into(),
         };

@@ -21,6 +21,7 @@ use crate::repository::keysets::KeyRing;
 
 mod away;
 mod keys;
+mod retention;
 mod stores;
 mod targets;
 mod told;
@@ -28,6 +29,7 @@ mod told;
 pub use away::drill_context;
 use keys::openers;
 pub use keys::{holders, new_recovery_key, writer};
+use retention::{limits, rules};
 use stores::shared_roles;
 pub use stores::{create_directories, region, regions, siblings};
 use targets::streamed;
@@ -41,6 +43,8 @@ pub enum Role {
     Write,
     /// Restore, verify, list.
     Restore,
+    /// Prune: the only one that deletes.
+    Prune,
 }
 
 /// What a process has once: the real clock, the real source of chance, its meters, and whom it tells.
@@ -78,7 +82,7 @@ pub async fn context(settings: &Settings, role: Role, world: &World) -> Result<C
     let repository = Repository::open(regions, listed).await.during(|| "open the repository")?;
     away::remember(&settings.repository.state_dir, &repository.id);
     let writer = match role {
-        Role::Write => Some(writer(settings, role, world).await?),
+        Role::Write | Role::Prune => Some(writer(settings, role, world).await?),
         Role::Restore => None,
     };
     assemble(settings, repository, writer, world)
@@ -93,6 +97,8 @@ fn assemble(settings: &Settings, repository: Repository, writer: Option<Writer>,
         writer,
         targets: targets(settings)?,
         streamed: streamed(settings)?,
+        retention: settings.targets.iter().filter_map(rules).collect(),
+        prune: limits(settings),
         levels: levels(settings),
         pack_size: settings.repository.pack_size,
         state_dir: settings.repository.state_dir.clone(),

@@ -130,6 +130,7 @@ pub(super) const fn access_of(s3: &S3Settings, role: Role) -> &AwsAccess {
     match role {
         Role::Write => &s3.credentials.write,
         Role::Restore => &s3.credentials.restore,
+        Role::Prune => &s3.credentials.prune,
     }
 }
 

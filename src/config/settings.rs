@@ -11,6 +11,7 @@ use crate::config::daemon::Daemon;
 use crate::config::drill::Drill;
 use crate::config::file::nearest;
 use crate::config::notify::{Grafana, Notify, Url};
+use crate::config::retention::Prune;
 use crate::config::secret::Secret;
 use crate::config::show;
 use crate::model::{Error, RegionName, Result, SignerId, TargetName};
@@ -44,6 +45,8 @@ pub struct Settings {
     pub targets: Vec<Target>,
     /// `[drill]`.
     pub drill: Drill,
+    /// `[prune]`.
+    pub prune: Prune,
     /// `[daemon]`.
     pub daemon: Daemon,
     /// `[grafana]`.

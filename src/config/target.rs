@@ -6,6 +6,7 @@ use std::time::Duration;
 use crate::config::conninfo::without_password;
 use crate::config::drill::assertions;
 use crate::config::file::Section;
+use crate::config::retention::retention;
 use crate::config::settings::{Detection, Method, Objectives, OnPressure, PostgresTarget, Source, Target};
 use crate::config::streamed;
 use crate::model::{Error, Result, TargetName};
@@ -28,8 +29,9 @@ pub(super) fn target(name: &str, section: &Section<'_>, state_dir: &Path) -> Res
         Kind::Dump => (Source::Dump(Box::new(streamed::dump(section)?)), Vec::new()),
         Kind::Files => (Source::Files(streamed::files(section)?), Vec::new()),
     };
+    let retention = retention(&section.section("retention")?, matches!(source, Source::Postgres(_)))?;
     section.finish()?;
-    Ok(Target { name, objectives, source, assertions })
+    Ok(Target { name, objectives, source, retention, assertions })
 }
 
 #[derive(Clone, Copy)]

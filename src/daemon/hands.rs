@@ -254,6 +254,7 @@ async fn attempt(settings: &Settings, world: &World, work: &Work, going: impl Fn
         }
         Work::Verify { .. } => app::context(settings, Role::Restore, world).await?,
         Work::Drill { .. } => app::drill_context(settings, world).await?,
+        Work::Prune => app::context(settings, Role::Prune, world).await?,
     };
     going(context.progress.clone());
     work::run(&context, work).await

@@ -1,9 +1,11 @@
 //! What every job works with. Built once by `app`; a job sees no bucket and no key.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::model::retention::Rules;
 use crate::model::{Clock, Error, Result, Rng, TargetName};
 use crate::notify::Courier;
 use crate::observe::metrics::Meters;
@@ -11,6 +13,7 @@ use crate::observe::progress::Progress;
 use crate::pg::conninfo::ConnInfo;
 use crate::repository::handle::{Repository, Writer};
 use crate::repository::keysets::KeyRing;
+use crate::repository::prune::Limits;
 use crate::source::postgres::{Lender, Method};
 use crate::source::{StreamSource, dump, files};
 
@@ -27,6 +30,10 @@ pub struct Context {
     pub targets: Vec<Target>,
     /// Everything else that it protects.
     pub streamed: Vec<Streamed>,
+    /// What is kept of each target; of one that is not named everything.
+    pub retention: BTreeMap<TargetName, Rules>,
+    /// What bounds a prune.
+    pub prune: Limits,
     /// zstd levels.
     pub levels: Levels,
     /// Bytes that a pack stays within.

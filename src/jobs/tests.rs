@@ -28,6 +28,8 @@ async fn context(fixture: &Fixture) -> Context {
         writer: None,
         streamed: Vec::new(),
         targets: Vec::new(),
+        retention: BTreeMap::new(),
+        prune: crate::repository::prune::Limits::default(),
         levels: Levels { pages: 1, dumps: 1, wal: 1 },
         pack_size: crate::repository::pack::OBJECT_LIMIT,
         state_dir: PathBuf::new(),

@@ -1,7 +1,7 @@
 //! The one door for whoever runs jobs without being asked by a person: a job with its parameters in, what it came to out.
 
 use crate::jobs::context::Context;
-use crate::jobs::{backup, drill, repair, verify};
+use crate::jobs::{backup, drill, prune, repair, verify};
 use crate::model::run::Outcome;
 use crate::model::schedule::{Depth, Work};
 use crate::model::{Error, Kind, Result};
@@ -64,6 +64,10 @@ pub async fn run(context: &Context, work: &Work) -> Result<Done> {
             let replaced: usize = report.regions.iter().map(|region| region.replaced.len()).sum();
             Ok(done(report.has_debts(), format!("{copied} objects copied, {replaced} replaced")))
         }
+        Work::Prune => {
+            let options = prune::Options { dry_run: false, consent: prune::Consent::Scheduled };
+            pruned(&prune::run(context, &options).await?)
+        }
     }
 }
 
@@ -85,6 +89,22 @@ fn drilled(report: &drill::Report) -> Result<Done> {
             Err(unproven(Error::new(Kind::Unavailable, format!("{told}: nothing was found out"))))
         }
     }
+}
+
+/// A refusal is a failure of the slot: whoever is told looks at why. An unproven backup that goes is a debt of drills.
+fn pruned(report: &prune::Report) -> Result<Done> {
+    if !report.refusals.is_empty() {
+        let error = Error::refused("nothing was pruned");
+        let error = report.refusals.iter().take(5).fold(error, Error::because);
+        return Err(error.hint("drctl prune --dry-run shows the plan and every refusal"));
+    }
+    let gone = report.swept.as_ref().map(|swept| {
+        let (backups, objects, retained) = (swept.backups.len(), swept.objects, swept.retained);
+        format!("{backups} backups and {objects} objects removed, {retained} locked; ")
+    });
+    let (unproven, waiting) = (report.alarms().count(), report.planned.amount.objects);
+    let alarm = if unproven == 0 { String::new() } else { format!("; {unproven} backups that go were never drilled") };
+    Ok(done(unproven > 0, format!("{}{waiting} objects found that nobody needs{alarm}", gone.unwrap_or_default())))
 }
 
 fn verified(report: &verify::Report) -> Result<Done> {

@@ -31,6 +31,7 @@ use crate::repository::packer::{PackSettings, Packer, Placed, Work};
 use crate::repository::page_state::{Keeper, Kept, StateHead};
 use crate::repository::parent::{Basis, Parent};
 use crate::repository::repack::{Moved, Repacked, repack};
+use crate::repository::sweeps;
 use crate::repository::tree::{CompleteFile, FileRun, Tree};
 use crate::repository::uploads::{put_object, put_signed, spawn_uploads};
 use crate::repository::wrap_debts::WrapDebts;
@@ -81,7 +82,7 @@ pub struct BackupOptions {
 }
 
 /// An intent holds for a week: longer than any backup that is still alive.
-const INTENT_DAYS: i64 = 7;
+pub const INTENT_DAYS: i64 = 7;
 
 /// A backup that is being written.
 #[derive(Debug)]
@@ -159,6 +160,7 @@ impl BackupWriter {
         let parent = basis.parent().map(|parent| parent.commit.id.clone());
         let intent = Intent { format: FORMAT, backup: id.clone(), parent, created_at: started_at, expires_at };
         put_signed(&out, writer, layout::intent(&id), &intent_context(&repository.id, &id), &intent).await?;
+        refuse_if_pruned(repository, &basis, started_at).await?;
         let stored =
             keysets::create(&repository.id, &options.target, &writer.holders, writer.rng.as_ref(), &out).await?;
         // One secret for a generation: under another one no page would look the same.
@@ -351,6 +353,7 @@ impl BackupWriter {
             let text = format!("backup {} took longer than its intent allows", self.id);
             return Err(Error::failed(text).hint("its objects may be pruned already: take a new backup"));
         }
+        refuse_if_pruned(&self.repository, &self.basis, now).await?;
         let parent = self.basis.parent().map(|parent| parent.commit.id.clone());
         let commit = Commit {
             format: FORMAT,
@@ -487,6 +490,13 @@ impl BackupWriter {
             _ => Error::failed("the workers stopped"),
         }
     }
+}
+
+/// The intent is announced: a sweep that has not begun yet will see it, and one that has is seen here.
+async fn refuse_if_pruned(repository: &Repository, basis: &Basis, now: DateTime<Utc>) -> Result<()> {
+    let Some(parent) = basis.parent() else { return Ok(()) };
+    let checked = sweeps::refuse_if_condemned(repository, &parent.commit.id, now).await;
+    checked.during(|| format!("share pages with {}", parent.commit.id))
 }
 
 /// The backups whose map chunks this one may use, itself first. They must be known before the first page is read, since

@@ -27,7 +27,10 @@ pub mod packer;
 pub mod page_map;
 pub mod page_state;
 pub mod parent;
+pub mod pins;
 mod proven;
+pub mod prune;
+pub mod records;
 pub mod regions;
 pub mod relocation;
 pub mod repack;
@@ -38,16 +41,19 @@ pub mod scrub;
 #[cfg(test)]
 #[allow(clippy::cast_possible_truncation, reason = "made-up data is small")]
 mod share_tests;
+pub mod shares;
 #[cfg(test)]
 mod stream_tests;
 pub mod stream_writer;
 pub mod survey;
+pub mod sweeps;
 #[cfg(test)]
 #[allow(clippy::cast_possible_truncation, reason = "made-up data is small")]
 pub mod testing;
 #[cfg(test)]
 #[allow(clippy::cast_possible_truncation, reason = "made-up data is small")]
 mod tests;
+pub mod tombs;
 pub mod tree;
 pub mod trust;
 #[cfg(test)]

@@ -15,7 +15,8 @@ use crate::model::{Kind, RepositoryId};
 use crate::repository::handle::RepositoryRecord;
 use crate::repository::layout;
 use crate::store::{
-    Capabilities, Depth, Digest, ListPage, ListToken, ObjectInfo, ObjectStore, Put, PutOptions, StoreError,
+    Capabilities, Depth, Digest, ListPage, ListToken, ObjectInfo, ObjectStore, Put, PutOptions, StoreError, VersionId,
+    VersionPage,
 };
 
 /// A store that gives and takes nothing before it has shown the repository's record. Reading the record itself asks anew.
@@ -116,6 +117,16 @@ impl ObjectStore for Proven {
 
     async fn server_time(&self) -> Result<Option<DateTime<Utc>>, StoreError> {
         self.inner.server_time().await
+    }
+
+    async fn list_versions(&self, prefix: &str, after: Option<&ListToken>) -> Result<VersionPage, StoreError> {
+        self.prove().await?;
+        self.inner.list_versions(prefix, after).await
+    }
+
+    async fn delete_version(&self, key: &str, version: &VersionId) -> Result<(), StoreError> {
+        self.prove().await?;
+        self.inner.delete_version(key, version).await
     }
 
     async fn delete(&self, key: &str) -> Result<(), StoreError> {

@@ -13,7 +13,7 @@ use serde::Serialize;
 use crate::model::{Clock, Error, Kind, RegionName, RepositoryId, Result};
 use crate::repository::layout;
 use crate::repository::proven::Proven;
-use crate::store::{Depth, Digest, ListedObject, ObjectStore, StoreError};
+use crate::store::{Depth, Digest, ListedObject, ObjectStore, PutOptions, StoreError};
 
 /// One independent copy of the repository.
 #[derive(Debug, Clone)]
@@ -215,6 +215,23 @@ impl Regions {
             Ok(bytes)
         };
         self.read(key, None, check).await
+    }
+
+    /// Puts an object into every region, at the same time: for records that hold only if no region can miss them.
+    ///
+    /// # Errors
+    /// A region does not take it. Others may have.
+    pub async fn put_everywhere(&self, key: &str, body: Bytes) -> Result<()> {
+        let (digest, options) = (Digest::of(&body), PutOptions::default());
+        let options = &options;
+        let puts = self.list.iter().map(|region| {
+            let body = body.clone();
+            async move {
+                let put = region.store.put(key, body, digest, options).await;
+                put.map(drop).map_err(|error| Error::from(error).during(format!("write {key} to {}", region.name)))
+            }
+        });
+        join_all(puts).await.into_iter().collect()
     }
 
     /// Everything below `prefix` in each region; a region that does not answer is an error in its place.

@@ -70,6 +70,14 @@ pub struct ReportHead {
     pub drctl: String,
 }
 
+impl ReportHead {
+    /// Whether it proves its backup: a drill restored, started, replayed and opened it, and found what it looked for.
+    pub fn proves(&self) -> bool {
+        let deep = self.level.as_deref().is_some_and(|level| ("L4"..="L7").contains(&level));
+        self.job == "drill" && self.outcome == "pass" && deep
+    }
+}
+
 /// What only holders of keys read.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -25,6 +25,7 @@ use crate::repository::manifest::PartsSummary;
 use crate::repository::regions::Region;
 use crate::repository::restore::check_files;
 use crate::repository::restore::streams::StoredStreams;
+use crate::repository::tombs;
 use crate::repository::trust::Trust;
 use crate::repository::wal_frame::{Frame, FramePlace};
 use crate::repository::wal_index::{BranchId, WalIndex, cover, windows};
@@ -234,9 +235,17 @@ pub async fn missing_frames(
     if index.unreadable().iter().any(|(name, _)| *name == region.name) {
         return problems;
     }
+    let lacks = |held: &BTreeSet<RegionName>| !held.contains(&region.name);
+    if !index.epochs().values().flat_map(BTreeMap::values).any(lacks) {
+        return problems;
+    }
+    // What prune took here first, and not yet elsewhere, is not lacking.
+    let BranchId { system_id, timeline, branch } = index.branch();
+    let cuts = tombs::cuts(repository, (*system_id, *timeline, branch)).await.unwrap_or_default();
     for (epoch, seqs) in index.epochs() {
+        let cut = cuts.get(epoch).copied().unwrap_or_default();
         let missing: Vec<_> =
-            seqs.iter().filter(|(_, held)| !held.contains(&region.name)).map(|(seq, _)| *seq).collect();
+            seqs.iter().filter(|(seq, held)| **seq >= cut && lacks(held)).map(|(seq, _)| *seq).collect();
         let (Some(first), Some((last, _))) = (missing.first(), seqs.last_key_value()) else { continue };
         let tail = last + 1 - first == missing.len() as u64;
         let written = index.header(repository, epoch, *last).await.map(|header| header.written_at);

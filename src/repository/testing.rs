@@ -31,7 +31,8 @@ use crate::repository::wal_log::{Epoch, Log, Marks, store_history};
 use crate::store::dir::DirStore;
 use crate::store::memory::MemoryStore;
 use crate::store::{
-    Capabilities, Depth, Digest, ListPage, ListToken, ObjectInfo, ObjectStore, Put, PutOptions, StoreError,
+    Capabilities, Depth, Digest, ListPage, ListToken, ObjectInfo, ObjectStore, Put, PutOptions, StoreError, VersionId,
+    VersionPage,
 };
 
 /// Time that stands still unless it is moved.
@@ -80,12 +81,19 @@ pub enum Fault {
 pub struct FaultyStore {
     inner: Arc<dyn ObjectStore>,
     fault: Mutex<Fault>,
+    /// Versions that may still be deleted before the process dies.
+    deletes: AtomicI64,
 }
 
 impl FaultyStore {
     /// Switches the fault.
     pub fn set(&self, fault: Fault) {
         *self.fault.lock().unwrap() = fault;
+    }
+
+    /// Lets so many versions be deleted, and refuses all that follow, as if the pruner had been killed then.
+    pub fn break_after_deletes(&self, count: i64) {
+        self.deletes.store(count, Ordering::Relaxed);
     }
 
     /// Replaces the bytes of an object, as a rotten disk does.
@@ -163,6 +171,20 @@ impl ObjectStore for FaultyStore {
         self.inner.server_time().await
     }
 
+    async fn list_versions(&self, prefix: &str, after: Option<&ListToken>) -> Result<VersionPage, StoreError> {
+        self.pass("list", prefix).await?;
+        self.inner.list_versions(prefix, after).await
+    }
+
+    async fn delete_version(&self, key: &str, version: &VersionId) -> Result<(), StoreError> {
+        self.pass("delete", key).await?;
+        if self.deletes.fetch_sub(1, Ordering::Relaxed) <= 0 {
+            let (key, address, reason) = (key.to_owned(), self.address(), "killed".to_owned());
+            return Err(StoreError::Denied { operation: "delete", key, address, reason });
+        }
+        self.inner.delete_version(key, version).await
+    }
+
     async fn delete(&self, key: &str) -> Result<(), StoreError> {
         self.pass("delete", key).await?;
         self.inner.delete(key).await
@@ -228,7 +250,8 @@ impl Fixture {
         clock: Arc<TestClock>,
         files: tempfile::TempDir,
     ) -> Self {
-        let wrap = |inner| Arc::new(FaultyStore { inner, fault: Mutex::new(Fault::None) });
+        let wrap =
+            |inner| Arc::new(FaultyStore { inner, fault: Mutex::new(Fault::None), deletes: AtomicI64::new(i64::MAX) });
         let stores: Vec<_> = inner.into_iter().map(wrap).collect();
         let (identity, recipient) = generate_identity(clock.now());
         let path = files.path().join("age.txt");

@@ -32,6 +32,7 @@ mod memory;
 mod metrics;
 mod notify;
 mod platforms;
+mod prune;
 mod recovery_point;
 mod regions;
 mod reports;

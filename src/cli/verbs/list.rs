@@ -48,7 +48,7 @@ fn text(report: &Report, now: DateTime<Utc>) -> String {
         text.push_str("There is no backup yet. Next: drctl backup TARGET");
         return text;
     }
-    let mut table = Table::new(["ID", "KIND", "FINISHED", "SIZE", "STORED", "REGIONS"]);
+    let mut table = Table::new(["ID", "KIND", "FINISHED", "SIZE", "STORED", "FREES", "REGIONS"]);
     for backup in &report.backups {
         table.row([
             backup.id.to_string(),
@@ -56,10 +56,22 @@ fn text(report: &Report, now: DateTime<Utc>) -> String {
             figures::moment(now, backup.finished_at),
             figures::bytes(backup.size_bytes),
             figures::bytes(backup.stored_bytes),
+            backup.frees_bytes.map_or_else(|| "?".to_owned(), figures::bytes),
             regions(backup),
         ]);
     }
     text.push_str(&table.to_text());
+    for (target, bytes) in &report.stored {
+        let of_target = report.backups.iter().filter(|backup| backup.target == *target);
+        let logical: u64 = of_target.map(|backup| backup.size_bytes).sum();
+        let of = if report.stored.len() > 1 { format!(" {target}") } else { String::new() };
+        let _ = writeln!(
+            text,
+            "Stored{of}: {} in each region, for {} without WAL",
+            figures::bytes(*bytes),
+            figures::bytes(logical)
+        );
+    }
     for window in &report.windows {
         let _ = writeln!(text, "{}", restorable(window, now, report.windows.len() > 1));
     }
@@ -131,6 +143,9 @@ mod tests {
             finished_at: at(hour),
             size_bytes: 1_650_000_000,
             stored_bytes: 254_000_000,
+            needs_bytes: Some(300_000_000),
+            frees_bytes: Some(21_000_000),
+            generations: Vec::new(),
             start_lsn: None,
             stop_lsn: None,
             timeline: Some(1),
@@ -151,12 +166,14 @@ mod tests {
                 backup("ledger-261120-010059-m2c", 1, State::Complete),
             ],
             windows: vec![window],
+            stored: [("ledger".parse().unwrap(), 275_000_000)].into(),
             unreadable: Vec::new(),
         };
         let golden = "\
-ID                         KIND   FINISHED              SIZE      STORED   REGIONS
-ledger-261120-030059-k7f   full   1 h ago  03:01 UTC    1.65 GB   254 MB   1 of 2 debt
-ledger-261120-010059-m2c   full   3 h ago  01:01 UTC    1.65 GB   254 MB   2 of 2, 3 LEFT OUT
+ID                         KIND   FINISHED              SIZE      STORED   FREES   REGIONS
+ledger-261120-030059-k7f   full   1 h ago  03:01 UTC    1.65 GB   254 MB   21.0 MB   1 of 2 debt
+ledger-261120-010059-m2c   full   3 h ago  01:01 UTC    1.65 GB   254 MB   21.0 MB   2 of 2, 3 LEFT OUT
+Stored: 275 MB in each region, for 3.30 GB without WAL
 Restorable: from 2026-11-20 01:01:00 to 2026-11-20 04:04:00 UTC (now), one gap: 11-20 02:01:00 to 11-20 03:01:00
 ";
         let squeezed = |text: &str| {

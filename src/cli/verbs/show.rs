@@ -10,6 +10,7 @@ use crate::cli::exit::Exit;
 use crate::cli::figures;
 use crate::jobs::show::{self, Report};
 use crate::model::Result;
+use crate::repository::shares::Generation;
 
 /// Things left out that are shown; the rest is counted.
 const SHOWN: usize = 20;
@@ -33,6 +34,16 @@ pub async fn run(args: Args, session: &Session) -> Result<Exit> {
         false => session.output.print(&text(&report, session.clock.now()))?,
     }
     Ok(Exit::Ok)
+}
+
+/// One generation as a bar of what it gives to the backup.
+fn drawn(generation: &Generation, all: u64) -> String {
+    const WIDTH: u64 = 24;
+    let filled = (generation.bytes * WIDTH).checked_div(all).unwrap_or_default().clamp(1, WIDTH);
+    let bar: String = (0..WIDTH).map(|at| if at < filled { '█' } else { '░' }).collect();
+    let share = (generation.bytes * 100).checked_div(all).unwrap_or_default();
+    let bytes = figures::bytes(generation.bytes);
+    format!("{bar} {share:>3} %  {bytes:>8}  {}", generation.backup)
 }
 
 fn text(report: &Report, now: DateTime<Utc>) -> String {
@@ -60,6 +71,14 @@ fn text(report: &Report, now: DateTime<Utc>) -> String {
         "size",
         format!("{}, stored {} per region", figures::bytes(listed.size_bytes), figures::bytes(listed.stored_bytes)),
     );
+    if let (Some(needs), Some(frees)) = (listed.needs_bytes, listed.frees_bytes) {
+        let (needs, frees) = (figures::bytes(needs), figures::bytes(frees));
+        line("needs", format!("{needs} in each region; {frees} of it no other backup needs, and would go with it"));
+    }
+    let packed: u64 = listed.generations.iter().map(|generation| generation.bytes).sum();
+    for generation in &listed.generations {
+        line("pages of", drawn(generation, packed));
+    }
     if let Some(parent) = &report.parent {
         line("parent", parent.to_string());
     }

@@ -144,6 +144,13 @@ impl<'f, 'd> Reader<'f, 'd> {
                 let region = region(&mut params);
                 Some(Work::Repair { target, region, quick })
             }
+            Some(Job::Prune) => {
+                if self.has("target") {
+                    let error = Error::usage("`target`: a prune is of every target that has a retention");
+                    self.wrong("target", &error.hint("leave it out"));
+                }
+                Some(Work::Prune)
+            }
             // What its parameters mean is not known, so they are not looked at.
             _ => return None,
         };

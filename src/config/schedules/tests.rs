@@ -73,7 +73,7 @@ fn every_key_says_what_it_means() {
 fn every_mistake_of_every_file_is_told_at_once_with_its_place() {
     let broken = "job = \"bakup\"\ntarget = \"leger\"\n  cron = \"61 1 * * *\"\ntimezone = \"Europe/Berln\"\ncatchup = \"one\"\n\
                   timeout = \"0s\"\njitter = 5\nretry = { max = 99, paus = \"1m\" }\n";
-    let more = "cron = \"0 1 * * *\"\njob = \"prune\"\noverlap = \"wait\"\nafter = \"ledger-bas\"\n";
+    let more = "cron = \"0 1 * * *\"\njob = \"compact\"\noverlap = \"wait\"\nafter = \"ledger-bas\"\n";
     let told = read(&[
         ("a.toml", broken),
         ("b.toml", more),
@@ -95,7 +95,7 @@ fn every_mistake_of_every_file_is_told_at_once_with_its_place() {
         "a.toml:7:10: `jitter`: expected a string in quotes, found 5",
         "a.toml:8:17: `max`: expected a whole number from 0 to 20, found 99",
         "a.toml:8:21: unknown key `paus` / did you mean `pause`?",
-        "b.toml:2:7: `job`: this version does not run `prune` by schedule / it runs backup, dump, files, verify, drill, repair",
+        "b.toml:2:7: `job`: this version does not run `compact` by schedule / it runs backup, dump, files, verify, drill, repair, prune",
         "b.toml:3:11: `overlap`: `wait` is not one of its values / use skip or queue-one",
         "b.toml:4:9: `after`: there is no schedule `ledger-bas` / did you mean `ledger-base`?",
         "c.toml:1:7: `job`: WAL has no schedule / the daemon streams",
@@ -178,7 +178,7 @@ fn the_shipped_examples_are_good() {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("schedules");
     let schedules = load_schedules(&settings(&dir)).unwrap_or_else(|mistakes| panic!("{mistakes:#?}"));
     let jobs: BTreeSet<_> = schedules.iter().map(|schedule| schedule.work.job().as_str()).collect();
-    assert_eq!(jobs, BTreeSet::from(["backup", "drill", "dump", "files", "repair", "verify"]));
+    assert_eq!(jobs, BTreeSet::from(["backup", "drill", "dump", "files", "prune", "repair", "verify"]));
     assert!(schedules.iter().all(|schedule| schedule.enabled && schedule.description.is_some()));
 }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::config::drill::Assertion;
+use crate::config::retention::Retention;
 use crate::config::secret::Secret;
 use crate::config::show;
 use crate::model::TargetName;
@@ -29,6 +30,9 @@ pub struct Target {
     /// What it is.
     #[serde(flatten)]
     pub source: Source,
+    /// What is kept of it; `None` keeps everything.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub retention: Option<Retention>,
     /// What holds in every good copy of it; drills ask.
     #[serde(serialize_with = "show::by_name", skip_serializing_if = "Vec::is_empty")]
     pub assertions: Vec<Assertion>,

@@ -9,6 +9,7 @@ use chrono::{DateTime, Utc};
 
 use crate::jobs::context::{Context, Objectives};
 use crate::jobs::list::{self, Listed};
+use crate::jobs::prune;
 use crate::model::schedule::Schedule;
 use crate::model::{RegionName, Result, TargetName};
 use crate::observe::metrics::{Page, table};
@@ -32,13 +33,16 @@ pub async fn read(context: &Context, schedules: &[Schedule]) -> Result<Page> {
     let mut page = Page::default();
     context.promises().for_each(|(target, promised)| objectives(target, promised, &mut page));
     let (backups, _) = catalog::backups(repository, None).await?;
-    for survey in survey::survey(repository, &backups).await? {
-        self::backups(&survey, &mut page);
-        exposure(&survey, context.clock.now(), &mut page);
-        debts(&survey, &mut page);
-        page.set_known(&table::WAL_GAPS, [survey.target.as_str()], open_gaps(repository, &survey).await);
-    }
+    let surveys = survey::survey(repository, &backups).await?;
     let (heads, _) = reports::list(repository, None).await?;
+    for survey in &surveys {
+        self::backups(survey, &mut page);
+        exposure(survey, context.clock.now(), &mut page);
+        debts(survey, &mut page);
+        page.set_known(&table::WAL_GAPS, [survey.target.as_str()], open_gaps(repository, survey).await);
+        let unproven = prune::alarm::unproven(context, survey, &heads).map(to_f64);
+        page.set_known(&table::BACKUPS_UNPROVEN, [survey.target.as_str()], unproven);
+    }
     drills::add(&heads, &mut page);
     slots::add(context, schedules, &mut page).await?;
     page.set_time(&table::SNAPSHOT_TIME, [], Some(context.clock.now()));

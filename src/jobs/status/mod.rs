@@ -6,9 +6,9 @@ use chrono::{DateTime, TimeDelta, Utc};
 use serde::Serialize;
 
 use crate::jobs::Context;
-use crate::jobs::list;
 use crate::jobs::status::overdue::Otherwise;
 use crate::jobs::wal::{Heartbeat, Position, Pushes, control};
+use crate::jobs::{list, prune};
 use crate::model::schedule::Schedule;
 use crate::model::{BackupId, Lsn, RegionName, ReportId, Result, TargetName, Timeline};
 use crate::repository::catalog;
@@ -153,6 +153,11 @@ pub async fn run(context: &Context, schedules: &[Schedule]) -> Result<Report> {
         status.judge_time(context, survey, &own).await;
         status.judge_contents(context, survey).await;
         status.judge_receiver(receiver);
+        let unproven = prune::alarm::unproven(context, survey, &drills).unwrap_or_default();
+        if unproven > 0 {
+            status.problems.push(format!("{unproven} backups expire that no drill ever proved"));
+            status.next.get_or_insert_with(|| format!("drctl drill {}", survey.target));
+        }
         targets.push(status);
     }
     for (name, objectives) in context.promises() {

@@ -90,6 +90,9 @@ table! {
     BACKUPS = Gauge "drctl_backups" ["target", "kind", "region", "state"]
         "Backups in the region by state: complete, debt, damaged, unreachable",
         absent "there is no backup of that kind in any region";
+    BACKUPS_UNPROVEN = Gauge "drctl_backups_unproven_expiring" ["target"]
+        "Backups that retention lets go although no drill ever proved them",
+        absent "the target has no retention";
     RECOVERY_WINDOW_START = Gauge "drctl_recovery_window_start_timestamp_seconds" ["target", "region"]
         "The oldest point in time to which the region alone can restore",
         absent "the region alone restores nothing";

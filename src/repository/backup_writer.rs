@@ -30,6 +30,7 @@ use crate::repository::pack::FrameSeal;
 use crate::repository::packer::{PackSettings, Packer, Placed, Work};
 use crate::repository::page_state::{Keeper, Kept, StateHead};
 use crate::repository::parent::{Basis, Parent};
+use crate::repository::repack::{Moved, Repacked, repack};
 use crate::repository::tree::{CompleteFile, FileRun, Tree};
 use crate::repository::uploads::{put_object, put_signed, spawn_uploads};
 use crate::repository::wrap_debts::WrapDebts;
@@ -102,6 +103,7 @@ pub struct BackupWriter {
     placed: mpsc::UnboundedReceiver<Placed>,
     uploads: JoinHandle<Result<Vec<InventoryLine>>>,
     damaged_pages: u64,
+    moved: Moved,
 }
 
 /// A backup that exists.
@@ -117,6 +119,8 @@ pub struct Written {
     pub full_because: Option<String>,
     /// What was looked at.
     pub pages: PageCounts,
+    /// What was taken along from packs that were mostly dead.
+    pub moved: Moved,
     /// Why the next backup will not find its pages remembered.
     pub not_remembered: Option<String>,
 }
@@ -151,6 +155,13 @@ impl BackupWriter {
             Some(parent) => parent.pages.fingerprints(),
             None => Arc::new(PageFingerprinter::generate(writer.rng.as_ref())?),
         };
+        let repacked = match basis.parent() {
+            Some(parent) => {
+                let from = (&parent.pages, options.pack_size);
+                repack(repository, &out, (&options.target, &id), from).await.during(|| "repack")?
+            }
+            None => Repacked::default(),
+        };
         let seal =
             FrameSeal { repository: repository.id.clone(), keyset: stored.keyset.id().clone(), backup: id.clone() };
         let settings = PackSettings {
@@ -161,6 +172,7 @@ impl BackupWriter {
             pack_size: options.pack_size,
             parent: basis.parent().map(|parent| Arc::clone(&parent.pages)),
             keeper: Arc::new(Keeper::begin(options.state.as_deref(), &state_head(&repository.id, &id, &fingerprints))),
+            first_pack: u32::try_from(repacked.lines.len()).unwrap_or(u32::MAX),
         };
         let sources = sources(&id, stored.keyset.id(), basis.parent());
         let Packer { batches, packs, placed, tally } = Packer::start(&settings, options.workers);
@@ -175,7 +187,8 @@ impl BackupWriter {
             owed_wraps: WrapDebts::new(&writer.holders, &stored, &writer.clock),
             keyset: stored.keyset,
             wrap_debts: stored.missing,
-            inventory: stored.wraps,
+            inventory: stored.wraps.into_iter().chain(repacked.lines).collect(),
+            moved: repacked.moved,
             manifest: ManifestWriter::default(),
             manifest_parts: PartsSummary::default(),
             tree: Tree::default(),
@@ -357,6 +370,7 @@ impl BackupWriter {
             wrap_debts: self.wrap_debts,
             full_because: self.basis.full_because().map(str::to_owned),
             pages,
+            moved: self.moved,
             not_remembered: not_remembered.or(placed.err()),
         })
     }
@@ -372,7 +386,8 @@ impl BackupWriter {
         let Some(parent) = self.basis.parent() else { return Ok(Vec::new()) };
         let tally = self.tally.lock().unwrap_or_else(PoisonError::into_inner);
         let target = &self.options.target;
-        let packs = tally.packs.iter().map(|pack| layout::pack(target, &pack.backup, pack.ordinal));
+        let earlier = tally.packs.iter().filter(|pack| pack.backup != self.id);
+        let packs = earlier.map(|pack| layout::pack(target, &pack.backup, pack.ordinal));
         let packs: BTreeSet<_> = packs.collect();
         let keysets: Vec<_> = tally.keysets.iter().map(|keyset| layout::keyset(target, keyset)).collect();
         let wanted = |line: &&InventoryLine| {

@@ -104,6 +104,9 @@ impl<'a> Recall<'a> {
     /// The part of one run of the parent that describes the whole piece, if no page of it changed.
     pub fn unchanged(&mut self, known: &KnownFile, piece: &Piece, looks: &[Look]) -> Option<KnownRun> {
         let run = known.run_of(piece.first_page)?;
+        if self.parent?.renews(run.chunk) {
+            return None;
+        }
         let skipped = u16::try_from(piece.first_page - run.first_page).ok()?;
         let pages = u16::try_from(piece.pages).ok()?;
         let first_entry = run.first_entry.checked_add(skipped)?;

@@ -25,6 +25,8 @@ pub mod page_map;
 pub mod page_state;
 pub mod parent;
 pub mod regions;
+pub mod relocation;
+pub mod repack;
 pub mod reports;
 pub mod restore;
 pub mod runs;

@@ -39,6 +39,8 @@ pub struct PackSettings {
     pub parent: Option<Arc<KnownPages>>,
     /// Remembers the maps for the next backup.
     pub keeper: Arc<Keeper>,
+    /// The number of the first pack that is free.
+    pub first_pack: u32,
 }
 
 /// A batch and what the parent knows of its files, piece by piece.
@@ -99,12 +101,14 @@ impl Packer {
         let (packs_in, packs) = mpsc::channel(1);
         let (placed_in, placed) = mpsc::unbounded_channel();
         let queue = Arc::new(Mutex::new(queue));
-        let ordinals = Arc::new(std::sync::atomic::AtomicU32::new(0));
+        let ordinals = Arc::new(std::sync::atomic::AtomicU32::new(settings.first_pack));
         let tally = Arc::new(Mutex::new(Tally::default()));
+        let maps = Arc::new(Mutex::new(None));
         for _ in 0..workers.max(1) {
             let worker = Worker {
                 settings: settings.clone(),
                 ordinals: Arc::clone(&ordinals),
+                maps: Arc::clone(&maps),
                 packs: packs_in.clone(),
                 placed: placed_in.clone(),
                 tally: Arc::clone(&tally),
@@ -122,14 +126,21 @@ type Sink<'a> = (&'a mut Option<PackBuilder>, &'a mut Compressor);
 struct Worker {
     settings: PackSettings,
     ordinals: Arc<std::sync::atomic::AtomicU32>,
+    /// The pack of map chunks, which all workers fill: a restore reads them before everything else, and together they are
+    /// few requests. The last worker to end hands it on.
+    maps: Arc<Mutex<Option<PackBuilder>>>,
     packs: mpsc::Sender<Result<Sealed>>,
     placed: mpsc::UnboundedSender<Placed>,
     tally: Arc<Mutex<Tally>>,
 }
 
 impl Worker {
-    fn run(&self, queue: &Mutex<mpsc::Receiver<Work>>) {
-        if let Err(error) = self.work(queue) {
+    fn run(self, queue: &Mutex<mpsc::Receiver<Work>>) {
+        let worked = self.work(queue).and_then(|()| match Arc::into_inner(self.maps) {
+            Some(maps) => hand_on(&self.packs, maps.into_inner().unwrap_or_else(PoisonError::into_inner)),
+            None => Ok(()),
+        });
+        if let Err(error) = worked {
             // The receiver is gone only when the job has failed already.
             let _ = self.packs.blocking_send(Err(error));
         }
@@ -147,7 +158,7 @@ impl Worker {
             self.tally.lock().unwrap_or_else(PoisonError::into_inner).add(tally);
             let _ = self.placed.send(placed);
         }
-        open.filter(|pack| !pack.is_empty()).map_or(Ok(()), |pack| self.hand_on(pack))
+        hand_on(&self.packs, open)
     }
 
     fn place(&self, work: &Work, tally: &mut Tally, (open, compressor): Sink<'_>) -> Result<Placed> {
@@ -192,7 +203,9 @@ impl Worker {
         self.store_frame(&mut builder, (open, compressor))?;
         if !new.is_empty() {
             let encoded = builder.finish().encode();
-            let chunk = self.add(Unit::Map, &encoded, (open, compressor))?;
+            let mut maps = self.maps.lock().unwrap_or_else(PoisonError::into_inner);
+            let chunk = self.add(Unit::Map, &encoded, (&mut maps, compressor))?;
+            drop(maps);
             let kept = self.settings.keeper.chunk(&chunk, &encoded);
             let place = |(piece, first_entry)| PlacedPiece { piece, chunk: chunk.clone(), first_entry, kept };
             pieces.extend(new.into_iter().map(place));
@@ -214,7 +227,7 @@ impl Worker {
             return Err(Error::failed(format!("a frame of {} bytes does not fit a pack", plain.len())));
         }
         if let Some(full) = open.take_if(|pack| !pack.has_room(plain.len())) {
-            self.hand_on(full)?;
+            hand_on(&self.packs, Some(full))?;
         }
         let pack = open.get_or_insert_with(|| {
             let ordinal = self.ordinals.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
@@ -228,13 +241,14 @@ impl Worker {
         };
         pack.add(&self.settings.seal, (unit, key), compressor, plain)
     }
+}
 
-    fn hand_on(&self, pack: PackBuilder) -> Result<()> {
-        let pack = pack.finish();
-        let digest = Digest::of(&pack.bytes);
-        let sent = self.packs.blocking_send(Ok(Sealed { pack, digest }));
-        sent.map_err(|_| Error::failed("the upload has stopped"))
-    }
+/// Sends a pack to the regions, if there is one.
+fn hand_on(packs: &mpsc::Sender<Result<Sealed>>, pack: Option<PackBuilder>) -> Result<()> {
+    let Some(pack) = pack.filter(|pack| !pack.is_empty()).map(PackBuilder::finish) else { return Ok(()) };
+    let digest = Digest::of(&pack.bytes);
+    let sent = packs.blocking_send(Ok(Sealed { pack, digest }));
+    sent.map_err(|_| Error::failed("the upload has stopped"))
 }
 
 fn short_batch() -> Error {

@@ -13,7 +13,7 @@ use std::fs::File;
 use std::io::{BufReader, Read};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
@@ -24,7 +24,8 @@ use crate::model::commit::StateDigest;
 use crate::model::{BackupId, Error, KeysetId, RepositoryId, Result};
 use crate::repository::FORMAT;
 use crate::repository::inventory::InventoryLine;
-use crate::repository::page_map::{FrameRef, MapChunk};
+use crate::repository::page_map::{FrameRef, MapChunk, PackId};
+use crate::repository::relocation::Relocation;
 
 const MAGIC: &[u8; 8] = b"DRCTLS1\n";
 /// Tag and length of a record.
@@ -243,6 +244,10 @@ pub struct KnownPages {
     files: HashMap<String, Arc<KnownFile>>,
     objects: Vec<InventoryLine>,
     sources: BTreeMap<BackupId, KeysetId>,
+    /// Bytes of frames and chunks that it refers to, by the pack that holds them.
+    live: HashMap<PackId, u64>,
+    /// What was moved since.
+    relocation: OnceLock<Relocation>,
 }
 
 #[derive(Debug)]
@@ -349,7 +354,30 @@ impl KnownPages {
         if self.fingerprints.of(&body) != known.check {
             return Err(wrong());
         }
-        decode_chunk(&body)
+        let (frame, mut map) = decode_chunk(&body)?;
+        self.relocation.get().inspect(|relocation| relocation.apply(&mut map));
+        Ok((frame, map))
+    }
+
+    /// How many chunks there are.
+    pub fn chunk_count(&self) -> u32 {
+        u32::try_from(self.chunks.len()).unwrap_or(u32::MAX)
+    }
+
+    /// Bytes that are referred to, by the pack that holds them.
+    pub const fn live(&self) -> &HashMap<PackId, u64> {
+        &self.live
+    }
+
+    /// Frames were moved: from now on chunks say where they are.
+    pub fn relocate(&self, relocation: Relocation) {
+        // Once per backup, and a backup has this state for itself.
+        let _ = self.relocation.set(relocation);
+    }
+
+    /// Whether a chunk cannot be referred to as it is, because frames that it names were moved.
+    pub fn renews(&self, chunk: u32) -> bool {
+        self.relocation.get().is_some_and(|relocation| relocation.renews(chunk))
     }
 }
 
@@ -416,9 +444,9 @@ impl Scan {
         let head = self.head()?;
         let secret = hex::decode(&head.fingerprint_secret).map_err(|_| misplaced())?;
         let fingerprints = Arc::new(PageFingerprinter::new(secret.try_into().map_err(|_| misplaced())?));
-        let (chunks, files, objects, sources) = Default::default();
-        let path = path.to_owned();
-        let mut known = KnownPages { file, path, fingerprints, chunks, files, objects, sources };
+        let (chunks, files, objects, sources, live) = Default::default();
+        let (path, relocation) = (path.to_owned(), OnceLock::new());
+        let mut known = KnownPages { file, path, fingerprints, chunks, files, objects, sources, live, relocation };
         loop {
             let offset = self.at + RECORD_HEAD as u64;
             match self.record()? {
@@ -444,6 +472,9 @@ impl KnownPages {
         let length = u32::try_from(body.len()).map_err(|_| misplaced())?;
         let entries = u16::try_from(chunk.entries.len()).map_err(|_| misplaced())?;
         self.chunks.push(KnownChunk { offset, length, entries, check: self.fingerprints.of(body) });
+        for frame in chunk.frames.iter().chain([&frame]) {
+            *self.live.entry(frame.pack.clone()).or_default() += u64::from(frame.length);
+        }
         // The manifest numbers the backup that now holds a frame as well; its keyset is not looked at there.
         self.sources.entry(frame.pack.backup).or_insert_with(|| frame.keyset.clone());
         self.sources.insert(frame.id.pack.backup, frame.keyset);

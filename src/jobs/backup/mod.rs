@@ -14,6 +14,7 @@ use crate::model::{HolderId, Result, ResultExt, TargetName};
 use crate::repository::backup_writer::{BackupOptions, BackupWriter, PageCounts};
 use crate::repository::fan_out::LaneOutcome;
 use crate::repository::parent::{self, Basis, state_path};
+use crate::repository::repack::Moved;
 use crate::repository::stream_writer::StreamLine;
 use crate::source::postgres;
 use crate::source::{Begun, Finished};
@@ -32,10 +33,10 @@ use wal::WalCover;
 /// A backup stays below 256 MiB. A batch is 8 MiB, a pack 16 MiB, and with `w` workers there are at most
 /// - `w / 2` + 3 + `w` batches: at the readers, on their way (one queued by the source, one in hand, one queued for
 ///   the workers), at the workers;
-/// - `w` + 1 + 6 packs that are shared by all regions: filled, queued, and going out, where a region that lags holds four
-///   beside the two of the others;
+/// - `w` + 2 + 6 packs that are shared by all regions: filled (one more with maps), queued, and going out, where a region
+///   that lags holds four beside the two of the others;
 ///
-/// which is 216 MiB for three workers when nothing compresses and a region lags, and 20 MiB for the process itself. The
+/// which is 232 MiB for three workers when nothing compresses and a region lags, and 20 MiB for the process itself. The
 /// files of a cluster add some hundred bytes each for their names.
 const WORKERS: usize = 3;
 
@@ -62,6 +63,8 @@ pub struct Report {
     pub full_because: Option<String>,
     /// Pages read, and those of them that changed since the parent.
     pub pages: PageCounts,
+    /// What it took along from packs of earlier backups that were mostly dead.
+    pub moved: Moved,
     /// Why this machine does not remember its pages, so that the next backup will be a full one.
     pub not_remembered: Option<String>,
 }
@@ -121,6 +124,7 @@ pub async fn run(context: &Context, name: &TargetName, options: Options) -> Resu
         left_out: Vec::new(),
         full_because: written.full_because,
         pages: written.pages,
+        moved: written.moved,
         not_remembered: written.not_remembered,
     })
 }

@@ -52,6 +52,7 @@ pub(super) async fn run(context: &Context, target: &Streamed, options: Options) 
         left_out: copied.left_out,
         full_because: None,
         pages: written.pages,
+        moved: written.moved,
         not_remembered: None,
     })
 }

@@ -13,7 +13,7 @@ use crate::repository::layout;
 use crate::repository::manifest::PartsSummary;
 use crate::repository::regions::list_all;
 use crate::repository::{FORMAT, regions::Region};
-use crate::store::Digest;
+use crate::store::{Digest, ListedObject};
 
 /// A backup that exists: its COMMIT is readable in at least one region.
 #[derive(Debug, Clone)]
@@ -173,14 +173,11 @@ pub struct Held {
 impl Held {
     /// Lists a region.
     pub async fn list(region: &Region, target: &TargetName) -> Self {
-        let mut objects = BTreeMap::new();
-        for kind in ["commits", "inventories", "keysets", "manifests", "packs"] {
-            match list_all(region.store.as_ref(), &format!("{kind}/{target}/")).await {
-                Ok(list) => objects.extend(list.into_iter().map(|object| (object.key, object.size))),
-                Err(error) => return Self { objects: Err(error) },
-            }
-        }
-        Self { objects: Ok(objects) }
+        let lists = ["commits", "inventories", "keysets", "manifests", "packs"]
+            .map(|kind| async move { list_all(region.store.as_ref(), &format!("{kind}/{target}/")).await });
+        let lists = futures::future::try_join_all(lists).await;
+        let sizes = |object: ListedObject| (object.key, object.size);
+        Self { objects: lists.map(|lists| lists.into_iter().flatten().map(sizes).collect()) }
     }
 
     /// What the region lacks of a backup.

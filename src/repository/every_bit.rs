@@ -233,7 +233,7 @@ async fn restore_one(
     directory: std::path::PathBuf,
 ) -> Result<BTreeMap<String, Vec<u8>>> {
     let inventory = catalog::inventory(repository, commit).await?;
-    let destination = Destination { directory: directory.clone(), tablespaces: BTreeMap::new() };
+    let destination = Destination::empty(directory.clone(), BTreeMap::new());
     let mut names = Vec::new();
     let mut tell = |file: crate::repository::restore::WrittenFile| {
         names.push(file.path);

@@ -11,7 +11,7 @@ use std::time::Duration;
 use chrono::{DateTime, TimeDelta, Utc};
 
 use crate::jobs::context::{Context, Target};
-use crate::jobs::restore::{self, PhaseTime, Plan, Point, Prepared, Request};
+use crate::jobs::restore::{self, Memory, PhaseTime, Plan, Point, Prepared, Request};
 use crate::model::schedule::Pick;
 use crate::model::{Error, Kind, Lsn, RegionName, Result, ResultExt, TargetName};
 use crate::pg::instance::Instance;
@@ -250,6 +250,8 @@ fn request(context: &Context, scratch: &Scratch, (what, point): (String, Point),
         timeline: None,
         start: true,
         run_as: context.scratch.run_as.clone(),
+        delta: false,
+        memory: Memory::default(),
         invocation: vec!["drctl".to_owned()],
     }
 }

@@ -5,9 +5,11 @@ use std::path::PathBuf;
 
 use crate::jobs::context::Context;
 use crate::model::{Error, RegionName, Result, Timeline};
+pub use crate::repository::restore::Memory;
 
 mod checks;
 mod conf;
+mod delta;
 pub mod feed;
 mod files;
 mod plan;
@@ -22,7 +24,7 @@ mod words;
 
 pub use report::{PhaseTime, Report, Started};
 pub use target::Point;
-pub use words::{Needs, Plan, Refusal, RegionState, WalLeg};
+pub use words::{Needs, Plan, Refusal, RegionState, Reuse, WalLeg};
 
 pub use plan::{Prepared, quoted};
 use record::Record;
@@ -56,6 +58,11 @@ pub struct Request {
     pub start: bool,
     /// The account that PostgreSQL runs as, when drctl is root.
     pub run_as: Option<String>,
+    /// Whether what stands in the directory is made the backup, page by page, and what the backup does not have is
+    /// removed; otherwise the directory must be empty.
+    pub delta: bool,
+    /// What the restore may hold in memory.
+    pub memory: Memory,
     /// The words before the verb, with which the command that the plan prints finds the same repository.
     pub invocation: Vec<String>,
 }

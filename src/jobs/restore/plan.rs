@@ -1,11 +1,14 @@
 //! The plan: which backup, which WAL, to which record, at what cost, and everything that speaks against it.
 
+use std::path::PathBuf;
+
 use chrono::{DateTime, Utc};
 use sha2::{Digest as _, Sha256};
 
 use crate::jobs::context::Context;
 use crate::jobs::restore::Request;
 use crate::jobs::restore::checks::{self, Checked};
+use crate::jobs::restore::delta::Survey;
 use crate::jobs::restore::route::Route;
 use crate::jobs::restore::stage::staged_bytes;
 use crate::jobs::restore::target::{Finder, Pin, Point, Unreached};
@@ -15,7 +18,8 @@ use crate::model::{Error, Kind, RegionName, Result, ResultExt};
 use crate::repository::catalog::{self, Backup, Held};
 use crate::repository::handle::Repository;
 use crate::repository::inventory::InventoryLine;
-use crate::repository::restore::{Leftover, read_outline};
+use crate::repository::manifest::Line;
+use crate::repository::restore::{Leftover, Memory, read_outline};
 
 /// What restore and replay are assumed to manage per second before any drill has measured it.
 const ASSUMED_RATE: u64 = 150_000_000;
@@ -30,6 +34,8 @@ pub struct Prepared {
     pub(super) inventory: Vec<InventoryLine>,
     pub(super) route: Route,
     pub(super) pin: Pin,
+    /// Paths that are removed first.
+    pub(super) doomed: Vec<PathBuf>,
 }
 
 /// A backup that leads to the point.
@@ -49,8 +55,17 @@ impl Prepared {
         let Chosen { commit, route, pin, newest_commit, last_commit } =
             choose(context, &repository, request, &candidates).await?;
         let inventory = catalog::inventory(&repository, &commit).await?;
-        let regions = regions(&repository, &commit, &inventory).await;
-        let outline = read_outline(&repository, &context.ring, &commit).await.map(|(_, outline)| outline);
+        let mut survey = Survey::new(request);
+        let look = |line: &Line| {
+            if request.delta {
+                survey.see(line)
+            }
+        };
+        let (regions, outline) = tokio::join!(
+            regions(&repository, &commit, &inventory),
+            read_outline(&repository, &context.ring, (&commit, &inventory), look)
+        );
+        let outline = outline.map(|(_, outline)| outline);
         let mut plan = outset(request, (&commit, &route, pin));
         (plan.last_commit, plan.newest_commit, plan.regions) = (last_commit, newest_commit, regions);
         plan.fetch_bytes = inventory.iter().map(|line| line.size).sum();
@@ -59,6 +74,11 @@ impl Prepared {
         plan.warnings.extend(damaged.iter().map(|error| format!("a COMMIT is not readable: {error}")));
         plan.command = command(&plan, request);
         let outline = plan.open(context, (&commit, &inventory), outline).await?;
+        let mut doomed = Vec::new();
+        if request.delta && outline.is_some() {
+            let (found, removed) = survey.end(plan.needs.major)?;
+            (plan.reuse, doomed) = (Some(found), removed);
+        }
         let checked = Checked { context, request, commit: &commit, outline: outline.as_ref() };
         checks::check(&checked, &mut plan).await?;
         let unlisted = repository.trust.unlisted();
@@ -67,7 +87,7 @@ impl Prepared {
             plan.warnings
                 .push(format!("no list of trusted signers: trusting {names} (compare with what init printed)"));
         }
-        Ok(Self { plan, repository, commit, inventory, route, pin })
+        Ok(Self { plan, repository, commit, inventory, route, pin, doomed })
     }
 }
 
@@ -184,6 +204,7 @@ fn outset(request: &Request, (commit, route, pin): (&Commit, &Route, Pin)) -> Pl
         wal_bytes: wal.iter().map(|leg| leg.bytes).sum(),
         wal,
         write_bytes: (commit.size_bytes, staged_bytes(route)),
+        reuse: None,
         free_bytes: None,
         expected_seconds: 0,
         assumed_rate: ASSUMED_RATE,
@@ -217,6 +238,7 @@ fn digest(plan: &Plan, request: &Request, repository: &Repository) -> Result<Str
         "timeline": plan.timeline,
         "branch": plan.wal.last().map(|leg| &leg.branch),
         "action": "promote",
+        "delta": request.delta,
     });
     let text = serde_json::to_vec(&canonical).map_err(|error| Error::failed("encode the plan").because(error))?;
     Ok(hex::encode(Sha256::digest(&text)))
@@ -234,6 +256,10 @@ fn command(plan: &Plan, request: &Request) -> String {
         let escape = |path: &str| path.replace('=', "\\=");
         format!("--tablespace {}", quoted(&format!("{}={}", escape(old), escape(&new.display().to_string()))))
     }));
+    words.extend(request.delta.then(|| "--delta".to_owned()));
+    if request.memory != Memory::default() {
+        words.push(format!("--memory {}", request.memory.bytes()));
+    }
     words.push(format!("--plan {} --execute", plan.short_digest()));
     if request.start {
         words.push("--start".to_owned());

@@ -45,6 +45,8 @@ pub struct Plan {
     pub wal_bytes: u64,
     /// Bytes to write: the data directory, and the staged WAL.
     pub write_bytes: (u64, u64),
+    /// What stands there already, if that is to be reused.
+    pub reuse: Option<Reuse>,
     /// Free space where the directory is to stand.
     pub free_bytes: Option<u64>,
     /// Seconds that this takes at the assumed rate; no drill has measured it.
@@ -67,6 +69,23 @@ pub struct Plan {
     pub warnings: Vec<String>,
     /// The command that runs this plan.
     pub command: String,
+}
+
+/// What a restore over an existing data directory finds there.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Reuse {
+    /// Files of the backup that stand there.
+    pub files: u64,
+    /// The most that may stay of them; which pages do is seen when they are compared.
+    pub bytes: u64,
+    /// Files that the backup does not have, and that are removed.
+    pub remove_files: u64,
+    /// Their bytes.
+    pub remove_bytes: u64,
+    /// Those of them that are the server's logs.
+    pub remove_logs: u64,
+    /// The names of some.
+    pub examples: Vec<String>,
 }
 
 /// A region and what it lacks of the backup.

@@ -33,9 +33,9 @@ pub use resolve::{RepoArg, load, parse};
 pub use schedules::{Mistake, Mistakes, load_schedules};
 pub use secret::{Secret, SecretText};
 pub use settings::{
-    AwsAccess, Checksum, CompressionLevels, Credentials, Degrade, DumpTarget, FilesTarget, KmsEndpoint, KmsKey, Method,
-    Objectives, OfflineKey, OnPressure, Openers, PostgresTarget, Region, Repository, S3Settings, Schedules, Settings,
-    Source, Store, Target,
+    AwsAccess, Checksum, CompressionLevels, Credentials, Degrade, Detection, DumpTarget, FilesTarget, KmsEndpoint,
+    KmsKey, Method, Objectives, OfflineKey, OnPressure, Openers, PostgresTarget, Region, Repository, S3Settings,
+    Schedules, Settings, Source, Store, Target,
 };
 
 #[cfg(test)]

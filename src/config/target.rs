@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::config::conninfo::without_password;
 use crate::config::drill::assertions;
 use crate::config::file::Section;
-use crate::config::settings::{Method, Objectives, OnPressure, PostgresTarget, Source, Target};
+use crate::config::settings::{Detection, Method, Objectives, OnPressure, PostgresTarget, Source, Target};
 use crate::config::streamed;
 use crate::model::{Error, Result, TargetName};
 
@@ -43,6 +43,14 @@ fn postgres(name: &TargetName, section: &Section<'_>, state_dir: &Path) -> Resul
     let method = section
         .choice("method", &[("auto", Method::Auto), ("local", Method::Local), ("stream", Method::Stream)])?
         .unwrap_or(Method::Auto);
+    let detections = [
+        ("read", Detection::Read),
+        ("auto", Detection::Auto),
+        ("wal", Detection::Wal),
+        ("summaries", Detection::Summaries),
+    ];
+    let detection = section.choice("detection", &detections)?.unwrap_or(Detection::Read);
+    let full_every = section.interval("full_every")?.unwrap_or(FULL_EVERY);
     let on_pressure = section.choice("on_pressure", &[("keep", OnPressure::Keep), ("drop-slot", OnPressure::DropSlot)]);
     let percent = section.integer("pressure_percent", 1..=99)?.unwrap_or(90);
     let conninfo = section.converted("conninfo", without_password)?;
@@ -55,6 +63,8 @@ fn postgres(name: &TargetName, section: &Section<'_>, state_dir: &Path) -> Resul
         conninfo: conninfo.ok_or_else(|| section.missing("conninfo"))?,
         password: section.secret("password")?,
         method,
+        detection,
+        full_every,
         data_dir: section.path("data_dir")?,
         standby: section.converted("standby", without_password)?,
         standby_patience: section.interval("standby_patience")?.unwrap_or(STANDBY_PATIENCE),
@@ -71,6 +81,9 @@ fn postgres(name: &TargetName, section: &Section<'_>, state_dir: &Path) -> Resul
         heartbeat_database: database.to_owned(),
     })
 }
+
+/// One generation of pages is not trusted for ever.
+const FULL_EVERY: Duration = Duration::from_hours(30 * 24);
 
 fn default_slot(name: &TargetName) -> String {
     format!("drctl_{}", name.as_str().replace('-', "_"))

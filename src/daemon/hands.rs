@@ -217,20 +217,18 @@ impl Drop for Hands {
 
 /// One attempt opens everything anew: a region that was away an hour ago is back, and a password that was changed is read.
 async fn attempt(settings: &Settings, world: &World, work: &Work, going: impl FnOnce(Progress) + Send) -> Result<Done> {
-    let role = match work {
-        Work::Backup { .. } | Work::Dump { .. } | Work::Files { .. } => Role::Write,
-        Work::Verify { .. } | Work::Drill { .. } => Role::Restore,
+    let context = match work {
+        Work::Backup { .. } | Work::Dump { .. } | Work::Files { .. } => {
+            app::context(settings, Role::Write, world).await?
+        }
+        Work::Verify { .. } => app::context(settings, Role::Restore, world).await?,
+        Work::Drill { .. } => app::drill_context(settings, world).await?,
         Work::Repair { .. } => {
             // A directory that vanished is a region that was lost: repair makes it anew and fills it.
             app::create_directories(settings).await?;
-            Role::Write
+            app::context(settings, Role::Write, world).await?
         }
     };
-    let mut context = app::context(settings, role, world).await?;
-    if matches!(work, Work::Drill { .. }) {
-        // Its report is signed and sealed, on behalf of whoever restores.
-        context.writer = Some(app::writer(settings, role, world).await?);
-    }
     going(context.progress.clone());
     work::run(&context, work).await
 }

@@ -11,7 +11,9 @@ mod gate;
 mod hands;
 mod http;
 mod life;
+mod listener;
 mod pager;
+mod rebase;
 pub mod scheduler;
 #[cfg(test)]
 mod simulation;
@@ -34,6 +36,7 @@ use crate::daemon::hands::{Hands, Observers};
 use crate::daemon::http::Http;
 use crate::daemon::life::Life;
 use crate::daemon::pager::Pager;
+use crate::daemon::rebase::Rebase;
 use crate::daemon::scheduler::{Known, Now, Scheduler, is_believable};
 use crate::daemon::standing::{Standing, Watch};
 use crate::daemon::streams::Streams;
@@ -71,6 +74,11 @@ impl Options {
         self.only.is_empty() || self.only.contains(&job)
     }
 
+    /// Whether jobs of this process use the credentials and keys of the role restore.
+    fn restores(&self) -> bool {
+        [Job::Drill, Job::Verify].into_iter().any(|job| self.wants(job))
+    }
+
     /// On whose behalf regions are asked how they are.
     fn role(&self) -> Role {
         let writes = [Job::Wal, Job::Backup, Job::Repair].into_iter().any(|job| self.wants(job));
@@ -88,8 +96,9 @@ pub async fn run(settings: Settings, options: Options, world: World, wishes: mps
     let guests = Guests::named(&settings.daemon.allow)?;
     let (log, memory) = RunLog::open(&settings.repository.state_dir)?;
     let (sender, asks) = mpsc::channel(16);
-    let api = Api::new(sender, &settings, options.role(), &world);
-    let observer = Observer::start((&settings, &options), &world, &schedules, api.clone()).await?;
+    let rebase = Rebase::new(sender.clone());
+    let api = Api::new(sender, &settings, (options.role(), options.restores()), &world);
+    let observer = Observer::start((&settings, &options), &world, &schedules, (api.clone(), rebase)).await?;
     let streams = Streams::start(&settings, &world, options.wants(Job::Wal));
     let memory = recall(&settings, &world, memory).await;
     tracing::info!(schedules = schedules.len(), streams = streams.count(), "the daemon works");
@@ -132,7 +141,7 @@ impl Observer {
         (settings, options): (&Settings, &Options),
         world: &World,
         schedules: &[Schedule],
-        api: Api,
+        (api, rebase): (Api, Rebase),
     ) -> Result<Self> {
         let settings = Arc::new(settings.clone());
         let standing = Arc::new(Standing::new(&settings, Arc::clone(&world.clock)));
@@ -151,7 +160,7 @@ impl Observer {
         Ok(Self {
             http,
             _watch: Watch::start(&settings, role, world, &standing),
-            _reading: Reading::start((&settings, role, options.wants(Job::Wal)), world, &figures, &pager)?,
+            _reading: Reading::start((&settings, role, options.wants(Job::Wal)), world, &figures, (&pager, rebase))?,
             _life: Life::start(&settings, world, &standing, &figures),
             standing,
             figures,

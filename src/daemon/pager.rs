@@ -121,3 +121,45 @@ impl Pager {
         self.world.courier.tell(&told);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::jobs::wal::Position;
+
+    /// The receiver goes on telling of a gap that it met; a backup behind it ends the matter all the same, once.
+    #[test]
+    fn a_gap_is_one_problem_until_a_backup_is_behind_it() {
+        let state = tempfile::tempdir().unwrap();
+        let pager = Pager::new(BTreeSet::from([Occasion::Gaps]), state.path(), World::real());
+        let position = serde_json::json!({
+            "target": "ledger", "state": "gap", "received_lsn": "0/3000000", "durable_lsn": "0/3000000",
+            "regions": [], "last_error": "the server removed it",
+        });
+        let position: Position = serde_json::from_value(position).unwrap();
+        let positions = Positions::from([(position.target.clone(), position)]);
+        let look = || pager.look(&BTreeMap::new(), &positions, Duration::ZERO);
+        let read = |gaps: f64| {
+            let mut page = Page::default();
+            page.set(&table::WAL_GAPS, ["ledger"], gaps);
+            pager.gaps(&page);
+        };
+        let since = || pager.problems.lock().unwrap().since("gap/ledger");
+        look();
+        let told = since();
+        assert!(told.is_some());
+        for _ in 0..3 {
+            read(1.0);
+            look();
+            assert_eq!(since(), told, "the same problem, told once");
+        }
+        read(0.0);
+        for _ in 0..3 {
+            look();
+            assert_eq!(since(), None, "what is over does not begin again");
+            read(0.0);
+        }
+        read(1.0);
+        assert!(since().is_some_and(|again| Some(again) > told), "another gap is another problem");
+    }
+}

@@ -82,6 +82,10 @@ pub struct Target {
     pub conninfo: ConnInfo,
     /// How base backups are read.
     pub method: Method,
+    /// How base backups find what changed.
+    pub detection: Detection,
+    /// After this time a base backup stores every page again.
+    pub full_every: Duration,
     /// The data directory, if it is not the one that the server names.
     pub data_dir: Option<PathBuf>,
     /// A standby on this host whose files are read instead of the primary's.
@@ -108,6 +112,33 @@ pub struct Target {
     pub heartbeat_database: String,
     /// What holds in every good copy of it.
     pub assertions: Vec<Assertion>,
+}
+
+/// How a base backup finds the pages that changed since its parent.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Detection {
+    /// It reads every page and compares.
+    #[default]
+    Read,
+    /// It reads those that WAL says changed: the receiver's journal, else PostgreSQL's summaries; every page where neither
+    /// can say.
+    Auto,
+    /// The same with the receiver's journal alone.
+    Wal,
+    /// The same with PostgreSQL's summaries alone.
+    Summaries,
+}
+
+impl Detection {
+    /// Whether a receiver notes which pages change.
+    pub const fn reads_wal(self) -> bool {
+        matches!(self, Self::Auto | Self::Wal)
+    }
+
+    /// Whether PostgreSQL's summaries of WAL are asked.
+    pub const fn reads_summaries(self) -> bool {
+        matches!(self, Self::Auto | Self::Summaries)
+    }
 }
 
 /// A protected thing that is read as streams.

@@ -29,4 +29,4 @@ pub mod work;
 #[cfg(test)]
 mod tests;
 
-pub use context::{Assertion, Context, Levels, Objectives, ScratchPlace, Streamed, Target, What};
+pub use context::{Assertion, Context, Detection, Levels, Objectives, ScratchPlace, Streamed, Target, What};

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use axum::Router;
 use axum::extract::connect_info::{ConnectInfo, Connected};
 use axum::extract::{Request, State};
-use axum::http::{Request as HttpRequest, StatusCode};
+use axum::http::{Request as HttpRequest, Response as HttpResponse, StatusCode};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::serve::IncomingStream;
@@ -16,11 +16,13 @@ use axum::{Json, body::Body};
 use bytes::Bytes;
 use futures::StreamExt as _;
 use http_body_util::{BodyExt, Limited};
+use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::model::{Error, Kind, Result, ResultExt};
 use crate::observe::task;
@@ -229,37 +231,84 @@ pub async fn ask(socket: &Path, method: &str, path: &str, body: Vec<u8>) -> Resu
 /// # Errors
 /// As [`ask`].
 pub async fn send(socket: &Path, request: HttpRequest<Body>) -> Result<Option<(StatusCode, Bytes)>> {
-    let stream = match UnixStream::connect(socket).await {
-        Ok(stream) => stream,
-        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => return Ok(None),
+    match connect(socket).await? {
+        Some(stream) => exchange(TokioIo::new(stream), request).await.map(Some),
+        None => Ok(None),
+    }
+}
+
+/// The same for an answer of any length: the body of a good one goes to `sink` as it comes, and the bytes that are
+/// returned are those of any other.
+///
+/// # Errors
+/// As [`ask`]; or what `sink` said.
+pub async fn download(
+    socket: &Path,
+    request: HttpRequest<Body>,
+    sink: &mut (dyn FnMut(&[u8]) -> Result<()> + Send),
+) -> Result<Option<(StatusCode, Bytes)>> {
+    let Some(stream) = connect(socket).await? else { return Ok(None) };
+    let (response, _driver) = respond(TokioIo::new(stream), request).await?;
+    let status = response.status();
+    if status != StatusCode::OK {
+        return Ok(Some((status, collect(response).await?)));
+    }
+    let mut body = response.into_body();
+    while let Some(frame) = body.frame().await {
+        // A body that ends before the length that was announced is an error here.
+        let frame = frame.map_err(|error| Error::failed("half an answer").because(error))?;
+        if let Some(bytes) = frame.data_ref() {
+            sink(bytes)?;
+        }
+    }
+    Ok(Some((status, Bytes::new())))
+}
+
+async fn connect(socket: &Path) -> Result<Option<UnixStream>> {
+    match UnixStream::connect(socket).await {
+        Ok(stream) => Ok(Some(stream)),
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => Ok(None),
         Err(error) => {
             let error = Error::failed("cannot connect").because(error);
-            return Err(
-                error.hint("whoever asks needs the right to search its directory, and a place in [daemon] allow")
-            );
+            Err(error.hint("whoever asks needs the right to search its directory, and a place in [daemon] allow"))
         }
-    };
-    exchange(TokioIo::new(stream), request).await.map(Some)
+    }
 }
 
 /// One request and its answer over a connection.
 ///
 /// # Errors
 /// The other end does not speak HTTP, or too much of it.
-pub async fn exchange<C>(connection: C, mut request: HttpRequest<Body>) -> Result<(StatusCode, Bytes)>
+pub async fn exchange<C>(connection: C, request: HttpRequest<Body>) -> Result<(StatusCode, Bytes)>
+where
+    C: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
+{
+    let (response, _driver) = respond(connection, request).await?;
+    Ok((response.status(), collect(response).await?))
+}
+
+/// The head of an answer; its body comes for as long as the other half lives.
+async fn respond<C>(
+    connection: C,
+    mut request: HttpRequest<Body>,
+) -> Result<(HttpResponse<Incoming>, AbortOnDropHandle<()>)>
 where
     C: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
 {
     let strange = |what: &str| Error::failed(what.to_owned());
     let handshake = hyper::client::conn::http1::handshake(connection).await;
     let (mut sender, connection) = handshake.map_err(|error| strange("no HTTP").because(error))?;
-    let driver = task::spawn("control-client", connection);
+    let driver = AbortOnDropHandle::new(task::spawn("control-client", async {
+        // Whoever reads the answer meets the same error.
+        let _ = connection.await;
+    }));
     let host = axum::http::HeaderValue::from_static("drctl");
     request.headers_mut().entry("host").or_insert(host);
     let response = sender.send_request(request).await.map_err(|error| strange("no answer").because(error))?;
-    let status = response.status();
+    Ok((response, driver))
+}
+
+async fn collect(response: HttpResponse<Incoming>) -> Result<Bytes> {
     let body = Limited::new(response.into_body(), ANSWER_LIMIT).collect().await;
-    driver.abort();
-    let body = body.map_err(|error| strange("half an answer").because(error))?.to_bytes();
-    Ok((status, body))
+    Ok(body.map_err(|error| Error::failed("half an answer").because(error))?.to_bytes())
 }

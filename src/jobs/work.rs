@@ -22,9 +22,13 @@ pub struct Done {
 /// What stopped it; or what it found, where finding something is a failure.
 pub async fn run(context: &Context, work: &Work) -> Result<Done> {
     match work {
-        Work::Backup { target, fast } => {
-            let report =
-                backup::run(context, target, backup::Options { fast: *fast, ..backup::Options::default() }).await?;
+        Work::Backup { target, fast, verify_detection } => {
+            let options = backup::Options { fast: *fast, verify_detection: *verify_detection, full: false };
+            let report = backup::run(context, target, options).await?;
+            if report.detection.is_wrong() {
+                let text = format!("{}: change detection missed pages; the backup holds them", report.backup.id);
+                return Err(Error::failed(text).hint(format!("drctl backup {target} --full; see docs/incremental.md")));
+            }
             let why = report.full_because.as_ref();
             let why = why.map_or_else(String::new, |why| format!(", full, because {why}"));
             Ok(done(report.has_debts(), format!("{}{why}", report.backup.id)))

@@ -15,11 +15,11 @@ use tokio::task::JoinHandle;
 use crate::codec::fingerprint::PageFingerprinter;
 use crate::keys::keyset::Keyset;
 use crate::model::commit::{BackupKind, Commit, Provenance, WalNeed};
-use crate::model::pages::{Batch, FileId, PAGE_SIZE};
-use crate::model::{BackupId, Error, HolderId, KeysetId, RepositoryId, Result, ResultExt, TargetName};
+use crate::model::pages::{Batch, FileId, PAGE_SIZE, Piece};
+use crate::model::{BackupId, Error, HolderId, KeysetId, Lsn, RepositoryId, Result, ResultExt, TargetName};
 use crate::repository::FORMAT;
 use crate::repository::catalog::commit_context;
-use crate::repository::compare::Tally;
+use crate::repository::compare::{Missed, Proof, Tally};
 use crate::repository::fan_out::{FanOut, LaneOutcome, Patience};
 use crate::repository::handle::{Repository, Writer};
 use crate::repository::inventory::{self, InventoryLine};
@@ -70,6 +70,12 @@ pub struct BackupOptions {
     pub page_checksums: bool,
     /// Bytes that a pack stays within.
     pub pack_size: usize,
+    /// Where replay of it begins, of a cluster.
+    pub start_lsn: Option<Lsn>,
+    /// How it finds the pages that changed, for COMMIT.
+    pub detection: Option<String>,
+    /// How claims of its source are proved, if they are.
+    pub proof: Option<Proof>,
     /// Where its pages are remembered for the next backup; `None` to forget them.
     pub state: Option<PathBuf>,
 }
@@ -126,12 +132,17 @@ pub struct Written {
 }
 
 /// Pages of a backup.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct PageCounts {
     /// Read from the source.
     pub read: u64,
     /// Not the same as in the parent, at the same place; all of them in a full backup.
     pub changed: u64,
+    /// Not read: change detection says that they are the parent's.
+    pub unread: u64,
+    /// What it did not see, if that was to be proved; told with the detection.
+    #[serde(skip)]
+    pub missed: Missed,
 }
 
 impl BackupWriter {
@@ -164,6 +175,15 @@ impl BackupWriter {
         };
         let seal =
             FrameSeal { repository: repository.id.clone(), keyset: stored.keyset.id().clone(), backup: id.clone() };
+        let head = StateHead {
+            format: FORMAT,
+            repository: repository.id.clone(),
+            backup: id.clone(),
+            fingerprint_secret: hex::encode(fingerprints.secret()),
+            start_lsn: options.start_lsn,
+            generation: Some(basis.parent().map_or(started_at, Parent::generation)),
+            page_checksums: Some(options.page_checksums),
+        };
         let settings = PackSettings {
             seal,
             keyset: Arc::clone(&stored.keyset),
@@ -171,7 +191,8 @@ impl BackupWriter {
             level: options.level,
             pack_size: options.pack_size,
             parent: basis.parent().map(|parent| Arc::clone(&parent.pages)),
-            keeper: Arc::new(Keeper::begin(options.state.as_deref(), &state_head(&repository.id, &id, &fingerprints))),
+            keeper: Arc::new(Keeper::begin(options.state.as_deref(), &head)),
+            proof: options.proof,
             first_pack: u32::try_from(repacked.lines.len()).unwrap_or(u32::MAX),
         };
         let sources = sources(&id, stored.keyset.id(), basis.parent());
@@ -206,6 +227,11 @@ impl BackupWriter {
         let begin = backup.begin_line(&fingerprints);
         backup.line(&begin).await?;
         Ok(backup)
+    }
+
+    /// What is in it is the state of an earlier moment: COMMIT promises no later one.
+    pub fn holds_only(&mut self, moment: DateTime<Utc>) {
+        self.started_at = self.started_at.min(moment);
     }
 
     /// The backup's id.
@@ -258,7 +284,10 @@ impl BackupWriter {
             let path = self.tree.path(piece.file)?;
             self.basis.parent()?.pages.file(path)
         });
-        let work = Work { known: known.collect(), batch };
+        let known = known.collect();
+        let path = |piece: &Piece| self.tree.path(piece.file).unwrap_or_default().to_owned();
+        let paths = if batch.claims.read { batch.pieces.iter().map(path).collect() } else { Vec::new() };
+        let work = Work { known, paths, batch };
         let sent = match &self.batches {
             Some(batches) => batches.send(work).await.is_ok(),
             None => false,
@@ -377,7 +406,7 @@ impl BackupWriter {
 
     fn counts(&self) -> PageCounts {
         let tally = self.tally.lock().unwrap_or_else(PoisonError::into_inner);
-        PageCounts { read: tally.read, changed: tally.changed }
+        PageCounts { read: tally.read, changed: tally.changed, unread: tally.unread, missed: tally.missed.clone() }
     }
 
     /// The objects of earlier backups without which this one cannot be read: packs that it refers to, and the wraps of
@@ -405,7 +434,8 @@ impl BackupWriter {
 
     fn provenance(&self) -> Provenance {
         let drctl = env!("CARGO_PKG_VERSION").to_owned();
-        Provenance { host: self.writer.host.clone(), drctl, method: self.options.method.clone() }
+        let (method, detection) = (self.options.method.clone(), self.options.detection.clone());
+        Provenance { host: self.writer.host.clone(), drctl, method, detection }
     }
 
     async fn place(&mut self, placed: &Placed) -> Result<()> {
@@ -421,7 +451,12 @@ impl BackupWriter {
             };
             let chunk_use = |run: &FileRun| ChunkUse::new(&run.chunk, number, (run.first_entry, run.pages));
             line.chunks = runs.iter().map(chunk_use).collect::<Result<_>>()?;
-            self.keeper.file(&line.path, runs.iter().map(|run| (run.kept, run.first_entry, run.pages)).collect());
+            let damaged = !line.damaged_blocks.is_empty();
+            self.keeper.file(
+                &line.path,
+                (line.size, damaged),
+                runs.iter().map(|run| (run.kept, run.first_entry, run.pages)).collect(),
+            );
             self.line(&Line::File(line)).await?;
         }
         Ok(())
@@ -451,15 +486,6 @@ impl BackupWriter {
             Ok(Err(error)) => error,
             _ => Error::failed("the workers stopped"),
         }
-    }
-}
-
-fn state_head(repository: &RepositoryId, backup: &BackupId, fingerprints: &PageFingerprinter) -> StateHead {
-    StateHead {
-        format: FORMAT,
-        repository: repository.clone(),
-        backup: backup.clone(),
-        fingerprint_secret: hex::encode(fingerprints.secret()),
     }
 }
 

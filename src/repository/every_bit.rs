@@ -26,9 +26,9 @@ use crate::repository::scrub;
 use crate::repository::testing::{Fixture, HISTORY, Made, log, need, regions_of, send};
 use crate::repository::trust::Trust;
 use crate::repository::wal_frame::FramePlace;
+use crate::repository::wal_frames::fetch_frame;
 use crate::repository::wal_index::BranchId;
 use crate::repository::wal_log::{branch_of, read_history, store_history};
-use crate::repository::wal_reader::fetch_frame;
 use crate::store::Digest;
 
 /// A prefix of every class whose bytes somebody relies on.

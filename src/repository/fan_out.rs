@@ -66,6 +66,8 @@ struct Lane {
     retry_at: AtomicU64,
     born: tokio::time::Instant,
     missing: AtomicU64,
+    /// WAL in objects that the region was given, or should have been, and does not hold.
+    unheld: AtomicU64,
     last_error: std::sync::Mutex<Option<String>>,
 }
 
@@ -84,6 +86,8 @@ struct Object {
     key: String,
     body: Bytes,
     digest: Digest,
+    /// Bytes of WAL in it.
+    wal: u64,
 }
 
 enum Delivery {
@@ -104,6 +108,7 @@ impl FanOut {
                 retry_at: AtomicU64::new(0),
                 born: tokio::time::Instant::now(),
                 missing: AtomicU64::new(0),
+                unheld: AtomicU64::new(0),
                 last_error: std::sync::Mutex::default(),
             })
         };
@@ -119,7 +124,18 @@ impl FanOut {
     /// A region holds other bytes under this name (never retried: two writers, or damage); the quorum was not reached in
     /// time; or too many regions refuse for good.
     pub async fn put(&self, key: String, body: Bytes, digest: Digest) -> Result<()> {
-        let object = Arc::new(Object { key, body, digest });
+        self.put_wal(key, (body, digest), 0).await
+    }
+
+    /// The same for an object with so many bytes of WAL, of which [`unheld`](Self::unheld) keeps account.
+    ///
+    /// # Errors
+    /// As [`put`](Self::put).
+    pub async fn put_wal(&self, key: String, (body, digest): (Bytes, Digest), wal: u64) -> Result<()> {
+        let object = Arc::new(Object { key, body, digest, wal });
+        for lane in &self.lanes {
+            lane.unheld.fetch_add(wal, Ordering::Relaxed);
+        }
         let (reached, at_quorum) = watch::channel(false);
         let (report, mut deliveries) = mpsc::channel(self.lanes.len());
         let enter_by = tokio::time::Instant::now() + self.patience.laggard;
@@ -165,6 +181,11 @@ impl FanOut {
     /// What each region owes so far.
     pub fn outcomes(&self) -> Vec<LaneOutcome> {
         self.lanes.iter().map(|lane| lane.outcome()).collect()
+    }
+
+    /// WAL that each region does not hold of what it was to hold, in the order of [`outcomes`](Self::outcomes).
+    pub fn unheld(&self) -> Vec<u64> {
+        self.lanes.iter().map(|lane| lane.unheld.load(Ordering::Relaxed)).collect()
     }
 
     /// Takes a place in the lane's queue. A queue that stays full while others keep up is left behind. A lane without
@@ -246,6 +267,7 @@ impl Lane {
             let error = match put.await {
                 Ok(_) => {
                     self.behind.store(false, Ordering::Relaxed);
+                    self.unheld.fetch_sub(object.wal, Ordering::Relaxed);
                     return Delivery::Stored;
                 }
                 Err(error) => error,

@@ -22,6 +22,15 @@ pub const REGIONS: &str = "regions/";
 /// Public keys of the signers.
 pub const SIGNERS: &str = "signers/";
 
+/// Pages.
+const PACKS: &str = "packs/";
+
+/// What backups contain.
+const MANIFESTS: &str = "manifests/";
+
+/// Which objects backups need.
+const INVENTORIES: &str = "inventories/";
+
 /// Every COMMIT of every target.
 pub const COMMITS: &str = "commits/";
 
@@ -57,13 +66,19 @@ pub const REPAIR_ORDER: [&str; 14] = [
     HISTORY,
     WAL,
     GAPS,
-    "packs/",
-    "manifests/",
-    "inventories/",
+    PACKS,
+    MANIFESTS,
+    INVENTORIES,
     COMMITS,
     REPORTS,
     RUNS,
 ];
+
+/// Whether readers find an object by listing, maybe while it is on its way to the other regions. The parts of a backup are
+/// found through its COMMIT alone, which comes after them.
+pub fn may_be_read_on_its_way(key: &str) -> bool {
+    ![PACKS, MANIFESTS, INVENTORIES].iter().any(|prefix| key.starts_with(prefix))
+}
 
 /// One sibling's address; `digest` tells its successive addresses apart.
 pub fn region(name: &RegionName, digest: &str) -> String {

@@ -19,6 +19,9 @@ pub mod keysets;
 pub mod layout;
 pub mod manifest;
 pub mod mend;
+#[cfg(test)]
+#[allow(clippy::cast_possible_truncation, reason = "made-up data is small")]
+mod overlap_tests;
 pub mod pack;
 pub mod packer;
 pub mod page_map;
@@ -46,11 +49,16 @@ pub mod testing;
 mod tests;
 pub mod tree;
 pub mod trust;
+#[cfg(test)]
+#[allow(clippy::cast_possible_truncation, reason = "made-up data is small")]
+mod unread_tests;
 pub mod uploads;
 pub mod wal_adopt;
 pub mod wal_frame;
+mod wal_frames;
 pub mod wal_index;
 pub mod wal_log;
+mod wal_overlap;
 pub mod wal_reader;
 pub mod wrap_debts;
 

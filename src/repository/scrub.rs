@@ -12,7 +12,7 @@ use chrono::{DateTime, Utc};
 use futures::{StreamExt, stream};
 use serde::Serialize;
 
-use crate::model::commit::{Commit, WalNeed};
+use crate::model::commit::{BackupKind, Commit, WalNeed};
 use crate::model::{BackupId, Error, KeysetId, Kind, Lsn, RegionName, Result, TargetName};
 use crate::observe::progress::Phase;
 use crate::repository::backup_writer::Intent;
@@ -24,6 +24,7 @@ use crate::repository::layout;
 use crate::repository::manifest::PartsSummary;
 use crate::repository::regions::Region;
 use crate::repository::restore::check_files;
+use crate::repository::restore::streams::StoredStreams;
 use crate::repository::trust::Trust;
 use crate::repository::wal_frame::{Frame, FramePlace};
 use crate::repository::wal_index::{BranchId, WalIndex, cover, windows};
@@ -262,7 +263,13 @@ pub async fn open_everything(
 ) -> Result<u64> {
     let alone = alone(repository, &region.name)?;
     let lines = catalog::inventory(&alone, commit).await?;
-    check_files(&alone, &ring.within(alone.regions.clone()), (commit, &lines), progress).await
+    let ring = ring.within(alone.regions.clone());
+    let bytes = check_files(&alone, &ring, (commit, &lines), progress).await?;
+    if matches!(commit.kind, BackupKind::Dump | BackupKind::Files) {
+        // Pages that no list makes a stream of would come back as nothing.
+        StoredStreams::open(&alone, &ring, (commit, &lines)).await?;
+    }
+    Ok(bytes)
 }
 
 /// The WAL bytes of a need, from one region, opened and handed to `take` in order.

@@ -295,6 +295,17 @@ impl Fixture {
 
     /// The same, of a kind of choice.
     pub async fn epoch_of(&self, writer: &Writer, (kind, start): (EpochKind, u64), lengths: &[usize], close: bool) {
+        self.epoch_holding(writer, (kind, start), (lengths, close), |at| at as u8).await;
+    }
+
+    /// The same, with bytes of choice by position.
+    pub async fn epoch_holding(
+        &self,
+        writer: &Writer,
+        (kind, start): (EpochKind, u64),
+        (lengths, close): (&[usize], bool),
+        byte: impl Fn(u64) -> u8,
+    ) {
         let out = Arc::new(FanOut::new(&self.repository.regions, Patience::WAL));
         let opening = (log(), kind, Lsn(start));
         let mut epoch = Epoch::open(&self.repository, writer, opening, 1, Arc::clone(&out)).await.unwrap();
@@ -307,7 +318,7 @@ impl Fixture {
                 last_record: Some((Lsn(at), Lsn(end))),
                 commits: Some((time, time)),
             };
-            epoch.append(Lsn(at), (at..end).map(|at| at as u8).collect(), marks).await.unwrap();
+            epoch.append(Lsn(at), (at..end).map(&byte).collect(), marks).await.unwrap();
             at = end;
         }
         if close {
@@ -347,6 +358,9 @@ pub async fn tiny(regions: usize, quorum: usize) -> Fixture {
 /// How the fixture's backups are written.
 pub fn options() -> BackupOptions {
     BackupOptions {
+        start_lsn: None,
+        detection: None,
+        proof: None,
         target: "ledger".parse().unwrap(),
         source: "postgres",
         method: "local".to_owned(),
@@ -390,7 +404,7 @@ pub async fn send(writer: &mut BackupWriter, files: &[Made]) {
     for path in parents.into_iter().map(str::to_owned) {
         writer.line(&Line::Directory { path, mode: 0o700 }).await.unwrap();
     }
-    let mut shared = Batch { pieces: Vec::new(), data: Vec::new() };
+    let mut shared = Batch::default();
     for (number, file) in files.iter().enumerate() {
         let id = FileId(number as u32);
         writer.file(id, file.path.clone(), 0o600).unwrap();
@@ -400,11 +414,11 @@ pub async fn send(writer: &mut BackupWriter, files: &[Made]) {
             for (at, pages) in data.chunks(BATCH_PAGES * PAGE_SIZE).enumerate() {
                 let first_page = (at * BATCH_PAGES) as u32;
                 let piece = Piece { file: id, first_page, pages: (pages.len() / PAGE_SIZE) as u32 };
-                writer.batch(Batch { pieces: vec![piece], data: pages.to_vec() }).await.unwrap();
+                writer.batch(Batch { pieces: vec![piece], data: pages.to_vec(), ..Batch::default() }).await.unwrap();
             }
         } else if !data.is_empty() {
             if (shared.data.len() + data.len()) / PAGE_SIZE > BATCH_PAGES {
-                let full = std::mem::replace(&mut shared, Batch { pieces: Vec::new(), data: Vec::new() });
+                let full = std::mem::take(&mut shared);
                 writer.batch(full).await.unwrap();
             }
             shared.pieces.push(Piece { file: id, first_page: 0, pages: (data.len() / PAGE_SIZE) as u32 });

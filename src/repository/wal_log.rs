@@ -172,6 +172,7 @@ impl Epoch {
     async fn put(&mut self, kind: FrameKind, span: WalSpan, wal: Vec<u8>) -> Result<()> {
         let header = self.header(kind, span);
         let key = header.place.key();
+        let weight = wal.len() as u64;
         let (signer, keyset, level) = (Arc::clone(&self.writer.signer), Arc::clone(&self.keyset), self.level);
         // Compressing 15 MiB takes tens of milliseconds: not on a thread that also answers the server.
         let encoded = tokio::task::spawn_blocking(move || {
@@ -182,7 +183,7 @@ impl Epoch {
         });
         let (object, digest) = encoded.await.map_err(|error| Error::failed("sealing died").because(error))??;
         self.stored_bytes += object.len() as u64;
-        self.out.put(key, object, digest).await?;
+        self.out.put_wal(key, (object, digest), weight).await?;
         self.next_seq += 1;
         Ok(())
     }

@@ -194,6 +194,11 @@ async fn load(cluster: &Cluster) {
     cluster.execute("CREATE ROLE app LOGIN").await;
     cluster.execute("CREATE DATABASE shop OWNER app").await;
     cluster.execute("CREATE DATABASE \"it's = odd\"").await;
+    cluster.execute("ALTER DATABASE shop SET search_path = \"$user\", app, \"od,d\"").await;
+    cluster.execute("ALTER ROLE app IN DATABASE shop SET application_name = 'it''s'").await;
+    cluster.execute("REVOKE ALL ON DATABASE shop FROM PUBLIC").await;
+    cluster.execute("GRANT CONNECT ON DATABASE shop TO pg_monitor WITH GRANT OPTION").await;
+    cluster.execute("COMMENT ON DATABASE shop IS 'kept'").await;
     let mut psql = cluster.tool("psql");
     psql.args(["-Xq", "-v", "ON_ERROR_STOP=1", "-d", "shop", "-c"]).arg(
         "SET ROLE app;
@@ -219,6 +224,17 @@ async fn digest(cluster: &Cluster, database: &str) -> String {
     process::run_async(psql).await
 }
 
+/// What belongs to the database itself.
+async fn properties(cluster: &Cluster, database: &str) -> String {
+    let query = format!(
+        "SELECT concat_ws(' | ', pg_get_userbyid(datdba), datacl, shobj_description(oid, 'pg_database'),
+                (SELECT string_agg(setrole::regrole::text || setconfig::text, ';' ORDER BY setrole)
+                   FROM pg_db_role_setting WHERE setdatabase = d.oid))
+         FROM pg_database d WHERE datname = '{database}'"
+    );
+    cluster.query(&query).await
+}
+
 async fn dumped_and_restored(major: u32, more: &str) -> (Cluster, Protected) {
     let cluster = Cluster::start_new(major).await;
     load(&cluster).await;
@@ -240,7 +256,8 @@ async fn a_dump_comes_back_into_a_database_and_as_files() {
     assert_eq!(backup["backup"]["kind"], "dump");
     let names: Vec<_> = backup["streams"].as_array().unwrap().iter().map(|s| s["name"].as_str().unwrap()).collect();
     assert_eq!(names, ["it%27s%20%3D%20odd.dump", "postgres.dump", "shop.dump", "globals.sql"]);
-    let wanted = digest(&cluster, "shop").await;
+    let (wanted, own) = (digest(&cluster, "shop").await, properties(&cluster, "shop").await);
+    assert!(own.starts_with("app | {") && own.contains("od,d") && own.contains("it's"), "{own}");
     cluster.execute("DROP DATABASE shop").await;
 
     let plain = protected.drctl(&["restore", "kept", "--into-database", "shop"]).run().await.code(2);
@@ -257,6 +274,7 @@ async fn a_dump_comes_back_into_a_database_and_as_files() {
     let report = protected.restore(&options, "-").await.ok().json();
     assert_eq!(report["destination"]["create"], true);
     assert_eq!(digest(&cluster, "shop").await, wanted);
+    assert_eq!(properties(&cluster, "shop").await, own);
 
     // What is there is not written over, and what clashes is rolled back.
     let occupied = protected.drctl(&[&["restore", "kept"], &options[..]].concat()).run().await.code(5);
@@ -294,6 +312,19 @@ async fn a_dump_comes_back_into_a_database_and_as_files() {
     restore.args(["--exit-on-error", "--dbname=shop"]).arg(files.join("shop.dump"));
     process::run_async(restore).await;
     assert_eq!(digest(&other, "shop").await, wanted);
+
+    // A database that we may not connect to any more is not in the dump, which is told at once and to whoever restores.
+    cluster.execute("CREATE ROLE dumper LOGIN; GRANT pg_read_all_data TO dumper").await;
+    let path = protected.home().join("drctl.toml");
+    let text = fs::read_to_string(&path).unwrap();
+    assert!(text.contains("user=postgres"));
+    fs::write(&path, text.replace("user=postgres", "user=dumper")).unwrap();
+    let partial = protected.drctl(&["backup", "kept", "--json"]).run().await.code(4).json();
+    let why = "database shop is not dumped: we may not connect to it";
+    assert_eq!(partial["left_out"], serde_json::json!([why]), "{partial}");
+    let options = ["--target-dir", files.to_str().unwrap(), "--json"];
+    let plan = protected.drctl(&[&["restore", "kept"], &options[..]].concat()).run().await.stdout;
+    assert!(plan.contains(&format!("left out of the backup: {why}")), "{plan}");
 }
 
 #[tokio::test]
@@ -310,6 +341,16 @@ async fn the_newest_major_is_dumped_with_its_own_programs_and_half_a_dump_is_no_
     holder.batch_execute("BEGIN; LOCK TABLE app.orders IN ACCESS EXCLUSIVE MODE").await.unwrap();
     let backup = protected.drctl(&["backup", "kept"]).spawn();
     let waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'";
+    process::eventually("pg_dump waits", Duration::from_secs(30), async || cluster.query(waiting).await == "1").await;
+    // A drctl that is killed takes it along; its session would wait for the lock for ever.
+    let left = process::children(backup.pid());
+    backup.kill9();
+    let is_gone = |pid: &u32| fs::read(format!("/proc/{pid}/cmdline")).map_or(true, |line| line.is_empty());
+    process::eventually("pg_dump is gone", Duration::from_secs(30), async || left.iter().all(is_gone)).await;
+    assert!(!left.is_empty());
+    let end = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE wait_event_type = 'Lock'";
+    process::eventually("its session is over", Duration::from_secs(30), async || cluster.query(end).await == "0").await;
+    let backup = protected.drctl(&["backup", "kept"]).spawn();
     process::eventually("pg_dump waits", Duration::from_secs(30), async || cluster.query(waiting).await == "1").await;
     process::children(backup.pid()).into_iter().for_each(|pid| process::signal(pid, rustix::process::Signal::KILL));
     let failed = backup.wait().await.code(1);

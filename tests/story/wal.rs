@@ -506,7 +506,7 @@ impl Rig {
 }
 
 /// Writes so much that nothing of the present is left in `pg_wal`.
-async fn forget_wal(cluster: &Cluster) {
+pub async fn forget_wal(cluster: &Cluster) {
     for _ in 0..8 {
         cluster.execute("CREATE TABLE IF NOT EXISTS filler (t text); INSERT INTO filler SELECT repeat('x', 500) FROM generate_series(1, 3000)").await;
         cluster.switch_wal().await;

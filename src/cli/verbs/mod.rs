@@ -32,6 +32,7 @@ pub mod show;
 pub mod status;
 pub mod verify;
 pub mod wal;
+mod wal_text;
 
 /// The verbs, in the order in which people meet them.
 #[derive(Debug, Subcommand)]

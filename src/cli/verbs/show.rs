@@ -66,8 +66,12 @@ fn text(report: &Report, now: DateTime<Utc>) -> String {
     line(
         "written by",
         format!(
-            "drctl {} on {}, method {}, quorum {}",
-            report.provenance.drctl, report.provenance.host, report.provenance.method, report.quorum
+            "drctl {} on {}, method {}{}, quorum {}",
+            report.provenance.drctl,
+            report.provenance.host,
+            report.provenance.method,
+            report.provenance.detection.as_ref().map_or_else(String::new, |how| format!(", changes by {how}")),
+            report.quorum
         ),
     );
     line("keyset", report.keyset.to_string());

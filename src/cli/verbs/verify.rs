@@ -84,6 +84,12 @@ fn text(report: &Report) -> String {
         }
     }
     for wal in &report.wal {
+        for contradiction in wal.contradictions.iter().take(SHOWN) {
+            let _ = writeln!(text, "CONTRADICTION  WAL of {}: {contradiction}", wal.system_id);
+        }
+        for error in wal.not_compared.iter().take(SHOWN) {
+            let _ = writeln!(text, "NOT COMPARED  overlapping WAL of {}: {error}", wal.system_id);
+        }
         problems(&mut text, &format!("WAL of {} timeline {}", wal.system_id, wal.timeline), &wal.problems);
     }
     let mut table = Table::new(["BACKUP", "RESTORABLE", "REGIONS"]);
@@ -115,6 +121,9 @@ fn last_line(report: &Report) -> String {
         () if report.is_clean() => format!("{count} backups are good at {:?}{scrubbed}", report.level),
         () if report.has_only_debts() => {
             "Every backup can be restored, but regions lack some of it. Next: drctl repair".into()
+        }
+        () if report.has_contradictions() => {
+            "WAL contradicts itself: no restore crosses it, and repair cannot mend it. Next: drctl backup".to_owned()
         }
         () => "Next: drctl repair, then drctl verify again".to_owned(),
     }

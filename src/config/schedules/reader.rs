@@ -111,10 +111,11 @@ impl<'f, 'd> Reader<'f, 'd> {
         let work = match job {
             Some(Job::Backup) => {
                 let fast = params.take("fast", Section::boolean).unwrap_or(false);
+                let verify_detection = params.take("verify_detection", Section::boolean).unwrap_or(false);
                 if target.is_none() && !self.has("target") {
                     self.missing("target", "a backup has one");
                 }
-                target.map(|target| Work::Backup { target, fast })
+                target.map(|target| Work::Backup { target, fast, verify_detection })
             }
             Some(job @ (Job::Dump | Job::Files)) => {
                 if target.is_none() && !self.has("target") {

@@ -38,7 +38,7 @@ fn a_file_is_a_schedule_and_gets_every_default() {
     let [base] = schedules.as_slice() else { panic!("{schedules:?}") };
     assert_eq!((base.name.as_str(), base.enabled, base.timezone), ("ledger-base", true, chrono_tz::Tz::UTC));
     assert_eq!((base.catch_up, base.overlap, base.retry.max), (CatchUp::One, Overlap::Skip, 0));
-    assert_eq!(base.work, Work::Backup { target: "ledger".parse().unwrap(), fast: false });
+    assert_eq!(base.work, Work::Backup { target: "ledger".parse().unwrap(), fast: false, verify_detection: false });
     assert_eq!(base.timeout.as_secs(), 24 * 3600);
 }
 
@@ -102,7 +102,7 @@ fn every_mistake_of_every_file_is_told_at_once_with_its_place() {
         "d.toml:1:1: `cron` is missing: every schedule has one",
         "d.toml:1:1: `target` is missing: a backup has one",
         "d.toml:2:19: `fast`: expected true or false, found 1",
-        "d.toml:2:22: unknown key `level` / known keys: fast",
+        "d.toml:2:22: unknown key `level` / known keys: fast, verify_detection",
         "e.toml:1:",
     ];
     assert_eq!(told.len(), expected.len(), "{told:#?}");

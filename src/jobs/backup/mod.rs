@@ -13,18 +13,20 @@ use crate::model::commit::{Commit, WalNeed};
 use crate::model::{HolderId, Result, ResultExt, TargetName};
 use crate::repository::backup_writer::{BackupOptions, BackupWriter, PageCounts};
 use crate::repository::fan_out::LaneOutcome;
-use crate::repository::parent::{self, Basis, state_path};
+use crate::repository::parent::{self, Basis, Parent, state_path};
 use crate::repository::repack::Moved;
 use crate::repository::stream_writer::StreamLine;
 use crate::source::postgres;
 use crate::source::{Begun, Finished};
 
 mod around;
+mod detect;
 pub mod streams;
 mod transfer;
 mod wal;
 
 pub use around::CONFIGURATION;
+pub use detect::Told;
 
 use wal::WalCover;
 
@@ -65,6 +67,8 @@ pub struct Report {
     pub pages: PageCounts,
     /// What it took along from packs of earlier backups that were mostly dead.
     pub moved: Moved,
+    /// How those were found.
+    pub detection: Told,
     /// Why this machine does not remember its pages, so that the next backup will be a full one.
     pub not_remembered: Option<String>,
 }
@@ -85,6 +89,8 @@ pub struct Options {
     pub fast: bool,
     /// Store every page, whatever the newest backup holds.
     pub full: bool,
+    /// Read every page, and prove that change detection would have found those that changed.
+    pub verify_detection: bool,
 }
 
 /// Takes a backup of `name`.
@@ -92,10 +98,19 @@ pub struct Options {
 /// # Errors
 /// Whatever stopped it. There is then no backup, and what was written is orphaned.
 pub async fn run(context: &Context, name: &TargetName, options: Options) -> Result<Report> {
-    if let Some(streamed) = context.streamed(name) {
-        return streams::run(context, streamed, options).await;
-    }
-    let target = context.target(name)?;
+    let report = match context.streamed(name) {
+        Some(streamed) => streams::run(context, streamed, options).await?,
+        None => cluster(context, context.target(name)?, options).await?,
+    };
+    let backup = &report.backup;
+    let took = (backup.finished_at - backup.started_at).to_std().unwrap_or_default();
+    context.meters.backup(name.as_str(), backup.kind.as_str(), took);
+    Ok(report)
+}
+
+async fn cluster(context: &Context, target: &Target, options: Options) -> Result<Report> {
+    let name = &target.name;
+    detect::check(target, options.verify_detection)?;
     let writer = context.writer()?;
     let _alone = Lock::acquire(&context.state_dir.join(format!("{name}.backup.lock")))?;
     let mut source =
@@ -103,7 +118,13 @@ pub async fn run(context: &Context, name: &TargetName, options: Options) -> Resu
     let cover = WalCover::prepare(context, target).await.during(|| "secure the WAL of the backup")?;
     let begun = source.begin().await.during(|| format!("begin the backup of {name}"))?;
     let basis = basis(context, target, &begun, options).await.during(|| "find the parent of the backup")?;
-    let how = backup_options(context, target, &begun, source.method());
+    let looking = (&cover, source.method(), options.verify_detection);
+    let found = detect::find(context, target, &begun, &basis, looking).await.tell(source.as_mut());
+    let how = BackupOptions {
+        detection: found.by.map(str::to_owned),
+        proof: found.proof,
+        ..backup_options(context, target, &begun, source.method())
+    };
     let mut backup = BackupWriter::begin(&context.repository, writer, how, basis).await?;
     let around = around::capture(target, source.method()).await;
     transfer::run(context, source.as_mut(), &mut backup, &begun).await.during(|| format!("back up {name}"))?;
@@ -113,6 +134,7 @@ pub async fn run(context: &Context, name: &TargetName, options: Options) -> Resu
     backup.flush().await.during(|| "store pages")?;
     let wal = cover.secure(context, target, &begun, &finished).await.during(|| "secure the WAL of the backup")?;
     let written = backup.commit(Some(wal_need(&begun, &finished, wal.branch))).await?;
+    let detection = found.told(context, target, written.commit.id.as_str(), &written.pages);
     Ok(Report {
         backup: written.commit,
         regions: together(written.regions, wal.regions),
@@ -125,6 +147,7 @@ pub async fn run(context: &Context, name: &TargetName, options: Options) -> Resu
         full_because: written.full_because,
         pages: written.pages,
         moved: written.moved,
+        detection,
         not_remembered: written.not_remembered,
     })
 }
@@ -135,7 +158,15 @@ async fn basis(context: &Context, target: &Target, begun: &Begun, options: Optio
     }
     let state = state_path(&context.state_dir, &target.name);
     let holders = &context.writer()?.holders;
-    parent::choose(&context.repository, holders, (&target.name, begun.cluster.system_id), state).await
+    let wanted = (&target.name, begun.cluster.system_id);
+    let basis = parent::choose(&context.repository, holders, wanted, state).await?;
+    // One wrong bit in a page that never changes would be in every backup that follows: generations end.
+    let began = basis.parent().map(Parent::generation);
+    let age = began.and_then(|began| (context.clock.now() - began).to_std().ok());
+    match began.filter(|_| age.is_some_and(|age| age >= target.full_every)) {
+        Some(began) => Ok(Basis::nothing(format!("the last full backup began at {}", began.format("%F %T UTC")))),
+        None => Ok(basis),
+    }
 }
 
 /// What each region lacks of the pages and of the WAL.
@@ -182,6 +213,9 @@ fn backup_options(context: &Context, target: &Target, begun: &Begun, method: &st
         workers: workers(),
         page_checksums: begun.cluster.checksums,
         pack_size: context.pack_size,
+        start_lsn: Some(begun.start_lsn),
+        detection: None,
+        proof: None,
         state: Some(state_path(&context.state_dir, &target.name)),
     }
 }

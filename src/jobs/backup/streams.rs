@@ -3,6 +3,7 @@
 
 use tokio::sync::mpsc;
 
+use super::detect::Told;
 use super::{Options, Report, workers};
 use crate::disk::lock::Lock;
 use crate::jobs::context::{Context, Streamed, What};
@@ -25,8 +26,11 @@ pub const NOTES: &str = "notes";
 
 /// Takes the backup.
 pub(super) async fn run(context: &Context, target: &Streamed, options: Options) -> Result<Report> {
-    if options.fast || options.full {
-        let error = Error::usage(format!("--fast and --full mean nothing for {}, which is no cluster", target.name));
+    if options.fast || options.full || options.verify_detection {
+        let error = Error::usage(format!(
+            "--fast, --full and --verify-detection mean nothing for {}, which is no cluster",
+            target.name
+        ));
         return Err(error.hint("leave them out: such a backup is always whole"));
     }
     let writer = context.writer()?;
@@ -38,6 +42,9 @@ pub(super) async fn run(context: &Context, target: &Streamed, options: Options) 
         BackupWriter::begin(&context.repository, writer, how, Basis::nothing("it is no base backup")).await?;
     let read = transfer(context, source.as_mut(), &mut backup).await;
     let (streams, copied) = read.during(|| format!("back up {}", target.name))?;
+    if let Some(moment) = copied.as_of {
+        backup.holds_only(moment);
+    }
     describe(&mut backup, &copied).await?;
     backup.flush().await.during(|| "store the streams")?;
     let written = backup.commit(None).await?;
@@ -53,6 +60,7 @@ pub(super) async fn run(context: &Context, target: &Streamed, options: Options) 
         full_because: None,
         pages: written.pages,
         moved: written.moved,
+        detection: Told { by: None, because: None, proof: None },
         not_remembered: None,
     })
 }
@@ -118,6 +126,9 @@ fn backup_options(context: &Context, target: &Streamed, method: &str) -> BackupO
         workers: workers(),
         page_checksums: false,
         pack_size: context.pack_size,
+        start_lsn: None,
+        detection: None,
+        proof: None,
         state: None,
     }
 }

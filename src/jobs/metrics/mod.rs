@@ -117,9 +117,9 @@ fn debts(survey: &Survey, page: &mut Page) {
     }
 }
 
-/// Gaps behind which no backup begins; `None` if that cannot be read.
+/// Gaps that nothing fills and behind which no backup begins; `None` if that cannot be read.
 async fn open_gaps(repository: &Repository, survey: &Survey) -> Option<f64> {
-    let needs = || survey.backups.iter().filter_map(|(backup, _)| backup.commit.wal.as_ref());
+    let commits = || survey.backups.iter().map(|(backup, _)| &backup.commit);
     let mut open = 0.0;
     for branch in &survey.branches {
         let (gaps, errors) = gaps::read(repository, &branch.branch).await.ok()?;
@@ -127,10 +127,10 @@ async fn open_gaps(repository: &Repository, survey: &Survey) -> Option<f64> {
             return None;
         }
         let crossed = |gap: &gaps::Gap| {
-            let after = (gap.timeline, gap.to);
-            needs().any(|need| need.system_id == gap.system_id && (need.timeline, need.start_lsn) >= after)
+            commits().any(|commit| commit.wal.as_ref().is_some_and(|need| gap.is_before(need, commit.started_at)))
         };
-        open += gaps.iter().filter(|gap| !crossed(gap)).map(|_| 1.0).sum::<f64>();
+        let is_stored = |from, to| branch.union.iter().any(|reach| reach.window.covers(from, to));
+        open += gaps.iter().filter(|gap| !crossed(gap) && gap.is_open(is_stored)).map(|_| 1.0).sum::<f64>();
     }
     (!survey.branches.is_empty()).then_some(open)
 }

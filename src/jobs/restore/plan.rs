@@ -14,8 +14,9 @@ use crate::jobs::restore::stage::staged_bytes;
 use crate::jobs::restore::target::{Finder, Pin, Point, Unreached};
 use crate::jobs::restore::words::{Needs, Plan, Refusal, RegionState, WalLeg};
 use crate::model::commit::{Commit, WalNeed};
-use crate::model::{Error, Kind, RegionName, Result, ResultExt};
+use crate::model::{Error, Kind, Lsn, RegionName, Result, ResultExt, Timeline};
 use crate::repository::catalog::{self, Backup, Held};
+use crate::repository::gaps::{self, Gap};
 use crate::repository::handle::Repository;
 use crate::repository::inventory::InventoryLine;
 use crate::repository::manifest::Line;
@@ -53,7 +54,7 @@ impl Prepared {
         let (backups, damaged) = catalog::backups(&repository, None).await.during(|| "list the backups")?;
         let candidates = candidates(&backups, request)?;
         let Chosen { commit, route, pin, newest_commit, last_commit } =
-            choose(context, &repository, request, &candidates).await?;
+            choose(context, &repository, request, (&candidates, &backups)).await?;
         let inventory = catalog::inventory(&repository, &commit).await?;
         let mut survey = Survey::new(request);
         let look = |line: &Line| {
@@ -79,6 +80,7 @@ impl Prepared {
             let (found, removed) = survey.end(plan.needs.major)?;
             (plan.reuse, doomed) = (Some(found), removed);
         }
+        plan.cross(context, &repository, &route).await?;
         let checked = Checked { context, request, commit: &commit, outline: outline.as_ref() };
         checks::check(&checked, &mut plan).await?;
         let unlisted = repository.trust.unlisted();
@@ -123,7 +125,7 @@ async fn choose(
     context: &Context,
     repository: &Repository,
     request: &Request,
-    candidates: &[Commit],
+    (candidates, backups): (&[Commit], &[Backup]),
 ) -> Result<Chosen> {
     let mut first_problem = None;
     for commit in candidates {
@@ -154,7 +156,36 @@ async fn choose(
             }
         }
     }
-    Err(first_problem.unwrap_or_else(|| Error::not_found("there is no backup with WAL")))
+    let problem = first_problem.unwrap_or_else(|| Error::not_found("there is no backup with WAL"));
+    let target = candidates.first().map(|commit| &commit.target);
+    let of_target = backups.iter().map(|backup| &backup.commit).filter(|commit| Some(&commit.target) == target);
+    let remaining = remaining(repository, request.timeline, of_target).await;
+    Err(if remaining.is_empty() {
+        problem
+    } else {
+        problem.because(format!("can be restored: {}", remaining.join(", ")))
+    })
+}
+
+/// Backups whose windows are told when a point is refused.
+const TOLD: usize = 12;
+
+/// What can be reached from the newest backups, oldest first; backups of one window say it once.
+async fn remaining<'a>(
+    repository: &Repository,
+    timeline: Option<Timeline>,
+    backups: impl DoubleEndedIterator<Item = &'a Commit>,
+) -> Vec<String> {
+    let mut windows: Vec<(Lsn, Lsn)> = Vec::new();
+    let newest: Vec<_> = backups.filter_map(|commit| commit.wal.as_ref()).rev().take(TOLD).collect();
+    for need in newest.into_iter().rev() {
+        let Ok(route) = Route::find(repository, need, timeline).await else { continue };
+        match windows.last_mut() {
+            Some((from, to)) if *to == route.end() => *from = (*from).min(need.stop_lsn),
+            _ => windows.push((need.stop_lsn, route.end())),
+        }
+    }
+    windows.into_iter().map(|(from, to)| format!("{from} to {to}")).collect()
 }
 
 fn too_early(commit: &Commit, why: &str) -> Error {
@@ -268,6 +299,10 @@ fn command(plan: &Plan, request: &Request) -> String {
     words.join(" ")
 }
 
+fn before(at: Lsn) -> String {
+    format!("restore to a point before it (--to-lsn {at}), or from a backup that began behind it: drctl list")
+}
+
 /// A word as a shell reads it.
 pub fn quoted(text: &str) -> String {
     let plain = text.chars().all(|c| c.is_ascii_alphanumeric() || "/._-+:=@,".contains(c));
@@ -293,6 +328,27 @@ impl Plan {
 
     pub(super) fn refuse_because(&mut self, what: impl Into<String>, why: impl Into<String>, next: impl Into<String>) {
         self.refused.push(Refusal { what: what.into(), why: why.into(), next: next.into(), judges: false });
+    }
+
+    /// WAL of which two versions are stored is not crossed. Where no key opens it, the records that its writers left say so.
+    async fn cross(&mut self, context: &Context, repository: &Repository, route: &Route) -> Result<()> {
+        for leg in &route.legs {
+            let (recorded, _) = gaps::read(repository, &leg.branch).await?;
+            let crossed = |gap: &Gap| gap.contradiction && gap.from < leg.to && leg.from < gap.to;
+            for gap in recorded.into_iter().filter(crossed) {
+                let what = format!("the WAL from {} to {} was stored in two versions", gap.from, gap.to);
+                self.refuse_because(what, gap.reason, before(gap.from));
+            }
+            let (found, unread) = leg.log.compare(repository, &context.ring, (leg.from, leg.to)).await;
+            for contradiction in &found {
+                let error = Error::from(contradiction);
+                self.refuse_because(error.message(), error.causes().join("; "), before(contradiction.at));
+            }
+            // A key that is missing is told where the backup is opened.
+            let damage = unread.iter().filter(|error| !matches!(error.kind(), Kind::NoKey | Kind::Unavailable));
+            self.warnings.extend(damage.map(|error| format!("overlapping WAL was not compared: {error}")));
+        }
+        Ok(())
     }
 
     /// A key holder that is away may open it tomorrow; one that was asked and could not will not.

@@ -16,6 +16,7 @@ use crate::repository::catalog;
 use crate::repository::gaps;
 use crate::repository::reports::{self, ReportHead};
 use crate::repository::survey::{self, State, Survey};
+use crate::source::postgres::room::Slot;
 
 mod overdue;
 mod rto;
@@ -23,7 +24,6 @@ mod slot;
 
 pub use overdue::Overdue;
 pub use rto::Prediction;
-pub use slot::Slot;
 
 /// How things stand.
 #[derive(Debug, Clone, Serialize)]
@@ -89,6 +89,8 @@ pub struct OpenGap {
     pub to: Lsn,
     /// When it was met.
     pub at: DateTime<Utc>,
+    /// Whether nothing is missing and two versions are stored.
+    pub contradiction: bool,
 }
 
 /// A drill that passed.
@@ -158,7 +160,7 @@ pub async fn run(context: &Context, schedules: &[Schedule]) -> Result<Report> {
     }
     for (target, slot) in slot::slots(context).await {
         if let Some(status) = targets.iter_mut().find(|status| status.target == target) {
-            status.problems.extend(slot.problem());
+            status.problems.extend(slot::problem(&slot));
             status.slot = Some(slot);
         }
     }
@@ -206,22 +208,24 @@ impl TargetStatus {
     async fn judge_gaps(&mut self, context: &Context, survey: &Survey) -> Result<()> {
         let newest = survey.backups.iter().rev().map(|(backup, _)| &backup.commit);
         let newest = newest.filter(|commit| self.last_backup.as_ref() == Some(&commit.id));
-        let consistent_at = newest.filter_map(|commit| commit.wal.as_ref()).map(|need| need.stop_lsn).next();
+        let newest = newest.filter_map(|commit| Some((commit.wal.as_ref()?, commit.started_at))).next();
         for branch in &survey.branches {
             let (gaps, _) = gaps::read(&context.repository, &branch.branch).await?;
-            let filled = |from, to| branch.union.iter().any(|reach| reach.window.covers(from, to));
-            let open = gaps.into_iter().filter(|gap| !filled(gap.from, gap.to));
-            let open = open.filter(|gap| consistent_at.is_none_or(|stop| gap.from >= stop));
+            let is_stored = |from, to| branch.union.iter().any(|reach| reach.window.covers(from, to));
+            let open = gaps.into_iter().filter(|gap| gap.is_open(is_stored));
+            let open = open.filter(|gap| newest.is_none_or(|(need, began)| !gap.is_before(need, began)));
             self.gaps.extend(open.map(|gap| OpenGap {
                 timeline: gap.timeline,
                 from: gap.from,
                 to: gap.to,
                 at: gap.at,
+                contradiction: gap.contradiction,
             }));
         }
         if let Some(gap) = self.gaps.last() {
             self.violated = true;
-            self.problems.insert(0, format!("WAL has a gap at {}: nothing after it can be restored", gap.from));
+            let what = if gap.contradiction { "is stored in two versions from" } else { "has a gap at" };
+            self.problems.insert(0, format!("WAL {what} {}: nothing after it can be restored", gap.from));
             self.next = Some(format!("drctl backup {}", self.target));
         }
         Ok(())

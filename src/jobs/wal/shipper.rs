@@ -11,7 +11,8 @@ use tokio::task::JoinHandle;
 
 use crate::jobs::context::Context;
 use crate::jobs::wal::buffer::Chunk;
-use crate::jobs::wal::segments::{self, PassingSegments, SharedBook};
+use crate::jobs::wal::contradiction;
+use crate::jobs::wal::segments::{self, PassingSegments, SegmentDigest, SegmentKey, SharedBook};
 use crate::model::{EpochId, Error, Lsn, Result, SystemId, Timeline};
 use crate::observe::task;
 use crate::repository::fan_out::FanOut;
@@ -46,6 +47,8 @@ enum Command {
 pub(super) struct Shipped {
     /// Every record that ends at or before this position is durable.
     pub(super) durable: Lsn,
+    /// Where the newest frame ends that the regions were given.
+    pub(super) begun: Lsn,
     /// Since when.
     pub(super) at: Option<DateTime<Utc>>,
     /// The newest commit time in it.
@@ -56,6 +59,8 @@ pub(super) struct Shipped {
     pub(super) busy_since: Option<Duration>,
     /// Why a frame cannot be shipped at present.
     pub(super) trouble: Option<String>,
+    /// What was streamed and is stored in another version, too.
+    pub(super) contradiction: Option<String>,
 }
 
 /// The way to a shipper.
@@ -166,10 +171,9 @@ impl Shipper {
         };
         let Chunk { start, wal, marks, .. } = frame.chunk;
         let complete = self.passing.pass(&frame.log, start, &wal);
+        self.shipped.send_modify(|shipped| shipped.begun = Lsn(start.0 + wal.len() as u64));
         open.epoch.append(start, wal, marks).await?;
-        if let Some(book) = &self.book {
-            segments::note(book, complete).await;
-        }
+        self.note(&frame.log, complete).await?;
         let now = self.writer.clock.now();
         self.shipped.send_modify(|shipped| {
             // A record that is not complete yet does not count: it may be streamed again.
@@ -183,6 +187,18 @@ impl Shipper {
             shipped.trouble = None;
         });
         self.open = Some(open);
+        Ok(())
+    }
+
+    /// Both versions are stored when the second one is found. Which one a restore would take is chance, so it is known
+    /// everywhere before the server may forget its own.
+    async fn note(&self, log: &Log, complete: Vec<(SegmentKey, SegmentDigest)>) -> Result<()> {
+        let Some(book) = &self.book else { return Ok(()) };
+        for found in segments::note(book, complete).await {
+            let place = (&self.repository, &self.writer);
+            let told = contradiction::record(place, log, &found, "streaming brought", &self.out).await?;
+            self.shipped.send_modify(|shipped| shipped.contradiction = Some(told));
+        }
         Ok(())
     }
 

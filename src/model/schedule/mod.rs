@@ -116,6 +116,8 @@ pub enum Work {
         target: TargetName,
         /// Whether the server is asked for an immediate checkpoint.
         fast: bool,
+        /// Whether every page is read to prove that change detection misses none.
+        verify_detection: bool,
     },
     /// A logical dump.
     Dump {

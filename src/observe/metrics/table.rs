@@ -75,6 +75,9 @@ table! {
     BACKUP_LAST_DURATION = Gauge "drctl_backup_last_duration_seconds" ["target", "kind"]
         "How long the newest backup took, from start to COMMIT",
         absent "there is no backup of that kind";
+    BACKUP_DURATION = Histogram "drctl_backup_duration_seconds" ["target", "kind"]
+        "How long the backups took that this process completed, from start to COMMIT",
+        absent "this process completed no backup of that kind";
     BACKUP_LAST_SIZE = Gauge "drctl_backup_last_size_bytes" ["target", "kind", "stage"]
         "Size of the newest backup: stage=\"source\" is what a restore writes, stage=\"stored\" what it added to each region",
         absent "there is no backup of that kind";
@@ -114,8 +117,8 @@ table! {
     WAL_STREAM_UP = Gauge "drctl_wal_stream_up" ["target"]
         "1 while WAL flows from the server into the regions, 0 while the receiver waits for either",
         absent "no WAL receiver of the target answers on this host";
-    WAL_UNSHIPPED = Gauge "drctl_wal_unshipped_bytes" ["target"]
-        "WAL that was received and is not durable at the write quorum",
+    WAL_UNSHIPPED = Gauge "drctl_wal_unshipped_bytes" ["target", "region"]
+        "WAL that the running stream has received and that the region does not hold",
         absent "no WAL receiver of the target answers on this host";
     WAL_SHIPPED = Counter "drctl_wal_shipped_bytes_total" ["target"]
         "WAL that became durable at the write quorum since this process looks",
@@ -126,6 +129,12 @@ table! {
     WAL_OBJECTS_MISSING = Gauge "drctl_wal_objects_missing" ["target", "region"]
         "Objects of the running WAL stream that the region does not hold",
         absent "no WAL receiver of the target answers on this host";
+    SLOT_RETAINED = Gauge "drctl_slot_retained_bytes" ["target"]
+        "WAL that the server keeps for our replication slot",
+        absent "no WAL receiver of the target answers on this host, the server does not answer it, or there is no slot";
+    SLOT_ROOM = Gauge "drctl_slot_room_bytes" ["target"]
+        "How much more WAL the slot may keep before the server gives it up (max_slot_wal_keep_size) or its disk is full, whichever comes first",
+        absent "no limit is known: none is set, the server is on another host, and wal_disk_bytes is not configured";
     WAL_GAPS = Gauge "drctl_wal_gaps" ["target"]
         "Recorded gaps behind which no backup was begun yet: what came after them cannot be restored until one is",
         absent "the target has no WAL in any region, or none could be read";
@@ -139,8 +148,8 @@ table! {
         "Drills that ended, by outcome; it counts since the start of this process",
         absent "this process ran no drill of the target";
     VERIFY_CHECK_PASSED = Gauge "drctl_verify_check_passed" ["target", "region", "check"]
-        "1 if the check passed in the newest drill of this process, 0 if not",
-        absent "no drill ran in this process: results are sealed, and a scrape opens nothing";
+        "1 if the check passed in the newest drill from the region, 0 if not",
+        absent "no drill from the region got as far as the check";
     NEGATIVE_CONTROL = Gauge "drctl_verify_negative_control_timestamp_seconds" ["target"]
         "When a deliberately wrong expectation was last caught: a drill passes only then",
         absent "no drill ever passed";

@@ -18,7 +18,7 @@ use crate::pg::libpq;
 use crate::pg::sql;
 
 /// As shown in `pg_stat_activity`.
-const NAME: &str = "drctl restore";
+pub(super) const NAME: &str = "drctl restore";
 
 /// The database that a dump goes into.
 #[derive(Debug, Clone)]
@@ -196,11 +196,11 @@ async fn feed(dump: &mut mpsc::Receiver<Result<Bytes>>, stdin: &mut Option<Child
     Ok(())
 }
 
-fn identifier(name: &str) -> String {
+pub(super) fn identifier(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
 
-fn literal(text: &str) -> String {
+pub(super) fn literal(text: &str) -> String {
     let escaped = text.replace('\\', "\\\\").replace('\'', "''");
     format!("E'{escaped}'")
 }

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use chrono::{DateTime, Utc};
 
+use super::properties::Properties;
 use super::{Database, Locale, Options};
 use crate::model::{Error, Result, ResultExt};
 use crate::pg::PgError;
@@ -119,14 +120,19 @@ impl Server {
         client.batch_execute(begin).await.map_err(PgError::from)?;
         // The time of BEGIN: the snapshot is taken by the first statement behind it, so nothing committed before is missed.
         // A standby knows what it has replayed, and not what the primary has committed since.
-        let query = "SELECT pg_catalog.pg_export_snapshot(), CASE WHEN pg_catalog.pg_is_in_recovery()
+        let query = "SELECT pg_catalog.pg_export_snapshot(), pg_catalog.pg_is_in_recovery(), CASE WHEN pg_catalog.pg_is_in_recovery()
                        THEN least(pg_catalog.now(), pg_catalog.pg_last_xact_replay_timestamp()) ELSE pg_catalog.now() END";
         let row = client.query_one(query, &[]).await.map_err(PgError::from).during(|| "export a snapshot")?;
-        let (id, at): (String, DateTime<Utc>) = (row.get(0), row.get(1));
-        let locale = self.locale(&client).await?;
-        let roles = roles(&client).await?;
-        let database = Database { name: database.to_owned(), stream: String::new(), snapshot_at: at, locale, roles };
-        Ok(Snapshot { id, database, _client: client })
+        let (id, lags, at): (String, bool, DateTime<Utc>) = (row.get(0), row.get(1), row.get(2));
+        let database = Database {
+            name: database.to_owned(),
+            stream: String::new(),
+            snapshot_at: at,
+            locale: self.locale(&client).await?,
+            roles: roles(&client).await?,
+            properties: Properties::read(&client).await?,
+        };
+        Ok(Snapshot { id, lags, database, _client: client })
     }
 
     async fn locale(&self, client: &SqlClient) -> Result<Locale> {
@@ -166,11 +172,18 @@ async fn roles(client: &SqlClient) -> Result<Vec<String>> {
 #[derive(Debug)]
 pub(super) struct Snapshot {
     pub(super) id: String,
+    /// It is a standby's, which may be behind its primary by any time.
+    lags: bool,
     database: Database,
     _client: SqlClient,
 }
 
 impl Snapshot {
+    /// The moment of what it shows, where that may be long ago.
+    pub(super) fn lagging(&self) -> Option<DateTime<Utc>> {
+        self.lags.then_some(self.database.snapshot_at)
+    }
+
     pub(super) fn end(self, stream: String) -> Database {
         Database { stream, ..self.database }
     }

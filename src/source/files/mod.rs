@@ -124,7 +124,7 @@ impl StreamSource for Files {
             let (notes, left_out) = told.end();
             let document = serde_json::to_value(&contents);
             let document = document.map_err(|error| Error::failed("describe the archive").because(error))?;
-            Ok(Copied { document, notes, left_out })
+            Ok(Copied { document, notes, left_out, as_of: None })
         });
         work.await.map_err(|error| Error::failed("the reader of files died").because(error))?
     }

@@ -141,6 +141,52 @@ fn one_of_everything_comes_back_as_it_was() {
     assert_eq!(plain, other);
 }
 
+/// Lets something happen once these bytes have gone by.
+struct Meddler<F: FnOnce()> {
+    archive: Vec<u8>,
+    cue: &'static [u8],
+    then: Option<F>,
+}
+
+impl<F: FnOnce()> Write for Meddler<F> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.archive.extend_from_slice(bytes);
+        if self.archive.windows(self.cue.len()).any(|seen| seen == self.cue)
+            && let Some(then) = self.then.take()
+        {
+            then();
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A second name is a link only to what is in the archive: what became of the file since is packed as a file of its own.
+#[test]
+fn another_name_of_a_file_that_changed_is_no_link() {
+    let tree = tempfile::tempdir().unwrap();
+    let (first, second) = (tree.path().join("a-first"), tree.path().join("b-second"));
+    write(&first, b"as it was");
+    fs::hard_link(&first, &second).unwrap();
+    let changed = second.clone();
+    let then = || fs::File::options().append(true).open(changed).unwrap().write_all(b", and more").unwrap();
+    let mut meddler = Meddler { archive: Vec::new(), cue: b"as it was", then: Some(then) };
+    pack::pack(&options(&[tree.path()]), &mut meddler).unwrap();
+    let (out, _) = restored(&meddler.archive);
+    let back = out.path().join(tree.path().strip_prefix("/").unwrap());
+    let read = |name: &str| fs::read_to_string(back.join(name)).unwrap();
+    assert_eq!((read("a-first").as_str(), read("b-second").as_str()), ("as it was", "as it was, and more"));
+
+    // Left alone, it is one file with two names.
+    let (out, _) = restored(&packed(&options(&[tree.path()])).0);
+    let back = out.path().join(tree.path().strip_prefix("/").unwrap());
+    let [one, two] = ["a-first", "b-second"].map(|name| fs::metadata(back.join(name)).unwrap().ino());
+    assert_eq!(one, two);
+}
+
 #[test]
 fn gnu_tar_takes_over() {
     let (tree, out) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());

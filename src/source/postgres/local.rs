@@ -23,7 +23,7 @@ use super::standby::{self, Standby};
 use super::started::Started;
 use crate::model::{Result, SystemId};
 use crate::pg::control::{ControlFile, State};
-use crate::source::{Batch, Begun, FileId, Finished, Item, PAGE_SIZE, PhysicalSource, Piece, SmallFile};
+use crate::source::{Batch, Begun, FileId, Finished, Item, PAGE_SIZE, PhysicalSource, Piece, SmallFile, Unread};
 
 /// The server rewrites its control file in place, and a reader may see half of it. Two seconds are more than any write.
 const CONTROL_TRIES: u32 = 100;
@@ -36,6 +36,7 @@ pub struct LocalBackup {
     session: Session,
     data_directory: PathBuf,
     identity: Identity,
+    unread: Option<(Arc<dyn Unread>, bool)>,
     standby: Option<(Standby, Duration)>,
     stage: Stage,
 }
@@ -62,7 +63,7 @@ impl LocalBackup {
         };
         let identity =
             recognise(&data_directory, State::InProduction, async || session.identify(Role::Primary).await).await?;
-        Ok(Self { options, session, data_directory, identity, standby: None, stage: Stage::Open })
+        Ok(Self { options, session, data_directory, identity, standby: None, unread: None, stage: Stage::Open })
     }
 
     /// The same with the files of a standby on this host.
@@ -78,7 +79,7 @@ impl LocalBackup {
         // Found out now, and not after hours of reading.
         read_control_over(&session).await?;
         let standby = Some((standby, lender.patience));
-        Ok(Self { options, session, data_directory, identity, standby, stage: Stage::Open })
+        Ok(Self { options, session, data_directory, identity, standby, unread: None, stage: Stage::Open })
     }
 
     async fn start(&mut self) -> Result<Begun, SourceError> {
@@ -139,7 +140,8 @@ impl LocalBackup {
         let control_id = control_id.map_err(|_| SourceError::Unsupported("more than 2^32 files".to_owned()))?;
         let check = PageCheck { checksums: self.identity.cluster.checksums, start: started.lsn };
         let pace = Pace::new(self.options.max_read_rate, Arc::clone(&self.options.clock));
-        let reading = Arc::new(Reading::new(self.data_directory.clone(), listing.files, check, pace));
+        let reading = Reading::new(self.data_directory.clone(), listing.files, check, pace);
+        let reading = Arc::new(reading.leaving_out(self.unread.clone()));
         let _stop = StopOnDrop(Arc::clone(&reading));
         let answers = reading.start(self.options.threads(), items)?.into_iter().map(|answer| async {
             answer.await.unwrap_or_else(|_| Err(SourceError::ReaderDied("it panicked".to_owned())))
@@ -176,7 +178,7 @@ impl LocalBackup {
         let size = control.bytes.len() as u64;
         let pieces = vec![Piece { file: id, first_page: 0, pages: 1 }];
         send(items, Item::File { id, path: CONTROL_FILE.to_owned(), mode: control.mode }).await?;
-        send(items, Item::Batch(Batch { pieces, data: control.bytes })).await?;
+        send(items, Item::Batch(Batch { pieces, data: control.bytes, ..Batch::default() })).await?;
         send(items, Item::FileDone { id, size, damaged_blocks: Vec::new() }).await
     }
 
@@ -203,6 +205,11 @@ impl PhysicalSource for LocalBackup {
 
     async fn copy(&mut self, items: mpsc::Sender<Item>) -> Result<()> {
         Ok(self.read(items).await?)
+    }
+
+    fn leave_out(&mut self, unread: Arc<dyn Unread>, proof: bool) -> bool {
+        self.unread = Some((unread, proof));
+        true
     }
 
     fn method(&self) -> &'static str {

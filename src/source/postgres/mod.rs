@@ -30,6 +30,7 @@ mod pace;
 mod packer;
 mod pages;
 mod reader;
+pub mod room;
 pub mod rules;
 mod session;
 mod standby;

@@ -179,7 +179,8 @@ async fn send_file(primary: &Session, items: &mpsc::Sender<Item>, id: FileId, pa
                 .map_err(|_| SourceError::Unsupported(format!("{path} has more than 2^32 pages")))?;
             data.resize(read.next_multiple_of(PAGE_SIZE), 0);
             let pages = u32::try_from(data.len() / PAGE_SIZE).unwrap_or(u32::MAX);
-            send(Item::Batch(Batch { pieces: vec![Piece { file: id, first_page, pages }], data })).await?;
+            send(Item::Batch(Batch { pieces: vec![Piece { file: id, first_page, pages }], data, ..Batch::default() }))
+                .await?;
         }
         size += read as u64;
         if read < BATCH {

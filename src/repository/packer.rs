@@ -39,6 +39,8 @@ pub struct PackSettings {
     pub parent: Option<Arc<KnownPages>>,
     /// Remembers the maps for the next backup.
     pub keeper: Arc<Keeper>,
+    /// The number of the first pack that is free.
+    pub first_pack: u32,
     /// What claims that are to be proved mean.
     pub proof: Option<Proof>,
     /// The number of the first pack that is free.

@@ -66,6 +66,8 @@ pub struct Report {
     pub full_because: Option<String>,
     /// Pages read, and those of them that changed since the parent.
     pub pages: PageCounts,
+    /// What it took along from packs of earlier backups that were mostly dead.
+    pub moved: Moved,
     /// How those were found.
     pub detection: Told,
     /// What it took along from packs of earlier backups that were mostly dead.
@@ -159,6 +161,7 @@ async fn cluster(context: &Context, target: &Target, options: Options) -> Result
         left_out: Vec::new(),
         full_because: written.full_because,
         pages: written.pages,
+        moved: written.moved,
         detection,
         moved: written.moved,
         not_remembered: written.not_remembered,

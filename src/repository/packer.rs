@@ -43,8 +43,6 @@ pub struct PackSettings {
     pub first_pack: u32,
     /// What claims that are to be proved mean.
     pub proof: Option<Proof>,
-    /// The number of the first pack that is free.
-    pub first_pack: u32,
 }
 
 /// A batch and what the parent knows of its files, piece by piece.

@@ -70,8 +70,6 @@ pub struct Report {
     pub moved: Moved,
     /// How those were found.
     pub detection: Told,
-    /// What it took along from packs of earlier backups that were mostly dead.
-    pub moved: Moved,
     /// Why this machine does not remember its pages, so that the next backup will be a full one.
     pub not_remembered: Option<String>,
 }
@@ -163,7 +161,6 @@ async fn cluster(context: &Context, target: &Target, options: Options) -> Result
         pages: written.pages,
         moved: written.moved,
         detection,
-        moved: written.moved,
         not_remembered: written.not_remembered,
     })
 }

@@ -75,11 +75,6 @@ impl Prepared {
         plan.warnings.extend(damaged.iter().map(|error| format!("a COMMIT is not readable: {error}")));
         plan.command = command(&plan, request);
         let outline = plan.open(context, (&commit, &inventory), outline).await?;
-        let mut doomed = Vec::new();
-        if request.delta && outline.is_some() {
-            let (found, removed) = survey.end(plan.needs.major)?;
-            (plan.reuse, doomed) = (Some(found), removed);
-        }
         plan.cross(context, &repository, &route).await?;
         let mut doomed = Vec::new();
         if request.delta && outline.is_some() {

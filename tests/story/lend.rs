@@ -133,6 +133,8 @@ async fn a_daemon_that_may_restore_gives_wal_and_reads_ahead() {
     for segment in &segments[1..4] {
         assert!(asking.borrow(segment, 0).await.0 == own(segment));
     }
+    // Regions that have lost all WAL of a cluster do not know where it ends.
+    asking.borrow(&segments[0], 255).await;
     rig.give_back(&["a", "b", "c"]);
     assert!(asking.borrow(&segments[5], 0).await.0 == own(&segments[5]));
     daemon.terminate().await.ok();

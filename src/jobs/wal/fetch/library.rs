@@ -116,6 +116,17 @@ impl<'a> Library<'a> {
         Err(error.because(format!("{names}: no answer")).transient(true))
     }
 
+    /// A repository without any WAL of the cluster is the wrong one, or one that lost it: nobody knows where its WAL ends,
+    /// and PostgreSQL would open the database where its backup stopped.
+    async fn must_hold_something(&self) -> Result<()> {
+        let stored = wal_index::branches(&self.context.repository.regions, self.system_id).await?;
+        if !stored.is_empty() {
+            return Ok(());
+        }
+        let error = Error::refused(format!("no region holds any WAL of system {}", self.system_id));
+        Err(error.hint("is this its repository? drctl wal status shows what is stored"))
+    }
+
     /// WAL without the history of its timeline is one that is still to come, and not the end of the archive.
     async fn must_be_unknown(&self, timeline: Timeline, silent: &[RegionName]) -> Result<()> {
         self.must_be_all(silent)?;
@@ -232,6 +243,9 @@ impl<'a> Library<'a> {
         let silent: Vec<_> = part.log.index.unreadable().iter().map(|(region, _)| region.clone()).collect();
         self.must_be_all(&silent)?;
         self.must_be_last(history, end).await?;
+        if part.log.runs.is_empty() {
+            self.must_hold_something().await?;
+        }
         // The end of all WAL: up to the last complete record it is right, and zeros behind it say so to PostgreSQL.
         let complete = window.and_then(|Window { last_record_end, .. }| last_record_end);
         Ok(complete.filter(|complete| *complete > part.from))

@@ -28,7 +28,8 @@
 //!
 //! # The path of a WAL record
 //! [`pg::replication`] receives → [`pg::wal`] walks records → [`jobs::wal`] collects a frame of at most a second →
-//! [`repository::wal_log`] seals and fans it out → PostgreSQL is told "flushed".
+//! [`repository::wal_log`] seals and fans it out → PostgreSQL is told "flushed". On the way [`jobs::wal::changes`] notes which
+//! pages it changes, and the next backup leaves the others unread.
 #![forbid(unsafe_code)]
 
 pub mod model;

@@ -32,7 +32,7 @@ impl Exit {
     pub fn of(error: &Error) -> Self {
         match error.kind() {
             Kind::Usage => Self::Usage,
-            Kind::Refused => Self::Refused,
+            Kind::Refused | Kind::Busy => Self::Refused,
             Kind::Unknown => Self::Unknown,
             Kind::Failed | Kind::NotFound | Kind::Damaged | Kind::NoKey | Kind::Unavailable | Kind::Cancelled => {
                 Self::Failed
@@ -75,11 +75,12 @@ impl Reader {
 mod tests {
     use super::*;
 
-    const KINDS: [Kind; 9] = [
+    const KINDS: [Kind; 10] = [
         Kind::Failed,
         Kind::Usage,
         Kind::NotFound,
         Kind::Refused,
+        Kind::Busy,
         Kind::Damaged,
         Kind::NoKey,
         Kind::Unavailable,

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use clap::{CommandFactory, FromArgMatches, Parser};
 
+use crate::app;
 use crate::cli::exit::{Exit, Reader};
 use crate::cli::globals::Globals;
 use crate::cli::render::Output;
@@ -68,6 +69,13 @@ impl Session {
 
 /// Runs drctl with the arguments of a process, the first of which is its name.
 pub fn main(arguments: Vec<OsString>) -> ExitCode {
+    if let [name, verb, words @ ..] = arguments.as_slice()
+        && verb == app::WITH_PARENT
+    {
+        let error = app::become_program(words);
+        Output::new(false).tell(&error, reader_of(std::slice::from_ref(name)));
+        return ExitCode::FAILURE;
+    }
     let reader = reader_of(&arguments);
     let output = Output::new(arguments.iter().any(|argument| argument == "--json"));
     // A panic ends with 101, which PostgreSQL would take for the end of the archive.

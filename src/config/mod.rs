@@ -15,6 +15,7 @@ mod notify;
 mod place;
 mod region;
 mod resolve;
+mod retention;
 mod schedules;
 mod secret;
 mod settings;
@@ -30,12 +31,13 @@ pub use initial::initial_text;
 pub use notify::{DeadMan, Grafana, Notify, Occasion, Url, Webhook, WebhookFormat};
 pub use place::{BucketPath, Place};
 pub use resolve::{RepoArg, load, parse};
+pub use retention::{Prune, Retention};
 pub use schedules::{Mistake, Mistakes, load_schedules};
 pub use secret::{Secret, SecretText};
 pub use settings::{
-    AwsAccess, Checksum, CompressionLevels, Credentials, Degrade, DumpTarget, FilesTarget, KmsEndpoint, KmsKey, Method,
-    Objectives, OfflineKey, OnPressure, Openers, PostgresTarget, Region, Repository, S3Settings, Schedules, Settings,
-    Source, Store, Target,
+    AwsAccess, Checksum, CompressionLevels, Credentials, Degrade, Detection, DumpTarget, FilesTarget, KmsEndpoint,
+    KmsKey, Method, Objectives, OfflineKey, OnPressure, Openers, PostgresTarget, Region, Repository, S3Settings,
+    Schedules, Settings, Source, Store, Target,
 };
 
 #[cfg(test)]
@@ -51,6 +53,7 @@ mod tests {
         let needed = match section {
             "regions.NAME" => "url = \"s3://bucket\"",
             "keys.NAME" => "age = \"age1qqq\"",
+            "targets.NAME.retention" | "targets.NAME.retention files" => "",
             "targets.NAME.assertions.NAME" => "sql = \"SELECT 1\"",
             "targets.NAME" => "source = \"postgres\"\nconninfo = \"host=a\"",
             "targets.NAME files" => "source = \"files\"\nroots = [\"/a\"]",
@@ -61,7 +64,10 @@ mod tests {
         let header = if name.is_empty() { String::new() } else { format!("[{}]", name.replace("NAME", "n")) };
         let other = match section {
             _ if section.starts_with("regions") => "",
-            "targets.NAME.assertions.NAME" => {
+            "targets.NAME.retention files" => {
+                "[regions.other]\nurl = \"/a\"\n[targets.n]\nsource = \"files\"\nroots = [\"/a\"]"
+            }
+            "targets.NAME.retention" | "targets.NAME.assertions.NAME" => {
                 "[regions.other]\nurl = \"/a\"\n[targets.n]\nsource = \"postgres\"\nconninfo = \"host=a\""
             }
             _ => "[regions.other]\nurl = \"/a\"",
@@ -114,6 +120,9 @@ mod tests {
             "targets.NAME dump",
             "targets.NAME files",
             "targets.NAME.assertions.NAME",
+            "targets.NAME.retention",
+            "targets.NAME.retention files",
+            "prune",
             "drill",
             "schedules",
             "daemon",

@@ -113,10 +113,12 @@ pub enum Occasion {
     Gaps,
     /// A region does not answer for long.
     Regions,
+    /// The state directory cannot be written.
+    State,
 }
 
 impl Occasion {
-    const ALL: [Self; 4] = [Self::Runs, Self::Drills, Self::Gaps, Self::Regions];
+    const ALL: [Self; 5] = [Self::Runs, Self::Drills, Self::Gaps, Self::Regions, Self::State];
 
     const fn word(self) -> &'static str {
         match self {
@@ -124,6 +126,7 @@ impl Occasion {
             Self::Drills => "drills",
             Self::Gaps => "gaps",
             Self::Regions => "regions",
+            Self::State => "state",
         }
     }
 }

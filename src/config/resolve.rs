@@ -11,6 +11,7 @@ use crate::config::file::{Document, Section};
 use crate::config::notify::{Notify, grafana, notify};
 use crate::config::place::Place;
 use crate::config::region::{DEFAULT_TIMEOUT, chain_for_all, checked_endpoint, region};
+use crate::config::retention::{Prune, prune};
 use crate::config::secret::Secret;
 use crate::config::settings::{
     Checksum, CompressionLevels, Degrade, OfflineKey, Openers, Region, Repository, S3Settings, Schedules, Settings,
@@ -69,7 +70,7 @@ pub fn parse(text: &str, name: &str, directory: &Path) -> Result<Settings> {
     let keys = root.named("keys")?;
     let targets = root.named("targets")?;
     let drills = root.section("drill")?;
-    let daemons = root.section("daemon")?;
+    let (daemons, prunes) = (root.section("daemon")?, root.section("prune")?);
     let (grafanas, notices) = (root.section("grafana")?, root.section("notify")?);
     root.finish()?;
     if regions.is_empty() {
@@ -91,6 +92,7 @@ pub fn parse(text: &str, name: &str, directory: &Path) -> Result<Settings> {
         keys,
         targets,
         drill,
+        prune: prune(&prunes)?,
         daemon: daemon(&daemons)?,
         grafana: grafana(&grafanas, directory)?,
         notify: notify(&notices, directory)?,
@@ -131,6 +133,7 @@ impl Settings {
             regions,
             keys: Vec::new(),
             targets: Vec::new(),
+            prune: Prune::default(),
             daemon: Daemon::default(),
             grafana: None,
             notify: Notify::default(),

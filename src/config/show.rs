@@ -36,6 +36,10 @@ pub(super) fn size<S: Serializer>(bytes: &usize, serializer: S) -> Result<S::Ok,
     format_size(*bytes as u64).serialize(serializer)
 }
 
+pub(super) fn bytes<S: Serializer>(bytes: &u64, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&format_size(*bytes))
+}
+
 pub(super) fn optional_size<S: Serializer>(bytes: &Option<u64>, serializer: S) -> Result<S::Ok, S::Error> {
     bytes.map(format_size).serialize(serializer)
 }

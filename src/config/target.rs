@@ -6,9 +6,13 @@ use std::time::Duration;
 use crate::config::conninfo::without_password;
 use crate::config::drill::assertions;
 use crate::config::file::Section;
-use crate::config::settings::{Method, Objectives, OnPressure, PostgresTarget, Source, Target};
+use crate::config::retention::retention;
+use crate::config::settings::{Detection, Method, Objectives, OnPressure, PostgresTarget, Source, Target};
 use crate::config::streamed;
 use crate::model::{Error, Result, TargetName};
+
+/// Longer than the checkpoint that a backup begins with takes by default on a standby that follows closely.
+const STANDBY_PATIENCE: Duration = Duration::from_secs(600);
 
 pub(super) fn target(name: &str, section: &Section<'_>, state_dir: &Path) -> Result<Target> {
     let name: TargetName = name.parse().map_err(|error| section.wrong_here(&error))?;
@@ -25,8 +29,9 @@ pub(super) fn target(name: &str, section: &Section<'_>, state_dir: &Path) -> Res
         Kind::Dump => (Source::Dump(Box::new(streamed::dump(section)?)), Vec::new()),
         Kind::Files => (Source::Files(streamed::files(section)?), Vec::new()),
     };
+    let retention = retention(&section.section("retention")?, matches!(source, Source::Postgres(_)))?;
     section.finish()?;
-    Ok(Target { name, objectives, source, assertions })
+    Ok(Target { name, objectives, source, retention, assertions })
 }
 
 #[derive(Clone, Copy)]
@@ -40,6 +45,14 @@ fn postgres(name: &TargetName, section: &Section<'_>, state_dir: &Path) -> Resul
     let method = section
         .choice("method", &[("auto", Method::Auto), ("local", Method::Local), ("stream", Method::Stream)])?
         .unwrap_or(Method::Auto);
+    let detections = [
+        ("read", Detection::Read),
+        ("auto", Detection::Auto),
+        ("wal", Detection::Wal),
+        ("summaries", Detection::Summaries),
+    ];
+    let detection = section.choice("detection", &detections)?.unwrap_or(Detection::Read);
+    let full_every = section.interval("full_every")?.unwrap_or(FULL_EVERY);
     let on_pressure = section.choice("on_pressure", &[("keep", OnPressure::Keep), ("drop-slot", OnPressure::DropSlot)]);
     let percent = section.integer("pressure_percent", 1..=99)?.unwrap_or(90);
     let conninfo = section.converted("conninfo", without_password)?;
@@ -52,7 +65,11 @@ fn postgres(name: &TargetName, section: &Section<'_>, state_dir: &Path) -> Resul
         conninfo: conninfo.ok_or_else(|| section.missing("conninfo"))?,
         password: section.secret("password")?,
         method,
+        detection,
+        full_every,
         data_dir: section.path("data_dir")?,
+        standby: section.converted("standby", without_password)?,
+        standby_patience: section.interval("standby_patience")?.unwrap_or(STANDBY_PATIENCE),
         slot: section.converted("slot", slot_name)?.unwrap_or_else(|| default_slot(name)),
         ship_interval: section.interval("ship_interval")?.unwrap_or(Duration::from_secs(1)),
         max_read_rate: section.size("max_read_rate")?.filter(|rate| *rate > 0),
@@ -67,6 +84,9 @@ fn postgres(name: &TargetName, section: &Section<'_>, state_dir: &Path) -> Resul
         heartbeat_database: database.to_owned(),
     })
 }
+
+/// One generation of pages is not trusted for ever.
+const FULL_EVERY: Duration = Duration::from_hours(30 * 24);
 
 fn default_slot(name: &TargetName) -> String {
     format!("drctl_{}", name.as_str().replace('-', "_"))

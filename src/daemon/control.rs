@@ -5,6 +5,7 @@
 //! |---|---|
 //! | `GET /v1/jobs` | every schedule: what runs and how far it has come, waits, is paused, comes next |
 //! | `GET /v1/wal` | where the WAL of each target stands, as far as it is taken on this host |
+//! | `GET /v1/wal/-/files/{name}?system=…&size=…&own=…` | a WAL file for a `restore_command` of this host, 204 if it exists nowhere; on the socket alone, and where this daemon works in the role restore |
 //! | `GET /v1/status` | what `drctl status --json` shows; it asks the regions, so it takes its time |
 //! | `POST /v1/schedules/{name}/run` | `{"slot": …}`; 409 when it runs already |
 //! | `POST /v1/schedules/{name}/pause` with `{"until": …, "reason": …}` | the pause |
@@ -18,10 +19,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::extract::{DefaultBodyLimit, Path as UrlPath, State};
-use axum::http::header::{AUTHORIZATION, CONTENT_TYPE};
+use axum::extract::{DefaultBodyLimit, Path as UrlPath, Query, State};
+use axum::http::header::{AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE};
 use axum::http::{HeaderValue, Request, StatusCode};
-use axum::response::Response;
+use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use bytes::Bytes;
@@ -31,6 +32,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpStream;
 use tokio::sync::{mpsc, oneshot};
+use tokio_util::io::ReaderStream;
 
 use crate::app::{self, Role, World};
 use crate::config::{SecretText, Settings, Source, load_schedules};
@@ -38,6 +40,9 @@ use crate::daemon::scheduler::View;
 use crate::jobs::socket::{self, Guests, Served, reply, understand};
 use crate::jobs::status;
 use crate::jobs::wal::control::position;
+use crate::jobs::wal::fetch::Asker;
+use crate::jobs::wal::fetch::borrow::Words;
+use crate::jobs::wal::fetch::desk::{FetchDesk, Given};
 use crate::model::run::Pause;
 use crate::model::{Error, Kind, Result, ResultExt, ScheduleName};
 
@@ -72,12 +77,64 @@ pub(super) struct Api {
     asks: mpsc::Sender<Ask>,
     settings: Arc<Settings>,
     role: Role,
+    /// Whether this process works in the role restore, too.
+    lends: bool,
     world: World,
 }
 
 impl Api {
-    pub(super) fn new(asks: mpsc::Sender<Ask>, settings: &Settings, role: Role, world: &World) -> Self {
-        Self { asks, settings: Arc::new(settings.clone()), role, world: world.clone() }
+    pub(super) fn new(
+        asks: mpsc::Sender<Ask>,
+        settings: &Settings,
+        (role, lends): (Role, bool),
+        world: &World,
+    ) -> Self {
+        Self { asks, settings: Arc::new(settings.clone()), role, lends, world: world.clone() }
+    }
+}
+
+/// Gives WAL. The repository is opened when it is first asked for, and anew after whatever went wrong.
+#[derive(Debug, Clone)]
+struct Lender {
+    settings: Arc<Settings>,
+    world: World,
+    desk: Arc<tokio::sync::Mutex<Option<Arc<FetchDesk>>>>,
+}
+
+impl Lender {
+    async fn desk(&self) -> Result<Arc<FetchDesk>> {
+        let mut desk = self.desk.lock().await;
+        if let Some(desk) = &*desk {
+            return Ok(Arc::clone(desk));
+        }
+        let context = app::context(&self.settings, Role::Restore, &self.world).await?;
+        Ok(Arc::clone(desk.insert(FetchDesk::new(context))))
+    }
+
+    async fn give(&self, words: Words, name: &str) -> Result<Option<Given>> {
+        let asker = Asker::try_from(words)?;
+        let given = self.desk().await?.give(&asker, name).await;
+        if given.is_err() {
+            self.desk.lock().await.take();
+        }
+        given
+    }
+}
+
+async fn lend(
+    State(lender): State<Lender>,
+    UrlPath((_, name)): UrlPath<(String, String)>,
+    Query(words): Query<Words>,
+) -> Response {
+    match lender.give(words, &name).await {
+        Ok(Some(Given { file, length })) => {
+            let body = Body::from_stream(ReaderStream::with_capacity(tokio::fs::File::from_std(file), 256 * 1024));
+            ([(CONTENT_LENGTH, length)], body).into_response()
+        }
+        Ok(None) => StatusCode::NO_CONTENT.into_response(),
+        // A file that is not found for sure is no error: what is one here must not look like it.
+        Err(error) if error.kind() == Kind::NotFound => reply::<()>(Err(Error::new(Kind::Damaged, error.to_string()))),
+        Err(error) => reply::<()>(Err(error)),
     }
 }
 
@@ -91,7 +148,14 @@ pub(super) struct Control(Served);
 
 impl Control {
     pub(super) async fn start(state_dir: &Path, guests: &Guests, api: Api) -> Result<Self> {
-        Served::start(&socket_path(state_dir), guests, router(api)).await.map(Self)
+        let lender = Lender { settings: Arc::clone(&api.settings), world: api.world.clone(), desk: Arc::default() };
+        let lends = api.lends;
+        let mut app = router(api);
+        // WAL is given in clear: to whom the kernel vouches for, and never over a network.
+        if lends {
+            app = app.merge(Router::new().route("/v1/wal/{target}/files/{name}", get(lend)).with_state(lender));
+        }
+        Served::start(&socket_path(state_dir), guests, app).await.map(Self)
     }
 
     /// Stops answering and removes the socket.

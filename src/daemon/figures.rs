@@ -17,10 +17,12 @@ use tracing::subscriber::NoSubscriber;
 use crate::app::{self, Role, World};
 use crate::config::Settings;
 use crate::daemon::pager::Pager;
+use crate::daemon::rebase::Rebase;
 use crate::daemon::standing::Standing;
 use crate::jobs::Target;
 use crate::jobs::metrics::receivers::{self, Positions};
 use crate::jobs::metrics::{self, slots};
+use crate::jobs::wal::{Position, State};
 use crate::model::run::{Outcome, Run};
 use crate::model::schedule::{Job, Schedule};
 use crate::model::{Clock, Result, TargetName};
@@ -94,7 +96,7 @@ impl Figures {
     fn count(&self, [schedule, target, kind]: [&str; 3], outcome: Outcome, slots: f64) {
         let outcome = outcome.as_str();
         self.meters.add(&table::SCHEDULE_RUNS, [schedule, target, kind, outcome], slots);
-        if kind == Job::Backup.as_str() {
+        if [Job::Backup, Job::Dump, Job::Files].iter().any(|job| job.as_str() == kind) {
             self.meters.add(&table::BACKUP_RUNS, [target, outcome], slots);
         }
     }
@@ -108,6 +110,13 @@ impl Figures {
 
     fn asked(&self, positions: Positions, now: Duration) {
         let mut live = lock(&self.live);
+        let has_gap = |positions: &Positions, target| {
+            positions.get(target).is_some_and(|position: &Position| position.state == State::Gap)
+        };
+        if positions.keys().any(|target| has_gap(&positions, target) && !has_gap(&live.positions, target)) {
+            // What it ends, and what is done about it, the regions say.
+            self.recorded.notify_one();
+        }
         receivers::count(&live.positions, &positions, &self.meters);
         let flowing = positions.iter().filter(|(_, position)| receivers::flows(position));
         live.flowed.extend(flowing.map(|(target, _)| (target.clone(), now)));
@@ -130,7 +139,7 @@ impl Reading {
         (settings, role, streams): (&Arc<Settings>, Role, bool),
         world: &World,
         figures: &Arc<Figures>,
-        pager: &Arc<Pager>,
+        (pager, rebase): (&Arc<Pager>, Rebase),
     ) -> Result<Self> {
         let targets = app::targets(settings)?;
         if streams {
@@ -140,7 +149,7 @@ impl Reading {
         let (settings, world) = (Arc::clone(settings), world.clone());
         let (figures, pager) = (Arc::clone(figures), Arc::clone(pager));
         let task = task::spawn("figures", async move {
-            let slow = keep_reading(&settings, role, &world, (&figures, &pager));
+            let slow = keep_reading(&settings, role, &world, (&figures, &pager, &rebase));
             join(slow, keep_asking(&targets, world.clock.as_ref(), &figures, &pager)).await;
         });
         Ok(Self { task })
@@ -162,7 +171,12 @@ async fn keep_asking(targets: &[Target], clock: &dyn Clock, figures: &Figures, p
     }
 }
 
-async fn keep_reading(settings: &Settings, role: Role, world: &World, (figures, pager): (&Figures, &Pager)) {
+async fn keep_reading(
+    settings: &Settings,
+    role: Role,
+    world: &World,
+    (figures, pager, rebase): (&Figures, &Pager, &Rebase),
+) {
     let (mut weigh_at, mut failing) = (Duration::ZERO, false);
     loop {
         let began = world.clock.monotonic();
@@ -174,6 +188,8 @@ async fn keep_reading(settings: &Settings, role: Role, world: &World, (figures, 
             Ok(Ok(weighed)) => {
                 failing = false;
                 pager.gaps(&lock(&figures.read));
+                let now = world.clock.monotonic();
+                rebase.look(&lock(&figures.read), &figures.standing.schedules(), now);
                 if weighed {
                     weigh_at = began + WEIGH_EVERY.max(took * 10 * REST);
                 }

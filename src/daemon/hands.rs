@@ -31,6 +31,8 @@ use crate::observe::task;
 const SPREAD_AGAIN: Duration = Duration::from_secs(30);
 /// How often a write into the state directory is repeated that failed.
 const WRITE_AGAIN: Duration = Duration::from_secs(5);
+/// How often it is looked whether anything can be written there.
+const LOOK_AGAIN: Duration = Duration::from_secs(60);
 /// How long a daemon that goes still tries.
 const LAST_SPREAD: Duration = Duration::from_secs(15);
 
@@ -53,6 +55,10 @@ pub(super) struct Hands {
     recorded: Arc<Notify>,
     spreader: JoinHandle<()>,
     observers: Observers,
+    /// Why the state directory takes nothing.
+    unwritten: Option<String>,
+    /// When it was written last, or could not be.
+    written: Option<Duration>,
 }
 
 impl Hands {
@@ -61,6 +67,8 @@ impl Hands {
         let spreading = keep_spreading(Arc::clone(&settings), world.clone(), Arc::clone(&log), Arc::clone(&recorded));
         let spreader = task::spawn("run-spreader", spreading);
         Self {
+            unwritten: None,
+            written: None,
             settings,
             world,
             log,
@@ -89,6 +97,26 @@ impl Hands {
 
     pub(super) const fn world(&self) -> &World {
         &self.world
+    }
+
+    /// Why what was done last would not outlive this process.
+    pub(super) fn unwritten(&self) -> Option<&str> {
+        self.unwritten.as_deref()
+    }
+
+    /// Finds out whether the state directory can be written, before a slot needs it.
+    pub(super) async fn tend(&mut self) -> Result<()> {
+        let now = self.world.clock.monotonic();
+        if self.written.is_some_and(|written| now.saturating_sub(written) < self.soonest()) {
+            return Ok(());
+        }
+        let log = Arc::clone(&self.log);
+        self.durably(move || log.flush()).await
+    }
+
+    /// How soon [`Self::tend`] has something to do again.
+    pub(super) const fn soonest(&self) -> Duration {
+        if self.unwritten.is_some() { WRITE_AGAIN } else { LOOK_AGAIN }
     }
 
     /// Does all of it, in order.
@@ -145,29 +173,30 @@ impl Hands {
         }
     }
 
-    /// Writes into the state directory, as often as it takes: a full disk is no reason to stop streaming WAL, and whatever
-    /// comes next may only be done when this is durable. A daemon that is killed meanwhile loses nothing.
-    async fn durably(&self, write: impl Fn() -> Result<()> + Send + Sync + 'static) -> Result<()> {
-        let write = Arc::new(write);
-        loop {
-            let once = Arc::clone(&write);
-            let written = tokio::task::spawn_blocking(move || once()).await;
-            match written.map_err(|error| Error::failed("a record could not be written").because(error))? {
-                Ok(()) => return Ok(()),
-                Err(error) => tracing::error!(%error, "the state directory cannot be written; schedules wait for it"),
-            }
-            tokio::time::sleep(WRITE_AGAIN).await;
-            // It waits, and does not hang.
-            self.observers.standing.beat();
+    /// Writes into the state directory. It is a cache: one that is full or gone holds up no job, and the outcome goes to
+    /// the regions all the same. It is told, because a daemon that is killed meanwhile has forgotten what ran.
+    async fn durably(&mut self, write: impl FnOnce() -> Result<()> + Send + 'static) -> Result<()> {
+        let written = tokio::task::spawn_blocking(write).await;
+        let written = written.map_err(|error| Error::failed("a record could not be written").because(error))?;
+        self.written = Some(self.world.clock.monotonic());
+        let trouble = written.err().map(|error| error.to_string());
+        match (&self.unwritten, &trouble) {
+            (None, Some(why)) => tracing::error!(why, "the state directory cannot be written; jobs run without it"),
+            (Some(_), None) => tracing::info!("the state directory is written again"),
+            _ => {}
         }
+        self.observers.standing.state_dir(trouble.clone());
+        self.observers.pager.state_dir(trouble.as_deref());
+        self.unwritten = trouble;
+        Ok(())
     }
 
-    async fn note(&self, open: Open) -> Result<()> {
+    async fn note(&mut self, open: Open) -> Result<()> {
         let log = Arc::clone(&self.log);
         self.durably(move || log.note(&open)).await
     }
 
-    async fn record(&self, run: Run) -> Result<()> {
+    async fn record(&mut self, run: Run) -> Result<()> {
         tell(&run);
         let log = Arc::clone(&self.log);
         self.observers.figures.recorded(&run);
@@ -200,6 +229,7 @@ impl Hands {
         self.jobs.push(Box::pin(async move {
             let end = match handle.await {
                 Ok(Ok(Done { outcome, detail })) => End::Done(outcome, detail),
+                Ok(Err(error)) if error.kind() == Kind::Busy => End::Busy(error.to_string()),
                 Ok(Err(error)) => End::Failed(error.to_string()),
                 Err(error) => End::Failed(format!("the job stopped at a fault of its own: {error}")),
             };
@@ -217,20 +247,15 @@ impl Drop for Hands {
 
 /// One attempt opens everything anew: a region that was away an hour ago is back, and a password that was changed is read.
 async fn attempt(settings: &Settings, world: &World, work: &Work, going: impl FnOnce(Progress) + Send) -> Result<Done> {
-    let role = match work {
-        Work::Backup { .. } | Work::Dump { .. } | Work::Files { .. } => Role::Write,
-        Work::Verify { .. } | Work::Drill { .. } => Role::Restore,
-        Work::Repair { .. } => {
-            // A directory that vanished is a region that was lost: repair makes it anew and fills it.
-            app::create_directories(settings).await?;
-            Role::Write
+    let context = match work {
+        // A region that is gone is not made anew here: only somebody who looks can tell it from one that is not mounted.
+        Work::Backup { .. } | Work::Dump { .. } | Work::Files { .. } | Work::Repair { .. } => {
+            app::context(settings, Role::Write, world).await?
         }
+        Work::Verify { .. } => app::context(settings, Role::Restore, world).await?,
+        Work::Drill { .. } => app::drill_context(settings, world).await?,
+        Work::Prune => app::context(settings, Role::Prune, world).await?,
     };
-    let mut context = app::context(settings, role, world).await?;
-    if matches!(work, Work::Drill { .. }) {
-        // Its report is signed and sealed, on behalf of whoever restores.
-        context.writer = Some(app::writer(settings, role, world).await?);
-    }
     going(context.progress.clone());
     work::run(&context, work).await
 }

@@ -3,10 +3,10 @@
 //! | request | answer |
 //! |---|---|
 //! | `GET /healthz` | 200 while the loop turns, else 503 with the reason: restart it |
-//! | `GET /readyz` | 200 when the scheduler has started and enough regions answer, else 503 with the reasons |
+//! | `GET /readyz` | 200 when the scheduler runs, its state can be written and enough regions answer, else 503 and why |
 //! | `GET /metrics` | the text format of Prometheus |
 //!
-//! What is asked here is answered from memory.
+//! What is asked here is answered from memory. `listener` bounds how many connections there are, and how long they last.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -17,16 +17,16 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::daemon::figures::Figures;
+use crate::daemon::listener::{self, Bounds};
 use crate::daemon::standing::Standing;
 use crate::model::{Error, Result};
 use crate::observe::task;
 
-/// How long a client that keeps its connection open can delay the end.
+/// How long a client that is being answered can delay the end.
 const LAST_ANSWER: Duration = Duration::from_secs(1);
 
 /// Answers until it is stopped.
@@ -39,8 +39,7 @@ impl Http {
     /// Listens on `address`. `more` is served beside the probes and guards itself: these need no token, it may.
     pub(super) async fn start(address: SocketAddr, known: Known, more: Router) -> Result<Self> {
         let cannot = |error| Error::failed(format!("listen on {address}")).because(error);
-        let listener = TcpListener::bind(address).await.map_err(cannot)?;
-        let address = listener.local_addr().map_err(cannot)?;
+        let (listener, address) = listener::bind(address).await.map_err(cannot)?;
         let app = Router::new()
             .route("/healthz", get(healthz))
             .route("/readyz", get(readyz))
@@ -48,12 +47,7 @@ impl Http {
             .with_state(known)
             .merge(more);
         let stop = CancellationToken::new();
-        let serve = axum::serve(listener, app).with_graceful_shutdown(stop.clone().cancelled_owned());
-        let task = task::spawn("daemon-http", async move {
-            if let Err(error) = serve.await {
-                tracing::error!(%error, "the daemon's TCP listener failed");
-            }
-        });
+        let task = task::spawn("daemon-http", listener::serve(listener, app, Bounds::DAEMON, stop.clone()));
         tracing::info!(%address, "answers /healthz, /readyz and /metrics");
         Ok(Self { stop, task })
     }

@@ -1,8 +1,9 @@
 //! The sign of life: given while this daemon does what it is for, and only then.
 //!
-//! Alive is a loop that turns, and WAL of every target that is streamed here that has flowed into the regions at some
-//! time in the last ten minutes. A server that is stopped for longer, regions that hold acknowledgement for longer, or a
-//! receiver that cannot begin: none of that is life, because what is written meanwhile is in one place only.
+//! Alive is a loop that turns, a state directory that can be written, and WAL of every target that is streamed here that
+//! has flowed into the regions at some time in the last ten minutes. A server that is stopped for longer, regions that
+//! hold acknowledgement for longer, or a receiver that cannot begin: none of that is life, because what is written
+//! meanwhile is in one place only.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -34,7 +35,8 @@ impl Life {
         let task = task::spawn("dead-man", async move {
             let mut silent = false;
             loop {
-                let trouble = standing.dead().or_else(|| still(&figures.stuck(clock.monotonic(), LONGEST_STILL)));
+                let trouble = standing.dead().or_else(|| standing.forgetful());
+                let trouble = trouble.or_else(|| still(&figures.stuck(clock.monotonic(), LONGEST_STILL)));
                 let told = match &trouble {
                     Some(why) => Err(why.clone()),
                     None => switch.ping().await.map_err(|error| error.to_string()),

@@ -4,6 +4,7 @@
 //! `control` answers people on this host, `http` probes and Prometheus. `standing` and `figures` are what they are answered
 //! from, `pager` and `life` tell people outside, `supervisor` the service manager. What was decided is durable in the state
 //! directory before it is done, so that a daemon that is killed leaves every slot with an outcome for the next one to tell.
+//! A state directory that cannot be written stops no job; it is a problem that pages.
 
 pub mod control;
 mod figures;
@@ -11,7 +12,9 @@ mod gate;
 mod hands;
 mod http;
 mod life;
+mod listener;
 mod pager;
+mod rebase;
 pub mod scheduler;
 #[cfg(test)]
 mod simulation;
@@ -34,6 +37,7 @@ use crate::daemon::hands::{Hands, Observers};
 use crate::daemon::http::Http;
 use crate::daemon::life::Life;
 use crate::daemon::pager::Pager;
+use crate::daemon::rebase::Rebase;
 use crate::daemon::scheduler::{Known, Now, Scheduler, is_believable};
 use crate::daemon::standing::{Standing, Watch};
 use crate::daemon::streams::Streams;
@@ -41,10 +45,12 @@ use crate::daemon::supervisor::Supervisor;
 use crate::jobs::runs::{self, Memory, RunLog};
 use crate::jobs::socket::Guests;
 use crate::model::schedule::{Job, Schedule};
-use crate::model::{Result, ResultExt};
+use crate::model::{Error, Result, ResultExt};
 
 /// How long a start waits for regions to tell which slots were recorded.
 const RECALL_LIMIT: Duration = Duration::from_secs(30);
+/// How long a folder of schedules may take to be read.
+const SCHEDULES_LIMIT: Duration = Duration::from_secs(10);
 /// How long a daemon that goes waits for notices to arrive.
 const LAST_NOTICE: Duration = Duration::from_secs(10);
 
@@ -71,6 +77,11 @@ impl Options {
         self.only.is_empty() || self.only.contains(&job)
     }
 
+    /// Whether jobs of this process use the credentials and keys of the role restore.
+    fn restores(&self) -> bool {
+        [Job::Drill, Job::Verify].into_iter().any(|job| self.wants(job))
+    }
+
     /// On whose behalf regions are asked how they are.
     fn role(&self) -> Role {
         let writes = [Job::Wal, Job::Backup, Job::Repair].into_iter().any(|job| self.wants(job));
@@ -81,15 +92,15 @@ impl Options {
 /// Runs until it is told to stop.
 ///
 /// # Errors
-/// The schedules are wrong, another daemon has the state directory, or that directory cannot be written: a daemon that
-/// cannot keep its promises stops rather than run on.
+/// The schedules are wrong, another daemon has the state directory, or that directory cannot be made or read.
 pub async fn run(settings: Settings, options: Options, world: World, wishes: mpsc::Receiver<Wish>) -> Result<()> {
-    let schedules = chosen(&settings, &options)?;
+    let schedules = chosen(&settings, &options).await?;
     let guests = Guests::named(&settings.daemon.allow)?;
     let (log, memory) = RunLog::open(&settings.repository.state_dir)?;
     let (sender, asks) = mpsc::channel(16);
-    let api = Api::new(sender, &settings, options.role(), &world);
-    let observer = Observer::start((&settings, &options), &world, &schedules, api.clone()).await?;
+    let rebase = Rebase::new(sender.clone());
+    let api = Api::new(sender, &settings, (options.role(), options.restores()), &world);
+    let observer = Observer::start((&settings, &options), &world, &schedules, (api.clone(), rebase)).await?;
     let streams = Streams::start(&settings, &world, options.wants(Job::Wal));
     let memory = recall(&settings, &world, memory).await;
     tracing::info!(schedules = schedules.len(), streams = streams.count(), "the daemon works");
@@ -132,7 +143,7 @@ impl Observer {
         (settings, options): (&Settings, &Options),
         world: &World,
         schedules: &[Schedule],
-        api: Api,
+        (api, rebase): (Api, Rebase),
     ) -> Result<Self> {
         let settings = Arc::new(settings.clone());
         let standing = Arc::new(Standing::new(&settings, Arc::clone(&world.clock)));
@@ -151,7 +162,7 @@ impl Observer {
         Ok(Self {
             http,
             _watch: Watch::start(&settings, role, world, &standing),
-            _reading: Reading::start((&settings, role, options.wants(Job::Wal)), world, &figures, &pager)?,
+            _reading: Reading::start((&settings, role, options.wants(Job::Wal)), world, &figures, (&pager, rebase))?,
             _life: Life::start(&settings, world, &standing, &figures),
             standing,
             figures,
@@ -198,8 +209,9 @@ impl Daemon {
         loop {
             let actions = self.scheduler.tick(self.now());
             self.hands.act(actions).await?;
+            self.hands.tend().await?;
             self.turned();
-            let idle = self.scheduler.idle(self.now());
+            let idle = self.scheduler.idle(self.now()).min(self.hands.soonest());
             tokio::select! {
                 () = tokio::time::sleep(idle) => {}
                 Some((open, end)) = self.hands.ended() => {
@@ -215,7 +227,8 @@ impl Daemon {
         }
     }
 
-    /// What was asked for is durable before the answer goes out. Whoever asked may be gone, which changes nothing.
+    /// What was asked for is durable before the answer goes out, or the answer says that it is not. Whoever asked may be
+    /// gone, which changes nothing.
     async fn answer(&mut self, ask: Ask) -> Result<()> {
         let now = self.now();
         match ask {
@@ -234,7 +247,10 @@ impl Daemon {
             Ask::Pause(schedule, pause, answer) => {
                 let paused = self.scheduler.pause(&schedule, pause, now);
                 let answered = match paused {
-                    Ok(actions) => self.hands.act(actions).await.map(|()| Ok(()))?,
+                    Ok(actions) => {
+                        self.hands.act(actions).await?;
+                        self.hands.unwritten().map_or(Ok(()), |why| Err(unkept(why)))
+                    }
                     Err(error) => Err(error),
                 };
                 let _ = answer.send(answered);
@@ -245,7 +261,7 @@ impl Daemon {
 
     async fn reload(&mut self) -> Result<()> {
         self.supervisor.reloading();
-        match chosen(self.hands.settings(), &self.options) {
+        match chosen(self.hands.settings(), &self.options).await {
             Ok(schedules) => {
                 tracing::info!(schedules = schedules.len(), "the schedules were read again");
                 self.standing.reloaded(Some(&schedules));
@@ -302,19 +318,37 @@ impl Daemon {
     }
 }
 
+fn unkept(why: &str) -> Error {
+    let error = Error::failed("it is done, and a restart of the daemon forgets it").because(why);
+    error.hint("make room in [repository] state_dir, and ask again")
+}
+
 fn now(world: &World) -> Now {
     Now { wall: world.clock.now(), monotonic: world.clock.monotonic() }
 }
 
 /// The schedules of this process. The folder counts as a whole, whichever jobs are wanted here; streaming alone needs
 /// none, and no mistake in it can hold it up.
-fn chosen(settings: &Settings, options: &Options) -> Result<Vec<Schedule>> {
+async fn chosen(settings: &Settings, options: &Options) -> Result<Vec<Schedule>> {
     if options.only.iter().eq([&Job::Wal]) {
         return Ok(Vec::new());
     }
-    let mut schedules = load_schedules(settings)?;
+    let mut schedules = read_schedules(settings).await?;
     schedules.retain(|schedule| options.wants(schedule.work.job()));
     Ok(schedules)
+}
+
+/// Reads the folder beside the loop: a file system that hangs must not stop it.
+async fn read_schedules(settings: &Settings) -> Result<Vec<Schedule>> {
+    let dir = settings.schedules.dir.display().to_string();
+    let copy = settings.clone();
+    let reading = tokio::task::spawn_blocking(move || load_schedules(&copy));
+    let cannot = || Error::failed(format!("the schedules of {dir} cannot be read"));
+    match tokio::time::timeout(SCHEDULES_LIMIT, reading).await {
+        Ok(Ok(read)) => Ok(read?),
+        Ok(Err(error)) => Err(cannot().because(error)),
+        Err(_) => Err(cannot().because(format!("they were not read within {} s", SCHEDULES_LIMIT.as_secs()))),
+    }
 }
 
 /// What the regions know beyond the state directory, which may be a new one.

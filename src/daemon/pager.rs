@@ -52,6 +52,16 @@ impl Pager {
         }
     }
 
+    /// Whether the state directory can be written; why not.
+    pub(super) fn state_dir(&self, trouble: Option<&str>) {
+        let problem = "state-directory";
+        let title = "the state directory cannot be written: a restart forgets what ran";
+        match trouble {
+            Some(why) => self.raise(Occasion::State, problem, title, why),
+            None => self.resolve(problem, "it is written again"),
+        }
+    }
+
     /// How the regions and the receivers of this host stand.
     pub(super) fn look(&self, regions: &BTreeMap<RegionName, Answer>, positions: &Positions, now: Duration) {
         for (region, answer) in regions {
@@ -94,7 +104,7 @@ impl Pager {
     }
 
     fn gap(&self, target: &str, why: &str) {
-        let title = format!("WAL of {target} is missing: nothing behind the gap can be restored");
+        let title = format!("WAL of {target} has a gap: nothing behind it can be restored");
         let text = format!("{why}\ntake a new base backup now: drctl backup {target}");
         self.raise(Occasion::Gaps, &format!("gap/{target}"), &title, text.trim());
     }
@@ -119,5 +129,61 @@ impl Pager {
     fn tell(&self, problem: &str, resolved: bool, (title, text): (&str, &str)) {
         let told = verdict::page(problem, resolved, (title, text), (self.world.clock.now(), app::host_name()));
         self.world.courier.tell(&told);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::jobs::wal::Position;
+
+    #[test]
+    fn a_full_state_directory_is_one_problem_until_it_is_written_again() {
+        let state = tempfile::tempdir().unwrap();
+        let pager = Pager::new(BTreeSet::from([Occasion::State]), &state.path().join("gone"), World::real());
+        let since = || pager.problems.lock().unwrap().since("state-directory");
+        pager.state_dir(Some("no space left"));
+        let told = since();
+        assert!(told.is_some());
+        pager.state_dir(Some("no space left"));
+        assert_eq!(since(), told, "the same problem, told once");
+        pager.state_dir(None);
+        assert_eq!(since(), None);
+    }
+
+    /// The receiver goes on telling of a gap that it met; a backup behind it ends the matter all the same, once.
+    #[test]
+    fn a_gap_is_one_problem_until_a_backup_is_behind_it() {
+        let state = tempfile::tempdir().unwrap();
+        let pager = Pager::new(BTreeSet::from([Occasion::Gaps]), state.path(), World::real());
+        let position = serde_json::json!({
+            "target": "ledger", "state": "gap", "received_lsn": "0/3000000", "durable_lsn": "0/3000000",
+            "regions": [], "last_error": "the server removed it",
+        });
+        let position: Position = serde_json::from_value(position).unwrap();
+        let positions = Positions::from([(position.target.clone(), position)]);
+        let look = || pager.look(&BTreeMap::new(), &positions, Duration::ZERO);
+        let read = |gaps: f64| {
+            let mut page = Page::default();
+            page.set(&table::WAL_GAPS, ["ledger"], gaps);
+            pager.gaps(&page);
+        };
+        let since = || pager.problems.lock().unwrap().since("gap/ledger");
+        look();
+        let told = since();
+        assert!(told.is_some());
+        for _ in 0..3 {
+            read(1.0);
+            look();
+            assert_eq!(since(), told, "the same problem, told once");
+        }
+        read(0.0);
+        for _ in 0..3 {
+            look();
+            assert_eq!(since(), None, "what is over does not begin again");
+            read(0.0);
+        }
+        read(1.0);
+        assert!(since().is_some_and(|again| Some(again) > told), "another gap is another problem");
     }
 }

@@ -43,6 +43,8 @@ struct Known {
     /// Whether the schedules that were read last are in use, and when those in use were read.
     reload: Option<(bool, DateTime<Utc>)>,
     regions: BTreeMap<RegionName, Answer>,
+    /// Why the state directory cannot be written.
+    state_dir: Option<String>,
 }
 
 /// What a region said when it was asked last.
@@ -67,11 +69,6 @@ impl Standing {
 
     fn known(&self) -> MutexGuard<'_, Known> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The loop waits for something that it knows, and does not hang.
-    pub(super) fn beat(&self) {
-        self.known().turned = self.clock.monotonic();
     }
 
     /// The loop has turned, and its schedules stand so.
@@ -101,6 +98,17 @@ impl Standing {
         self.known().regions.clone()
     }
 
+    /// Whether the state directory could be written just now; why not.
+    pub(super) fn state_dir(&self, trouble: Option<String>) {
+        self.known().state_dir = trouble;
+    }
+
+    /// Why nothing that happens now would be known to the next process.
+    pub(super) fn forgetful(&self) -> Option<String> {
+        let why = self.known().state_dir.clone()?;
+        Some(format!("the state directory cannot be written: {why}"))
+    }
+
     fn answered(&self, region: &RegionName, trouble: Option<String>) {
         let now = self.clock.monotonic();
         let mut known = self.known();
@@ -121,7 +129,7 @@ impl Standing {
 
     /// What keeps it from doing its work; nothing = it is ready.
     pub(super) fn unready(&self) -> Vec<String> {
-        let mut reasons: Vec<_> = self.dead().into_iter().collect();
+        let mut reasons: Vec<_> = self.dead().into_iter().chain(self.forgetful()).collect();
         let known = self.known();
         if known.turned_at.is_none() {
             reasons.push("the scheduler has not started".to_owned());
@@ -155,7 +163,7 @@ impl Standing {
             page.set(&table::SCHEDULE_PAUSED, labels, flag(view.paused.is_some()));
             page.set(&table::SCHEDULE_RUNNING, labels, flag(view.running.is_some()));
             page.set_time(&table::SCHEDULE_NEXT_RUN, labels, view.next);
-            if view.job == Job::Backup {
+            if matches!(view.job, Job::Backup | Job::Dump | Job::Files) {
                 let other = page.get(&table::BACKUP_IN_PROGRESS, [target]).unwrap_or_default();
                 page.set(&table::BACKUP_IN_PROGRESS, [target], flag(view.running.is_some()).max(other));
             }
@@ -250,5 +258,11 @@ mod tests {
         assert!(standing.dead().is_some_and(|why| why.contains("61 s")));
         standing.turn(Vec::new());
         assert_eq!(standing.dead(), None);
+        answer("b", None);
+        standing.state_dir(Some("no space left".to_owned()));
+        assert_eq!(standing.unready(), ["the state directory cannot be written: no space left"]);
+        assert_eq!(standing.dead(), None, "to start it again would not help");
+        standing.state_dir(None);
+        assert_eq!(standing.unready(), Vec::<String>::new());
     }
 }

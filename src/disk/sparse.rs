@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use rustix::fs::OFlags;
+use rustix::fs::{FallocateFlags, OFlags, fallocate};
 
 use super::{At, DiskError};
 
@@ -81,6 +81,36 @@ impl TargetFile {
     /// Also if the file ends before the buffer is full.
     pub fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> Result<(), DiskError> {
         self.file.read_exact_at(buffer, offset).at("read", &self.path)
+    }
+
+    /// Fills the whole buffer from an offset; what lies behind the end of the file reads as zeros.
+    ///
+    /// # Errors
+    /// The disk fails.
+    pub fn read_or_zeros(&self, buffer: &mut [u8], offset: u64) -> Result<(), DiskError> {
+        let mut got = 0;
+        while let Some(rest) = buffer.get_mut(got..).filter(|rest| !rest.is_empty()) {
+            match self.file.read_at(rest, offset + got as u64) {
+                Ok(0) => break,
+                Ok(count) => got += count,
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error).at("read", &self.path),
+            }
+        }
+        buffer[got..].fill(0);
+        Ok(())
+    }
+
+    /// Makes bytes zeros, and gives their space back where the file system can.
+    ///
+    /// # Errors
+    /// It can neither do that nor write zeros.
+    pub fn clear(&self, offset: u64, length: usize) -> Result<(), DiskError> {
+        let hole = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);
+        match fallocate(&self.file, hole, offset, length as u64) {
+            Ok(()) => Ok(()),
+            Err(_) => self.write_all_at(&vec![0; length], offset),
+        }
     }
 
     /// Makes contents and size durable; the name needs [`super::place::sync_dir`].
@@ -176,6 +206,23 @@ mod tests {
         assert!(file.read_exact_at(&mut read, (1 << 20) - 3).is_err());
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o640);
         assert_eq!(file.size().unwrap(), 1 << 20);
+    }
+
+    #[test]
+    fn cleared_bytes_are_zeros_and_the_end_reads_as_zeros() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("16384");
+        let file = TargetFile::create(&path, 0o600).unwrap();
+        file.write_all_at(&[7; 3 * 8192], 0).unwrap();
+        file.clear(8192, 8192).unwrap();
+        let bytes = fs::read(&path).unwrap();
+        assert_eq!(bytes.len(), 3 * 8192);
+        for (page, expected) in [(0, 7), (1, 0), (2, 7)] {
+            assert!(bytes[page * 8192..][..8192].iter().all(|byte| *byte == expected), "page {page}");
+        }
+        let mut read = [1; 16];
+        file.read_or_zeros(&mut read, 3 * 8192 - 4).unwrap();
+        assert_eq!(read, [7, 7, 7, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
     }
 
     #[test]

@@ -1,9 +1,11 @@
 //! What every job works with. Built once by `app`; a job sees no bucket and no key.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::model::retention::Rules;
 use crate::model::{Clock, Error, Result, Rng, TargetName};
 use crate::notify::Courier;
 use crate::observe::metrics::Meters;
@@ -11,7 +13,8 @@ use crate::observe::progress::Progress;
 use crate::pg::conninfo::ConnInfo;
 use crate::repository::handle::{Repository, Writer};
 use crate::repository::keysets::KeyRing;
-use crate::source::postgres::Method;
+use crate::repository::prune::Limits;
+use crate::source::postgres::{Lender, Method};
 use crate::source::{StreamSource, dump, files};
 
 /// The hands of a job.
@@ -27,6 +30,10 @@ pub struct Context {
     pub targets: Vec<Target>,
     /// Everything else that it protects.
     pub streamed: Vec<Streamed>,
+    /// What is kept of each target; of one that is not named everything.
+    pub retention: BTreeMap<TargetName, Rules>,
+    /// What bounds a prune.
+    pub prune: Limits,
     /// zstd levels.
     pub levels: Levels,
     /// Bytes that a pack stays within.
@@ -82,8 +89,14 @@ pub struct Target {
     pub conninfo: ConnInfo,
     /// How base backups are read.
     pub method: Method,
+    /// How base backups find what changed.
+    pub detection: Detection,
+    /// After this time a base backup stores every page again.
+    pub full_every: Duration,
     /// The data directory, if it is not the one that the server names.
     pub data_dir: Option<PathBuf>,
+    /// A standby on this host whose files are read instead of the primary's.
+    pub standby: Option<Lender>,
     /// Its replication slot.
     pub slot: String,
     /// The longest that WAL waits before it is shipped.
@@ -108,6 +121,33 @@ pub struct Target {
     pub heartbeat_database: String,
     /// What holds in every good copy of it.
     pub assertions: Vec<Assertion>,
+}
+
+/// How a base backup finds the pages that changed since its parent.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Detection {
+    /// It reads every page and compares.
+    #[default]
+    Read,
+    /// It reads those that WAL says changed: the receiver's journal, else PostgreSQL's summaries; every page where neither
+    /// can say.
+    Auto,
+    /// The same with the receiver's journal alone.
+    Wal,
+    /// The same with PostgreSQL's summaries alone.
+    Summaries,
+}
+
+impl Detection {
+    /// Whether a receiver notes which pages change.
+    pub const fn reads_wal(self) -> bool {
+        matches!(self, Self::Auto | Self::Wal)
+    }
+
+    /// Whether PostgreSQL's summaries of WAL are asked.
+    pub const fn reads_summaries(self) -> bool {
+        matches!(self, Self::Auto | Self::Summaries)
+    }
 }
 
 /// A protected thing that is read as streams.

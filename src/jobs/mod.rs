@@ -11,7 +11,9 @@ pub mod init;
 pub mod keys;
 pub mod list;
 pub mod metrics;
+pub mod pin;
 pub mod problems;
+pub mod prune;
 pub mod reach;
 pub mod repair;
 pub mod reports;
@@ -29,4 +31,4 @@ pub mod work;
 #[cfg(test)]
 mod tests;
 
-pub use context::{Assertion, Context, Levels, Objectives, ScratchPlace, Streamed, Target, What};
+pub use context::{Assertion, Context, Detection, Levels, Objectives, ScratchPlace, Streamed, Target, What};

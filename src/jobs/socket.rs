@@ -2,13 +2,13 @@
 //! user and root may ask, and whoever the configuration invites.
 
 use std::io::ErrorKind;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use axum::Router;
 use axum::extract::connect_info::{ConnectInfo, Connected};
 use axum::extract::{Request, State};
-use axum::http::{Request as HttpRequest, StatusCode};
+use axum::http::{Request as HttpRequest, Response as HttpResponse, StatusCode};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::serve::IncomingStream;
@@ -16,11 +16,13 @@ use axum::{Json, body::Body};
 use bytes::Bytes;
 use futures::StreamExt as _;
 use http_body_util::{BodyExt, Limited};
+use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::model::{Error, Kind, Result, ResultExt};
 use crate::observe::task;
@@ -92,7 +94,7 @@ pub fn reply<T: Serialize>(answer: Result<T>) -> Response {
         Err(error) => {
             let status = match error.kind() {
                 Kind::NotFound => StatusCode::NOT_FOUND,
-                Kind::Refused | Kind::Damaged => StatusCode::CONFLICT,
+                Kind::Refused | Kind::Busy | Kind::Damaged => StatusCode::CONFLICT,
                 Kind::Usage => StatusCode::BAD_REQUEST,
                 _ => StatusCode::SERVICE_UNAVAILABLE,
             };
@@ -164,9 +166,7 @@ impl Drop for Served {
 async fn listen(path: &Path, guests: &Guests) -> Result<UnixListener> {
     let listener = match UnixListener::bind(path) {
         Err(error) if error.kind() == ErrorKind::AddrInUse => {
-            if UnixStream::connect(path).await.is_ok() {
-                return Err(Error::refused("another process answers there"));
-            }
+            refuse_all_but_dead(path).await?;
             std::fs::remove_file(path)
                 .map_err(|error| Error::failed("a dead socket cannot be removed").because(error))?;
             UnixListener::bind(path)
@@ -179,6 +179,21 @@ async fn listen(path: &Path, guests: &Guests) -> Result<UnixListener> {
     let mode = if guests.uids.is_empty() { 0o600 } else { 0o666 };
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).map_err(cannot)?;
     Ok(listener)
+}
+
+/// What stands at `path` may go only if it is a socket, and nobody is behind it.
+async fn refuse_all_but_dead(path: &Path) -> Result<()> {
+    let found = std::fs::symlink_metadata(path);
+    let found = found.map_err(|error| Error::refused("what stands there is not known").because(error))?;
+    if !found.file_type().is_socket() {
+        let error = Error::refused("what stands there is no socket, and stays");
+        return Err(error.hint("name another place for the socket, or move away what is there"));
+    }
+    match UnixStream::connect(path).await {
+        Ok(_) => Err(Error::refused("another process answers there")),
+        Err(error) if error.kind() == ErrorKind::ConnectionRefused => Ok(()),
+        Err(error) => Err(Error::refused("whether another process answers there is not known").because(error)),
+    }
 }
 
 /// Who is at the other end, as the kernel says.
@@ -229,37 +244,106 @@ pub async fn ask(socket: &Path, method: &str, path: &str, body: Vec<u8>) -> Resu
 /// # Errors
 /// As [`ask`].
 pub async fn send(socket: &Path, request: HttpRequest<Body>) -> Result<Option<(StatusCode, Bytes)>> {
-    let stream = match UnixStream::connect(socket).await {
-        Ok(stream) => stream,
-        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => return Ok(None),
+    match connect(socket).await? {
+        Some(stream) => exchange(TokioIo::new(stream), request).await.map(Some),
+        None => Ok(None),
+    }
+}
+
+/// The same for an answer of any length: the body of a good one goes to `sink` as it comes, and the bytes that are
+/// returned are those of any other.
+///
+/// # Errors
+/// As [`ask`]; or what `sink` said.
+pub async fn download(
+    socket: &Path,
+    request: HttpRequest<Body>,
+    sink: &mut (dyn FnMut(&[u8]) -> Result<()> + Send),
+) -> Result<Option<(StatusCode, Bytes)>> {
+    let Some(stream) = connect(socket).await? else { return Ok(None) };
+    let (response, _driver) = respond(TokioIo::new(stream), request).await?;
+    let status = response.status();
+    if status != StatusCode::OK {
+        return Ok(Some((status, collect(response).await?)));
+    }
+    let mut body = response.into_body();
+    while let Some(frame) = body.frame().await {
+        // A body that ends before the length that was announced is an error here.
+        let frame = frame.map_err(|error| Error::failed("half an answer").because(error))?;
+        if let Some(bytes) = frame.data_ref() {
+            sink(bytes)?;
+        }
+    }
+    Ok(Some((status, Bytes::new())))
+}
+
+async fn connect(socket: &Path) -> Result<Option<UnixStream>> {
+    match UnixStream::connect(socket).await {
+        Ok(stream) => Ok(Some(stream)),
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => Ok(None),
         Err(error) => {
             let error = Error::failed("cannot connect").because(error);
-            return Err(
-                error.hint("whoever asks needs the right to search its directory, and a place in [daemon] allow")
-            );
+            Err(error.hint("whoever asks needs the right to search its directory, and a place in [daemon] allow"))
         }
-    };
-    exchange(TokioIo::new(stream), request).await.map(Some)
+    }
 }
 
 /// One request and its answer over a connection.
 ///
 /// # Errors
 /// The other end does not speak HTTP, or too much of it.
-pub async fn exchange<C>(connection: C, mut request: HttpRequest<Body>) -> Result<(StatusCode, Bytes)>
+pub async fn exchange<C>(connection: C, request: HttpRequest<Body>) -> Result<(StatusCode, Bytes)>
+where
+    C: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
+{
+    let (response, _driver) = respond(connection, request).await?;
+    Ok((response.status(), collect(response).await?))
+}
+
+/// The head of an answer; its body comes for as long as the other half lives.
+async fn respond<C>(
+    connection: C,
+    mut request: HttpRequest<Body>,
+) -> Result<(HttpResponse<Incoming>, AbortOnDropHandle<()>)>
 where
     C: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
 {
     let strange = |what: &str| Error::failed(what.to_owned());
     let handshake = hyper::client::conn::http1::handshake(connection).await;
     let (mut sender, connection) = handshake.map_err(|error| strange("no HTTP").because(error))?;
-    let driver = task::spawn("control-client", connection);
+    let driver = AbortOnDropHandle::new(task::spawn("control-client", async {
+        // Whoever reads the answer meets the same error.
+        let _ = connection.await;
+    }));
     let host = axum::http::HeaderValue::from_static("drctl");
     request.headers_mut().entry("host").or_insert(host);
     let response = sender.send_request(request).await.map_err(|error| strange("no answer").because(error))?;
-    let status = response.status();
+    Ok((response, driver))
+}
+
+async fn collect(response: HttpResponse<Incoming>) -> Result<Bytes> {
     let body = Limited::new(response.into_body(), ANSWER_LIMIT).collect().await;
-    driver.abort();
-    let body = body.map_err(|error| strange("half an answer").because(error))?.to_bytes();
-    Ok((status, body))
+    Ok(body.map_err(|error| Error::failed("half an answer").because(error))?.to_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn only_a_socket_that_nobody_answers_on_is_replaced() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        std::fs::File::create(&path).unwrap();
+        let refused = listen(&path, &Guests::default()).await.unwrap_err();
+        assert_eq!(refused.kind(), Kind::Refused, "{refused}");
+        assert!(path.is_file());
+
+        let socket = directory.path().join("t");
+        let alive = listen(&socket, &Guests::default()).await.unwrap();
+        let refused = listen(&socket, &Guests::default()).await.unwrap_err();
+        assert!(refused.to_string().contains("another process answers"), "{refused}");
+        drop(alive);
+        listen(&socket, &Guests::default()).await.unwrap();
+    }
 }

@@ -3,12 +3,15 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
+use chrono::{DateTime, TimeDelta, Utc};
 
 use crate::codec::SystemRng;
 use crate::jobs::verify::{Level, Options};
 use crate::jobs::{Context, Levels, ScratchPlace, list, repair, show, status, verify};
+use crate::model::Clock;
 use crate::notify::Courier;
 use crate::observe::progress::Progress;
 use crate::repository::mend::Scope;
@@ -25,6 +28,8 @@ async fn context(fixture: &Fixture) -> Context {
         writer: None,
         streamed: Vec::new(),
         targets: Vec::new(),
+        retention: BTreeMap::new(),
+        prune: crate::repository::prune::Limits::default(),
         levels: Levels { pages: 1, dumps: 1, wal: 1 },
         pack_size: crate::repository::pack::OBJECT_LIMIT,
         state_dir: PathBuf::new(),
@@ -203,6 +208,30 @@ async fn a_run_that_never_committed_is_an_orphan_once_a_newer_one_began() {
     let report = look(&fixture, Level::L1, false).await;
     assert!(report.is_clean() && report.beside.in_progress.is_empty());
     assert_eq!(report.beside.orphans[0].id, unfinished);
+}
+
+#[derive(Debug)]
+struct Behind(Arc<dyn Clock>);
+
+impl Clock for Behind {
+    fn now(&self) -> DateTime<Utc> {
+        self.0.now() - TimeDelta::days(1)
+    }
+
+    fn monotonic(&self) -> Duration {
+        self.0.monotonic()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backup_from_the_future_is_a_problem() {
+    let fixture = tiny(2, 2).await;
+    let mut context = context(&fixture).await;
+    let of_clock = |report: &status::Report| report.targets[0].problems.iter().any(|what| what.starts_with("clock: "));
+    assert!(!of_clock(&status::run(&context, &[]).await.unwrap()));
+    context.clock = Arc::new(Behind(Arc::clone(&context.clock)));
+    let report = status::run(&context, &[]).await.unwrap();
+    assert!(of_clock(&report) && report.is_violated(), "{report:#?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

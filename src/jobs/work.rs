@@ -1,7 +1,7 @@
 //! The one door for whoever runs jobs without being asked by a person: a job with its parameters in, what it came to out.
 
 use crate::jobs::context::Context;
-use crate::jobs::{backup, drill, repair, verify};
+use crate::jobs::{backup, drill, prune, repair, verify};
 use crate::model::run::Outcome;
 use crate::model::schedule::{Depth, Work};
 use crate::model::{Error, Kind, Result};
@@ -22,9 +22,13 @@ pub struct Done {
 /// What stopped it; or what it found, where finding something is a failure.
 pub async fn run(context: &Context, work: &Work) -> Result<Done> {
     match work {
-        Work::Backup { target, fast } => {
-            let report =
-                backup::run(context, target, backup::Options { fast: *fast, ..backup::Options::default() }).await?;
+        Work::Backup { target, fast, verify_detection } => {
+            let options = backup::Options { fast: *fast, verify_detection: *verify_detection, full: false };
+            let report = backup::run(context, target, options).await?;
+            if report.detection.is_wrong() {
+                let text = format!("{}: change detection missed pages; the backup holds them", report.backup.id);
+                return Err(Error::failed(text).hint(format!("drctl backup {target} --full; see docs/incremental.md")));
+            }
             let why = report.full_because.as_ref();
             let why = why.map_or_else(String::new, |why| format!(", full, because {why}"));
             Ok(done(report.has_debts(), format!("{}{why}", report.backup.id)))
@@ -53,11 +57,16 @@ pub async fn run(context: &Context, work: &Work) -> Result<Done> {
             drilled(&drill::run(context, &options).await?)
         }
         Work::Repair { target, region, quick } => {
-            let scope = Scope { target: target.clone(), region: region.clone(), quick: *quick, dry_run: false };
+            let (target, region) = (target.clone(), region.clone());
+            let scope = Scope { target, region, quick: *quick, dry_run: false, unattended: true };
             let report = repair::run(context, &scope).await?;
             let copied: u64 = report.regions.iter().map(|region| region.copied).sum();
             let replaced: usize = report.regions.iter().map(|region| region.replaced.len()).sum();
             Ok(done(report.has_debts(), format!("{copied} objects copied, {replaced} replaced")))
+        }
+        Work::Prune => {
+            let options = prune::Options { dry_run: false, consent: prune::Consent::Scheduled };
+            pruned(&prune::run(context, &options).await?)
         }
     }
 }
@@ -82,8 +91,27 @@ fn drilled(report: &drill::Report) -> Result<Done> {
     }
 }
 
+/// A refusal is a failure of the slot: whoever is told looks at why. An unproven backup that goes is a debt of drills.
+fn pruned(report: &prune::Report) -> Result<Done> {
+    if !report.refusals.is_empty() {
+        let error = Error::refused("nothing was pruned");
+        let error = report.refusals.iter().take(5).fold(error, Error::because);
+        return Err(error.hint("drctl prune --dry-run shows the plan and every refusal"));
+    }
+    let gone = report.swept.as_ref().map(|swept| {
+        let (backups, objects, retained) = (swept.backups.len(), swept.objects, swept.retained);
+        format!("{backups} backups and {objects} objects removed, {retained} locked; ")
+    });
+    let (unproven, waiting) = (report.alarms().count(), report.planned.amount.objects);
+    let alarm = if unproven == 0 { String::new() } else { format!("; {unproven} backups that go were never drilled") };
+    Ok(done(unproven > 0, format!("{}{waiting} objects found that nobody needs{alarm}", gone.unwrap_or_default())))
+}
+
 fn verified(report: &verify::Report) -> Result<Done> {
     let (count, level) = (report.backups.len(), report.level);
+    if report.is_of_nothing() {
+        return Err(Error::not_found("nothing was verified").because("no region holds a backup"));
+    }
     match report.is_clean() || report.has_only_debts() {
         true => Ok(done(!report.is_clean(), format!("{count} backups verified at {level:?}"))),
         false => {

@@ -130,6 +130,9 @@ pub struct Provenance {
     pub drctl: String,
     /// How the source was read: `local`, `stream`, …
     pub method: String,
+    /// How the pages were found that changed since the parent: `read`, `wal`, `summaries`; absent where there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub detection: Option<String>,
 }
 
 /// 32 bytes as 64 hex digits.

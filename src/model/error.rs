@@ -20,6 +20,8 @@ pub enum Kind {
     NotFound,
     /// Something stands in the way of the plan (a non-empty directory, a gap, a target that cannot be reached).
     Refused,
+    /// Somebody else does the same at this moment.
+    Busy,
     /// Stored bytes are not what was written.
     Damaged,
     /// No key holder could open what is sealed.
@@ -37,7 +39,7 @@ impl Kind {
     pub const fn exit_code(self) -> u8 {
         match self {
             Self::Usage => 2,
-            Self::Refused => 5,
+            Self::Refused | Self::Busy => 5,
             Self::Unknown => 75,
             Self::Failed | Self::NotFound | Self::Damaged | Self::NoKey | Self::Unavailable | Self::Cancelled => 1,
         }

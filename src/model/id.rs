@@ -134,6 +134,63 @@ name!(
     "a report id looks like ledger-261120-033000-q4x"
 );
 
+name!(
+    /// A pin or a hold: when it was made, and four random digits, as in [`PruneId`].
+    PinId,
+    "pin id",
+    |text| Stamp::parse(text).is_some(),
+    "a pin id looks like 20261120t033000z-4fa2"
+);
+name!(
+    /// A prune: the UTC time at which it began and four random hex digits. They sort by time.
+    PruneId,
+    "prune id",
+    |text| Stamp::parse(text).is_some(),
+    "a prune id looks like 20261120t033000z-4fa2"
+);
+
+const STAMP_FORMAT: &str = "%Y%m%dt%H%M%Sz";
+
+/// A time and four random digits, as text.
+struct Stamp;
+
+impl Stamp {
+    fn draw(now: DateTime<Utc>, rng: &dyn Rng) -> Result<String> {
+        Ok(format!("{}-{}", now.format(STAMP_FORMAT), random_hex(rng, 2)?))
+    }
+
+    fn parse(text: &str) -> Option<DateTime<Utc>> {
+        let (stamp, digits) = text.split_once('-')?;
+        let time = NaiveDateTime::parse_from_str(stamp, STAMP_FORMAT).ok()?.and_utc();
+        (is_hex(digits, 4) && time.format(STAMP_FORMAT).to_string() == stamp).then_some(time)
+    }
+}
+
+impl PinId {
+    /// Draws a new id.
+    ///
+    /// # Errors
+    /// No randomness.
+    pub fn new(now: DateTime<Utc>, rng: &dyn Rng) -> Result<Self> {
+        Stamp::draw(now, rng).map(Self)
+    }
+}
+
+impl PruneId {
+    /// Draws a new id.
+    ///
+    /// # Errors
+    /// No randomness.
+    pub fn new(now: DateTime<Utc>, rng: &dyn Rng) -> Result<Self> {
+        Stamp::draw(now, rng).map(Self)
+    }
+
+    /// When it began, by its own clock and to the second.
+    pub fn began(&self) -> DateTime<Utc> {
+        Stamp::parse(&self.0).unwrap_or_default()
+    }
+}
+
 /// PostgreSQL's system identifier, drawn at initdb; every copy of a cluster shares it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SystemId(pub u64);
@@ -349,7 +406,20 @@ mod tests {
             let _ = text.parse::<BackupId>();
             let _ = text.parse::<TargetName>();
             let _ = text.parse::<HolderId>();
+            let _ = text.parse::<PruneId>();
         }
+    }
+
+    #[test]
+    fn a_prune_id_tells_when_it_began() {
+        let at = |seconds| Utc.timestamp_opt(seconds, 0).unwrap();
+        let id = |seconds| PruneId::new(at(seconds), &Fixed(0xab)).unwrap();
+        assert_eq!(id(1_763_600_459).as_str(), "20251120t010059z-abab");
+        assert_eq!(id(1_763_600_459).as_str().parse::<PruneId>().unwrap().began(), at(1_763_600_459));
+        assert!(id(1_763_600_459) < id(1_763_600_460));
+        assert!(
+            "20251120t010059z-ABAB".parse::<PruneId>().is_err() && "20251320t010059z-abab".parse::<PinId>().is_err()
+        );
     }
 
     #[test]

@@ -10,13 +10,14 @@ pub mod id;
 pub mod pages;
 pub mod pattern;
 pub mod position;
+pub mod retention;
 pub mod run;
 pub mod schedule;
 
 pub use clock::{Clock, Rng};
 pub use error::{Error, Kind, Result, ResultExt};
 pub use id::{
-    BackupId, EpochId, HolderId, KeysetId, RegionName, ReportId, RepositoryId, ScheduleName, SignerId, SystemId,
-    TargetName,
+    BackupId, EpochId, HolderId, KeysetId, PinId, PruneId, RegionName, ReportId, RepositoryId, ScheduleName, SignerId,
+    SystemId, TargetName,
 };
 pub use position::{Branch, Lsn, SegmentName, Timeline, WalSegmentSize};

@@ -21,7 +21,7 @@ pub enum Outcome {
     Failed,
     /// It was stopped because it took too long.
     Timeout,
-    /// It came while an earlier slot of the schedule ran or waited.
+    /// It came while an earlier slot of the schedule ran or waited, or while somebody else did the same.
     SkippedOverlap,
     /// It came while the schedule was paused.
     SkippedPaused,

@@ -15,11 +15,11 @@ use tokio::task::JoinHandle;
 use crate::codec::fingerprint::PageFingerprinter;
 use crate::keys::keyset::Keyset;
 use crate::model::commit::{BackupKind, Commit, Provenance, WalNeed};
-use crate::model::pages::{Batch, FileId, PAGE_SIZE};
-use crate::model::{BackupId, Error, HolderId, KeysetId, RepositoryId, Result, ResultExt, TargetName};
+use crate::model::pages::{Batch, FileId, PAGE_SIZE, Piece};
+use crate::model::{BackupId, Error, HolderId, KeysetId, Lsn, RepositoryId, Result, ResultExt, TargetName};
 use crate::repository::FORMAT;
 use crate::repository::catalog::commit_context;
-use crate::repository::compare::Tally;
+use crate::repository::compare::{Missed, Proof, Tally};
 use crate::repository::fan_out::{FanOut, LaneOutcome, Patience};
 use crate::repository::handle::{Repository, Writer};
 use crate::repository::inventory::{self, InventoryLine};
@@ -30,6 +30,8 @@ use crate::repository::pack::FrameSeal;
 use crate::repository::packer::{PackSettings, Packer, Placed, Work};
 use crate::repository::page_state::{Keeper, Kept, StateHead};
 use crate::repository::parent::{Basis, Parent};
+use crate::repository::repack::{Moved, Repacked, repack};
+use crate::repository::sweeps;
 use crate::repository::tree::{CompleteFile, FileRun, Tree};
 use crate::repository::uploads::{put_object, put_signed, spawn_uploads};
 use crate::repository::wrap_debts::WrapDebts;
@@ -69,12 +71,18 @@ pub struct BackupOptions {
     pub page_checksums: bool,
     /// Bytes that a pack stays within.
     pub pack_size: usize,
+    /// Where replay of it begins, of a cluster.
+    pub start_lsn: Option<Lsn>,
+    /// How it finds the pages that changed, for COMMIT.
+    pub detection: Option<String>,
+    /// How claims of its source are proved, if they are.
+    pub proof: Option<Proof>,
     /// Where its pages are remembered for the next backup; `None` to forget them.
     pub state: Option<PathBuf>,
 }
 
 /// An intent holds for a week: longer than any backup that is still alive.
-const INTENT_DAYS: i64 = 7;
+pub const INTENT_DAYS: i64 = 7;
 
 /// A backup that is being written.
 #[derive(Debug)]
@@ -102,6 +110,7 @@ pub struct BackupWriter {
     placed: mpsc::UnboundedReceiver<Placed>,
     uploads: JoinHandle<Result<Vec<InventoryLine>>>,
     damaged_pages: u64,
+    moved: Moved,
 }
 
 /// A backup that exists.
@@ -117,17 +126,24 @@ pub struct Written {
     pub full_because: Option<String>,
     /// What was looked at.
     pub pages: PageCounts,
+    /// What was taken along from packs that were mostly dead.
+    pub moved: Moved,
     /// Why the next backup will not find its pages remembered.
     pub not_remembered: Option<String>,
 }
 
 /// Pages of a backup.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct PageCounts {
     /// Read from the source.
     pub read: u64,
     /// Not the same as in the parent, at the same place; all of them in a full backup.
     pub changed: u64,
+    /// Not read: change detection says that they are the parent's.
+    pub unread: u64,
+    /// What it did not see, if that was to be proved; told with the detection.
+    #[serde(skip)]
+    pub missed: Missed,
 }
 
 impl BackupWriter {
@@ -144,6 +160,7 @@ impl BackupWriter {
         let parent = basis.parent().map(|parent| parent.commit.id.clone());
         let intent = Intent { format: FORMAT, backup: id.clone(), parent, created_at: started_at, expires_at };
         put_signed(&out, writer, layout::intent(&id), &intent_context(&repository.id, &id), &intent).await?;
+        refuse_if_pruned(repository, &basis, started_at).await?;
         let stored =
             keysets::create(&repository.id, &options.target, &writer.holders, writer.rng.as_ref(), &out).await?;
         // One secret for a generation: under another one no page would look the same.
@@ -151,8 +168,24 @@ impl BackupWriter {
             Some(parent) => parent.pages.fingerprints(),
             None => Arc::new(PageFingerprinter::generate(writer.rng.as_ref())?),
         };
+        let repacked = match basis.parent() {
+            Some(parent) => {
+                let from = (&parent.pages, options.pack_size);
+                repack(repository, &out, (&options.target, &id), from).await.during(|| "repack")?
+            }
+            None => Repacked::default(),
+        };
         let seal =
             FrameSeal { repository: repository.id.clone(), keyset: stored.keyset.id().clone(), backup: id.clone() };
+        let head = StateHead {
+            format: FORMAT,
+            repository: repository.id.clone(),
+            backup: id.clone(),
+            fingerprint_secret: hex::encode(fingerprints.secret()),
+            start_lsn: options.start_lsn,
+            generation: Some(basis.parent().map_or(started_at, Parent::generation)),
+            page_checksums: Some(options.page_checksums),
+        };
         let settings = PackSettings {
             seal,
             keyset: Arc::clone(&stored.keyset),
@@ -160,7 +193,9 @@ impl BackupWriter {
             level: options.level,
             pack_size: options.pack_size,
             parent: basis.parent().map(|parent| Arc::clone(&parent.pages)),
-            keeper: Arc::new(Keeper::begin(options.state.as_deref(), &state_head(&repository.id, &id, &fingerprints))),
+            keeper: Arc::new(Keeper::begin(options.state.as_deref(), &head)),
+            proof: options.proof,
+            first_pack: u32::try_from(repacked.lines.len()).unwrap_or(u32::MAX),
         };
         let sources = sources(&id, stored.keyset.id(), basis.parent());
         let Packer { batches, packs, placed, tally } = Packer::start(&settings, options.workers);
@@ -175,7 +210,8 @@ impl BackupWriter {
             owed_wraps: WrapDebts::new(&writer.holders, &stored, &writer.clock),
             keyset: stored.keyset,
             wrap_debts: stored.missing,
-            inventory: stored.wraps,
+            inventory: stored.wraps.into_iter().chain(repacked.lines).collect(),
+            moved: repacked.moved,
             manifest: ManifestWriter::default(),
             manifest_parts: PartsSummary::default(),
             tree: Tree::default(),
@@ -193,6 +229,11 @@ impl BackupWriter {
         let begin = backup.begin_line(&fingerprints);
         backup.line(&begin).await?;
         Ok(backup)
+    }
+
+    /// What is in it is the state of an earlier moment: COMMIT promises no later one.
+    pub fn holds_only(&mut self, moment: DateTime<Utc>) {
+        self.started_at = self.started_at.min(moment);
     }
 
     /// The backup's id.
@@ -245,7 +286,10 @@ impl BackupWriter {
             let path = self.tree.path(piece.file)?;
             self.basis.parent()?.pages.file(path)
         });
-        let work = Work { known: known.collect(), batch };
+        let known = known.collect();
+        let path = |piece: &Piece| self.tree.path(piece.file).unwrap_or_default().to_owned();
+        let paths = if batch.claims.read { batch.pieces.iter().map(path).collect() } else { Vec::new() };
+        let work = Work { known, paths, batch };
         let sent = match &self.batches {
             Some(batches) => batches.send(work).await.is_ok(),
             None => false,
@@ -309,6 +353,7 @@ impl BackupWriter {
             let text = format!("backup {} took longer than its intent allows", self.id);
             return Err(Error::failed(text).hint("its objects may be pruned already: take a new backup"));
         }
+        refuse_if_pruned(&self.repository, &self.basis, now).await?;
         let parent = self.basis.parent().map(|parent| parent.commit.id.clone());
         let commit = Commit {
             format: FORMAT,
@@ -357,13 +402,14 @@ impl BackupWriter {
             wrap_debts: self.wrap_debts,
             full_because: self.basis.full_because().map(str::to_owned),
             pages,
+            moved: self.moved,
             not_remembered: not_remembered.or(placed.err()),
         })
     }
 
     fn counts(&self) -> PageCounts {
         let tally = self.tally.lock().unwrap_or_else(PoisonError::into_inner);
-        PageCounts { read: tally.read, changed: tally.changed }
+        PageCounts { read: tally.read, changed: tally.changed, unread: tally.unread, missed: tally.missed.clone() }
     }
 
     /// The objects of earlier backups without which this one cannot be read: packs that it refers to, and the wraps of
@@ -372,7 +418,8 @@ impl BackupWriter {
         let Some(parent) = self.basis.parent() else { return Ok(Vec::new()) };
         let tally = self.tally.lock().unwrap_or_else(PoisonError::into_inner);
         let target = &self.options.target;
-        let packs = tally.packs.iter().map(|pack| layout::pack(target, &pack.backup, pack.ordinal));
+        let earlier = tally.packs.iter().filter(|pack| pack.backup != self.id);
+        let packs = earlier.map(|pack| layout::pack(target, &pack.backup, pack.ordinal));
         let packs: BTreeSet<_> = packs.collect();
         let keysets: Vec<_> = tally.keysets.iter().map(|keyset| layout::keyset(target, keyset)).collect();
         let wanted = |line: &&InventoryLine| {
@@ -390,7 +437,8 @@ impl BackupWriter {
 
     fn provenance(&self) -> Provenance {
         let drctl = env!("CARGO_PKG_VERSION").to_owned();
-        Provenance { host: self.writer.host.clone(), drctl, method: self.options.method.clone() }
+        let (method, detection) = (self.options.method.clone(), self.options.detection.clone());
+        Provenance { host: self.writer.host.clone(), drctl, method, detection }
     }
 
     async fn place(&mut self, placed: &Placed) -> Result<()> {
@@ -406,7 +454,12 @@ impl BackupWriter {
             };
             let chunk_use = |run: &FileRun| ChunkUse::new(&run.chunk, number, (run.first_entry, run.pages));
             line.chunks = runs.iter().map(chunk_use).collect::<Result<_>>()?;
-            self.keeper.file(&line.path, runs.iter().map(|run| (run.kept, run.first_entry, run.pages)).collect());
+            let damaged = !line.damaged_blocks.is_empty();
+            self.keeper.file(
+                &line.path,
+                (line.size, damaged),
+                runs.iter().map(|run| (run.kept, run.first_entry, run.pages)).collect(),
+            );
             self.line(&Line::File(line)).await?;
         }
         Ok(())
@@ -439,13 +492,11 @@ impl BackupWriter {
     }
 }
 
-fn state_head(repository: &RepositoryId, backup: &BackupId, fingerprints: &PageFingerprinter) -> StateHead {
-    StateHead {
-        format: FORMAT,
-        repository: repository.clone(),
-        backup: backup.clone(),
-        fingerprint_secret: hex::encode(fingerprints.secret()),
-    }
+/// The intent is announced: a sweep that has not begun yet will see it, and one that has is seen here.
+async fn refuse_if_pruned(repository: &Repository, basis: &Basis, now: DateTime<Utc>) -> Result<()> {
+    let Some(parent) = basis.parent() else { return Ok(()) };
+    let checked = sweeps::refuse_if_condemned(repository, &parent.commit.id, now).await;
+    checked.during(|| format!("share pages with {}", parent.commit.id))
 }
 
 /// The backups whose map chunks this one may use, itself first. They must be known before the first page is read, since

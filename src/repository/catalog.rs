@@ -12,8 +12,9 @@ use crate::repository::inventory::{self, InventoryLine};
 use crate::repository::layout;
 use crate::repository::manifest::PartsSummary;
 use crate::repository::regions::list_all;
+use crate::repository::tombs;
 use crate::repository::{FORMAT, regions::Region};
-use crate::store::Digest;
+use crate::store::{Digest, ListedObject};
 
 /// A backup that exists: its COMMIT is readable in at least one region.
 #[derive(Debug, Clone)]
@@ -43,14 +44,15 @@ impl Debt {
 /// Requests in flight when many small records are read.
 const READS: usize = 16;
 
-/// All backups of `target`, or of every target, oldest first. A COMMIT that no region holds intact is an error in the
+/// All backups of `target`, or of every target, oldest first. One that is being pruned is none, also where its COMMIT is
+/// left. A COMMIT that no region holds intact is an error in the
 /// second list, never a backup that is quietly missing.
 ///
 /// # Errors
 /// No region answers.
 pub async fn backups(repository: &Repository, target: Option<&TargetName>) -> Result<(Vec<Backup>, Vec<Error>)> {
     let prefix = target.map_or_else(|| layout::COMMITS.to_owned(), layout::commits);
-    let keys = repository.regions.list_union(&prefix).await?;
+    let keys = without_pruned(repository, target, repository.regions.list_each(&prefix).await).await?;
     let reads = stream::iter(keys).map(|key| async move { read_commit(repository, &key).await });
     let (mut backups, mut errors) = (Vec::new(), Vec::new());
     for read in reads.buffered(READS).collect::<Vec<_>>().await {
@@ -61,6 +63,36 @@ pub async fn backups(repository: &Repository, target: Option<&TargetName>) -> Re
     }
     backups.sort_by(|a, b| (a.commit.started_at, &a.commit.id).cmp(&(b.commit.started_at, &b.commit.id)));
     Ok((backups, errors))
+}
+
+/// The names of COMMITs in any region that answers, except of backups that a sweep has begun to remove.
+///
+/// A tomb alone hides nothing, since whoever may write could write one: a COMMIT must be gone in some region as well. Before
+/// that nothing of the backup is gone anywhere, because COMMITs go first.
+async fn without_pruned(
+    repository: &Repository,
+    target: Option<&TargetName>,
+    lists: Vec<(RegionName, Result<Vec<ListedObject>>)>,
+) -> Result<BTreeSet<String>> {
+    let mut copies: BTreeMap<String, usize> = BTreeMap::new();
+    let (mut answered, mut first_error) = (0, None);
+    for (_, list) in lists {
+        match list {
+            Ok(objects) => {
+                answered += 1;
+                objects.into_iter().for_each(|object| *copies.entry(object.key).or_default() += 1);
+            }
+            Err(error) => first_error = first_error.or(Some(error)),
+        }
+    }
+    if let (0, Some(error)) = (answered, first_error) {
+        return Err(error);
+    }
+    let id = |key: &String| key.rsplit('/').next()?.parse::<BackupId>().ok();
+    let partial = copies.iter().filter(|(_, copies)| **copies < answered).filter_map(|(key, _)| id(key));
+    let gone = tombs::among(repository, target, &partial.collect()).await?;
+    let exists = |key: &String| id(key).is_none_or(|id| !gone.contains(&id));
+    Ok(copies.into_keys().filter(exists).collect())
 }
 
 async fn read_commit(repository: &Repository, key: &str) -> Result<Commit> {
@@ -173,14 +205,11 @@ pub struct Held {
 impl Held {
     /// Lists a region.
     pub async fn list(region: &Region, target: &TargetName) -> Self {
-        let mut objects = BTreeMap::new();
-        for kind in ["commits", "inventories", "keysets", "manifests", "packs"] {
-            match list_all(region.store.as_ref(), &format!("{kind}/{target}/")).await {
-                Ok(list) => objects.extend(list.into_iter().map(|object| (object.key, object.size))),
-                Err(error) => return Self { objects: Err(error) },
-            }
-        }
-        Self { objects: Ok(objects) }
+        let lists = ["commits", "inventories", "keysets", "manifests", "packs"]
+            .map(|kind| async move { list_all(region.store.as_ref(), &format!("{kind}/{target}/")).await });
+        let lists = futures::future::try_join_all(lists).await;
+        let sizes = |object: ListedObject| (object.key, object.size);
+        Self { objects: lists.map(|lists| lists.into_iter().flatten().map(sizes).collect()) }
     }
 
     /// What the region lacks of a backup.

@@ -3,9 +3,12 @@
 use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
 
+use serde::Serialize;
+
 use crate::codec::fingerprint::{Fingerprint, PageFingerprinter};
-use crate::model::KeysetId;
 use crate::model::pages::{PAGE_SIZE, Piece};
+use crate::model::{KeysetId, Lsn};
+use crate::pg::page;
 use crate::repository::page_map::{FrameRef, MapChunk, PackId, PageEntry};
 use crate::repository::page_state::{KnownFile, KnownPages, KnownRun};
 
@@ -29,6 +32,11 @@ impl Look {
         Self { fingerprint: fingerprints.of(page), zero: page.iter().all(|byte| *byte == 0) }
     }
 
+    /// A page of zeros.
+    pub const fn is_zero(&self) -> bool {
+        self.zero
+    }
+
     fn is(&self, entry: &PageEntry) -> bool {
         self.fingerprint == entry.fingerprint && self.zero == entry.place.is_none()
     }
@@ -41,6 +49,10 @@ pub struct Tally {
     pub read: u64,
     /// Those of them that the parent does not have at their place.
     pub changed: u64,
+    /// Pages that were not read.
+    pub unread: u64,
+    /// Pages that differ although change detection says that they do not.
+    pub missed: Missed,
     /// Packs that hold pages or chunks of this backup and were written for an earlier one.
     pub packs: BTreeSet<PackId>,
     /// The keysets that open what is in them.
@@ -50,9 +62,11 @@ pub struct Tally {
 impl Tally {
     /// Adds another.
     pub fn add(&mut self, other: Self) {
-        let Self { read, changed, mut packs, mut keysets } = other;
+        let Self { read, changed, unread, missed, mut packs, mut keysets } = other;
         self.read += read;
         self.changed += changed;
+        self.unread += unread;
+        self.missed.add(missed);
         self.packs.append(&mut packs);
         self.keysets.append(&mut keysets);
     }
@@ -73,6 +87,70 @@ impl Tally {
             self.keysets.insert(frame.keyset.clone());
         }
     }
+}
+
+/// What change detection did not see.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Missed {
+    /// Pages that it should have seen.
+    pub pages: u64,
+    /// The first of them.
+    pub examples: Vec<String>,
+    /// Pages that differ in hints alone, as far as their positions tell: hint bits, where pages have no checksums, and what
+    /// an SP-GiST index notes in its first page. No WAL says so, a standby does not have them either, and whoever uses the
+    /// page sets them again.
+    pub hints: u64,
+}
+
+impl Missed {
+    /// Examples that are told.
+    const TOLD: usize = 20;
+
+    fn add(&mut self, other: Self) {
+        self.pages += other.pages;
+        self.hints += other.hints;
+        self.examples.extend(other.examples);
+        self.examples.truncate(Self::TOLD);
+    }
+}
+
+/// The stretch of WAL that change detection speaks for, and what a difference that it did not see means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Proof {
+    /// The start of the parent.
+    pub from: Lsn,
+    /// The start of this backup: what is newer replay brings back.
+    pub to: Lsn,
+    /// Whether a change of hint bits is in WAL: so it is with checksums.
+    pub logged: bool,
+}
+
+impl Proof {
+    /// A page that differs although it was said not to.
+    pub fn judge(&self, look: &Look, page: &[u8], missed: &mut Missed, name: impl FnOnce() -> String) {
+        let lsn = page.first_chunk::<PAGE_SIZE>().map_or(Lsn::INVALID, page::lsn);
+        if lsn >= self.to {
+            return;
+        }
+        let hint = !self.logged || is_spgist_metapage(page);
+        if lsn < self.from && hint && !look.zero {
+            missed.hints += 1;
+            return;
+        }
+        missed.pages += 1;
+        if missed.examples.len() < Missed::TOLD {
+            missed.examples.push(format!("{} ({lsn})", name()));
+        }
+    }
+}
+
+/// The first page of an SP-GiST index remembers which pages had room last. That is written without WAL, even with
+/// checksums, because losing it costs nothing.
+fn is_spgist_metapage(page: &[u8]) -> bool {
+    const META: u8 = 1;
+    const PAGE_ID: [u8; 2] = 0xFF82_u16.to_le_bytes();
+    // `SpGistPageOpaqueData`: flags (u16), two counts, the id of the access method.
+    page.last_chunk::<8>().is_some_and(|special| special[0] & META != 0 && special[6..] == PAGE_ID)
 }
 
 /// The parent's map chunks that one batch needs.
@@ -104,6 +182,9 @@ impl<'a> Recall<'a> {
     /// The part of one run of the parent that describes the whole piece, if no page of it changed.
     pub fn unchanged(&mut self, known: &KnownFile, piece: &Piece, looks: &[Look]) -> Option<KnownRun> {
         let run = known.run_of(piece.first_page)?;
+        if self.parent?.renews(run.chunk) {
+            return None;
+        }
         let skipped = u16::try_from(piece.first_page - run.first_page).ok()?;
         let pages = u16::try_from(piece.pages).ok()?;
         let first_entry = run.first_entry.checked_add(skipped)?;
@@ -115,6 +196,14 @@ impl<'a> Recall<'a> {
         let entries = map.entries.get(part.entries())?;
         let same = entries.len() == looks.len() && entries.iter().zip(looks).all(|(entry, look)| look.is(entry));
         same.then_some(part)
+    }
+
+    /// How a page looked to the parent.
+    pub fn remembered(&mut self, known: &KnownFile, page: u32) -> Option<Look> {
+        let run = known.run_of(page)?;
+        let (_, map) = self.chunk(run.chunk)?;
+        let entry = map.entries.get(usize::from(run.first_entry) + (page - run.first_page) as usize)?;
+        Some(Look { fingerprint: entry.fingerprint, zero: entry.place.is_none() })
     }
 
     /// Where the parent has a page, if it did not change. `Some(None)` is a page of zeros.

@@ -26,9 +26,9 @@ use crate::repository::scrub;
 use crate::repository::testing::{Fixture, HISTORY, Made, log, need, regions_of, send};
 use crate::repository::trust::Trust;
 use crate::repository::wal_frame::FramePlace;
+use crate::repository::wal_frames::fetch_frame;
 use crate::repository::wal_index::BranchId;
 use crate::repository::wal_log::{branch_of, read_history, store_history};
-use crate::repository::wal_reader::fetch_frame;
 use crate::store::Digest;
 
 /// A prefix of every class whose bytes somebody relies on.
@@ -233,7 +233,7 @@ async fn restore_one(
     directory: std::path::PathBuf,
 ) -> Result<BTreeMap<String, Vec<u8>>> {
     let inventory = catalog::inventory(repository, commit).await?;
-    let destination = Destination { directory: directory.clone(), tablespaces: BTreeMap::new() };
+    let destination = Destination::empty(directory.clone(), BTreeMap::new());
     let mut names = Vec::new();
     let mut tell = |file: crate::repository::restore::WrittenFile| {
         names.push(file.path);

@@ -7,6 +7,7 @@
 //! regions answer again; both are told.
 
 use std::collections::BTreeSet;
+use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -17,8 +18,9 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_util::task::TaskTracker;
 
 use crate::model::{Error, Kind, RegionName, Result};
+use crate::repository::layout;
 use crate::repository::regions::{Region, Regions};
-use crate::store::{Digest, PutOptions, StoreError};
+use crate::store::{Digest, Put, PutOptions, StoreError};
 
 /// How long the parties wait for each other.
 #[derive(Debug, Clone, Copy)]
@@ -49,6 +51,9 @@ impl Patience {
 /// Objects in flight per region. With packs of 16 MiB this bounds what a slow region can hold in memory.
 const IN_FLIGHT: usize = 4;
 
+/// How long a job waits for its quorum without a word.
+const TELL_AFTER: Duration = Duration::from_secs(5);
+
 /// Writes objects to all regions.
 #[derive(Debug)]
 pub struct FanOut {
@@ -60,6 +65,8 @@ pub struct FanOut {
     patience: Patience,
     tasks: TaskTracker,
     cancelled: watch::Sender<bool>,
+    /// Whether it was told that this waits.
+    told: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -69,10 +76,15 @@ struct Lane {
     /// One object at a time finds out whether a lane that is behind works again.
     probe: Arc<Semaphore>,
     behind: AtomicBool,
+    /// Whether the region has shown the repository's record since the lane began, or was left behind; asked by one at a time.
+    asked: AtomicBool,
+    asking: Semaphore,
     /// When, on tokio's clock in milliseconds since `born`, a lane that is behind may be tried again.
     retry_at: AtomicU64,
     born: tokio::time::Instant,
     missing: AtomicU64,
+    /// WAL in objects that the region was given, or should have been, and does not hold.
+    unheld: AtomicU64,
     last_error: std::sync::Mutex<Option<String>>,
 }
 
@@ -91,6 +103,8 @@ struct Object {
     key: String,
     body: Bytes,
     digest: Digest,
+    /// Bytes of WAL in it.
+    wal: u64,
 }
 
 enum Delivery {
@@ -108,9 +122,12 @@ impl FanOut {
                 slots: Arc::new(Semaphore::new(IN_FLIGHT)),
                 probe: Arc::new(Semaphore::new(1)),
                 behind: AtomicBool::new(false),
+                asked: AtomicBool::new(false),
+                asking: Semaphore::new(1),
                 retry_at: AtomicU64::new(0),
                 born: tokio::time::Instant::now(),
                 missing: AtomicU64::new(0),
+                unheld: AtomicU64::new(0),
                 last_error: std::sync::Mutex::default(),
             })
         };
@@ -126,6 +143,7 @@ impl FanOut {
             patience,
             tasks: TaskTracker::new(),
             cancelled,
+            told: AtomicBool::new(false),
         }
     }
 
@@ -135,10 +153,21 @@ impl FanOut {
     /// A region holds other bytes under this name (never retried: two writers, or damage); the quorum was not reached in
     /// time; or too many regions refuse for good.
     pub async fn put(&self, key: String, body: Bytes, digest: Digest) -> Result<()> {
+        self.put_wal(key, (body, digest), 0).await
+    }
+
+    /// The same for an object with so many bytes of WAL, of which [`unheld`](Self::unheld) keeps account.
+    ///
+    /// # Errors
+    /// As [`put`](Self::put).
+    pub async fn put_wal(&self, key: String, (body, digest): (Bytes, Digest), wal: u64) -> Result<()> {
         if self.is_degraded() {
             self.restore_quorum();
         }
-        let object = Arc::new(Object { key, body, digest });
+        let object = Arc::new(Object { key, body, digest, wal });
+        for lane in &self.lanes {
+            lane.unheld.fetch_add(wal, Ordering::Relaxed);
+        }
         let (reached, at_quorum) = watch::channel(false);
         let (report, mut deliveries) = mpsc::channel(self.lanes.len());
         let enter_by = tokio::time::Instant::now() + self.patience.laggard;
@@ -158,10 +187,7 @@ impl FanOut {
         drop(report);
         let waiting = self.wait_for_quorum(&object.key, &mut deliveries);
         let outcome = match self.patience.quorum {
-            Some(limit) => match tokio::time::timeout(limit, waiting).await {
-                Ok(outcome) => outcome,
-                Err(_) => Err(self.no_quorum(&object.key)),
-            },
+            Some(limit) => self.wait_aloud(&object.key, waiting, limit).await,
             None => waiting.await,
         };
         if outcome.is_ok() {
@@ -220,6 +246,11 @@ impl FanOut {
         self.lanes.iter().map(|lane| lane.outcome()).collect()
     }
 
+    /// WAL that each region does not hold of what it was to hold, in the order of [`outcomes`](Self::outcomes).
+    pub fn unheld(&self) -> Vec<u64> {
+        self.lanes.iter().map(|lane| lane.unheld.load(Ordering::Relaxed)).collect()
+    }
+
     /// Takes a place in the lane's queue. A queue that stays full while others keep up is left behind. A lane without
     /// a place is a reserve: it is used only as long as the object lacks its quorum.
     async fn enter(&self, lane: &Lane, by: tokio::time::Instant) -> Option<tokio::sync::OwnedSemaphorePermit> {
@@ -234,6 +265,22 @@ impl FanOut {
                 lane.leave_behind("its queue stayed full", self.patience);
                 None
             }
+        }
+    }
+
+    /// Whoever watches a job that stands still is told what it waits for.
+    async fn wait_aloud(&self, key: &str, waiting: impl Future<Output = Result<()>>, limit: Duration) -> Result<()> {
+        let mut waiting = std::pin::pin!(waiting);
+        if let Ok(outcome) = tokio::time::timeout(TELL_AFTER.min(limit), &mut waiting).await {
+            return outcome;
+        }
+        let (error, seconds) = (self.no_quorum(key), limit.as_secs());
+        if !self.told.swap(true, Ordering::Relaxed) {
+            tracing::warn!(%error, "waiting for regions, at most {seconds} s for one object");
+        }
+        match tokio::time::timeout(limit.saturating_sub(TELL_AFTER), waiting).await {
+            Ok(outcome) => outcome,
+            Err(_) => Err(self.no_quorum(key)),
         }
     }
 
@@ -309,11 +356,10 @@ impl Lane {
         let mut pause = Duration::from_millis(100);
         loop {
             self.wait_out_the_pause().await;
-            let options = PutOptions::default();
-            let put = self.region.store.put(&object.key, object.body.clone(), object.digest, &options);
-            let error = match put.await {
+            let error = match self.put(object).await {
                 Ok(_) => {
                     self.behind.store(false, Ordering::Relaxed);
+                    self.unheld.fetch_sub(object.wal, Ordering::Relaxed);
                     return Delivery::Stored;
                 }
                 Err(error) => error,
@@ -335,6 +381,20 @@ impl Lane {
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(Duration::from_secs(5));
         }
+    }
+
+    /// A region that was replaced by an empty place meanwhile is found out here: reading the record makes it prove itself anew.
+    async fn put(&self, object: &Object) -> Result<Put, StoreError> {
+        let turn = self.asking.acquire().await;
+        if !self.asked.load(Ordering::Relaxed) {
+            match self.region.store.get(layout::REPOSITORY, None).await {
+                Err(error) if error.is_transient() => return Err(error),
+                _ => self.asked.store(true, Ordering::Relaxed),
+            }
+        }
+        drop(turn);
+        let options = PutOptions::default();
+        self.region.store.put(&object.key, object.body.clone(), object.digest, &options).await
     }
 
     /// A lane that is behind is not tried before its pause is over.
@@ -367,6 +427,7 @@ impl Lane {
         }
         let mut last = self.last_error.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         last.get_or_insert_with(|| reason.to_owned());
+        self.asked.store(false, Ordering::Relaxed);
         if !self.behind.swap(true, Ordering::Relaxed) {
             tracing::warn!(region = %self.region.name, reason, "region is left behind; repair brings it back");
         }

@@ -1,5 +1,6 @@
-//! Recorded gaps: WAL that the server no longer had when its receiver came back. What a gap covers is lost to recovery
-//! for good, so it is written down before streaming goes on, and nothing derives "no gap" from silence.
+//! Recorded gaps: WAL that the server no longer had when its receiver came back, and WAL of which two versions were
+//! stored. Recovery never crosses either, so it is written down before streaming goes on, and nothing derives "no gap" from
+//! silence.
 
 use std::collections::BTreeSet;
 
@@ -8,6 +9,7 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
 use crate::codec::sign::sign_text;
+use crate::model::commit::WalNeed;
 use crate::model::{Branch, Error, Lsn, RepositoryId, Result, ResultExt, SystemId, TargetName, Timeline};
 use crate::repository::FORMAT;
 use crate::repository::fan_out::FanOut;
@@ -34,8 +36,11 @@ pub struct Gap {
     pub from: Lsn,
     /// Where streaming went on.
     pub to: Lsn,
-    /// What the server said.
+    /// What the server said, or who stored which version.
     pub reason: String,
+    /// Whether nothing is missing here and two versions are stored instead: no WAL that comes later fills that.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub contradiction: bool,
     /// When it was met.
     pub at: DateTime<Utc>,
 }
@@ -52,12 +57,35 @@ impl Gap {
         let BranchId { system_id, timeline, branch } = branch.clone();
         // A server may say anything at any length; the record stays small.
         let reason = reason.chars().filter(|c| !c.is_control()).take(500).collect();
-        Self { format: FORMAT, target: target.clone(), system_id, timeline, branch, from, to, reason, at }
+        let (target, contradiction) = (target.clone(), false);
+        Self { format: FORMAT, target, system_id, timeline, branch, from, to, reason, contradiction, at }
+    }
+
+    /// The same range, of which two versions are stored.
+    pub fn contradicted(self) -> Self {
+        Self { contradiction: true, ..self }
+    }
+
+    /// Whether recovery still ends here, given what is stored by now: WAL that came later fills a hole, and nothing settles
+    /// a contradiction.
+    pub fn is_open(&self, is_stored: impl Fn(Lsn, Lsn) -> bool) -> bool {
+        self.contradiction || !is_stored(self.from, self.to)
+    }
+
+    /// Whether a backup begins behind it, so that nobody needs to cross it.
+    pub fn is_before(&self, need: &WalNeed, started_at: DateTime<Utc>) -> bool {
+        // Positions of two clusters do not compare: one that was made anew behind the name left its past.
+        match need.system_id == self.system_id {
+            true => (need.timeline, need.start_lsn) >= (self.timeline, self.to),
+            false => started_at > self.at,
+        }
     }
 
     /// The object's name.
     pub fn key(&self) -> String {
-        layout::gap(&layout::gaps(self.system_id, self.timeline, &self.branch), self.from, self.to)
+        let key = layout::gap(&layout::gaps(self.system_id, self.timeline, &self.branch), self.from, self.to);
+        // A hole and a contradiction of one range are two facts.
+        if self.contradiction { key + "-contradiction" } else { key }
     }
 
     fn encode(&self, repository: &RepositoryId, writer: &Writer) -> Result<Bytes> {

@@ -113,13 +113,23 @@ impl Repository {
     /// # Errors
     /// No region answers; none holds a repository; two hold different ones; or its format is newer than this program.
     pub async fn open(regions: Regions, listed_signers: BTreeSet<SignerId>) -> Result<Self> {
-        let id = Self::identify(&regions).await?.repository;
+        let (RepositoryRecord { repository: id, .. }, shown) = Self::identify(&regions).await?;
         let trust = Trust::load(&regions, listed_signers).await.during(|| "read the signers' public keys")?;
+        let regions = regions.proven(&id, &shown);
         Ok(Self { id, regions, trust: Arc::new(trust) })
     }
 
-    async fn identify(regions: &Regions) -> Result<RepositoryRecord> {
+    /// A repository that was opened before, while none of its regions answers: what is sealed for it here waits for them.
+    /// Nothing in it can be read, so nobody's signature counts but our own.
+    pub fn remembered(id: RepositoryId, regions: Regions, signer: &Signer) -> Self {
+        let regions = regions.proven(&id, &BTreeSet::new());
+        Self { id, regions, trust: Arc::new(Trust::in_signer(signer)) }
+    }
+
+    /// The record, and the regions that show it.
+    async fn identify(regions: &Regions) -> Result<(RepositoryRecord, BTreeSet<RegionName>)> {
         let mut found: Option<(RepositoryRecord, RegionName)> = None;
+        let mut shown = BTreeSet::new();
         let mut errors = Vec::new();
         for (region, record) in join_all(regions.all().iter().map(read_record)).await {
             match record {
@@ -130,8 +140,13 @@ impl Repository {
                             Error::usage(text).because(format!("{} and {}", first.repository, record.repository))
                         );
                     }
-                    Some(_) => {}
-                    None => found = Some((record, region)),
+                    Some(_) => {
+                        shown.insert(region);
+                    }
+                    None => {
+                        shown.insert(region.clone());
+                        found = Some((record, region));
+                    }
                 },
                 Err(error) => errors.push((region, error)),
             }
@@ -140,7 +155,7 @@ impl Repository {
             for (region, error) in errors.iter().filter(|(_, error)| error.kind() == Kind::Damaged) {
                 regions.tell_damaged(region, layout::REPOSITORY, error.to_string());
             }
-            return Ok(record);
+            return Ok((record, shown));
         }
         let all_empty = errors.iter().all(|(_, error)| error.kind() == Kind::NotFound);
         let error = match all_empty {
@@ -162,7 +177,7 @@ impl Repository {
     ) -> Result<RepositoryId> {
         let record = match Self::identify(regions).await {
             // A region that is added later gets the same bytes.
-            Ok(record) => record,
+            Ok((record, _)) => record,
             Err(error) if error.kind() == Kind::NotFound => {
                 RepositoryRecord::new(RepositoryId::new(writer.rng.as_ref())?, writer.clock.now())
             }
@@ -182,7 +197,7 @@ impl Repository {
             enroll_at(region, writer).await?;
         }
         // Two inits at once may have won one region each; the loser learns it here, before anything is sealed.
-        Self::identify(regions).await.map(|record| record.repository)
+        Self::identify(regions).await.map(|(record, _)| record.repository)
     }
 
     /// Publishes the writer's public key, create-only, at the write quorum.

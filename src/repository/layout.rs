@@ -6,8 +6,8 @@ use chrono::{DateTime, Utc};
 
 use crate::model::run::slot_text;
 use crate::model::{
-    BackupId, Branch, EpochId, HolderId, KeysetId, Lsn, RegionName, ReportId, ScheduleName, SignerId, SystemId,
-    TargetName, Timeline,
+    BackupId, Branch, EpochId, HolderId, KeysetId, Lsn, PinId, PruneId, RegionName, ReportId, ScheduleName, SignerId,
+    SystemId, TargetName, Timeline,
 };
 
 /// The record that names the repository; the first object of every region.
@@ -21,6 +21,15 @@ pub const REGIONS: &str = "regions/";
 
 /// Public keys of the signers.
 pub const SIGNERS: &str = "signers/";
+
+/// Pages.
+const PACKS: &str = "packs/";
+
+/// What backups contain.
+const MANIFESTS: &str = "manifests/";
+
+/// Which objects backups need.
+const INVENTORIES: &str = "inventories/";
 
 /// Every COMMIT of every target.
 pub const COMMITS: &str = "commits/";
@@ -46,24 +55,49 @@ pub const RUNS: &str = "runs/";
 /// Backups in progress.
 pub const INTENTS: &str = "intents/";
 
+/// Pins and holds.
+pub const PINS: &str = "pins/";
+
+/// The ends of pins and holds.
+pub const UNPINS: &str = "unpins/";
+
+/// What prune took away, so that no other region brings it back.
+pub const PRUNED: &str = "pruned/";
+
+/// Plans of prune: what is to go after the grace period.
+pub const PRUNES: &str = "prunes/";
+
+/// Sweeps of prune: one record when each begins, another when it ends.
+pub const SWEEPS: &str = "sweeps/";
+
 /// The kinds of top-level names that repair copies from region to region, COMMIT last: a backup exists in a region only
 /// when all of it is there.
-pub const REPAIR_ORDER: [&str; 14] = [
+pub const REPAIR_ORDER: [&str; 18] = [
     REPOSITORY,
     ESCAPE,
     REGIONS,
     SIGNERS,
+    PRUNED,
+    PINS,
+    UNPINS,
     KEYSETS,
     HISTORY,
     WAL,
     GAPS,
-    "packs/",
-    "manifests/",
-    "inventories/",
+    PACKS,
+    MANIFESTS,
+    INVENTORIES,
     COMMITS,
     REPORTS,
     RUNS,
+    SWEEPS,
 ];
+
+/// Whether readers find an object by listing, maybe while it is on its way to the other regions. The parts of a backup are
+/// found through its COMMIT alone, which comes after them.
+pub fn may_be_read_on_its_way(key: &str) -> bool {
+    ![PACKS, MANIFESTS, INVENTORIES].iter().any(|prefix| key.starts_with(prefix))
+}
 
 /// One sibling's address; `digest` tells its successive addresses apart.
 pub fn region(name: &RegionName, digest: &str) -> String {
@@ -145,6 +179,56 @@ pub fn run(schedule: &ScheduleName, slot: DateTime<Utc>) -> String {
 /// The record that a backup is under way.
 pub fn intent(id: &BackupId) -> String {
     format!("{INTENTS}{id}")
+}
+
+/// The pins and holds of one target.
+pub fn pins(target: &TargetName) -> String {
+    format!("{PINS}{target}/")
+}
+
+/// A pin or a hold.
+pub fn pin(target: &TargetName, id: &PinId) -> String {
+    format!("{PINS}{target}/{id}")
+}
+
+/// Its end.
+pub fn unpin(target: &TargetName, id: &PinId) -> String {
+    format!("{UNPINS}{target}/{id}")
+}
+
+/// The record that a backup was pruned.
+pub fn tomb(target: &TargetName, id: &BackupId) -> String {
+    format!("{PRUNED}backups/{target}/{id}")
+}
+
+/// The records of pruned backups, of one target or of all.
+pub fn tombs(target: Option<&TargetName>) -> String {
+    target.map_or_else(|| format!("{PRUNED}backups/"), |target| format!("{PRUNED}backups/{target}/"))
+}
+
+/// The records of pruned WAL of one branch.
+pub fn wal_cuts(system: SystemId, timeline: Timeline, branch: &Branch) -> String {
+    format!("{PRUNED}wal/{system}/{:08x}-{branch}/", timeline.0)
+}
+
+/// The record that the frames of an epoch before `seq` were pruned.
+pub fn wal_cut(branch_prefix: &str, epoch: &EpochId, seq: u64) -> String {
+    format!("{branch_prefix}{epoch}/{seq:010}")
+}
+
+/// A part of a prune's plan.
+pub fn plan_part(id: &PruneId, part: u32) -> String {
+    format!("{PRUNES}{id}/{part:06}")
+}
+
+/// The record that a sweep began.
+pub fn sweep(id: &PruneId) -> String {
+    format!("{SWEEPS}{id}/begun")
+}
+
+/// The record that a sweep ended.
+pub fn sweep_end(id: &PruneId) -> String {
+    format!("{SWEEPS}{id}/ended")
 }
 
 /// Everything that a cluster ever wrote.

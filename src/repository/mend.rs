@@ -12,7 +12,7 @@ use futures::{StreamExt, stream};
 use serde::Serialize;
 
 use crate::keys::{Wrap, WrapContext};
-use crate::model::{Branch, Error, HolderId, Kind, RegionName, Result, SignerId, TargetName};
+use crate::model::{Branch, Error, HolderId, KeysetId, Kind, RegionName, Result, SignerId, TargetName};
 use crate::observe::progress::Phase;
 use crate::repository::catalog::{self, Backup};
 use crate::repository::escape;
@@ -20,9 +20,12 @@ use crate::repository::gaps::Gap;
 use crate::repository::handle::{Repository, RepositoryRecord};
 use crate::repository::inventory::{self, InventoryLine};
 use crate::repository::layout;
+use crate::repository::pins;
+use crate::repository::prune;
 use crate::repository::regions::Region;
 use crate::repository::reports;
 use crate::repository::runs;
+use crate::repository::tombs::Pruned;
 use crate::repository::trust::SignerRecord;
 use crate::repository::wal_frame::{Frame, FrameKind, FramePlace};
 use crate::store::{Digest, PutOptions};
@@ -41,6 +44,8 @@ pub struct Scope {
     pub quick: bool,
     /// Only say what would be done.
     pub dry_run: bool,
+    /// Nobody looks: a place that does not show that it is a region may not be mounted, and is left alone.
+    pub unattended: bool,
 }
 
 /// What was done to one region.
@@ -94,12 +99,15 @@ pub async fn mend(repository: &Repository, scope: &Scope, progress: &Phase) -> R
     if let Some(region) = &scope.region {
         repository.regions.named(region)?;
     }
+    let regions = if scope.unattended { repository.regions.clone() } else { repository.regions.bare() };
+    let repository = &Repository { regions, ..repository.clone() };
     let (backups, unreadable) = catalog::backups(repository, scope.target.as_ref()).await?;
     for error in &unreadable {
         tracing::warn!(%error, "no region holds this COMMIT intact");
     }
     let closure = closure(repository, &backups).await;
-    let mender = Mender { repository, scope, closure, done: Mutex::new(start(repository, scope)), progress };
+    let pruned = Pruned::load(repository).await?;
+    let mender = Mender { repository, scope, closure, pruned, done: Mutex::new(start(repository, scope)), progress };
     for class in layout::REPAIR_ORDER {
         let items = mender.items(class).await?;
         stream::iter(items).for_each_concurrent(OBJECTS, |item| mender.settle(item)).await;
@@ -126,6 +134,17 @@ struct Closure {
     needs: BTreeMap<String, Vec<String>>,
 }
 
+impl Closure {
+    fn has_keyset(&self, keyset: &KeysetId) -> bool {
+        let of = |key: &String| key.strip_prefix(layout::KEYSETS)?.split('/').nth(1)?.parse::<KeysetId>().ok();
+        let wraps = self.lines.range(layout::KEYSETS.to_owned()..);
+        wraps
+            .map(|(key, _)| key)
+            .take_while(|key| key.starts_with(layout::KEYSETS))
+            .any(|key| of(key).as_ref() == Some(keyset))
+    }
+}
+
 async fn closure(repository: &Repository, backups: &[Backup]) -> Closure {
     let mut closure = Closure::default();
     for Backup { commit } in backups {
@@ -147,6 +166,7 @@ struct Mender<'a> {
     repository: &'a Repository,
     scope: &'a Scope,
     closure: Closure,
+    pruned: Pruned,
     done: Mutex<BTreeMap<RegionName, Mended>>,
     progress: &'a Phase,
 }
@@ -205,6 +225,10 @@ impl Mender<'_> {
     fn proof(&self, key: &str) -> Option<Proof> {
         if let Some(line) = self.closure.lines.get(key) {
             return Some(Proof::Listed(line.clone()));
+        }
+        // What prune left in one region is not lacking in the others.
+        if self.pruned.covers(key, |keyset| self.closure.has_keyset(keyset)) {
+            return None;
         }
         let class = key.split('/').next().unwrap_or_default();
         match class {
@@ -371,6 +395,8 @@ impl Mender<'_> {
             ["reports", ..] => reports::decode_head(repository, key, bytes).map(|_| ()),
             ["commits", ..] => catalog::parse_commit(repository, key, bytes).map(|_| ()),
             ["runs", ..] => runs::decode(repository, key, bytes).map(|_| ()),
+            ["pins" | "unpins", ..] => pins::check(repository, key, bytes),
+            ["pruned" | "sweeps", ..] => prune::check_record(repository, key, bytes),
             _ => return None,
         })
     }

@@ -19,12 +19,21 @@ pub mod keysets;
 pub mod layout;
 pub mod manifest;
 pub mod mend;
+#[cfg(test)]
+#[allow(clippy::cast_possible_truncation, reason = "made-up data is small")]
+mod overlap_tests;
 pub mod pack;
 pub mod packer;
 pub mod page_map;
 pub mod page_state;
 pub mod parent;
+pub mod pins;
+mod proven;
+pub mod prune;
+pub mod records;
 pub mod regions;
+pub mod relocation;
+pub mod repack;
 pub mod reports;
 pub mod restore;
 pub mod runs;
@@ -32,26 +41,34 @@ pub mod scrub;
 #[cfg(test)]
 #[allow(clippy::cast_possible_truncation, reason = "made-up data is small")]
 mod share_tests;
+pub mod shares;
 #[cfg(test)]
 mod stream_tests;
 pub mod stream_writer;
 pub mod survey;
+pub mod sweeps;
 #[cfg(test)]
 #[allow(clippy::cast_possible_truncation, reason = "made-up data is small")]
 pub mod testing;
 #[cfg(test)]
 #[allow(clippy::cast_possible_truncation, reason = "made-up data is small")]
 mod tests;
+pub mod tombs;
 pub mod tree;
 pub mod trust;
+#[cfg(test)]
+#[allow(clippy::cast_possible_truncation, reason = "made-up data is small")]
+mod unread_tests;
 pub mod uploads;
 pub mod wal_adopt;
 pub mod wal_claim;
 pub mod wal_frame;
+mod wal_frames;
 pub mod wal_index;
 pub mod wal_log;
 #[cfg(test)]
 mod wal_model;
+mod wal_overlap;
 pub mod wal_reader;
 #[cfg(test)]
 #[allow(clippy::cast_possible_truncation, reason = "made-up data is small")]

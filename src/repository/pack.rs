@@ -88,6 +88,13 @@ impl PackBuilder {
         Ok(FrameRef { id, keyset: seal.keyset.clone(), pack: self.id.clone(), offset, length })
     }
 
+    /// Appends a frame that was born elsewhere, as it is; answers where it stands.
+    pub fn copy(&mut self, sealed: &[u8]) -> u32 {
+        let start = self.bytes.len();
+        self.bytes.extend_from_slice(sealed);
+        u32::try_from(start).unwrap_or(u32::MAX)
+    }
+
     /// Whether nothing was added.
     pub const fn is_empty(&self) -> bool {
         self.frames == 0

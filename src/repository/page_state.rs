@@ -11,20 +11,24 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::{BufReader, Read};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
+use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use crate::codec::fingerprint::{Fingerprint, PageFingerprinter};
 use crate::disk::place::Draft;
 use crate::model::commit::StateDigest;
-use crate::model::{BackupId, Error, KeysetId, RepositoryId, Result};
+use crate::model::pages::PAGE_SIZE;
+use crate::model::{BackupId, Error, KeysetId, Lsn, RepositoryId, Result};
 use crate::repository::FORMAT;
 use crate::repository::inventory::InventoryLine;
-use crate::repository::page_map::{FrameRef, MapChunk};
+use crate::repository::page_map::{FrameRef, MapChunk, PackId};
+use crate::repository::relocation::Relocation;
 
 const MAGIC: &[u8; 8] = b"DRCTLS1\n";
 /// Tag and length of a record.
@@ -50,6 +54,15 @@ pub struct StateHead {
     pub backup: BackupId,
     /// The secret of the page fingerprints, hex.
     pub fingerprint_secret: String,
+    /// Where replay of the backup begins: its pages are as they were there, or newer.
+    #[serde(default)]
+    pub start_lsn: Option<Lsn>,
+    /// When the last backup began that stored every page.
+    #[serde(default)]
+    pub generation: Option<DateTime<Utc>>,
+    /// Whether its pages carry checksums: switching them on changes pages without WAL.
+    #[serde(default)]
+    pub page_checksums: Option<bool>,
 }
 
 /// Where some pages of a file are described: number of the chunk, first entry, entries.
@@ -59,6 +72,11 @@ pub type KeptUse = (u32, u16, u16);
 #[serde(deny_unknown_fields)]
 struct FileRecord {
     path: String,
+    /// Bytes; without it, nothing of the file is taken for known without being read.
+    #[serde(default)]
+    size: Option<u64>,
+    #[serde(default)]
+    damaged: bool,
     uses: Vec<KeptUse>,
 }
 
@@ -147,8 +165,8 @@ impl Keeper {
     }
 
     /// Keeps a file; its chunks are kept already.
-    pub fn file(&self, path: &str, uses: Vec<KeptUse>) {
-        let record = FileRecord { path: path.to_owned(), uses };
+    pub fn file(&self, path: &str, (size, damaged): (u64, bool), uses: Vec<KeptUse>) {
+        let record = FileRecord { path: path.to_owned(), size: Some(size), damaged, uses };
         self.lock().write(|writing| {
             writing.end.1 += 1;
             writing.json(FILE, &record)
@@ -236,6 +254,7 @@ impl Writing {
 /// The pages of a backup as its writer remembers them.
 #[derive(Debug)]
 pub struct KnownPages {
+    head: StateHead,
     file: File,
     path: PathBuf,
     fingerprints: Arc<PageFingerprinter>,
@@ -243,6 +262,10 @@ pub struct KnownPages {
     files: HashMap<String, Arc<KnownFile>>,
     objects: Vec<InventoryLine>,
     sources: BTreeMap<BackupId, KeysetId>,
+    /// Bytes of frames and chunks that it refers to, by the pack that holds them.
+    live: HashMap<PackId, u64>,
+    /// What was moved since.
+    relocation: OnceLock<Relocation>,
 }
 
 #[derive(Debug)]
@@ -258,6 +281,8 @@ struct KnownChunk {
 #[derive(Debug, PartialEq, Eq)]
 pub struct KnownFile {
     runs: Vec<KnownRun>,
+    /// Pages that are whole, and whose checksums were right or are none.
+    sound_pages: u32,
 }
 
 /// Pages of a file that one chunk describes.
@@ -275,13 +300,19 @@ pub struct KnownRun {
 
 impl KnownRun {
     /// Its entries in the chunk.
-    pub fn entries(&self) -> std::ops::Range<usize> {
+    pub fn entries(&self) -> Range<usize> {
         let first = usize::from(self.first_entry);
         first..first + usize::from(self.pages)
     }
 }
 
 impl KnownFile {
+    /// How many pages there are that a backup may take over without reading them. A page that was not whole when it was
+    /// read is none, and neither is any page of a file that was damaged: that has to be found again.
+    pub fn sound_pages(&self) -> u32 {
+        self.sound_pages
+    }
+
     /// The run that describes a page.
     pub fn run_of(&self, page: u32) -> Option<&KnownRun> {
         let after = self.runs.partition_point(|run| run.first_page <= page);
@@ -311,10 +342,40 @@ impl KnownPages {
         }
         let mut scan = Scan::of(file.try_clone().map_err(unreadable)?);
         let known = scan.read(file, path).map_err(|error| wrong().because(error))?;
-        let (head, known) = known;
+        let head = &known.head;
         let ours = head.format == FORMAT && head.repository == *repository && head.backup == *backup;
         let sha256: [u8; 32] = scan.hash.finalize().into();
         if ours && sha256 == digest.sha256 && scan.at == digest.bytes { Ok(known) } else { Err(wrong()) }
+    }
+
+    /// What it says of the backup.
+    pub const fn head(&self) -> &StateHead {
+        &self.head
+    }
+
+    /// The parts of `range` that hold pages which are not of zeros: those have never been written, and what comes there
+    /// first may come past the WAL that follows.
+    ///
+    /// # Errors
+    /// As [`chunk`](Self::chunk).
+    pub fn written(&self, file: &KnownFile, range: Range<u32>) -> Result<Vec<Range<u32>>> {
+        let mut written: Vec<Range<u32>> = Vec::new();
+        let mut page = range.start;
+        while let Some(run) = file.run_of(page).filter(|_| page < range.end) {
+            let (_, chunk) = self.chunk(run.chunk)?;
+            let end = run.first_page + u32::from(run.pages);
+            let entries = chunk.entries.get(run.entries()).unwrap_or_default();
+            for entry in entries.iter().skip((page - run.first_page) as usize) {
+                match written.last_mut().filter(|last| last.end == page) {
+                    _ if entry.place.is_none() || page >= range.end => {}
+                    Some(last) => last.end += 1,
+                    None => written.push(page..page + 1),
+                }
+                page += 1;
+            }
+            page = end;
+        }
+        Ok(written)
     }
 
     /// Detects change, under the secret of this generation.
@@ -349,7 +410,30 @@ impl KnownPages {
         if self.fingerprints.of(&body) != known.check {
             return Err(wrong());
         }
-        decode_chunk(&body)
+        let (frame, mut map) = decode_chunk(&body)?;
+        self.relocation.get().inspect(|relocation| relocation.apply(&mut map));
+        Ok((frame, map))
+    }
+
+    /// How many chunks there are.
+    pub fn chunk_count(&self) -> u32 {
+        u32::try_from(self.chunks.len()).unwrap_or(u32::MAX)
+    }
+
+    /// Bytes that are referred to, by the pack that holds them.
+    pub const fn live(&self) -> &HashMap<PackId, u64> {
+        &self.live
+    }
+
+    /// Frames were moved: from now on chunks say where they are.
+    pub fn relocate(&self, relocation: Relocation) {
+        // Once per backup, and a backup has this state for itself.
+        let _ = self.relocation.set(relocation);
+    }
+
+    /// Whether a chunk cannot be referred to as it is, because frames that it names were moved.
+    pub fn renews(&self, chunk: u32) -> bool {
+        self.relocation.get().is_some_and(|relocation| relocation.renews(chunk))
     }
 }
 
@@ -412,13 +496,14 @@ impl Scan {
         }
     }
 
-    fn read(&mut self, file: File, path: &Path) -> Result<(StateHead, KnownPages)> {
+    fn read(&mut self, file: File, path: &Path) -> Result<KnownPages> {
         let head = self.head()?;
         let secret = hex::decode(&head.fingerprint_secret).map_err(|_| misplaced())?;
         let fingerprints = Arc::new(PageFingerprinter::new(secret.try_into().map_err(|_| misplaced())?));
-        let (chunks, files, objects, sources) = Default::default();
-        let path = path.to_owned();
-        let mut known = KnownPages { file, path, fingerprints, chunks, files, objects, sources };
+        let (chunks, files, objects, sources, live) = Default::default();
+        let (path, relocation) = (path.to_owned(), OnceLock::new());
+        let mut known =
+            KnownPages { head, file, path, fingerprints, chunks, files, objects, sources, live, relocation };
         loop {
             let offset = self.at + RECORD_HEAD as u64;
             match self.record()? {
@@ -430,7 +515,7 @@ impl Scan {
                     let chunks = u32::try_from(known.chunks.len()).unwrap_or(u32::MAX);
                     let (files, objects) = (known.files.len() as u64, known.objects.len() as u64);
                     let whole = end == EndRecord { chunks, files, objects };
-                    return if whole { Ok((head, known)) } else { Err(misplaced()) };
+                    return if whole { Ok(known) } else { Err(misplaced()) };
                 }
                 _ => return Err(misplaced()),
             }
@@ -444,13 +529,16 @@ impl KnownPages {
         let length = u32::try_from(body.len()).map_err(|_| misplaced())?;
         let entries = u16::try_from(chunk.entries.len()).map_err(|_| misplaced())?;
         self.chunks.push(KnownChunk { offset, length, entries, check: self.fingerprints.of(body) });
+        for frame in chunk.frames.iter().chain([&frame]) {
+            *self.live.entry(frame.pack.clone()).or_default() += u64::from(frame.length);
+        }
         // The manifest numbers the backup that now holds a frame as well; its keyset is not looked at there.
         self.sources.entry(frame.pack.backup).or_insert_with(|| frame.keyset.clone());
         self.sources.insert(frame.id.pack.backup, frame.keyset);
         Ok(())
     }
 
-    fn add_file(&mut self, FileRecord { path, uses }: FileRecord) -> Result<()> {
+    fn add_file(&mut self, FileRecord { path, size, damaged, uses }: FileRecord) -> Result<()> {
         let (mut runs, mut first_page) = (Vec::with_capacity(uses.len()), 0u32);
         for (chunk, first_entry, pages) in uses {
             let known = self.chunks.get(chunk as usize).ok_or_else(misplaced)?;
@@ -460,7 +548,9 @@ impl KnownPages {
             runs.push(KnownRun { first_page, pages, chunk, first_entry });
             first_page = first_page.checked_add(u32::from(pages)).ok_or_else(misplaced)?;
         }
-        let twice = self.files.insert(path, Arc::new(KnownFile { runs }));
+        let sound = size.filter(|_| !damaged).map_or(0, |size| size / PAGE_SIZE as u64);
+        let sound_pages = u32::try_from(sound).unwrap_or(0).min(first_page);
+        let twice = self.files.insert(path, Arc::new(KnownFile { runs, sound_pages }));
         if twice.is_none() { Ok(()) } else { Err(misplaced()) }
     }
 }

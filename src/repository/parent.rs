@@ -6,6 +6,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use chrono::{DateTime, Utc};
+
 use crate::model::commit::Commit;
 use crate::model::{Error, KeysetId, Kind, RegionName, Result, SystemId, TargetName};
 use crate::repository::catalog::{self, Backup, Held, held_everywhere};
@@ -164,6 +166,11 @@ impl Basis {
 }
 
 impl Parent {
+    /// When the last backup began that stored every page which this one holds.
+    pub fn generation(&self) -> DateTime<Utc> {
+        self.pages.head().generation.unwrap_or(self.commit.started_at)
+    }
+
     /// How many of these objects a region lacks.
     pub fn missing_in(&self, region: &RegionName, lines: &[InventoryLine]) -> u64 {
         let lacking = self.lacking.get(region);

@@ -10,9 +10,10 @@ use bytes::Bytes;
 use futures::future::join_all;
 use serde::Serialize;
 
-use crate::model::{Error, Kind, RegionName, Result};
-use crate::repository::layout::WAL;
-use crate::store::{Depth, Digest, ListedObject, ObjectStore, StoreError};
+use crate::model::{Clock, Error, Kind, RegionName, RepositoryId, Result};
+use crate::repository::layout;
+use crate::repository::proven::Proven;
+use crate::store::{Depth, Digest, ListedObject, ObjectStore, PutOptions, StoreError};
 
 /// One independent copy of the repository.
 #[derive(Debug, Clone)]
@@ -27,10 +28,13 @@ pub struct Region {
 #[derive(Debug, Clone)]
 pub struct Regions {
     list: Vec<Region>,
+    /// The same without the proof that each is a region.
+    bare: Vec<Region>,
     quorum: usize,
     lowest: usize,
     detach_after: Option<Duration>,
     degrade_after: Option<Duration>,
+    clock: Option<Arc<dyn Clock>>,
     trouble: Arc<Trouble>,
 }
 
@@ -58,6 +62,9 @@ pub struct Incident {
 /// timeout at each request.
 const SUSPECT_AFTER: u32 = 2;
 
+/// An object that is older than this and not in a region will not come by itself: longer than the patience of writers.
+const ON_ITS_WAY: Duration = Duration::from_secs(30);
+
 impl Regions {
     /// `quorum` of `list` must hold a write before it is acknowledged; `lowest` is what the configuration may degrade to.
     ///
@@ -74,7 +81,9 @@ impl Regions {
                 "a write quorum of {quorum} (lowest {lowest}) does not fit {count} regions"
             )));
         }
-        Ok(Self { list, quorum, lowest, detach_after: None, degrade_after: None, trouble: Arc::default() })
+        let bare = list.clone();
+        let (detach_after, degrade_after, clock) = (None, None, None);
+        Ok(Self { list, bare, quorum, lowest, detach_after, degrade_after, clock, trouble: Arc::default() })
     }
 
     /// The same regions, with the time after which writes go on without one that lags behind the quorum.
@@ -90,6 +99,26 @@ impl Regions {
     /// How long the full quorum must have been out of reach before a lower one is enough; never without a word.
     pub const fn degrade_after(&self) -> Option<Duration> {
         self.degrade_after
+    }
+
+    /// The same regions, with a clock that tells what is missing from what is still on its way.
+    pub fn timed_by(self, clock: Arc<dyn Clock>) -> Self {
+        Self { clock: Some(clock), ..self }
+    }
+
+    /// The same regions, none of which gives or takes anything before it has shown the record of `repository`; `shown` did.
+    pub(super) fn proven(mut self, repository: &RepositoryId, shown: &BTreeSet<RegionName>) -> Self {
+        for region in &mut self.list {
+            let shown = shown.contains(&region.name);
+            region.store = Arc::new(Proven::new(Arc::clone(&region.store), repository.clone(), shown));
+        }
+        self
+    }
+
+    /// The same regions as places alone, for whoever makes regions of them.
+    pub(super) fn bare(&self) -> Self {
+        let place = |region: &Region| self.bare.iter().find(|bare| bare.name == region.name).unwrap_or(region).clone();
+        Self { list: self.list.iter().map(place).collect(), ..self.clone() }
     }
 
     /// How long a region may lag behind the quorum, if the configuration says.
@@ -172,7 +201,7 @@ impl Regions {
             match region.store.get(key, range.clone()).await {
                 Ok(bytes) => match check(bytes) {
                     Ok(value) => {
-                        self.record(reasons);
+                        self.note(region, key, reasons).await;
                         return Ok((value, region.name.clone()));
                     }
                     Err(error) => reasons.push(Failure::damaged(region, key, error.to_string())),
@@ -205,6 +234,23 @@ impl Regions {
         self.read(key, None, check).await
     }
 
+    /// Puts an object into every region, at the same time: for records that hold only if no region can miss them.
+    ///
+    /// # Errors
+    /// A region does not take it. Others may have.
+    pub async fn put_everywhere(&self, key: &str, body: Bytes) -> Result<()> {
+        let (digest, options) = (Digest::of(&body), PutOptions::default());
+        let options = &options;
+        let puts = self.list.iter().map(|region| {
+            let body = body.clone();
+            async move {
+                let put = region.store.put(key, body, digest, options).await;
+                put.map(drop).map_err(|error| Error::from(error).during(format!("write {key} to {}", region.name)))
+            }
+        });
+        join_all(puts).await.into_iter().collect()
+    }
+
     /// Everything below `prefix` in each region; a region that does not answer is an error in its place.
     pub async fn list_each(&self, prefix: &str) -> Vec<(RegionName, Result<Vec<ListedObject>>)> {
         let lists = self.list.iter().map(|region| async {
@@ -217,7 +263,7 @@ impl Regions {
     /// The regions that cannot be listed at present, and why.
     pub async fn silent(&self) -> BTreeMap<RegionName, Error> {
         let asked = self.list.iter().map(|region| async {
-            let listed = region.store.list(WAL, Depth::Level, None).await;
+            let listed = region.store.list(layout::WAL, Depth::Level, None).await;
             listed.err().map(|error| (region.name.clone(), Error::from(error)))
         });
         join_all(asked).await.into_iter().flatten().collect()
@@ -241,6 +287,27 @@ impl Regions {
     pub async fn prefixes_union(&self, prefix: &str) -> Result<BTreeSet<String>> {
         let lists = self.list.iter().map(|region| list_prefixes(region.store.as_ref(), prefix));
         first_error_if_none(join_all(lists).await, |list, union: &mut BTreeSet<String>| union.extend(list))
+    }
+
+    /// Notes which regions failed before `giver` gave the object. An object that is listed in one region may be on its way to
+    /// another for as long as its writer has patience with that one: then it is missing nowhere.
+    async fn note(&self, giver: &Region, key: &str, failures: Vec<Failure>) {
+        let (absent, failed): (Vec<_>, Vec<_>) =
+            failures.into_iter().partition(|failure| failure.kind == Kind::NotFound);
+        self.record(failed);
+        if absent.is_empty() {
+            return;
+        }
+        match layout::may_be_read_on_its_way(key) && self.is_young(giver, key).await {
+            true => tracing::debug!(key, "taken from another region: it is on its way to the first"),
+            false => self.record(absent),
+        }
+    }
+
+    async fn is_young(&self, giver: &Region, key: &str) -> bool {
+        let Some(clock) = &self.clock else { return false };
+        let stored = giver.store.head(key).await.ok().and_then(|info| info.modified);
+        stored.is_some_and(|stored| (clock.now() - stored).abs().to_std().is_ok_and(|age| age < ON_ITS_WAY))
     }
 
     fn by_health(&self) -> Vec<&Region> {
@@ -350,5 +417,45 @@ pub async fn list_prefixes(store: &dyn ObjectStore, prefix: &str) -> Result<Vec<
             Some(next) => after = Some(next),
             None => return Ok(prefixes),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::repository::testing::TestClock;
+    use crate::store::PutOptions;
+    use crate::store::memory::MemoryStore;
+
+    #[tokio::test]
+    async fn what_is_on_its_way_is_no_incident_and_what_is_missing_or_damaged_is() {
+        let clock = TestClock::new();
+        let stores = ["a", "b"].map(|name| Arc::new(MemoryStore::new(name, Arc::clone(&clock) as Arc<dyn Clock>)));
+        let named = |(name, store): (&str, &Arc<MemoryStore>)| Region {
+            name: name.parse().unwrap(),
+            store: Arc::clone(store) as Arc<dyn ObjectStore>,
+        };
+        let regions = Regions::new(["a", "b"].into_iter().zip(&stores).map(named).collect(), 1, 1).unwrap();
+        let regions = regions.timed_by(Arc::clone(&clock) as Arc<dyn Clock>);
+        let put = async |store: &MemoryStore, key: &str, body: &'static [u8]| {
+            store.put(key, Bytes::from_static(body), Digest::of(body), &PutOptions::default()).await.unwrap();
+        };
+        let read = async |key: &str| {
+            let wrong = || Error::damaged("not as it was");
+            let check = |bytes: Bytes| if bytes == b"good".as_slice() { Ok(()) } else { Err(wrong()) };
+            let from = regions.read(key, None, check).await.unwrap().1;
+            assert_eq!(from.as_str(), "b");
+            regions.incidents().len()
+        };
+        put(&stores[1], "wal/1/frame", b"good").await;
+        put(&stores[1], "packs/1/000000", b"good").await;
+        assert_eq!(read("wal/1/frame").await, 0);
+        // A pack is read by its COMMIT, which comes after it.
+        assert_eq!(read("packs/1/000000").await, 1);
+        put(&stores[0], "wal/1/other", b"flip").await;
+        put(&stores[1], "wal/1/other", b"good").await;
+        assert_eq!(read("wal/1/other").await, 2);
+        clock.advance(31);
+        assert_eq!(read("wal/1/frame").await, 3);
     }
 }

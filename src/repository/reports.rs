@@ -61,10 +61,21 @@ pub struct ReportHead {
     pub rto: (Option<f64>, Option<f64>),
     /// The phases of the recovery time, in seconds.
     pub phases: Vec<(String, f64)>,
+    /// What was looked at, by name, and whether it was as it should be. Names say nothing of what is in the data.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub checks: Vec<(String, bool)>,
     /// Who did it.
     pub host: String,
     /// drctl's version.
     pub drctl: String,
+}
+
+impl ReportHead {
+    /// Whether it proves its backup: a drill restored, started, replayed and opened it, and found what it looked for.
+    pub fn proves(&self) -> bool {
+        let deep = self.level.as_deref().is_some_and(|level| ("L4"..="L7").contains(&level));
+        self.job == "drill" && self.outcome == "pass" && deep
+    }
 }
 
 /// What only holders of keys read.
@@ -278,6 +289,7 @@ mod tests {
             rpo: (Some(5.0), Some(0.9)),
             rto: (None, Some(408.25)),
             phases: vec![("fetch".into(), 91.5)],
+            checks: vec![("heartbeat".into(), true)],
             host: "db1".into(),
             drctl: "0.1.0".into(),
         }

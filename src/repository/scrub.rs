@@ -12,7 +12,7 @@ use chrono::{DateTime, Utc};
 use futures::{StreamExt, stream};
 use serde::Serialize;
 
-use crate::model::commit::{Commit, WalNeed};
+use crate::model::commit::{BackupKind, Commit, WalNeed};
 use crate::model::{BackupId, Error, KeysetId, Kind, Lsn, RegionName, Result, TargetName};
 use crate::observe::progress::Phase;
 use crate::repository::backup_writer::Intent;
@@ -24,6 +24,8 @@ use crate::repository::layout;
 use crate::repository::manifest::PartsSummary;
 use crate::repository::regions::Region;
 use crate::repository::restore::check_files;
+use crate::repository::restore::streams::StoredStreams;
+use crate::repository::tombs;
 use crate::repository::trust::Trust;
 use crate::repository::wal_frame::{Frame, FramePlace};
 use crate::repository::wal_index::{BranchId, WalIndex, cover, windows};
@@ -233,9 +235,17 @@ pub async fn missing_frames(
     if index.unreadable().iter().any(|(name, _)| *name == region.name) {
         return problems;
     }
+    let lacks = |held: &BTreeSet<RegionName>| !held.contains(&region.name);
+    if !index.epochs().values().flat_map(BTreeMap::values).any(lacks) {
+        return problems;
+    }
+    // What prune took here first, and not yet elsewhere, is not lacking.
+    let BranchId { system_id, timeline, branch } = index.branch();
+    let cuts = tombs::cuts(repository, (*system_id, *timeline, branch)).await.unwrap_or_default();
     for (epoch, seqs) in index.epochs() {
+        let cut = cuts.get(epoch).copied().unwrap_or_default();
         let missing: Vec<_> =
-            seqs.iter().filter(|(_, held)| !held.contains(&region.name)).map(|(seq, _)| *seq).collect();
+            seqs.iter().filter(|(seq, held)| **seq >= cut && lacks(held)).map(|(seq, _)| *seq).collect();
         let (Some(first), Some((last, _))) = (missing.first(), seqs.last_key_value()) else { continue };
         let tail = last + 1 - first == missing.len() as u64;
         let written = index.header(repository, epoch, *last).await.map(|header| header.written_at);
@@ -262,7 +272,13 @@ pub async fn open_everything(
 ) -> Result<u64> {
     let alone = alone(repository, &region.name)?;
     let lines = catalog::inventory(&alone, commit).await?;
-    check_files(&alone, &ring.within(alone.regions.clone()), (commit, &lines), progress).await
+    let ring = ring.within(alone.regions.clone());
+    let bytes = check_files(&alone, &ring, (commit, &lines), progress).await?;
+    if matches!(commit.kind, BackupKind::Dump | BackupKind::Files) {
+        // Pages that no list makes a stream of would come back as nothing.
+        StoredStreams::open(&alone, &ring, (commit, &lines)).await?;
+    }
+    Ok(bytes)
 }
 
 /// The WAL bytes of a need, from one region, opened and handed to `take` in order.

@@ -91,6 +91,40 @@ async fn a_chain_restores_link_by_link_and_stores_what_changed() {
     assert_restores(&fixture, &third, &files).await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pack_that_is_mostly_dead_is_left_by_moving_what_lives() {
+    let fixture = Fixture::memory(2, 2).await;
+    let mut files = vec![Made::new("base/large", noise(1, 600 * PAGE_SIZE)), Made::new("base/small", noise(2, 9000))];
+    let full = next(&fixture, &files).await;
+    (0..400).for_each(|page| change(&mut files[0], page, 100 + page as u64));
+    let second = next(&fixture, &files).await;
+    // The first that knows from its parent's map how empty the pack is.
+    let third = next(&fixture, &files).await;
+    assert_eq!((full.moved.packs, second.moved.packs), (0, 0));
+    assert!(third.moved.packs >= 1, "{:?}", third.moved);
+    let live = 200 * PAGE_SIZE as u64;
+    assert!((live..live + (1 << 20)).contains(&third.moved.bytes), "{:?}", third.moved);
+    let packs_of_full = async |written: &Written| {
+        let lines = catalog::inventory(&fixture.repository, &written.commit).await.unwrap();
+        let keys = lines.into_iter().map(|line| line.key).filter(|key| key.starts_with("packs/"));
+        keys.filter(|key| key.contains(full.commit.id.as_str())).collect::<BTreeSet<_>>()
+    };
+    let (needed, left) = (packs_of_full(&third).await, packs_of_full(&second).await);
+    let left: Vec<_> = left.difference(&needed).collect();
+    assert!(!left.is_empty());
+    // What was moved is not moved again, and nobody needs the old pack any more.
+    let fourth = next(&fixture, &files).await;
+    assert_eq!(fourth.moved.packs, 0);
+    for store in &fixture.stores {
+        for pack in &left {
+            store.lose(pack).await;
+        }
+    }
+    for written in [&third, &fourth] {
+        assert_restores(&fixture, written, &files).await;
+    }
+}
+
 /// What happens to a file between two backups.
 #[derive(Debug, Clone)]
 enum Step {

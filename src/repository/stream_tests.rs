@@ -1,16 +1,20 @@
 //! Streams there and back: across parts, with holes of zeros, and with damage in one region and in all of them.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use tokio::sync::mpsc;
 
 use crate::model::commit::{BackupKind, Commit};
 use crate::model::pages::{BATCH_PAGES, PAGE_SIZE};
 use crate::model::{Kind, Result};
+use crate::observe::progress::Progress;
 use crate::repository::backup_writer::{BackupOptions, BackupWriter};
 use crate::repository::catalog;
 use crate::repository::parent::Basis;
 use crate::repository::restore::check_files;
 use crate::repository::restore::streams::StoredStreams;
+use crate::repository::scrub::open_everything;
 use crate::repository::stream_writer::StreamWriter;
 use crate::repository::testing::{Fixture, options};
 
@@ -38,6 +42,7 @@ async fn written(fixture: &Fixture, streams: &[(&str, Vec<u8>)]) -> Commit {
             writer.bytes(chunk).await.unwrap();
         }
         writer.end().await.unwrap();
+        assert!(writer.begin((*name).to_owned()).is_err(), "a second {name}");
     }
     let lines = writer.finish().await.unwrap();
     assert_eq!(lines.iter().map(|line| line.bytes).collect::<Vec<_>>(), lengths(streams));
@@ -90,7 +95,7 @@ async fn streams_come_back_byte_by_byte_whatever_their_length() {
         assert!(sent.is_ok() && bytes == *wanted, "{name}: {sent:?}, {} of {}", bytes.len(), wanted.len());
     }
     let inventory = catalog::inventory(&fixture.repository, &commit).await.unwrap();
-    let phase = std::sync::Arc::new(crate::observe::progress::Progress::new(fixture.clock.clone()).begin("x", None));
+    let phase = Arc::new(Progress::new(fixture.clock.clone()).begin("x", None));
     let total = check_files(&fixture.repository, &fixture.ring, (&commit, &inventory), &phase).await.unwrap();
     assert_eq!(total, lengths(&streams).iter().sum::<u64>());
 }
@@ -117,5 +122,28 @@ async fn what_is_damaged_everywhere_ends_the_stream_with_an_error_behind_a_true_
         }
         assert_eq!(sent.unwrap_err().kind(), Kind::Damaged);
         assert!(bytes.len() < streams[0].1.len() && streams[0].1.starts_with(&bytes), "{}", bytes.len());
+    }
+}
+
+/// Every frame of it opens, and nothing comes back: verification must say so.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pages_that_no_list_makes_a_stream_of_are_no_backup() {
+    let fixture = Fixture::memory(1, 1).await;
+    let whole = written(&fixture, &[("one.dump", noise(BATCH + 5, 1))]).await;
+    let how = BackupOptions { source: "dump", kind: Some(BackupKind::Dump), page_checksums: false, ..options() };
+    let mut backup =
+        BackupWriter::begin(&fixture.repository, &fixture.writer, how, Basis::nothing("a test")).await.unwrap();
+    let mut writer = StreamWriter::new(&mut backup);
+    writer.begin("one.dump".to_owned()).unwrap();
+    writer.bytes(&noise(9000, 2)).await.unwrap();
+    writer.end().await.unwrap();
+    drop(writer);
+    backup.flush().await.unwrap();
+    let unlisted = backup.commit(None).await.unwrap().commit;
+    let region = &fixture.repository.regions.all()[0];
+    let phase = Arc::new(Progress::new(Arc::clone(&fixture.writer.clock)).begin("verify", None));
+    for (commit, good) in [(whole, true), (unlisted, false)] {
+        let opened = open_everything(&fixture.repository, (region, &fixture.ring), &commit, &phase).await;
+        assert_eq!(opened.is_ok(), good, "{opened:?}");
     }
 }

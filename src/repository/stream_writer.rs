@@ -74,10 +74,13 @@ impl<'a> StreamWriter<'a> {
     /// A stream begins.
     ///
     /// # Errors
-    /// The one before has not ended, or the name is no plain file name.
+    /// The one before has not ended, or the name is no plain file name, or was used already.
     pub fn begin(&mut self, name: String) -> Result<()> {
         if self.open.is_some() || name.is_empty() || name.starts_with('.') || name.contains(['/', '\0']) {
             return Err(Error::failed(format!("the source began a stream `{name}` out of turn")));
+        }
+        if self.lines.iter().any(|line| line.name == name) {
+            return Err(Error::failed(format!("the source began a second stream `{name}`")));
         }
         self.open = Some(self.part(name, (0, 0))?);
         Ok(())
@@ -137,7 +140,7 @@ impl<'a> StreamWriter<'a> {
         let pages = u32::try_from(pages).unwrap_or(u32::MAX);
         let piece = Piece { file: open.file, first_page: page(open.sent.0), pages };
         open.sent.0 += bytes;
-        self.backup.batch(Batch { pieces: vec![piece], data }).await
+        self.backup.batch(Batch { pieces: vec![piece], data, ..Batch::default() }).await
     }
 
     /// Lists the streams in the manifest.

@@ -5,10 +5,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use chrono::{DateTime, Utc};
 
 use crate::model::commit::{Commit, WalNeed};
-use crate::model::{Error, RegionName, Result, TargetName};
+use crate::model::{BackupId, Error, RegionName, Result, TargetName};
 use crate::repository::catalog::{self, Backup, Debt, Held, held_everywhere};
 use crate::repository::handle::Repository;
+use crate::repository::inventory::InventoryLine;
 use crate::repository::scrub::branches_of;
+use crate::repository::shares::{self, Share};
 use crate::repository::wal_index::{BranchId, Run, WalIndex, Window, windows};
 
 /// Headers read backwards in search of a commit: a quiet server ships many frames without one.
@@ -43,6 +45,10 @@ pub struct Survey {
     pub backups: Vec<(Backup, Vec<(RegionName, Debt)>)>,
     /// Its WAL, oldest timeline first.
     pub branches: Vec<BranchSurvey>,
+    /// What each backup has to itself, of those whose inventory is intact.
+    pub shares: BTreeMap<BackupId, Share>,
+    /// Bytes of all backups together in each region, each object once.
+    pub stored_bytes: u64,
 }
 
 /// How a backup stands in a region.
@@ -69,24 +75,26 @@ pub async fn survey(repository: &Repository, backups: &[Backup]) -> Result<Vec<S
     for target in targets {
         let own: Vec<_> = backups.iter().filter(|backup| backup.commit.target == target).cloned().collect();
         let held = held_everywhere(repository, &target).await;
-        let mut judged = Vec::new();
+        let (mut judged, mut known) = (Vec::new(), Vec::new());
         for backup in &own {
-            let debts = debts(repository, &backup.commit, &held).await;
-            judged.push((backup.clone(), debts));
+            let lines = catalog::inventory(repository, &backup.commit).await;
+            judged.push((backup.clone(), debts(&backup.commit, &lines, &held)));
+            known.extend(lines.ok().map(|lines| (&backup.commit, lines)));
         }
+        let known: Vec<_> = known.iter().map(|(commit, lines)| (*commit, lines.as_slice())).collect();
+        let (shares, stored_bytes) = (shares::of(&known), shares::stored(&known));
         let mut branches = Vec::new();
         for branch in branches_of(repository, &own).await? {
             branches.push(survey_branch(repository, branch).await);
         }
-        surveys.push(Survey { target, backups: judged, branches });
+        surveys.push(Survey { target, backups: judged, branches, shares, stored_bytes });
     }
     Ok(surveys)
 }
 
-async fn debts(repository: &Repository, commit: &Commit, held: &[(RegionName, Held)]) -> Vec<(RegionName, Debt)> {
-    let lines = catalog::inventory(repository, commit).await;
+fn debts(commit: &Commit, lines: &Result<Vec<InventoryLine>>, held: &[(RegionName, Held)]) -> Vec<(RegionName, Debt)> {
     let of_region = |(name, held): &(RegionName, Held)| {
-        let debt = match &lines {
+        let debt = match lines {
             Ok(lines) => held.debt(commit, lines),
             Err(error) => lost_inventory(held.debt(commit, &[]), error),
         };

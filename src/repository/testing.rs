@@ -34,7 +34,8 @@ use crate::repository::wal_log::{Epoch, Log, Marks, store_history};
 use crate::store::dir::DirStore;
 use crate::store::memory::MemoryStore;
 use crate::store::{
-    Capabilities, Depth, Digest, ListPage, ListToken, ObjectInfo, ObjectStore, Put, PutOptions, StoreError,
+    Capabilities, Depth, Digest, ListPage, ListToken, ObjectInfo, ObjectStore, Put, PutOptions, StoreError, VersionId,
+    VersionPage,
 };
 
 const FIRST_SECOND: i64 = 1_795_000_000;
@@ -85,12 +86,19 @@ pub enum Fault {
 pub struct FaultyStore {
     inner: Arc<dyn ObjectStore>,
     fault: Mutex<Fault>,
+    /// Versions that may still be deleted before the process dies.
+    deletes: AtomicI64,
 }
 
 impl FaultyStore {
     /// Switches the fault.
     pub fn set(&self, fault: Fault) {
         *self.fault.lock().unwrap() = fault;
+    }
+
+    /// Lets so many versions be deleted, and refuses all that follow, as if the pruner had been killed then.
+    pub fn break_after_deletes(&self, count: i64) {
+        self.deletes.store(count, Ordering::Relaxed);
     }
 
     /// Replaces the bytes of an object, as a rotten disk does.
@@ -168,6 +176,20 @@ impl ObjectStore for FaultyStore {
         self.inner.server_time().await
     }
 
+    async fn list_versions(&self, prefix: &str, after: Option<&ListToken>) -> Result<VersionPage, StoreError> {
+        self.pass("list", prefix).await?;
+        self.inner.list_versions(prefix, after).await
+    }
+
+    async fn delete_version(&self, key: &str, version: &VersionId) -> Result<(), StoreError> {
+        self.pass("delete", key).await?;
+        if self.deletes.fetch_sub(1, Ordering::Relaxed) <= 0 {
+            let (key, address, reason) = (key.to_owned(), self.address(), "killed".to_owned());
+            return Err(StoreError::Denied { operation: "delete", key, address, reason });
+        }
+        self.inner.delete_version(key, version).await
+    }
+
     async fn delete(&self, key: &str) -> Result<(), StoreError> {
         self.pass("delete", key).await?;
         self.inner.delete(key).await
@@ -233,7 +255,8 @@ impl Fixture {
         clock: Arc<TestClock>,
         files: tempfile::TempDir,
     ) -> Self {
-        let wrap = |inner| Arc::new(FaultyStore { inner, fault: Mutex::new(Fault::None) });
+        let wrap =
+            |inner| Arc::new(FaultyStore { inner, fault: Mutex::new(Fault::None), deletes: AtomicI64::new(i64::MAX) });
         let stores: Vec<_> = inner.into_iter().map(wrap).collect();
         let (identity, recipient) = generate_identity(clock.now());
         let path = files.path().join("age.txt");
@@ -307,6 +330,17 @@ impl Fixture {
 
     /// The same, of a kind of choice.
     pub async fn epoch_of(&self, writer: &Writer, (kind, start): (EpochKind, u64), lengths: &[usize], close: bool) {
+        self.epoch_holding(writer, (kind, start), (lengths, close), |at| at as u8).await;
+    }
+
+    /// The same, with bytes of choice by position.
+    pub async fn epoch_holding(
+        &self,
+        writer: &Writer,
+        (kind, start): (EpochKind, u64),
+        (lengths, close): (&[usize], bool),
+        byte: impl Fn(u64) -> u8,
+    ) {
         let out = Arc::new(FanOut::new(&self.repository.regions, Patience::WAL));
         let opening = (log(), kind, Lsn(start));
         let mut epoch = Epoch::open(&self.repository, writer, opening, 1, Arc::clone(&out)).await.unwrap();
@@ -319,7 +353,7 @@ impl Fixture {
                 last_record: Some((Lsn(at), Lsn(end))),
                 commits: Some((time, time)),
             };
-            epoch.append(Lsn(at), (at..end).map(|at| at as u8).collect(), marks).await.unwrap();
+            epoch.append(Lsn(at), (at..end).map(&byte).collect(), marks).await.unwrap();
             at = end;
         }
         if close {
@@ -359,6 +393,9 @@ pub async fn tiny(regions: usize, quorum: usize) -> Fixture {
 /// How the fixture's backups are written.
 pub fn options() -> BackupOptions {
     BackupOptions {
+        start_lsn: None,
+        detection: None,
+        proof: None,
         target: "ledger".parse().unwrap(),
         source: "postgres",
         method: "local".to_owned(),
@@ -402,7 +439,7 @@ pub async fn send(writer: &mut BackupWriter, files: &[Made]) {
     for path in parents.into_iter().map(str::to_owned) {
         writer.line(&Line::Directory { path, mode: 0o700 }).await.unwrap();
     }
-    let mut shared = Batch { pieces: Vec::new(), data: Vec::new() };
+    let mut shared = Batch::default();
     for (number, file) in files.iter().enumerate() {
         let id = FileId(number as u32);
         writer.file(id, file.path.clone(), 0o600).unwrap();
@@ -412,11 +449,11 @@ pub async fn send(writer: &mut BackupWriter, files: &[Made]) {
             for (at, pages) in data.chunks(BATCH_PAGES * PAGE_SIZE).enumerate() {
                 let first_page = (at * BATCH_PAGES) as u32;
                 let piece = Piece { file: id, first_page, pages: (pages.len() / PAGE_SIZE) as u32 };
-                writer.batch(Batch { pieces: vec![piece], data: pages.to_vec() }).await.unwrap();
+                writer.batch(Batch { pieces: vec![piece], data: pages.to_vec(), ..Batch::default() }).await.unwrap();
             }
         } else if !data.is_empty() {
             if (shared.data.len() + data.len()) / PAGE_SIZE > BATCH_PAGES {
-                let full = std::mem::replace(&mut shared, Batch { pieces: Vec::new(), data: Vec::new() });
+                let full = std::mem::take(&mut shared);
                 writer.batch(full).await.unwrap();
             }
             shared.pieces.push(Piece { file: id, first_page: 0, pages: (data.len() / PAGE_SIZE) as u32 });

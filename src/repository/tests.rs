@@ -42,7 +42,7 @@ pub(super) async fn read_back(
     commit: &Commit,
 ) -> Result<BTreeMap<String, Vec<u8>>> {
     let directory = tempfile::tempdir().unwrap();
-    let destination = Destination { directory: directory.path().to_owned(), tablespaces: BTreeMap::new() };
+    let destination = Destination::empty(directory.path().to_owned(), BTreeMap::new());
     let inventory = catalog::inventory(repository, commit).await?;
     let phase = Arc::new(Progress::new(Arc::new(SystemClock::new())).begin("fetch", None));
     let mut written = Vec::new();

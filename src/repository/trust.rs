@@ -106,6 +106,11 @@ impl Trust {
         Ok(())
     }
 
+    /// Whether the configuration or the command line lists signers.
+    pub fn has_list(&self) -> bool {
+        !self.listed.is_empty()
+    }
+
     /// Whether there is a list of trusted signers that this one is not on.
     pub fn refuses(&self, id: &SignerId) -> bool {
         !self.listed.is_empty() && !self.listed.contains(id)

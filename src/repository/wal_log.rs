@@ -202,7 +202,7 @@ impl Epoch {
     }
 
     fn put(&mut self, kind: FrameKind, span: WalSpan, wal: Vec<u8>) -> BoxFuture<'static, Result<()>> {
-        let header = self.header(kind, span);
+        let (header, weight) = (self.header(kind, span), wal.len() as u64);
         self.next_seq += 1;
         let (signer, keyset, level) = (Arc::clone(&self.writer.signer), Arc::clone(&self.keyset), self.level);
         let (repository, out) = (self.repository.clone(), Arc::clone(&self.out));
@@ -216,7 +216,7 @@ impl Epoch {
                 Ok::<_, Error>((Bytes::from(object), digest))
             });
             let (object, digest) = encoded.await.map_err(|error| Error::failed("sealing died").because(error))??;
-            match out.put(place.key(), object, digest).await {
+            match out.put_wal(place.key(), (object, digest), weight).await {
                 Err(error) if error.kind() == Kind::Damaged => Err(displaced(&repository, &place, error).await),
                 put => put,
             }

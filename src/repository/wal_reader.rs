@@ -1,22 +1,15 @@
-//! Reading WAL back: bytes in order, each frame authenticated before a byte of it is used, several frames ahead.
+//! Reading WAL back: bytes in order, and where several epochs hold them, compared before they are given out.
 
-use std::collections::VecDeque;
 use std::ops::ControlFlow;
 
-use bytes::Bytes;
-use tokio_util::task::AbortOnDropHandle;
-
 use crate::model::{EpochId, Error, Lsn, Result};
-use crate::observe::task;
 use crate::repository::handle::Repository;
 use crate::repository::keysets::KeyRing;
-use crate::repository::wal_frame::{Frame, FrameHeader, FrameKind, FramePlace};
+use crate::repository::wal_frame::FrameHeader;
+use crate::repository::wal_frames::{Frames, Means};
 use crate::repository::wal_index::{BranchId, Run, Stretch, WalIndex, Window, cover, windows};
-
-/// Frames in flight or waiting for their turn.
-const LOOK_AHEAD: usize = 8;
-/// The most WAL that look-ahead holds in memory, by the largest frame seen: frames grow to 15 MiB under load.
-const LOOK_AHEAD_BYTES: usize = 32 * 1024 * 1024;
+pub use crate::repository::wal_overlap::Contradiction;
+use crate::repository::wal_overlap::{Look, Overlap, Witness, comparable, overlaps};
 
 /// Takes WAL in order; [`ControlFlow::Break`] ends the reading.
 pub type Sink<'a> = dyn FnMut(Lsn, &[u8]) -> Result<ControlFlow<()>> + Send + 'a;
@@ -84,10 +77,12 @@ impl BranchLog {
         })
     }
 
-    /// Hands the bytes of `[from, to)` to `sink`, in order. Returns how many.
+    /// Hands the bytes of `[from, to)` to `sink`, in order. Returns how many. Where other epochs hold a part of them, too,
+    /// they are read beside and compared; one that cannot be read is told and does not stop what is good.
     ///
     /// # Errors
-    /// A hole; a frame that is in no region intact; no key that opens an epoch; or what `sink` said.
+    /// A hole; a frame that is in no region intact; no key that opens an epoch; two epochs that contradict each other; or
+    /// what `sink` said.
     pub async fn read(
         &self,
         repository: &Repository,
@@ -96,8 +91,10 @@ impl BranchLog {
         sink: &mut Sink<'_>,
     ) -> Result<u64> {
         let mut bytes = 0;
+        let means = Means { index: &self.index, repository, ring };
         for stretch in self.stretches(repository, range).await? {
-            let (read, flow) = self.read_stretch(repository, ring, &stretch, sink).await?;
+            let witnesses = self.witnesses(means, &stretch);
+            let (read, flow) = read_stretch(means, &stretch, witnesses, sink).await?;
             bytes += read;
             if flow.is_break() {
                 break;
@@ -106,128 +103,128 @@ impl BranchLog {
         Ok(bytes)
     }
 
-    async fn read_stretch(
+    /// Whoever else holds a part of a stretch.
+    fn witnesses<'a>(&'a self, means: Means<'a>, stretch: &Stretch) -> Vec<Witness<'a>> {
+        let Some(ours) = self.run_of(stretch) else { return Vec::new() };
+        let end = comparable(ours).1.min(stretch.to);
+        let both = |run: &'a Run| {
+            let (start, complete) = comparable(run);
+            let part = (start.max(stretch.from), complete.min(end));
+            let other = run.first.place != ours.first.place;
+            (other && part.0 < part.1).then(|| Witness::new(means, ours, run, part))
+        };
+        self.runs.iter().filter_map(both).collect()
+    }
+
+    /// Compares what several epochs hold of `[from, to)`, and nothing else. Gives what contradicts, and what could not be
+    /// read for it.
+    pub async fn compare(
         &self,
         repository: &Repository,
         ring: &KeyRing,
-        stretch: &Stretch,
-        sink: &mut Sink<'_>,
-    ) -> Result<(u64, ControlFlow<()>)> {
-        let first = self.header(repository, &stretch.epoch, stretch.first_seq).await?;
-        // An epoch has one keyset; a frame that claims another does not open with it.
-        let keyset = ring.open(&first.target, &first.keyset).await?;
-        let fetch = |seq: u64| {
-            let (place, repository) = (self.index.place(&stretch.epoch, seq), repository.clone());
-            let keyset = std::sync::Arc::clone(&keyset);
-            let fetched = task::spawn("wal-frame", async move {
-                let key =
-                    keyset.data().ok_or_else(|| Error::failed("the WAL keyset was opened without its data secret"))?;
-                fetch_frame(&repository, &place, |frame| frame.open(key)).await
-            });
-            AbortOnDropHandle::new(fetched)
+        (from, to): (Lsn, Lsn),
+    ) -> (Vec<Contradiction>, Vec<Error>) {
+        let means = Means { index: &self.index, repository, ring };
+        let within = |run: &Run| {
+            let (start, end) = comparable(run);
+            (start.max(from), end.min(to).max(start.max(from)))
         };
-        let mut seqs = stretch.first_seq..=stretch.last_seq;
-        let (mut ahead, mut largest, mut at) = (VecDeque::new(), 1, stretch.from);
-        let mut expected = None;
-        while at < stretch.to {
-            let room = (LOOK_AHEAD_BYTES / largest).clamp(2, LOOK_AHEAD);
-            ahead.extend(seqs.by_ref().take(room.saturating_sub(ahead.len())).map(&fetch));
-            let Some(next) = ahead.pop_front() else {
-                return Err(Error::damaged(format!(
-                    "the WAL of epoch {} ends at {at}, before {}",
-                    stretch.epoch, stretch.to
-                )));
+        let ranges: Vec<_> = self.runs.iter().map(within).collect();
+        let (mut contradictions, mut unread) = (Vec::new(), Vec::new());
+        for overlap in overlaps(&ranges) {
+            match self.compare_one(means, overlap).await {
+                Look::Same => {}
+                Look::Differs(contradiction) => contradictions.push(*contradiction),
+                Look::Unread(error) => unread.push(error),
+            }
+        }
+        (contradictions, unread)
+    }
+
+    async fn compare_one(&self, means: Means<'_>, Overlap { ours, theirs, from, to }: Overlap) -> Look {
+        let (Some(ours), Some(theirs)) = (self.runs.get(ours), self.runs.get(theirs)) else { return Look::Same };
+        let first_seq = match means.index.locate(means.repository, ours, from).await {
+            Ok(first_seq) => first_seq,
+            Err(error) => return Look::Unread(error),
+        };
+        let (epoch, last_seq) = (ours.first.place.epoch.clone(), ours.last.place.seq);
+        let stretch = Stretch { epoch, first_seq, last_seq, from, to };
+        let mut witness = Witness::new(means, ours, theirs, (from, to));
+        let mut pieces = match Pieces::open(means, &stretch).await {
+            Ok(pieces) => pieces,
+            Err(error) => return Look::Unread(error),
+        };
+        loop {
+            let looked = match pieces.next().await {
+                Ok(Some((at, wal))) => witness.look(at, &wal).await,
+                Ok(None) => return Look::Same,
+                Err(error) => return Look::Unread(error),
             };
-            let frame = next.await.map_err(|error| Error::failed("a WAL reader died").because(error))??;
-            let (header, wal) = frame;
-            if header.kind == FrameKind::Seal {
-                continue;
+            if !matches!(looked, Look::Same) {
+                return looked;
             }
-            let follows = expected.map_or(header.span.start <= at, |expected| header.span.start == expected);
-            if !follows {
-                return Err(Error::damaged(format!(
-                    "WAL frame {} does not follow the one before it",
-                    header.place.key()
-                )));
-            }
-            expected = Some(header.span.end);
-            largest = largest.max(wal.len());
-            let wanted = trim((header.span.start, &wal), (at, stretch.to));
-            if !wanted.is_empty() {
-                let flow = sink(at, wanted)?;
-                at.0 += wanted.len() as u64;
-                if flow.is_break() {
-                    return Ok((at.bytes_since(stretch.from), flow));
+        }
+    }
+}
+
+/// Hands a stretch to `sink`, in order, while every witness agrees.
+async fn read_stretch(
+    means: Means<'_>,
+    stretch: &Stretch,
+    mut witnesses: Vec<Witness<'_>>,
+    sink: &mut Sink<'_>,
+) -> Result<(u64, ControlFlow<()>)> {
+    let mut pieces = Pieces::open(means, stretch).await?;
+    while let Some((at, wal)) = pieces.next().await? {
+        let mut heard = Vec::with_capacity(witnesses.len());
+        for mut witness in witnesses {
+            match witness.look(at, &wal).await {
+                Look::Same => heard.push(witness),
+                Look::Differs(contradiction) => return Err(Error::from(contradiction.as_ref())),
+                Look::Unread(error) => {
+                    tracing::warn!(%error, %at, "another epoch that holds this WAL cannot be compared with it");
                 }
             }
         }
-        Ok((at.bytes_since(stretch.from), ControlFlow::Continue(())))
-    }
-}
-
-/// A whole frame from the first region that has it intact: signed, in its place, and opening with its key.
-pub(super) async fn fetch_frame(
-    repository: &Repository,
-    place: &FramePlace,
-    open: impl Fn(&Frame) -> Result<Vec<u8>>,
-) -> Result<(FrameHeader, Vec<u8>)> {
-    let check = |bytes: Bytes| {
-        let frame = Frame::decode(&bytes, &repository.id, place, &repository.trust)?;
-        let wal = open(&frame)?;
-        Ok((frame.header, wal))
-    };
-    fetch(repository, place, check, |frame: &(FrameHeader, Vec<u8>)| frame.0.kind).await
-}
-
-/// The same as it is stored, for which no key is needed.
-pub(super) async fn fetch_object(repository: &Repository, place: &FramePlace) -> Result<Bytes> {
-    let check = |bytes: Bytes| {
-        let frame = Frame::decode(&bytes, &repository.id, place, &repository.trust)?;
-        Ok((frame.header.kind, bytes))
-    };
-    fetch(repository, place, check, |frame| frame.0).await.map(|(_, bytes)| bytes)
-}
-
-/// A SEAL in one region does not hide the frame that another region took before under the same name.
-async fn fetch<T>(
-    repository: &Repository,
-    place: &FramePlace,
-    check: impl Fn(Bytes) -> Result<T>,
-    kind: impl Fn(&T) -> FrameKind,
-) -> Result<T> {
-    let (frame, _) = repository.regions.read(&place.key(), None, &check).await?;
-    if kind(&frame) != FrameKind::Seal {
-        return Ok(frame);
-    }
-    for region in repository.regions.all() {
-        let Ok(bytes) = region.store.get(&place.key(), None).await else { continue };
-        match check(bytes) {
-            Ok(other) if kind(&other) != FrameKind::Seal => return Ok(other),
-            _ => {}
+        witnesses = heard;
+        if sink(at, &wal)?.is_break() {
+            return Ok((pieces.at.bytes_since(stretch.from), ControlFlow::Break(())));
         }
     }
-    Ok(frame)
+    Ok((stretch.to.bytes_since(stretch.from), ControlFlow::Continue(())))
 }
 
-/// The bytes of a frame that begins at `start` which lie in `[from, to)`.
-fn trim((start, wal): (Lsn, &[u8]), (from, to): (Lsn, Lsn)) -> &[u8] {
-    let offset = |at: Lsn| usize::try_from(at.bytes_since(start)).unwrap_or(usize::MAX).min(wal.len());
-    wal.get(offset(from)..offset(to)).unwrap_or_default()
+/// The pieces of a stretch, each the wanted part of a frame.
+struct Pieces<'a> {
+    frames: Frames<'a>,
+    stretch: &'a Stretch,
+    at: Lsn,
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+impl<'a> Pieces<'a> {
+    async fn open(means: Means<'a>, stretch: &'a Stretch) -> Result<Self> {
+        let frames = Frames::open(means, &stretch.epoch, stretch.first_seq..=stretch.last_seq).await?;
+        Ok(Self { frames, stretch, at: stretch.from })
+    }
 
-    #[test]
-    fn only_the_wanted_bytes_of_a_frame_are_used() {
-        let wal = [1, 2, 3, 4];
-        let part = |from, to| trim((Lsn(100), &wal), (Lsn(from), Lsn(to)));
-        assert_eq!(part(100, 104), [1, 2, 3, 4]);
-        assert_eq!(part(102, 103), [3]);
-        assert_eq!(part(90, 102), [1, 2]);
-        assert_eq!(part(103, 200), [4]);
-        assert_eq!(part(104, 200), [0; 0]);
-        assert_eq!(part(10, 20), [0; 0]);
+    async fn next(&mut self) -> Result<Option<(Lsn, Vec<u8>)>> {
+        let Stretch { epoch, to, .. } = self.stretch;
+        while self.at < *to {
+            let at = self.at;
+            let ends = || Error::damaged(format!("the WAL of epoch {epoch} ends at {at}, before {to}"));
+            let (span, wal) = self.frames.next().await?.ok_or_else(ends)?;
+            if span.start > at {
+                return Err(Error::damaged(format!("the WAL of epoch {epoch} does not go on at {at}")));
+            }
+            let mut wanted = wal;
+            let offset = |at: Lsn| usize::try_from(at.bytes_since(span.start)).unwrap_or(usize::MAX);
+            wanted.truncate(offset(*to));
+            wanted.drain(..offset(at).min(wanted.len()));
+            if !wanted.is_empty() {
+                self.at.0 += wanted.len() as u64;
+                return Ok(Some((at, wanted)));
+            }
+        }
+        Ok(None)
     }
 }

@@ -29,7 +29,8 @@ use crate::repository::wal_log::{Epoch, Marks};
 use crate::repository::wal_model::{Action, Rules, walk};
 use crate::repository::wal_reader::BranchLog;
 use crate::store::{
-    Capabilities, Depth, Digest, ListPage, ListToken, ObjectInfo, ObjectStore, Put, PutOptions, StoreError,
+    Capabilities, Depth, Digest, ListPage, ListToken, ObjectInfo, ObjectStore, Put, PutOptions, StoreError, VersionId,
+    VersionPage,
 };
 
 const START: u64 = 1000;
@@ -108,6 +109,14 @@ impl ObjectStore for Gate {
 
     async fn server_time(&self) -> Result<Option<DateTime<Utc>>, StoreError> {
         self.inner.server_time().await
+    }
+
+    async fn list_versions(&self, prefix: &str, after: Option<&ListToken>) -> Result<VersionPage, StoreError> {
+        self.inner.list_versions(prefix, after).await
+    }
+
+    async fn delete_version(&self, key: &str, version: &VersionId) -> Result<(), StoreError> {
+        self.inner.delete_version(key, version).await
     }
 
     async fn delete(&self, key: &str) -> Result<(), StoreError> {

@@ -3,6 +3,10 @@
 //! A source yields typed items and its own recovery point. It never seals, uploads or decides what a backup is; and it
 //! never writes to what it reads.
 
+use std::fmt::Debug;
+use std::ops::Range;
+use std::sync::Arc;
+
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
@@ -14,7 +18,7 @@ pub mod dump;
 pub mod files;
 pub mod postgres;
 
-pub use crate::model::pages::{BATCH_PAGES, Batch, FileId, PAGE_SIZE, Piece};
+pub use crate::model::pages::{BATCH_PAGES, Batch, Claims, FileId, PAGE_SIZE, Piece};
 
 /// A physical backup of one cluster in progress: `begin`, then `copy`, then `finish`, each once.
 ///
@@ -29,10 +33,22 @@ pub trait PhysicalSource: Send {
     async fn begin(&mut self) -> Result<Begun>;
     /// Reads everything.
     async fn copy(&mut self, items: mpsc::Sender<Item>) -> Result<()>;
+    /// Called between `begin` and `copy`: not every page need be read. `false` = this source reads everything all the same.
+    fn leave_out(&mut self, _unread: Arc<dyn Unread>, _proof: bool) -> bool {
+        false
+    }
     /// How the cluster is read, for the record: `local`, `stream`.
     fn method(&self) -> &'static str;
     /// Ends backup mode.
     async fn finish(&mut self) -> Result<Finished>;
+}
+
+/// Knows pages that need not be read, because the backup that is compared with has them as they were at the start of this
+/// one or changed less than matters: see [`Claims`].
+pub trait Unread: Debug + Send + Sync {
+    /// Those among `range` of a file that has this many whole pages now; ascending and apart. Nothing, where anything is
+    /// in doubt.
+    fn unchanged(&self, path: &str, whole_pages: u32, range: Range<u32>) -> Vec<Range<u32>>;
 }
 
 /// The start of a backup as the server knows it.
@@ -165,4 +181,6 @@ pub struct Copied {
     pub notes: Vec<String>,
     /// What should be in the streams and is not.
     pub left_out: Vec<String>,
+    /// The moment whose state the streams hold, where that lies before the reading began.
+    pub as_of: Option<DateTime<Utc>>,
 }

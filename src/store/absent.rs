@@ -8,7 +8,8 @@ use bytes::Bytes;
 use chrono::{DateTime, Utc};
 
 use crate::store::{
-    Capabilities, Depth, Digest, ListPage, ListToken, ObjectInfo, ObjectStore, Put, PutOptions, StoreError,
+    Capabilities, Depth, Digest, ListPage, ListToken, ObjectInfo, ObjectStore, Put, PutOptions, StoreError, VersionId,
+    VersionPage,
 };
 
 /// Answers every call with the reason for which the store could not be opened.
@@ -26,7 +27,7 @@ impl AbsentStore {
 
     fn unavailable(&self, operation: &'static str, key: &str) -> StoreError {
         let (address, reason) = (self.address.clone(), self.reason.clone());
-        StoreError::Unavailable { operation, key: key.to_owned(), address, reason }
+        StoreError::Absent { operation, key: key.to_owned(), address, reason }
     }
 }
 
@@ -62,6 +63,14 @@ impl ObjectStore for AbsentStore {
 
     async fn server_time(&self) -> Result<Option<DateTime<Utc>>, StoreError> {
         Err(self.unavailable("ask the time", ""))
+    }
+
+    async fn list_versions(&self, prefix: &str, _: Option<&ListToken>) -> Result<VersionPage, StoreError> {
+        Err(self.unavailable("list", prefix))
+    }
+
+    async fn delete_version(&self, key: &str, _: &VersionId) -> Result<(), StoreError> {
+        Err(self.unavailable("delete", key))
     }
 
     async fn delete(&self, key: &str) -> Result<(), StoreError> {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::{Bound, Range};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
@@ -10,8 +11,8 @@ use chrono::{DateTime, Utc};
 
 use super::name;
 use super::{
-    Capabilities, Depth, Digest, ListPage, ListToken, ListedObject, ObjectInfo, ObjectStore, Put, PutOptions,
-    StoreError,
+    Capabilities, Depth, Digest, ListPage, ListToken, ListedObject, ListedVersion, ObjectInfo, ObjectStore, Put,
+    PutOptions, StoreError, VersionId, VersionPage,
 };
 use crate::model::Clock;
 
@@ -23,6 +24,7 @@ pub struct MemoryStore {
     address: String,
     clock: Arc<dyn Clock>,
     objects: Mutex<BTreeMap<String, Stored>>,
+    serial: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -31,12 +33,20 @@ struct Stored {
     digest: Digest,
     modified: DateTime<Utc>,
     retain_until: Option<DateTime<Utc>>,
+    /// Puts before this one: a name that is put again is another version.
+    serial: u64,
+}
+
+impl Stored {
+    fn version(&self) -> VersionId {
+        VersionId(self.serial.to_string())
+    }
 }
 
 impl MemoryStore {
     /// An empty store whose address is `memory:name`.
     pub fn new(name: &str, clock: Arc<dyn Clock>) -> Self {
-        Self { address: format!("memory:{name}"), clock, objects: Mutex::default() }
+        Self { address: format!("memory:{name}"), clock, objects: Mutex::default(), serial: AtomicU64::new(0) }
     }
 
     fn objects(&self) -> MutexGuard<'_, BTreeMap<String, Stored>> {
@@ -87,7 +97,8 @@ impl ObjectStore for MemoryStore {
         if is_or_has_a_directory(&objects, key) {
             return Err(self.invalid(format!("{key} cannot be both an object and a directory")));
         }
-        let stored = Stored { body, digest, modified: self.clock.now(), retain_until: options.retain_until };
+        let serial = self.serial.fetch_add(1, Ordering::Relaxed);
+        let stored = Stored { body, digest, modified: self.clock.now(), retain_until: options.retain_until, serial };
         objects.insert(key.to_owned(), stored);
         Ok(Put::Created)
     }
@@ -145,6 +156,25 @@ impl ObjectStore for MemoryStore {
 
     async fn server_time(&self) -> Result<Option<DateTime<Utc>>, StoreError> {
         Ok(Some(self.clock.now()))
+    }
+
+    async fn list_versions(&self, prefix: &str, after: Option<&ListToken>) -> Result<VersionPage, StoreError> {
+        let page = self.list(prefix, Depth::All, after).await?;
+        let objects = self.objects();
+        let version = |listed: ListedObject| {
+            let version = objects.get(&listed.key)?.version();
+            Some(ListedVersion { key: listed.key, version, size: listed.size, modified: listed.modified })
+        };
+        Ok(VersionPage { versions: page.objects.into_iter().filter_map(version).collect(), next: page.next })
+    }
+
+    async fn delete_version(&self, key: &str, version: &VersionId) -> Result<(), StoreError> {
+        name::check(&self.address, key)?;
+        let same = self.objects().get(key).is_some_and(|stored| stored.version() == *version);
+        match if same { self.delete(key).await } else { Ok(()) } {
+            Err(error) if error.is_not_found() => Ok(()),
+            done => done,
+        }
     }
 
     async fn delete(&self, key: &str) -> Result<(), StoreError> {

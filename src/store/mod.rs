@@ -108,11 +108,54 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
     /// Failures to answer.
     async fn server_time(&self) -> Result<Option<DateTime<Utc>>, StoreError>;
 
-    /// Removes one object's bytes for good. Only the two-phase prune calls this, and tests that damage a region.
+    /// One page of everything that stands under names that begin with `prefix`, in ascending byte order of the names:
+    /// where versions are kept ([`Capabilities::versions`]) every version and every delete marker, elsewhere one version of
+    /// each name. Follow [`VersionPage::next`] to the end.
+    ///
+    /// # Errors
+    /// Only failures to answer, and servers that cannot tell.
+    async fn list_versions(&self, prefix: &str, after: Option<&ListToken>) -> Result<VersionPage, StoreError>;
+
+    /// Removes exactly this version for good and leaves no delete marker. If it is gone, or the name holds another one by
+    /// now, nothing happens: what the caller wanted gone is gone. Only the two-phase prune calls this.
+    ///
+    /// # Errors
+    /// [`StoreError::Retained`] while an object lock holds.
+    async fn delete_version(&self, key: &str, version: &VersionId) -> Result<(), StoreError>;
+
+    /// Removes a name for good, with every version of it. Only repair calls this, of a copy that is provably wrong, and
+    /// tests that damage a region.
     ///
     /// # Errors
     /// [`StoreError::Retained`] while an object lock holds; [`StoreError::NotFound`] if it is gone already.
     async fn delete(&self, key: &str) -> Result<(), StoreError>;
+}
+
+/// What tells one version of a name from another, in the words of its store. It is never made up and never compared with
+/// one of another name.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct VersionId(pub String);
+
+/// One page of versions.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct VersionPage {
+    /// In ascending order of their names.
+    pub versions: Vec<ListedVersion>,
+    /// The next page, `None` at the end.
+    pub next: Option<ListToken>,
+}
+
+/// One version of a name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ListedVersion {
+    /// The name, without the store's own prefix.
+    pub key: String,
+    /// Which version.
+    pub version: VersionId,
+    /// Stored bytes; 0 for a delete marker.
+    pub size: u64,
+    /// When the server says it was stored.
+    pub modified: Option<DateTime<Utc>>,
 }
 
 /// What a store can do beyond the required methods.
@@ -259,6 +302,26 @@ pub enum StoreError {
         /// What happened.
         reason: String,
     },
+    /// It could not be opened, and is not tried again for as long as this process has it.
+    #[error("{operation} of {key} in {address}: {reason}")]
+    Absent {
+        /// What was tried.
+        operation: &'static str,
+        /// The name.
+        key: String,
+        /// The store.
+        address: String,
+        /// Why it could not be opened.
+        reason: String,
+    },
+    /// It answers, and does not show that it is a region of the repository; nothing is read there or written.
+    #[error("{address} is not a region of this repository: {reason}")]
+    Unproven {
+        /// The store.
+        address: String,
+        /// What it shows instead.
+        reason: String,
+    },
     /// The name or the request breaks this contract; never retried.
     #[error("{address}: {reason}")]
     Invalid {
@@ -291,7 +354,10 @@ impl From<StoreError> for Error {
         let kind = match &error {
             StoreError::NotFound { .. } => Kind::NotFound,
             StoreError::Conflict { .. } | StoreError::Truncated { .. } => Kind::Damaged,
-            StoreError::Unavailable { .. } | StoreError::Full { .. } => Kind::Unavailable,
+            StoreError::Unavailable { .. }
+            | StoreError::Full { .. }
+            | StoreError::Absent { .. }
+            | StoreError::Unproven { .. } => Kind::Unavailable,
             StoreError::Denied { .. } | StoreError::Retained { .. } | StoreError::Invalid { .. } => Kind::Failed,
         };
         Self::new(kind, error.to_string()).transient(error.is_transient())

@@ -82,6 +82,8 @@ for_every_store! {
     what_is_absent_is_not_found
     a_deleted_object_is_gone_and_its_name_free
     listing_goes_past_one_page
+    versions_are_listed_past_one_page_and_deleted_one_by_one
+    a_name_that_was_put_again_is_another_version
     a_level_folds_what_lies_deeper
     a_level_of_many_folders_goes_past_one_page
     names_come_in_byte_order

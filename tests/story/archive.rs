@@ -13,10 +13,10 @@ use crate::support::pg::{Cluster, Until};
 use crate::support::process::eventually;
 use crate::wal::{DIRECTORIES, Rig};
 
-const SOON: Duration = Duration::from_secs(30);
+pub const SOON: Duration = Duration::from_secs(30);
 
 /// A server with small segments that archives to whoever is at the rig's socket, and the rig.
-async fn archiving(major: u32, stream: bool) -> (Cluster, Rig) {
+pub async fn archiving(major: u32, stream: bool) -> (Cluster, Rig) {
     let cluster = Cluster::builder(major)
         .wal_segsize(1)
         .setting("autovacuum", "off")
@@ -37,14 +37,14 @@ async fn archiving(major: u32, stream: bool) -> (Cluster, Rig) {
 }
 
 /// A hundred rows and the end of their segment; its name.
-async fn fill_segment(cluster: &Cluster) -> String {
+pub async fn fill_segment(cluster: &Cluster) -> String {
     cluster.execute("CREATE TABLE IF NOT EXISTS t (n serial, text text)").await;
     cluster.execute("INSERT INTO t (text) SELECT md5(n::text) FROM generate_series(1, 100) n").await;
     let end: Lsn = cluster.query("SELECT pg_switch_wal()").await.parse().unwrap();
     cluster.query(&format!("SELECT pg_walfile_name('{end}'::pg_lsn)")).await
 }
 
-async fn until_archived(cluster: &Cluster, segment: &str) {
+pub async fn until_archived(cluster: &Cluster, segment: &str) {
     let archived = "SELECT coalesce(last_archived_wal, '') FROM pg_stat_archiver";
     eventually("the segment is archived", SOON, async || {
         let last = cluster.query(archived).await;
@@ -56,7 +56,7 @@ async fn until_archived(cluster: &Cluster, segment: &str) {
 const DIGEST: &str = "SELECT count(*), md5(string_agg(n || text, ',' ORDER BY n)) FROM t";
 
 impl Rig {
-    async fn serve(&self, state: State) -> Background {
+    pub async fn serve(&self, state: State) -> Background {
         let serve = self
             .stream()
             .expect_log("was refused")
@@ -67,7 +67,7 @@ impl Rig {
         serve
     }
 
-    async fn push(&self, path: &Path) -> Finished {
+    pub async fn push(&self, path: &Path) -> Finished {
         Drctl::new(
             ["wal", "push", "--socket"]
                 .map(std::ffi::OsStr::new)
@@ -93,7 +93,7 @@ impl Rig {
         count
     }
 
-    async fn restored(&self, name: &str) -> PathBuf {
+    pub async fn restored(&self, name: &str) -> PathBuf {
         let directory = self.scratch.join(name);
         let shown = directory.display().to_string();
         let fixed = ["restore", "ledger", "--json", "--target-dir", &shown];
@@ -124,7 +124,7 @@ async fn archive_command_alone_brings_everything_back() {
     assert_eq!(cluster.query("SELECT count(*) FROM pg_replication_slots").await, "0");
     let expected = cluster.query(DIGEST).await;
     let pushes = rig.position().await.unwrap().pushes;
-    assert!(pushes.stored > 0 && pushes.refused == 0 && !pushes.is_refusing(), "{pushes:?}");
+    assert!(pushes.stored + pushes.ahead > 0 && pushes.refused == 0 && !pushes.is_refusing(), "{pushes:?}");
 
     let directory = rig.restored("back").await;
     let off = [("archive_mode", "off")];
@@ -132,6 +132,30 @@ async fn archive_command_alone_brings_everything_back() {
     assert_eq!(back.query(DIGEST).await, expected);
     serve.terminate().await.ok();
     assert!(rig.push(&cluster.data_dir().join("pg_wal").join(&last)).await.code(1).stderr.contains("nobody takes WAL"));
+}
+
+/// What waits in the server's directory is stored while PostgreSQL is still busy with the segment before.
+#[tokio::test]
+async fn segments_that_wait_are_stored_before_they_are_handed_over() {
+    let (cluster, rig) = archiving(18, false).await;
+    let serve = rig.serve(State::Archiving).await;
+    let command = cluster.query("SHOW archive_command").await;
+    cluster.execute("ALTER SYSTEM SET archive_command = 'false'").await;
+    cluster.execute("SELECT pg_reload_conf()").await;
+    let mut segments = Vec::new();
+    for _ in 0..20 {
+        segments.push(fill_segment(&cluster).await);
+    }
+    cluster.execute(&format!("ALTER SYSTEM SET archive_command = '{command}'")).await;
+    cluster.execute("SELECT pg_reload_conf()").await;
+    until_archived(&cluster, segments.last().unwrap()).await;
+    let pushes = rig.position().await.unwrap().pushes;
+    assert!(pushes.ahead >= 5 && pushes.refused == 0, "{pushes:?}");
+    // Each was stored once, by whom ever.
+    assert!(pushes.stored + pushes.ahead >= 20 && pushes.known >= pushes.ahead, "{pushes:?}");
+    serve.terminate().await.ok();
+    let windows = rig.windows().await;
+    assert!(windows.iter().all(|(_, windows)| windows.len() == 1), "{windows:?}");
 }
 
 #[tokio::test]
@@ -296,6 +320,12 @@ async fn a_file_is_given_to_recovery_or_it_certainly_does_not_exist() {
     for doubtful in [last.as_str(), &beyond] {
         fetch(doubtful, 255).await;
     }
+    // A place where nothing is mounted answers, and is no region that was asked.
+    std::fs::create_dir(region("b")).unwrap();
+    for doubtful in [last.as_str(), &beyond] {
+        fetch(doubtful, 255).await;
+    }
+    std::fs::remove_dir(region("b")).unwrap();
     for name in ["a", "b"] {
         std::fs::rename(region(name).with_extension("away"), region(name)).unwrap();
     }
@@ -326,7 +356,7 @@ async fn a_file_is_given_to_recovery_or_it_certainly_does_not_exist() {
     }
 }
 
-fn walk(directory: &Path) -> Vec<PathBuf> {
+pub fn walk(directory: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
     entries.flat_map(|path| if path.is_dir() { walk(&path) } else { vec![path] }).collect()
 }

@@ -148,9 +148,13 @@ async fn a_killed_daemon_leaves_no_slot_without_an_outcome() {
     let jobs = Drctl::new(["jobs", "--json"]).config(&rig.config).run().await.ok().json();
     let paused = jobs.as_array().unwrap().iter().find(|view| view["schedule"] == "never-late").unwrap();
     assert_eq!(paused["paused"]["reason"], "the server moves");
-    let unknown = Drctl::new(["resume", "nobody"]).config(&rig.config).run().await.code(1);
+    let unknown = Drctl::new(["resume", "nobody"]).config(&rig.config).run().await.code(2);
     assert!(unknown.stderr.contains("there is no schedule `nobody`"), "{unknown}");
-    Drctl::new(["resume", "never-late"]).config(&rig.config).run().await.ok();
+    for verb in ["run", "runs", "list"] {
+        Drctl::new([verb, "nobody"]).config(&rig.config).run().await.code(2);
+    }
+    let resumed = Drctl::new(["resume", "never-late", "--json"]).config(&rig.config).run().await.ok().json();
+    assert_eq!(resumed, serde_json::json!({ "schedule": "never-late", "paused": false }));
 
     // A broken folder changes nothing; a good one counts.
     let broken = rig.dr.join("schedules/broken.toml");

@@ -49,6 +49,12 @@ async fn a_drill_proves_a_recovery_and_measures_it() {
     // Both reports lie in every region: their heads for everybody, the rest for whoever has a key.
     let listed = bank.drctl(["report", "list", "ledger", "--json"]).run().await.ok().json();
     assert_eq!(listed["reports"].as_array().unwrap().len(), 2, "{listed:#}");
+    // What was mistyped is no drill that failed.
+    bank.drctl(["drill", "ledger", "--backup", "nosuch"]).run().await.code(2);
+    let early = bank.drctl(["drill", "ledger", "--to-time", "2020-01-01 00:00"]).run().await.code(5);
+    assert!(early.stderr.contains("no backup of ledger leads to 2020-01-01"), "{early}");
+    let again = bank.drctl(["report", "list", "ledger", "--json"]).run().await.ok().json();
+    assert_eq!(again["reports"], listed["reports"]);
     assert_eq!(listed["reports"][1]["id"], report["stored_as"]);
     let id = report["stored_as"].as_str().unwrap();
     let shown = bank.drctl(["report", "show", id, "--json"]).run().await.ok().json();

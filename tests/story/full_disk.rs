@@ -13,6 +13,7 @@ use serde_json::Value;
 use crate::rig3::{MAJOR, debts, files_below};
 use crate::support::dirs::Scratch;
 use crate::support::drctl::{Drctl, Finished};
+use crate::support::http;
 use crate::support::pg::{Cluster, Until};
 use crate::support::process;
 use crate::support::tmpfs::Tmpfs;
@@ -209,4 +210,38 @@ async fn a_full_state_directory_stops_init_and_no_backup() {
     let plan = rig.restore(&directory, &[]).run().await.ok().json();
     rig.restore(&directory, &["--execute", "--plan", plan["digest"].as_str().unwrap()]).run().await.ok();
     assert!(directory.join("global/pg_control").exists());
+}
+
+#[tokio::test]
+async fn a_full_state_directory_stops_no_job_of_a_daemon_and_is_told() {
+    const SOON: Duration = Duration::from_secs(40);
+    let rig = Rig::new(&["large"], 1).await;
+    let (config, port) = (rig.scratch.join("drctl.toml"), process::free_ports(1));
+    let state = rig.small.path().join("state");
+    let text = fs::read_to_string(&config).unwrap();
+    let text = text.replace(&rig.state().display().to_string(), &state.display().to_string());
+    fs::write(&config, format!("{text}\n[daemon]\nlisten = \"127.0.0.1:{port}\"\n")).unwrap();
+    let schedules = rig.scratch.join("schedules");
+    fs::create_dir_all(&schedules).unwrap();
+    fs::write(schedules.join("all-repair.toml"), "job = \"repair\"\ncron = \"0 0 1 1 *\"\n").unwrap();
+    rig.drctl(["init"]).run().await.ok();
+    rig.drctl(["backup", "ledger", "--fast"]).expect_log("the page map is not kept").run().await.ok();
+
+    let daemon = rig.drctl(["daemon", "--only", "repair", "--grace", "5s"]);
+    let daemon = daemon.expect_log("the state directory cannot be written").expect_log("open problems are not kept");
+    let daemon = daemon.spawn();
+    let ready = async || http::get(port, "/readyz").await.unwrap_or_default();
+    process::eventually("the daemon is ready", SOON, async || ready().await.0 == 200).await;
+    rig.small.fill();
+    rig.drctl(["run", "all-repair"]).run().await.ok();
+    let recorded = rig.region("large").join("runs/all-repair");
+    process::eventually("its outcome is in the region", SOON, async || recorded.exists()).await;
+    let (status, reasons) = ready().await;
+    assert!(status == 503 && reasons.contains("the state directory cannot be written"), "{status} {reasons}");
+    rig.drctl(["jobs"]).run().await.ok();
+
+    rig.small.free();
+    process::eventually("the daemon is ready again", SOON, async || ready().await.0 == 200).await;
+    daemon.terminate().await.ok();
+    assert_eq!(fs::read_dir(state.join("runs/open")).unwrap().count(), 0, "a slot that ended is open");
 }

@@ -89,6 +89,19 @@ fn expressions(value: &Value, found: &mut Vec<String>) {
     }
 }
 
+/// Every question that a dashboard asks is one that Prometheus understands.
+async fn answers_dashboards(prometheus: &Prometheus) {
+    for dashboard in ["fleet-readiness", "target-detail"] {
+        let text = std::fs::read_to_string(deployed(&format!("grafana/{dashboard}.json"))).unwrap();
+        let mut found = Vec::new();
+        expressions(&serde_json::from_str(&text).unwrap(), &mut found);
+        for expression in found {
+            let expression = expression.replace("$target", ".*").replace("$region", ".*");
+            assert!(prometheus.query(&expression).await.is_some(), "{dashboard}: {expression}");
+        }
+    }
+}
+
 #[tokio::test]
 async fn prometheus_sees_what_the_regions_hold_and_what_goes_wrong() {
     let (scratch, cluster, port) = (Scratch::new(), Cluster::start_new(15).await, free_ports(1));
@@ -128,6 +141,11 @@ async fn prometheus_sees_what_the_regions_hold_and_what_goes_wrong() {
         ("drctl_rpo_target_seconds", 5.0),
         ("drctl_wal_gaps", 0.0),
         ("sum(drctl_region_up)", 2.0),
+        ("drctl_backup_duration_seconds_count{target=\"ledger\",kind=\"full\"}", 1.0),
+        // The server is on this host: free space is known, and it keeps little for a slot that is read.
+        ("count(drctl_slot_retained_bytes < 1e9)", 1.0),
+        ("count(drctl_slot_room_bytes > 2e8)", 1.0),
+        ("count(drctl_wal_unshipped_bytes < 1e9)", 2.0),
         ("drctl_config_last_reload_successful", 1.0),
         ("count(drctl_rpo_exposure_seconds < 5)", 2.0),
         // Nothing was drilled: there is nothing to say.
@@ -135,15 +153,11 @@ async fn prometheus_sees_what_the_regions_hold_and_what_goes_wrong() {
     ] {
         eventually(expression, SOON, async || prometheus.value(expression).await == Some(expected)).await;
     }
-    for dashboard in ["fleet-readiness", "target-detail"] {
-        let text = std::fs::read_to_string(deployed(&format!("grafana/{dashboard}.json"))).unwrap();
-        let mut found = Vec::new();
-        expressions(&serde_json::from_str(&text).unwrap(), &mut found);
-        for expression in found {
-            let expression = expression.replace("$target", ".*").replace("$region", ".*");
-            assert!(prometheus.query(&expression).await.is_some(), "{dashboard}: {expression}");
-        }
-    }
+    cluster.execute("ALTER SYSTEM SET max_slot_wal_keep_size = '100MB'").await;
+    cluster.execute("SELECT pg_reload_conf()").await;
+    let guarded = "drctl_slot_room_bytes < 2e8";
+    eventually("the server's own limit is nearer", SOON, async || prometheus.value(guarded).await.is_some()).await;
+    answers_dashboards(&prometheus).await;
 
     let file = scratch.join("drctl.prom");
     let textfile = ["metrics", "--textfile", file.to_str().unwrap()];
@@ -172,6 +186,8 @@ async fn prometheus_sees_what_the_regions_hold_and_what_goes_wrong() {
         let alerts = alerts["data"]["alerts"].as_array().cloned().unwrap_or_default();
         alerts.iter().any(|alert| alert["labels"]["alertname"] == name)
     };
+    let waits = "drctl_wal_unshipped_bytes{region=\"region-b\"} > 0";
+    eventually("what the region lacks is counted", SOON, async || prometheus.value(waits).await.is_some()).await;
     for alert in ["DrctlRegionDown", "DrctlRpoExposureHigh"] {
         eventually(alert, SOON, async || pending(alert).await).await;
     }

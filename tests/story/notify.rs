@@ -64,8 +64,8 @@ async fn a_problem_is_paged_once_and_so_is_its_end() {
     let config = configured(&scratch, &receiver, "generic").await;
     let dr = config.parent().unwrap();
     std::fs::create_dir_all(dr.join("schedules")).unwrap();
-    let schedule = "job = \"verify\"\ncron = \"0 0 1 1 *\"\nretry = { max = 0 }\n";
-    std::fs::write(dr.join("schedules/all-verify.toml"), schedule).unwrap();
+    let schedule = "job = \"repair\"\ncron = \"0 0 1 1 *\"\nretry = { max = 0 }\n";
+    std::fs::write(dr.join("schedules/all-repair.toml"), schedule).unwrap();
     let daemon = drctl(&receiver, &config, &["daemon", "--grace", "5s"]);
     let daemon = ["outcome=", "cannot be brought to any region", "a notice waits", "no region tells"]
         .into_iter()
@@ -73,7 +73,7 @@ async fn a_problem_is_paged_once_and_so_is_its_end() {
         .spawn();
     eventually("signs of life", SOON, async || receiver.told("GET /alive").len() > 2).await;
     let run = async || {
-        let asked = async || drctl(&receiver, &config, &["run", "all-verify"]).run().await.code == Some(0);
+        let asked = async || drctl(&receiver, &config, &["run", "all-repair"]).run().await.code == Some(0);
         eventually("the daemon takes the wish", SOON, asked).await;
     };
     let pages = || receiver.told("POST /hook").into_iter().map(|told| told.body).collect::<Vec<_>>();
@@ -91,9 +91,42 @@ async fn a_problem_is_paged_once_and_so_is_its_end() {
     eventually("the end of it", SOON, async || pages().len() > 1).await;
     daemon.terminate().await.ok();
     let told: Vec<_> = pages().iter().map(|page| (page["problem"].clone(), page["state"].clone())).collect();
-    let problem = json!("schedule/all-verify");
+    let problem = json!("schedule/all-repair");
     assert_eq!(told, [(problem.clone(), json!("firing")), (problem, json!("resolved"))]);
     let signs = receiver.told("GET /alive").len();
     tokio::time::sleep(Duration::from_millis(500)).await;
     assert_eq!(receiver.told("GET /alive").len(), signs, "a daemon that is gone gives no sign of life");
+}
+
+/// Whatever becomes of those who look on and of those who are told.
+#[tokio::test]
+async fn nobody_who_looks_on_keeps_the_daemon_from_its_work() {
+    let (scratch, receiver) = (Scratch::new(), Receiver::start().await);
+    let config = configured(&scratch, &receiver, "generic").await;
+    let dr = config.parent().unwrap();
+    std::fs::create_dir_all(dr.join("schedules")).unwrap();
+    std::fs::write(dr.join("schedules/all-repair.toml"), "job = \"repair\"\ncron = \"0 0 1 1 *\"\n").unwrap();
+    // Somebody else has the port, nobody is where Grafana was, and the webhook is no address.
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let text = std::fs::read_to_string(&config).unwrap();
+    let grafana = format!("http://127.0.0.1:{}/grafana/", receiver.port);
+    assert!(text.contains(&grafana));
+    let text = text.replace(&grafana, "http://127.0.0.1:1/grafana/");
+    let listen = format!("\n[daemon]\nlisten = \"{}\"\n", taken.local_addr().unwrap());
+    std::fs::write(&config, text + &listen).unwrap();
+    let daemon = Drctl::new(["daemon", "--grace", "5s"]).config(&config).env("HOOK", "no address").env("TOKEN", "t");
+    let daemon = ["nothing answers over TCP", "somebody will not be told", "a notice waits", "not everybody was told"]
+        .into_iter()
+        .fold(daemon, Drctl::expect_log)
+        .spawn();
+    eventually("the daemon takes the wish", SOON, async || {
+        drctl(&receiver, &config, &["run", "all-repair"]).run().await.code == Some(0)
+    })
+    .await;
+    let runs = dr.join("region-a/runs/all-repair");
+    eventually("the work is done", SOON, async || std::fs::read_dir(&runs).is_ok_and(|list| list.count() > 0)).await;
+    eventually("signs of life", SOON, async || receiver.told("GET /alive").len() > 2).await;
+    let ended = daemon.terminate().await.ok();
+    let told = ["nothing answers over TCP", "somebody will not be told"];
+    assert!(told.iter().all(|words| ended.stderr.contains(words)), "{ended}");
 }

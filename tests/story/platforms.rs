@@ -44,8 +44,13 @@ async fn every_platform_is_protected_proven_and_in_time() {
                 assert!(is_done(job, name), "{}: no {job} of {name}", folder.display());
             }
             assert!(target["rpo"].is_string(), "{}: {name} was promised nothing", folder.display());
+            assert!(target["retention"].is_object(), "{}: {name} is kept for ever", folder.display());
         }
-        assert!(["verify", "repair"].iter().all(|job| names(&schedules, "job").contains(job)), "{}", folder.display());
+        assert!(
+            ["verify", "repair", "prune"].iter().all(|job| names(&schedules, "job").contains(job)),
+            "{}",
+            folder.display()
+        );
 
         // Two months that hold both nights in which clocks are moved.
         for from in ["2026-03-01 00:00", "2026-10-01 00:00"] {

@@ -93,9 +93,13 @@ async fn a_report_waits_here_for_the_region_that_was_away() {
     let stream = bank.stream().await;
     bank.backup().await;
     stream.terminate().await.ok();
+    let drill = async || {
+        let drill = bank.drctl(["drill", "ledger", "--json"]);
+        drill.expect_log("the root is not in").expect_log("region is left behind").run().await
+    };
     let (region, away) = (bank.home().join("region-a"), bank.scratch.join("away"));
     fs::rename(&region, &away).unwrap();
-    let report = bank.drill(&[]).await.json();
+    let report = drill().await.json();
     let id = report["stored_as"].as_str().unwrap();
     let lanes = report["stored_in"].as_array().unwrap();
     let owes =
@@ -117,9 +121,19 @@ async fn a_report_waits_here_for_the_region_that_was_away() {
         fs::rename(&reports, bank.scratch.join(&format!("{region}-reports"))).unwrap();
         fs::write(&reports, "in the way").unwrap();
     }
-    let report = bank.drill(&[]).await.json();
+    let report = drill().await.json();
     assert!(report["warnings"].to_string().contains("no region took the report"), "{report:#}");
     let id = report["stored_as"].as_str().unwrap();
+    // A restore is recorded beside what it restored, too: its machine may be gone tomorrow.
+    let directory = bank.scratch.join("unrecorded").display().to_string();
+    let line = ["restore", "ledger", "--json", "--target-dir", &directory];
+    let plan = bank.drctl(line).run().await.ok().json();
+    let execute = ["--execute", "--plan", plan["digest"].as_str().unwrap()];
+    let restored = bank.drctl(line.iter().chain(&execute)).expect_log("record").run().await.ok().json();
+    let beside = format!("{directory}.drctl-report.json");
+    assert_eq!((&restored["record"], &restored["stored_as"]), (&beside.as_str().into(), &Value::Null), "{restored:#}");
+    assert_fits(&serde_json::from_str(&fs::read_to_string(beside).unwrap()).unwrap());
+    assert_eq!(waiting(), 2);
     for region in ["region-a", "region-b"] {
         fs::remove_file(bank.home().join(region).join("reports")).unwrap();
         fs::rename(bank.scratch.join(&format!("{region}-reports")), bank.home().join(region).join("reports")).unwrap();
@@ -130,5 +144,24 @@ async fn a_report_waits_here_for_the_region_that_was_away() {
     daemon.terminate().await.ok();
     for region in ["region-a", "region-b"] {
         assert!(bank.home().join(region).join("reports/ledger").join(id).exists(), "{region}");
+    }
+
+    // No region answers when the drill begins: that is a report too, and the next drill brings it.
+    for region in ["region-a", "region-b"] {
+        fs::rename(bank.home().join(region), bank.scratch.join(&format!("{region}-away"))).unwrap();
+    }
+    let report = drill().await.code(3).json();
+    assert_eq!(report["outcome"], "inconclusive", "{report:#}");
+    assert_fits(&report);
+    let id = report["stored_as"].as_str().unwrap();
+    assert_eq!(waiting(), 1);
+    for region in ["region-a", "region-b"] {
+        fs::rename(bank.scratch.join(&format!("{region}-away")), bank.home().join(region)).unwrap();
+    }
+    let next = drill().await.json();
+    assert_eq!((waiting(), next["warnings"].to_string().contains("no region")), (0, false), "{next:#}");
+    for region in ["region-a", "region-b"] {
+        let held = bank.home().join(region).join("reports/ledger");
+        assert!(held.join(id).exists() && held.join(next["stored_as"].as_str().unwrap()).exists(), "{region}");
     }
 }

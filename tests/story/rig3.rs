@@ -24,8 +24,9 @@ pub const MAJOR: u32 = 15;
 const PREFIX: &str = "vault/";
 
 /// What is logged when a region or a key holder is in trouble.
-const TROUBLE: [&str; 6] = [
+const TROUBLE: [&str; 7] = [
     "region is left behind",
+    "waiting for regions",
     "taken from another region",
     "not wrapped by this holder",
     "an epoch cannot be opened",

@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::escape;
 use crate::support::dirs::{Scratch, size_of};
 use crate::support::drctl::{Drctl, Finished};
-use crate::support::pg::{Cluster, bin_dir};
+use crate::support::pg::{Cluster, Until, bin_dir};
 use crate::support::process;
 
 /// Two directory regions and one target named `kept`.
@@ -189,11 +189,49 @@ async fn directories_come_back_as_they_were_from_either_region() {
     assert_eq!(look(&raw.join(root.strip_prefix("/").unwrap())), wanted);
 }
 
+/// Nothing is called safe that is not there: neither in the archive, nor in the region, nor at all.
+#[tokio::test]
+async fn what_is_not_there_is_told_and_is_never_a_success() {
+    let scratch = Scratch::new();
+    let (root, unmounted) = (scratch.dir("srv"), scratch.dir("unmounted"));
+    fs::write(root.join("a"), "a").unwrap();
+    let target = format!("source = \"files\"\nroots = [\"{}\", \"{}\"]\n", root.display(), unmounted.display());
+    let protected = Protected::new(&target, &[]).await;
+    let code = async |arguments: &[&str], code: i32| protected.drctl(arguments).run().await.code(code);
+    assert!(code(&["verify"], 1).await.stdout.contains("NOTHING WAS VERIFIED"));
+    code(&["repair", "nosuch"], 2).await;
+
+    let report = code(&["backup", "kept", "--json"], 4).await.json();
+    assert!(report["left_out"][0].as_str().unwrap().contains("is empty"), "{report}");
+    let shown = protected.json(&["show", report["backup"]["id"].as_str().unwrap()]).await;
+    assert_eq!((&shown["left_out"], &shown["left_out_count"]), (&report["left_out"], &Value::from(1)));
+    assert!(code(&["list"], 0).await.stdout.contains("1 LEFT OUT"));
+    assert!(code(&["status"], 1).await.stdout.contains("1 left out of the newest backup"));
+
+    // The place of a region is there, and the region is not.
+    let region = protected.region("region-b");
+    fs::rename(&region, region.with_extension("away")).unwrap();
+    fs::create_dir(&region).unwrap();
+    let refused = protected.drctl(&["backup", "kept"]).expect_log("region").run().await.code(1);
+    assert!(refused.stderr.contains("is not a region of this repository"), "{refused}");
+    assert_eq!(fs::read_dir(&region).unwrap().count(), 0, "nothing is written where nothing is mounted");
+    protected.drctl(&["repair"]).expect_log("taken from another region").run().await.ok();
+    code(&["backup", "kept"], 4).await;
+
+    fs::remove_file(root.join("a")).unwrap();
+    assert!(code(&["backup", "kept"], 1).await.stderr.contains("nothing in"));
+}
+
 /// A database with most of what a dump can lose.
 async fn load(cluster: &Cluster) {
     cluster.execute("CREATE ROLE app LOGIN").await;
     cluster.execute("CREATE DATABASE shop OWNER app").await;
     cluster.execute("CREATE DATABASE \"it's = odd\"").await;
+    cluster.execute("ALTER DATABASE shop SET search_path = \"$user\", app, \"od,d\"").await;
+    cluster.execute("ALTER ROLE app IN DATABASE shop SET application_name = 'it''s'").await;
+    cluster.execute("REVOKE ALL ON DATABASE shop FROM PUBLIC").await;
+    cluster.execute("GRANT CONNECT ON DATABASE shop TO pg_monitor WITH GRANT OPTION").await;
+    cluster.execute("COMMENT ON DATABASE shop IS 'kept'").await;
     let mut psql = cluster.tool("psql");
     psql.args(["-Xq", "-v", "ON_ERROR_STOP=1", "-d", "shop", "-c"]).arg(
         "SET ROLE app;
@@ -219,6 +257,17 @@ async fn digest(cluster: &Cluster, database: &str) -> String {
     process::run_async(psql).await
 }
 
+/// What belongs to the database itself.
+async fn properties(cluster: &Cluster, database: &str) -> String {
+    let query = format!(
+        "SELECT concat_ws(' | ', pg_get_userbyid(datdba), datacl, shobj_description(oid, 'pg_database'),
+                (SELECT string_agg(setrole::regrole::text || setconfig::text, ';' ORDER BY setrole)
+                   FROM pg_db_role_setting WHERE setdatabase = d.oid))
+         FROM pg_database d WHERE datname = '{database}'"
+    );
+    cluster.query(&query).await
+}
+
 async fn dumped_and_restored(major: u32, more: &str) -> (Cluster, Protected) {
     let cluster = Cluster::start_new(major).await;
     load(&cluster).await;
@@ -240,11 +289,17 @@ async fn a_dump_comes_back_into_a_database_and_as_files() {
     assert_eq!(backup["backup"]["kind"], "dump");
     let names: Vec<_> = backup["streams"].as_array().unwrap().iter().map(|s| s["name"].as_str().unwrap()).collect();
     assert_eq!(names, ["it%27s%20%3D%20odd.dump", "postgres.dump", "shop.dump", "globals.sql"]);
-    let wanted = digest(&cluster, "shop").await;
+    let (wanted, own) = (digest(&cluster, "shop").await, properties(&cluster, "shop").await);
+    assert!(own.starts_with("app | {") && own.contains("od,d") && own.contains("it's"), "{own}");
     cluster.execute("DROP DATABASE shop").await;
 
     let plain = protected.drctl(&["restore", "kept", "--into-database", "shop"]).run().await.code(2);
     assert!(plain.stderr.contains("--from-database"), "{plain}");
+    for (name, code, why) in [("", 2, "names no database"), ("template1", 5, "is a template")] {
+        let line = ["restore", "kept", "--from-database", "shop", "--into-database", name];
+        let refused = protected.drctl(&line).run().await.code(code);
+        assert!(format!("{}{}", refused.stdout, refused.stderr).contains(why), "{refused}");
+    }
     let options = ["--into-database", "shop", "--from-database", "shop"];
     let plan = protected.json(&[&["restore", "kept"], &options[..]].concat()).await;
     let point = plan["backup"]["recovery_point"].as_str().unwrap().parse::<chrono::DateTime<chrono::Utc>>().unwrap();
@@ -257,6 +312,7 @@ async fn a_dump_comes_back_into_a_database_and_as_files() {
     let report = protected.restore(&options, "-").await.ok().json();
     assert_eq!(report["destination"]["create"], true);
     assert_eq!(digest(&cluster, "shop").await, wanted);
+    assert_eq!(properties(&cluster, "shop").await, own);
 
     // What is there is not written over, and what clashes is rolled back.
     let occupied = protected.drctl(&[&["restore", "kept"], &options[..]].concat()).run().await.code(5);
@@ -294,6 +350,19 @@ async fn a_dump_comes_back_into_a_database_and_as_files() {
     restore.args(["--exit-on-error", "--dbname=shop"]).arg(files.join("shop.dump"));
     process::run_async(restore).await;
     assert_eq!(digest(&other, "shop").await, wanted);
+
+    // A database that we may not connect to any more is not in the dump, which is told at once and to whoever restores.
+    cluster.execute("CREATE ROLE dumper LOGIN; GRANT pg_read_all_data TO dumper").await;
+    let path = protected.home().join("drctl.toml");
+    let text = fs::read_to_string(&path).unwrap();
+    assert!(text.contains("user=postgres"));
+    fs::write(&path, text.replace("user=postgres", "user=dumper")).unwrap();
+    let partial = protected.drctl(&["backup", "kept", "--json"]).run().await.code(4).json();
+    let why = "database shop is not dumped: we may not connect to it";
+    assert_eq!(partial["left_out"], serde_json::json!([why]), "{partial}");
+    let options = ["--target-dir", files.to_str().unwrap(), "--json"];
+    let plan = protected.drctl(&[&["restore", "kept"], &options[..]].concat()).run().await.stdout;
+    assert!(plan.contains(&format!("left out of the backup: {why}")), "{plan}");
 }
 
 #[tokio::test]
@@ -311,6 +380,16 @@ async fn the_newest_major_is_dumped_with_its_own_programs_and_half_a_dump_is_no_
     let backup = protected.drctl(&["backup", "kept"]).spawn();
     let waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'";
     process::eventually("pg_dump waits", Duration::from_secs(30), async || cluster.query(waiting).await == "1").await;
+    // A drctl that is killed takes it along; its session would wait for the lock for ever.
+    let left = process::children(backup.pid());
+    backup.kill9();
+    let is_gone = |pid: &u32| fs::read(format!("/proc/{pid}/cmdline")).map_or(true, |line| line.is_empty());
+    process::eventually("pg_dump is gone", Duration::from_secs(30), async || left.iter().all(is_gone)).await;
+    assert!(!left.is_empty());
+    let end = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE wait_event_type = 'Lock'";
+    process::eventually("its session is over", Duration::from_secs(30), async || cluster.query(end).await == "0").await;
+    let backup = protected.drctl(&["backup", "kept"]).spawn();
+    process::eventually("pg_dump waits", Duration::from_secs(30), async || cluster.query(waiting).await == "1").await;
     process::children(backup.pid()).into_iter().for_each(|pid| process::signal(pid, rustix::process::Signal::KILL));
     let failed = backup.wait().await.code(1);
     assert!(failed.stderr.contains("pg_dump") && failed.stderr.contains("signal: 9"), "{failed}");
@@ -322,4 +401,30 @@ async fn the_newest_major_is_dumped_with_its_own_programs_and_half_a_dump_is_no_
     let failed = protected.drctl(&["backup", "kept"]).run().await.code(1);
     assert!(failed.stderr.contains("no matching tables were found"), "{failed}");
     assert!(size_of(&protected.region("region-a").join("commits")) > 0);
+}
+
+#[tokio::test]
+async fn a_dump_of_a_standby_promises_what_was_replayed() {
+    let (primary, place) = (Cluster::start_new(16).await, Scratch::new());
+    primary.execute("CREATE TABLE t AS SELECT 1 n").await;
+    let data = place.postgres_dir("standby");
+    let mut basebackup = primary.tool("pg_basebackup");
+    basebackup.arg("-D").arg(&data).args(["-R", "-c", "fast"]);
+    process::run_async(basebackup).await;
+    let standby = Cluster::try_start_restored(&data, 16, &[], Until::Ready).await.unwrap();
+    let target = format!("source = \"dump\"\nconninfo = \"{}\"\nrpo = \"6h\"\n", standby.conninfo());
+    let protected = Protected::new(&target, &[16]).await;
+    primary.execute("INSERT INTO t VALUES (2)").await;
+    let rows = "SELECT count(*) FROM t";
+    process::eventually("it is replayed", Duration::from_secs(30), async || standby.query(rows).await == "2").await;
+    standby.execute("SELECT pg_wal_replay_pause()").await;
+    primary.execute("INSERT INTO t VALUES (3)").await;
+    let replayed = standby.query("SELECT to_json(pg_last_xact_replay_timestamp())#>>'{}'").await;
+    let replayed = chrono::DateTime::parse_from_rfc3339(&replayed).unwrap();
+    let backup = protected.json(&["backup", "kept"]).await;
+    let began = chrono::DateTime::parse_from_rfc3339(backup["backup"]["started_at"].as_str().unwrap()).unwrap();
+    assert!(began <= replayed, "{began} is promised, and {replayed} is there");
+    protected.restore(&["--into-database", "copy", "--conninfo", &primary.conninfo()], "-").await.ok();
+    let copied = primary.client_of("copy").await.query_one(rows, &[]).await.unwrap();
+    assert_eq!(copied.get::<_, i64>(0), 2);
 }

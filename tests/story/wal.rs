@@ -301,7 +301,13 @@ async fn a_server_that_works_beats_every_second_and_an_idle_one_not_at_all() {
     }
     let beats = async || cluster.query("SELECT seq FROM drctl.heartbeat").await.parse::<u32>().unwrap();
     assert!((3..=8).contains(&beats().await), "{} beats in about five seconds", beats().await);
-    // The last commit of somebody else is followed by one beat, and that by none.
+    // The last commit of somebody else is followed by one beat, and that by none; nor do two drctl keep each other awake.
+    let other = Rig::with_more(&cluster.conninfo(), DIRECTORIES, "slot = \"drctl_other\"\n").await;
+    let second = other.stream().spawn();
+    other.wait("streaming", SOON, |position| position.state == State::Streaming).await;
+    cluster.execute("INSERT INTO t VALUES (30)").await;
+    let beating = |position: &Position| position.heartbeat.as_ref().is_some_and(|beat| beat.written_at.is_some());
+    other.wait("a beat", SOON, beating).await;
     let written = |position: &Position| position.heartbeat.as_ref().and_then(|beat| beat.written_at);
     let durable = |position: &Position| position.heartbeat.as_ref().and_then(|beat| beat.durable_at);
     tokio::time::sleep(Duration::from_secs(3)).await;
@@ -312,6 +318,7 @@ async fn a_server_that_works_beats_every_second_and_an_idle_one_not_at_all() {
     assert_eq!(beats().await, seq);
     let grown = cluster.flush_lsn().await.bytes_since(lsn);
     assert!(grown < 2_000, "an idle server wrote {grown} bytes of WAL");
+    second.terminate().await.ok();
     stream.terminate().await.ok();
 
     // Where no row can be written that is said once, and WAL is streamed all the same.
@@ -527,7 +534,7 @@ impl Rig {
 }
 
 /// Writes so much that nothing of the present is left in `pg_wal`.
-async fn forget_wal(cluster: &Cluster) {
+pub async fn forget_wal(cluster: &Cluster) {
     for _ in 0..8 {
         cluster.execute("CREATE TABLE IF NOT EXISTS filler (t text); INSERT INTO filler SELECT repeat('x', 500) FROM generate_series(1, 3000)").await;
         cluster.switch_wal().await;

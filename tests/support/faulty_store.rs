@@ -10,7 +10,8 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
 use drctl::store::{
-    Capabilities, Depth, Digest, ListPage, ListToken, ObjectInfo, ObjectStore, Put, PutOptions, StoreError,
+    Capabilities, Depth, Digest, ListPage, ListToken, ObjectInfo, ObjectStore, Put, PutOptions, StoreError, VersionId,
+    VersionPage,
 };
 
 /// The methods that can be hit.
@@ -191,6 +192,16 @@ impl ObjectStore for FaultyStore {
     async fn server_time(&self) -> Result<Option<DateTime<Utc>>, StoreError> {
         let fault = self.next_fault(Call::Time);
         self.around(("time", ""), fault, self.inner.server_time()).await
+    }
+
+    async fn list_versions(&self, prefix: &str, after: Option<&ListToken>) -> Result<VersionPage, StoreError> {
+        let fault = self.next_fault(Call::List);
+        self.around(("list", prefix), fault, self.inner.list_versions(prefix, after)).await
+    }
+
+    async fn delete_version(&self, key: &str, version: &VersionId) -> Result<(), StoreError> {
+        let fault = self.next_fault(Call::Delete);
+        self.around(("delete", key), fault, self.inner.delete_version(key, version)).await
     }
 
     async fn delete(&self, key: &str) -> Result<(), StoreError> {

@@ -121,6 +121,21 @@ impl Bucket {
         keys
     }
 
+    /// How many versions and delete markers stand below `prefix`.
+    pub async fn versions(&self, prefix: &str) -> usize {
+        let (mut count, mut key, mut version) = (0, None, None);
+        loop {
+            let request = self.client.list_object_versions().bucket(&self.name).prefix(prefix);
+            let page = request.set_key_marker(key).set_version_id_marker(version).send().await.unwrap();
+            count += page.versions().len() + page.delete_markers().len();
+            if page.is_truncated() != Some(true) {
+                return count;
+            }
+            key = page.next_key_marker().map(str::to_owned);
+            version = page.next_version_id_marker().map(str::to_owned);
+        }
+    }
+
     /// An object, `None` if it is not there.
     pub async fn get(&self, key: &str) -> Option<Bytes> {
         match self.client.get_object().bucket(&self.name).key(key).send().await {

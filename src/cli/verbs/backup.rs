@@ -5,7 +5,7 @@ use crate::cli::Session;
 use crate::cli::exit::Exit;
 use crate::cli::figures;
 use crate::cli::progress;
-use crate::jobs::backup::{self, Options, Report};
+use crate::jobs::backup::{self, Options, Report, Told};
 use crate::model::{Result, TargetName};
 
 /// Arguments.
@@ -19,6 +19,9 @@ pub struct Args {
     /// Store every page, also those that the newest backup holds
     #[arg(long)]
     pub full: bool,
+    /// Read every page, and prove that change detection would have found those that changed
+    #[arg(long, conflicts_with = "full")]
+    pub verify_detection: bool,
 }
 
 /// Runs the verb.
@@ -27,14 +30,19 @@ pub struct Args {
 /// What stopped it.
 pub async fn run(args: Args, session: &Session) -> Result<Exit> {
     let context = app::context(&session.settings()?, Role::Write, &World::real()).await?;
+    let Args { target, fast, full, verify_detection } = args;
+    let options = Options { fast, full, verify_detection };
     let shown = progress::show(context.progress.clone(), &session.output);
-    let report = backup::run(&context, &args.target, Options { fast: args.fast, full: args.full }).await;
+    let report = backup::run(&context, &target, options).await;
     shown.end().await;
     let report = report?;
     if session.output.json {
         session.output.print_json(&report)?;
     } else {
         session.output.print(&text(&report, context.repository.regions.quorum()))?;
+    }
+    if report.detection.is_wrong() {
+        return Ok(Exit::Failed);
     }
     Ok(if report.has_debts() { Exit::Debts } else { Exit::Ok })
 }
@@ -65,7 +73,13 @@ fn text(report: &Report, quorum: usize) -> String {
     let (read, changed) = (figures::count(report.pages.read), figures::count(report.pages.changed));
     match (&commit.parent, &report.full_because) {
         _ if !report.streams.is_empty() => lines.push(format!("  brings back {}", figures::utc(commit.started_at))),
-        (Some(parent), _) => lines.push(format!("  {changed} of {read} pages changed since {parent}")),
+        (Some(parent), _) => {
+            lines.push(format!(
+                "  {changed} of {} pages changed since {parent}",
+                figures::count(report.pages.read + report.pages.unread)
+            ));
+            lines.extend(detection(report));
+        }
         (None, because) => {
             lines.push(format!("  all {read} pages: {}", because.as_deref().unwrap_or("it has no parent")));
         }
@@ -96,6 +110,40 @@ fn text(report: &Report, quorum: usize) -> String {
         lines.push(format!("Next: drctl repair {}", commit.target));
     }
     lines.join("\n")
+}
+
+/// How the changed pages were found.
+fn detection(report: &Report) -> Vec<String> {
+    let Told { by, because, proof, unproved } = &report.detection;
+    let read = figures::count(report.pages.read);
+    let by = match by {
+        Some("wal") => "by the WAL that passed the receiver",
+        Some("summaries") => "by PostgreSQL's summaries of WAL",
+        _ => "by reading all",
+    };
+    let mut lines = vec![format!("  found {by}, {read} pages read")];
+    lines.extend(because.iter().map(|why| format!("  every page was read: {why}")));
+    match proof {
+        Some(missed) if missed.pages > 0 => {
+            lines.push(format!(
+                "  WRONG: change detection missed {} pages; this backup holds them",
+                figures::count(missed.pages)
+            ));
+            lines.extend(shortened("missed", &missed.examples));
+            lines.push(
+                "  detection is switched off; backups that used it may be wrong: take one with --full".to_owned(),
+            );
+        }
+        Some(missed) => {
+            lines.push("  proved: change detection missed nothing".to_owned());
+            if missed.hints > 0 {
+                lines.push(format!("  {} pages differ in hint bits alone", figures::count(missed.hints)));
+            }
+        }
+        None if *unproved => lines.push("  NOT PROVED: there was no detection to compare with".to_owned()),
+        None => {}
+    }
+    lines
 }
 
 /// The first of many lines; `--json` has all of them.

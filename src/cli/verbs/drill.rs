@@ -6,7 +6,7 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::app::{self, Role, World};
+use crate::app::{self, World};
 use crate::cli::Session;
 use crate::cli::exit::Exit;
 use crate::cli::progress;
@@ -81,7 +81,7 @@ pub async fn run(args: Args, session: &Session) -> Result<Exit> {
     let settings = session.settings()?;
     let world = World::real();
     world.courier.serve(app::willing_notifiers(&settings));
-    let mut context = app::context(&settings, Role::Restore, &world).await?;
+    let mut context = app::drill_context(&settings, &world).await?;
     if let Some(directory) = args.dir {
         let absolute = std::path::absolute(directory);
         context.scratch.directory =
@@ -91,10 +91,6 @@ pub async fn run(args: Args, session: &Session) -> Result<Exit> {
     let PointArgs { select, to_time } = args.point;
     let (pick, backup, keep) = (select.unwrap_or_default(), args.backup, args.keep);
     let options = Options { target: args.target, region: args.region, pick, backup, to_time, keep };
-    match app::writer(&settings, Role::Restore, &world).await {
-        Ok(writer) => context.writer = Some(writer),
-        Err(error) => tracing::warn!(%error, "the report will not be stored"),
-    }
     let shown = progress::show(context.progress.clone(), &session.output);
     let gone = interrupted()?;
     let report = tokio::select! {

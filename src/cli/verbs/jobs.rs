@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
+use serde::Serialize;
 
 use crate::cli::exit::Exit;
 use crate::cli::render::{Colour, Output, Table};
@@ -12,7 +13,7 @@ use crate::config::{Secret, units};
 use crate::daemon::control::{self, Door};
 use crate::daemon::scheduler::{Going, View};
 use crate::model::run::Pause;
-use crate::model::{Error, Result, ScheduleName};
+use crate::model::{Error, Kind, Result, ScheduleName};
 
 /// A pause that nobody ends would be the end of a schedule.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30 * 86_400);
@@ -62,16 +63,31 @@ pub struct PauseArgs {
     #[arg(long = "for", value_name = "DURATION", value_parser = length)]
     length: Duration,
     /// Why; it stands in the record of every slot that is skipped
-    #[arg(long)]
+    #[arg(long, value_parser = reason)]
     reason: String,
     #[command(flatten)]
     whom: Whom,
+}
+
+fn reason(text: &str) -> Result<String> {
+    match text.trim() {
+        "" => Err(Error::usage("a pause has a reason")),
+        text => Ok(text.to_owned()),
+    }
 }
 
 fn length(text: &str) -> Result<Duration> {
     match units::parse_duration(text)? {
         length if length > LONGEST_PAUSE || length.is_zero() => Err(Error::usage("a pause takes from 1s to 30d")),
         length => Ok(length),
+    }
+}
+
+/// A schedule that the daemon does not know was mistyped here.
+fn unknown(error: Error) -> Error {
+    match error.kind() {
+        Kind::NotFound => Error::usage(error.to_string()).hint("drctl jobs shows those that the daemon knows"),
+        _ => error,
     }
 }
 
@@ -93,7 +109,7 @@ pub async fn list(args: JobsArgs, session: &Session) -> Result<Exit> {
 /// # Errors
 /// No daemon answers, or it refuses.
 pub async fn run(args: Named, session: &Session) -> Result<Exit> {
-    let triggered = control::ask_run(&args.whom.door(session)?, &args.schedule).await?;
+    let triggered = control::ask_run(&args.whom.door(session)?, &args.schedule).await.map_err(unknown)?;
     match session.output.json {
         true => session.output.print_json(&triggered)?,
         false => {
@@ -113,7 +129,7 @@ pub async fn run(args: Named, session: &Session) -> Result<Exit> {
 pub async fn pause(args: PauseArgs, session: &Session) -> Result<Exit> {
     let until = session.clock.now() + TimeDelta::from_std(args.length).unwrap_or_default();
     let pause = Pause { until, reason: args.reason };
-    control::ask_pause(&args.whom.door(session)?, &args.schedule, Some(&pause)).await?;
+    control::ask_pause(&args.whom.door(session)?, &args.schedule, Some(&pause)).await.map_err(unknown)?;
     match session.output.json {
         true => session.output.print_json(&pause)?,
         false => session.output.print(&format!("{} is paused until {}", args.schedule, figures::utc(until)))?,
@@ -121,14 +137,22 @@ pub async fn pause(args: PauseArgs, session: &Session) -> Result<Exit> {
     Ok(Exit::Ok)
 }
 
+/// What `resume` did.
+#[derive(Debug, Serialize)]
+struct Resumed<'a> {
+    schedule: &'a ScheduleName,
+    paused: bool,
+}
+
 /// `drctl resume`.
 ///
 /// # Errors
 /// No daemon answers, or it refuses.
 pub async fn resume(args: Named, session: &Session) -> Result<Exit> {
-    control::ask_pause(&args.whom.door(session)?, &args.schedule, None).await?;
-    if !session.output.json {
-        session.output.print(&format!("{} goes on with its next slot", args.schedule))?;
+    control::ask_pause(&args.whom.door(session)?, &args.schedule, None).await.map_err(unknown)?;
+    match session.output.json {
+        true => session.output.print_json(&Resumed { schedule: &args.schedule, paused: false })?,
+        false => session.output.print(&format!("{} goes on with its next slot", args.schedule))?,
     }
     Ok(Exit::Ok)
 }
@@ -183,6 +207,12 @@ fn progress(going: &Going) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pause_has_a_reason_and_an_end() {
+        assert!(reason(" ").is_err() && reason("").is_err() && length("31d").is_err());
+        assert_eq!(reason(" migration ").unwrap(), "migration");
+    }
 
     #[test]
     fn progress_is_told_with_what_is_known() {

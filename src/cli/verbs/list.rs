@@ -25,8 +25,13 @@ pub struct Args {
 /// # Errors
 /// What stopped it.
 pub async fn run(args: Args, session: &Session) -> Result<Exit> {
-    let context = app::context(&session.settings()?, Role::Restore, &World::real()).await?;
+    let settings = session.settings()?;
+    let context = app::context(&settings, Role::Restore, &World::real()).await?;
     let report = list::run(&context, args.target.as_ref()).await?;
+    if let Some(target) = args.target.as_ref().filter(|_| report.backups.is_empty() && report.unreadable.is_empty()) {
+        // Of one that was taken out of the configuration the regions still tell.
+        settings.target(target)?;
+    }
     match session.output.json {
         true => session.output.print_json(&report)?,
         false => session.output.print(&text(&report, session.clock.now()))?,
@@ -43,7 +48,7 @@ fn text(report: &Report, now: DateTime<Utc>) -> String {
         text.push_str("There is no backup yet. Next: drctl backup TARGET");
         return text;
     }
-    let mut table = Table::new(["ID", "KIND", "FINISHED", "SIZE", "STORED", "REGIONS"]);
+    let mut table = Table::new(["ID", "KIND", "FINISHED", "SIZE", "STORED", "FREES", "REGIONS"]);
     for backup in &report.backups {
         table.row([
             backup.id.to_string(),
@@ -51,10 +56,22 @@ fn text(report: &Report, now: DateTime<Utc>) -> String {
             figures::moment(now, backup.finished_at),
             figures::bytes(backup.size_bytes),
             figures::bytes(backup.stored_bytes),
+            backup.frees_bytes.map_or_else(|| "?".to_owned(), figures::bytes),
             regions(backup),
         ]);
     }
     text.push_str(&table.to_text());
+    for (target, bytes) in &report.stored {
+        let of_target = report.backups.iter().filter(|backup| backup.target == *target);
+        let logical: u64 = of_target.map(|backup| backup.size_bytes).sum();
+        let of = if report.stored.len() > 1 { format!(" {target}") } else { String::new() };
+        let _ = writeln!(
+            text,
+            "Stored{of}: {} in each region, for {} without WAL",
+            figures::bytes(*bytes),
+            figures::bytes(logical)
+        );
+    }
     for window in &report.windows {
         let _ = writeln!(text, "{}", restorable(window, now, report.windows.len() > 1));
     }
@@ -71,7 +88,11 @@ pub(super) fn regions(backup: &Listed) -> String {
         Some(State::Damaged) => " damaged",
         Some(State::Unreachable) => " unreachable",
     };
-    format!("{whole} of {}{word}", backup.regions.len())
+    let left_out = match backup.left_out_count {
+        None | Some(0) => String::new(),
+        Some(count) => format!(", {count} LEFT OUT"),
+    };
+    format!("{whole} of {}{word}{left_out}", backup.regions.len())
 }
 
 fn restorable(window: &Restorable, now: DateTime<Utc>, named: bool) -> String {
@@ -122,10 +143,14 @@ mod tests {
             finished_at: at(hour),
             size_bytes: 1_650_000_000,
             stored_bytes: 254_000_000,
+            needs_bytes: Some(300_000_000),
+            frees_bytes: Some(21_000_000),
+            generations: Vec::new(),
             start_lsn: None,
             stop_lsn: None,
             timeline: Some(1),
             recoverable_until: Some(now),
+            left_out_count: (hour == 1).then_some(3),
             regions: vec![region("a", State::Complete), region("b", state)],
         };
         let window = Restorable {
@@ -141,12 +166,14 @@ mod tests {
                 backup("ledger-261120-010059-m2c", 1, State::Complete),
             ],
             windows: vec![window],
+            stored: [("ledger".parse().unwrap(), 275_000_000)].into(),
             unreadable: Vec::new(),
         };
         let golden = "\
-ID                         KIND   FINISHED              SIZE      STORED   REGIONS
-ledger-261120-030059-k7f   full   1 h ago  03:01 UTC    1.65 GB   254 MB   1 of 2 debt
-ledger-261120-010059-m2c   full   3 h ago  01:01 UTC    1.65 GB   254 MB   2 of 2
+ID                         KIND   FINISHED              SIZE      STORED   FREES   REGIONS
+ledger-261120-030059-k7f   full   1 h ago  03:01 UTC    1.65 GB   254 MB   21.0 MB   1 of 2 debt
+ledger-261120-010059-m2c   full   3 h ago  01:01 UTC    1.65 GB   254 MB   21.0 MB   2 of 2, 3 LEFT OUT
+Stored: 275 MB in each region, for 3.30 GB without WAL
 Restorable: from 2026-11-20 01:01:00 to 2026-11-20 04:04:00 UTC (now), one gap: 11-20 02:01:00 to 11-20 03:01:00
 ";
         let squeezed = |text: &str| {

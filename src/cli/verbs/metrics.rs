@@ -35,10 +35,10 @@ pub async fn run(args: Args, session: &Session) -> Result<Exit> {
     regions(&settings, &world, &mut page).await?;
     let read = read(&settings, &world, &mut page).await;
     page.extend(world.meters.page());
-    let text = page.text(world.meters.histograms())?;
     match &args.textfile {
-        Some(path) => app::replace(path, &text)?,
-        None => session.output.print(&text)?,
+        Some(path) => app::replace(path, &page.text(world.meters.histograms())?)?,
+        None if session.output.json => session.output.print_json(&page.rows())?,
+        None => session.output.print(&page.text(world.meters.histograms())?)?,
     }
     read.map(|()| Exit::Ok)
 }

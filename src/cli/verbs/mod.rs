@@ -19,6 +19,8 @@ pub mod keys;
 pub mod list;
 pub mod metrics;
 pub mod notify;
+pub mod pin;
+pub mod prune;
 pub mod recovery_fetch;
 pub mod repair;
 pub mod report;
@@ -32,6 +34,7 @@ pub mod show;
 pub mod status;
 pub mod verify;
 pub mod wal;
+mod wal_text;
 
 /// The verbs, in the order in which people meet them.
 #[derive(Debug, Subcommand)]
@@ -60,6 +63,16 @@ pub enum Verb {
     Verify(verify::Args),
     /// Bring a lagging or damaged region back from a healthy one
     Repair(repair::Args),
+    /// Remove what retention no longer wants: plan it, and with --execute sweep what an earlier plan found too
+    Prune(prune::Args),
+    /// Keep a backup whatever retention says, or list what is kept so
+    Pin(pin::PinArgs),
+    /// End the pins of a backup
+    Unpin(pin::UnpinArgs),
+    /// Keep everything of a target, backups and WAL, until it is released
+    Hold(pin::HoldArgs),
+    /// End the holds of a target
+    Release(pin::ReleaseArgs),
     /// Pay wraps of keysets that key holders owe
     Keys(keys::Args),
     /// Stream WAL and run jobs to their schedules, until told to stop
@@ -115,6 +128,11 @@ pub async fn run(verb: Verb, session: &Session) -> Result<Exit> {
         Verb::Report(args) => report::run(&args, session).await,
         Verb::Verify(args) => verify::run(args, session).await,
         Verb::Repair(args) => repair::run(args, session).await,
+        Verb::Prune(args) => prune::run(args, session).await,
+        Verb::Pin(args) => pin::pin(args, session).await,
+        Verb::Unpin(args) => pin::unpin(args, session).await,
+        Verb::Hold(args) => pin::hold(args, session).await,
+        Verb::Release(args) => pin::release(args, session).await,
         Verb::Keys(args) => keys::run(&args, session).await,
         Verb::Daemon(args) => daemon::run(args, session).await,
         Verb::Jobs(args) => jobs::list(args, session).await,

@@ -40,7 +40,8 @@ pub async fn run(args: Args, session: &Session) -> Result<Exit> {
         app::create_directories(&settings).await?;
     }
     let context = app::context(&settings, Role::Write, &World::real()).await?;
-    let scope = Scope { target: args.target, region: args.region, quick: args.quick, dry_run: args.dry_run };
+    let Args { target, region, quick, dry_run } = args;
+    let scope = Scope { target, region, quick, dry_run, unattended: false };
     let shown = progress::show(context.progress.clone(), &session.output);
     let report = repair::run(&context, &scope).await;
     shown.end().await;

@@ -14,7 +14,7 @@ use crate::cli::verbs::drill::told;
 use crate::cli::verbs::restore_streams::{self, Asked, StreamArgs, confirm, directory};
 use crate::cli::verbs::restore_text::{plan_text, report_text};
 use crate::jobs;
-use crate::jobs::restore::{self, Plan, Point, Request};
+use crate::jobs::restore::{self, Memory, Plan, Point, Request};
 use crate::model::{Error, Lsn, RegionName, Result, Timeline};
 
 /// Arguments.
@@ -39,6 +39,13 @@ pub struct Args {
     /// Follow this timeline [default: the newest that descends from the backup]
     #[arg(long, value_name = "N")]
     pub timeline: Option<u32>,
+    /// Reuse the data directory that stands there: pages that are those of the backup stay, the others are fetched, and
+    /// what the backup does not have is removed
+    #[arg(long)]
+    pub delta: bool,
+    /// What the restore may hold in memory, from 64MiB on
+    #[arg(long, value_name = "SIZE", value_parser = memory, default_value = "256MiB")]
+    pub memory: Memory,
     /// Do it; without this, only the plan is shown
     #[arg(long, help_heading = "Doing it")]
     pub execute: bool,
@@ -127,6 +134,7 @@ pub async fn run(args: Args, session: &Session) -> Result<Exit> {
             || args.timeline.is_some()
             || args.start
             || args.run_as.is_some()
+            || args.delta
             || !args.tablespace.is_empty();
         let Args { what, target_dir, region, execute, plan, streams, .. } = args;
         let asked = Asked { what, target_dir, region, doing: (execute, plan), streams, clusters_only };
@@ -164,6 +172,10 @@ pub async fn run(args: Args, session: &Session) -> Result<Exit> {
     Ok(Exit::Ok)
 }
 
+fn memory(text: &str) -> Result<Memory> {
+    Memory::of(crate::config::units::parse_size(text)?)
+}
+
 fn request(args: &Args, session: &Session) -> Result<Request> {
     let directory = directory(args.target_dir.as_deref())?;
     let moves = args.tablespace.iter();
@@ -177,6 +189,8 @@ fn request(args: &Args, session: &Session) -> Result<Request> {
         timeline: args.timeline.map(Timeline),
         start: args.start,
         run_as: args.run_as.clone(),
+        delta: args.delta,
+        memory: args.memory,
         invocation: session.invocation(),
     })
 }

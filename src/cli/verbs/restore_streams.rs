@@ -109,6 +109,9 @@ fn request(asked: &Asked, session: &Session) -> Result<Request> {
         return Err(error.hint("drctl list shows the moments; name a backup by its id"));
     }
     let args = &asked.streams;
+    if args.into_database.as_deref().is_some_and(str::is_empty) {
+        return Err(Error::usage("--into-database names no database"));
+    }
     let to = match &args.into_database {
         Some(name) => To::Database(Box::new(Database {
             name: name.clone(),

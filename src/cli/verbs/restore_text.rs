@@ -5,7 +5,7 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 
 use crate::cli::figures;
-use crate::jobs::restore::{Plan, Point, Report};
+use crate::jobs::restore::{Plan, Point, Report, Reuse};
 
 /// The plan.
 pub(super) fn plan_text(plan: &Plan, now: DateTime<Utc>) -> String {
@@ -28,12 +28,20 @@ pub(super) fn plan_text(plan: &Plan, now: DateTime<Utc>) -> String {
             plan.directory.display()
         ),
     );
+    if let Some(reuse) = &plan.reuse {
+        line("reuse", reused(reuse));
+        line("remove", removed(reuse));
+    }
     for (old, new) in &plan.tablespaces {
         let new = new.as_ref().map_or_else(|| "no place yet".to_owned(), |new| new.display().to_string());
         line("tablespace", format!("{old} at {new}"));
     }
     let expected = figures::duration(Duration::from_secs(plan.expected_seconds));
-    line("expected", format!("{expected}, assuming {}/s; no drill yet", figures::bytes(plan.assumed_rate)));
+    let why = match &plan.predicted {
+        Some(predicted) => format!("as {}", predicted.how),
+        None => format!("assuming {}/s; no drill yet", figures::bytes(plan.assumed_rate)),
+    };
+    line("expected", format!("{expected}, {why}"));
     line(
         "opens with",
         plan.opens_with.as_ref().map_or_else(|| "nothing at hand".to_owned(), |key| format!("{key}, tested just now")),
@@ -53,6 +61,20 @@ pub(super) fn plan_text(plan: &Plan, now: DateTime<Utc>) -> String {
         false => "Nothing was touched, and nothing will be until the above is settled.".to_owned(),
     });
     lines.join("\n")
+}
+
+fn reused(reuse: &Reuse) -> String {
+    let (files, bytes) = (figures::count(reuse.files), figures::bytes(reuse.bytes));
+    format!("at most {bytes} in {files} files stay; the pages that differ are fetched")
+}
+
+fn removed(reuse: &Reuse) -> String {
+    if reuse.remove_files == 0 {
+        return "nothing".to_owned();
+    }
+    let (files, bytes) = (figures::count(reuse.remove_files), figures::bytes(reuse.remove_bytes));
+    let more = if (reuse.examples.len() as u64) < reuse.remove_files { ", …" } else { "" };
+    format!("{files} files that the backup does not have, {bytes}: {}{more}", reuse.examples.join(", "))
 }
 
 fn point(plan: &Plan) -> String {
@@ -141,7 +163,10 @@ pub(super) fn report_text(report: &Report) -> String {
         let bytes = phase.bytes.map_or_else(String::new, |bytes| {
             format!("  {}, {}/s", figures::bytes(bytes), figures::bytes(rate(bytes, phase.seconds)))
         });
-        lines.push(format!("  {:<8}{:>10}{bytes}", phase.name, seconds(phase.seconds)));
+        let reused = phase
+            .reused_bytes
+            .map_or_else(String::new, |reused| format!(", of which {} stood there already", figures::bytes(reused)));
+        lines.push(format!("  {:<8}{:>10}{bytes}{reused}", phase.name, seconds(phase.seconds)));
     }
     for incident in &report.incidents {
         lines.push(format!(

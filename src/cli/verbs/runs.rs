@@ -8,9 +8,10 @@ use crate::app::{self, Role, World};
 use crate::cli::exit::Exit;
 use crate::cli::render::{Colour, Output, Table};
 use crate::cli::{Session, figures};
+use crate::config::load_schedules;
 use crate::jobs::runs::{self, History};
 use crate::model::run::{Outcome, Run};
-use crate::model::{Result, ScheduleName};
+use crate::model::{Error, Result, ScheduleName};
 
 /// Arguments.
 #[derive(Debug, clap::Args)]
@@ -27,9 +28,19 @@ pub struct Args {
 /// # Errors
 /// What stopped it.
 pub async fn run(args: Args, session: &Session) -> Result<Exit> {
-    let context = app::context(&session.settings()?, Role::Restore, &World::real()).await?;
+    let settings = session.settings()?;
+    let context = app::context(&settings, Role::Restore, &World::real()).await?;
     let count = usize::try_from(args.count).unwrap_or(usize::MAX);
     let history = runs::history(&context, args.schedule.as_ref(), count).await?;
+    if let Some(name) = &args.schedule
+        && history.runs.is_empty()
+        && history.unreadable.is_empty()
+        // Of one that was removed the regions still tell.
+        && load_schedules(&settings).is_ok_and(|known| !known.iter().any(|schedule| schedule.name == *name))
+    {
+        let error = Error::usage(format!("there is no schedule `{name}`"));
+        return Err(error.hint("drctl schedule list shows them"));
+    }
     match session.output.json {
         true => session.output.print_json(&history)?,
         false => session.output.print(&text(&history, session.clock.now(), &session.output))?,

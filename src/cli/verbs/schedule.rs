@@ -197,8 +197,24 @@ fn next(session: &Session, only: Option<&ScheduleName>, count: u32, from: Option
             slot.with_timezone(&zone).format("%a %m-%d %H:%M %Z").to_string(),
         ]);
     }
-    session.output.print(&if table.is_empty() { nothing_yet(&settings.schedules.dir) } else { table.to_text() })?;
+    session.output.print(&match table.is_empty() {
+        false => table.to_text(),
+        true if schedules.is_empty() => nothing_yet(&settings.schedules.dir),
+        true => no_slot(&schedules, only, now),
+    })?;
     Ok(Exit::Ok)
+}
+
+/// Why schedules that there are have no slot to come.
+fn no_slot(schedules: &[Schedule], only: Option<&ScheduleName>, now: DateTime<Utc>) -> String {
+    let mut chosen = schedules.iter().filter(|schedule| only.is_none_or(|only| schedule.name == *only));
+    let after = format!("after {}; times end with the year 2100", figures::utc(now));
+    match (only, chosen.any(|schedule| schedule.enabled)) {
+        (Some(name), false) => format!("{name} is not enabled. Next: enabled = true in its file"),
+        (None, false) => "No schedule is enabled. Next: drctl schedule list".to_owned(),
+        (Some(name), true) => format!("{name} has no slot {after}"),
+        (None, true) => format!("No schedule has a slot {after}"),
+    }
 }
 
 /// The first `count` slots of all schedules together.

@@ -10,6 +10,10 @@ use crate::cli::exit::Exit;
 use crate::cli::figures;
 use crate::jobs::show::{self, Report};
 use crate::model::Result;
+use crate::repository::shares::Generation;
+
+/// Things left out that are shown; the rest is counted.
+const SHOWN: usize = 20;
 
 /// Arguments.
 #[derive(Debug, clap::Args)]
@@ -32,6 +36,16 @@ pub async fn run(args: Args, session: &Session) -> Result<Exit> {
     Ok(Exit::Ok)
 }
 
+/// One generation as a bar of what it gives to the backup.
+fn drawn(generation: &Generation, all: u64) -> String {
+    const WIDTH: u64 = 24;
+    let filled = (generation.bytes * WIDTH).checked_div(all).unwrap_or_default().clamp(1, WIDTH);
+    let bar: String = (0..WIDTH).map(|at| if at < filled { '█' } else { '░' }).collect();
+    let share = (generation.bytes * 100).checked_div(all).unwrap_or_default();
+    let bytes = figures::bytes(generation.bytes);
+    format!("{bar} {share:>3} %  {bytes:>8}  {}", generation.backup)
+}
+
 fn text(report: &Report, now: DateTime<Utc>) -> String {
     let listed = &report.listed;
     let mut text = format!("{}  {} of {} ({})\n", listed.id, listed.kind, listed.target, listed.source);
@@ -42,12 +56,29 @@ fn text(report: &Report, now: DateTime<Utc>) -> String {
         let pages = figures::count(report.damaged_pages);
         line("DAMAGED", format!("{pages} pages failed their checksum on the source already"));
     }
+    match &report.left_out {
+        Some(list) => {
+            list.iter().take(SHOWN).for_each(|what| line("LEFT OUT", what.clone()));
+            if let Some(more) = list.len().checked_sub(SHOWN).filter(|more| *more > 0) {
+                line("LEFT OUT", format!("and {more} more   (--json shows them all)"));
+            }
+        }
+        None => line("left out", "not known: no key at hand opens what the backup says of itself".to_owned()),
+    }
     let took = (listed.finished_at - listed.started_at).to_std().unwrap_or_default();
     line("finished", format!("{}, in {}", figures::moment(now, listed.finished_at), figures::duration(took)));
     line(
         "size",
         format!("{}, stored {} per region", figures::bytes(listed.size_bytes), figures::bytes(listed.stored_bytes)),
     );
+    if let (Some(needs), Some(frees)) = (listed.needs_bytes, listed.frees_bytes) {
+        let (needs, frees) = (figures::bytes(needs), figures::bytes(frees));
+        line("needs", format!("{needs} in each region; {frees} of it no other backup needs, and would go with it"));
+    }
+    let packed: u64 = listed.generations.iter().map(|generation| generation.bytes).sum();
+    for generation in &listed.generations {
+        line("pages of", drawn(generation, packed));
+    }
     if let Some(parent) = &report.parent {
         line("parent", parent.to_string());
     }
@@ -66,8 +97,12 @@ fn text(report: &Report, now: DateTime<Utc>) -> String {
     line(
         "written by",
         format!(
-            "drctl {} on {}, method {}, quorum {}",
-            report.provenance.drctl, report.provenance.host, report.provenance.method, report.quorum
+            "drctl {} on {}, method {}{}, quorum {}",
+            report.provenance.drctl,
+            report.provenance.host,
+            report.provenance.method,
+            report.provenance.detection.as_ref().map_or_else(String::new, |how| format!(", changes by {how}")),
+            report.quorum
         ),
     );
     line("keyset", report.keyset.to_string());

@@ -174,12 +174,14 @@ fn states(text: &mut String, target: &TargetStatus, now: DateTime<Utc>, output: 
     }
     for gap in &target.gaps {
         let met = figures::relative(now, gap.at);
-        let _ = writeln!(text, "  gap {} to {} on timeline {}, met {met}", gap.from, gap.to, gap.timeline);
+        let what = if gap.contradiction { "two versions" } else { "gap" };
+        let _ = writeln!(text, "  {what} {} to {} on timeline {}, met {met}", gap.from, gap.to, gap.timeline);
     }
     if let Some(slot) = target.slot.as_ref().filter(|slot| slot.retained_bytes.is_some_and(|bytes| bytes > 0)) {
         let kept = figures::bytes(slot.retained_bytes.unwrap_or_default());
         let idle = if slot.active { "" } else { ", and nobody reads it" };
-        let _ = writeln!(text, "  the server keeps {kept} of WAL for slot {}{idle}", slot.name);
+        let room = slot.room_bytes.map(|room| format!(", room for {} more", figures::bytes(room))).unwrap_or_default();
+        let _ = writeln!(text, "  the server keeps {kept} of WAL for slot {}{room}{idle}", slot.name);
     }
 }
 

@@ -67,6 +67,7 @@ pub async fn run(args: Args, session: &Session) -> Result<Exit> {
         false => session.output.print(&text(&report))?,
     }
     Ok(match () {
+        () if report.is_of_nothing() => Exit::Failed,
         () if report.is_clean() => Exit::Ok,
         () if report.has_only_debts() => Exit::Debts,
         () => Exit::Failed,
@@ -84,6 +85,12 @@ fn text(report: &Report) -> String {
         }
     }
     for wal in &report.wal {
+        for contradiction in wal.contradictions.iter().take(SHOWN) {
+            let _ = writeln!(text, "CONTRADICTION  WAL of {}: {contradiction}", wal.system_id);
+        }
+        for error in wal.not_compared.iter().take(SHOWN) {
+            let _ = writeln!(text, "NOT COMPARED  overlapping WAL of {}: {error}", wal.system_id);
+        }
         problems(&mut text, &format!("WAL of {} timeline {}", wal.system_id, wal.timeline), &wal.problems);
     }
     let mut table = Table::new(["BACKUP", "RESTORABLE", "REGIONS"]);
@@ -112,9 +119,15 @@ fn last_line(report: &Report) -> String {
     let scrubbed = if report.scrub { ", every byte compared with its digest" } else { "" };
     let count = report.backups.len();
     match () {
+        () if report.is_of_nothing() => {
+            "NOTHING WAS VERIFIED: no region holds a backup. Next: drctl backup TARGET".to_owned()
+        }
         () if report.is_clean() => format!("{count} backups are good at {:?}{scrubbed}", report.level),
         () if report.has_only_debts() => {
             "Every backup can be restored, but regions lack some of it. Next: drctl repair".into()
+        }
+        () if report.has_contradictions() => {
+            "WAL contradicts itself: no restore crosses it, and repair cannot mend it. Next: drctl backup".to_owned()
         }
         () => "Next: drctl repair, then drctl verify again".to_owned(),
     }

@@ -1,27 +1,26 @@
 //! `drctl wal`.
 
 use std::collections::BTreeSet;
-use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use chrono::{DateTime, Utc};
 use indicatif::ProgressBar;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::app::{self, Role, World};
 use crate::cli::Session;
 use crate::cli::exit::Exit;
-use crate::cli::figures;
-use crate::cli::render::{Colour, Output};
+use crate::cli::render::Output;
+use crate::cli::verbs::wal_text::{self, status_line};
 use crate::config::Source;
+use crate::daemon::control::socket_path;
 use crate::jobs::wal::acceptance::{Acceptance, leave};
-use crate::jobs::wal::fetch::{Fetched, Request, fetch};
-use crate::jobs::wal::status::{BranchWal, RegionWal, TargetWal};
+use crate::jobs::wal::fetch::borrow::borrow;
+use crate::jobs::wal::fetch::{Asker, Fetched, Request, fetch};
 use crate::jobs::wal::takeover::{TakenOver, take_over_once};
-use crate::jobs::wal::{Position, State, Stream, WalStatus, control, wal_status};
+use crate::jobs::wal::{Position, State, Stream, control, wal_status};
 use crate::jobs::{Context, Target};
-use crate::model::{Error, RegionName, Result, TargetName};
+use crate::model::{Error, Kind, RegionName, Result, TargetName};
 
 /// Arguments.
 #[derive(Debug, clap::Args)]
@@ -64,6 +63,9 @@ enum Action {
         /// The target; needed where the configuration has several
         #[arg(long)]
         target: Option<TargetName>,
+        /// The socket of a daemon that drills or verifies: with it no configuration is read, and nobody else is asked
+        #[arg(long, value_name = "PATH", conflicts_with = "target")]
+        socket: Option<PathBuf>,
     },
     /// Seal out whoever streamed a target's WAL before, and bring what it left to the write quorum
     Takeover {
@@ -83,7 +85,8 @@ pub async fn run(args: Args, session: &Session) -> Result<Exit> {
     match args.action {
         Action::Stream { target } => stream(&target, session).await,
         Action::Status { target } => status(target.as_ref(), session).await,
-        Action::Fetch { file, path, target } => fetched(file, path, target.as_ref(), session).await,
+        Action::Fetch { file, path, socket: Some(socket), .. } => borrowed(&socket, &file, &path).await,
+        Action::Fetch { file, path, target, socket: None } => fetched(file, path, target.as_ref(), session).await,
         Action::Push { path, target, socket } => push(&path, target, socket, session).await,
         Action::Takeover { target, accept_loss } => take_over(&target, accept_loss, session).await,
     }
@@ -134,20 +137,49 @@ PostgreSQL in [daemon] allow. It ends with 1 whenever the file is not surely saf
 
 const FETCH_HELP: &str = "For a standby, or a recovery made by hand (`drctl restore` brings a command of its own):
   restore_command = 'drctl --config /etc/drctl/drctl.toml wal fetch %f %p'
-It opens the regions itself, with the credentials of role restore: a daemon that writes cannot open WAL. The last
-segment is filled up with zeros behind its last record. PostgreSQL takes 1 to 125 for the end of WAL, so every doubt
-is 255.";
+It asks the daemon of this host (which gives WAL where it drills or verifies, to its own account, root and whom
+[daemon] allow names, and reads the next segments ahead); where none gives it, it opens the regions itself, with the
+credentials of role restore: a daemon that only writes cannot open WAL. The last segment is filled up with zeros behind
+its last record. PostgreSQL takes 1 to 125 for the end of WAL, so every doubt is 255.";
 
 async fn fetched(file: String, path: PathBuf, target: Option<&TargetName>, session: &Session) -> Result<Exit> {
     let settings = session.settings()?;
     let target = settings.the_target(target)?.name.clone();
-    let context = app::context(&settings, Role::Restore, &World::real()).await?;
     // PostgreSQL runs its commands in the data directory.
-    let request = Request { target, file, path, data_dir: PathBuf::from(".") };
-    Ok(match fetch(&context, &request).await? {
+    let data_dir = PathBuf::from(".");
+    let socket = socket_path(&settings.repository.state_dir);
+    if let Some(asker) = Asker::of(&data_dir)? {
+        match borrow(&socket, &asker, (&file, &path)).await {
+            Ok(Some(fetched)) => return Ok(exit(fetched)),
+            Ok(None) => {}
+            Err(error) if matches!(error.kind(), Kind::Refused | Kind::Damaged) => return Err(error),
+            // What a daemon cannot tell now may be told by the regions.
+            Err(error) => tracing::info!(%error, "the daemon gives no WAL; the regions are asked"),
+        }
+    }
+    let context = app::context(&settings, Role::Restore, &World::real()).await?;
+    let request = Request { target, file, path, data_dir };
+    fetch(&context, &request).await.map(exit)
+}
+
+async fn borrowed(socket: &Path, file: &str, path: &Path) -> Result<Exit> {
+    let unknown = || {
+        let error = Error::usage("which cluster asks is not known");
+        error.hint("run it in the data directory, as PostgreSQL does")
+    };
+    let asker = Asker::of(Path::new("."))?.ok_or_else(unknown)?;
+    let nobody = || {
+        let error = Error::new(Kind::Unavailable, "nobody gives WAL").because(socket.display());
+        error.hint("start drctl daemon so that it drills or verifies, and name this account in [daemon] allow")
+    };
+    borrow(socket, &asker, (file, path)).await?.map(exit).ok_or_else(nobody)
+}
+
+const fn exit(fetched: Fetched) -> Exit {
+    match fetched {
         Fetched::Copied => Exit::Ok,
         Fetched::Absent => Exit::Failed,
-    })
+    }
 }
 
 async fn push(path: &Path, target: Option<TargetName>, socket: Option<PathBuf>, session: &Session) -> Result<Exit> {
@@ -250,24 +282,6 @@ fn change(position: &Position) -> String {
     format!("{}: {}{error}", position.target, position.state.words())
 }
 
-/// `ledger  streaming  durable 0/3000148  0.4 s exposed  eu-west-1 owes 12`
-fn status_line(position: &Position) -> String {
-    let mut line = format!("{}  {}  durable {}", position.target, position.state.words(), position.durable_lsn);
-    let exposure =
-        position.exposure_seconds.map(|seconds| figures::duration(Duration::from_secs_f64(seconds.max(0.0))));
-    let _ = match exposure {
-        Some(exposure) => write!(line, "  {exposure} exposed"),
-        None => write!(line, "  exposure unknown"),
-    };
-    if let Some(quorum) = position.degraded_to {
-        let _ = write!(line, "  DEGRADED: acknowledged at {quorum} region");
-    }
-    for region in position.regions.iter().filter(|region| region.missing_objects > 0) {
-        let _ = write!(line, "  {} owes {}", region.name, figures::count(region.missing_objects));
-    }
-    line
-}
-
 async fn status(target: Option<&TargetName>, session: &Session) -> Result<Exit> {
     let settings = session.settings()?;
     if let Some(target) = target {
@@ -277,76 +291,7 @@ async fn status(target: Option<&TargetName>, session: &Session) -> Result<Exit> 
     let status = wal_status(&context, target).await?;
     match session.output.json {
         true => session.output.print_json(&status)?,
-        false => session.output.print(&text(&status, session.clock.now(), &session.output))?,
+        false => session.output.print(&wal_text::text(&status, session.clock.now(), &session.output))?,
     }
     Ok(Exit::Ok)
-}
-
-fn text(status: &WalStatus, now: DateTime<Utc>, output: &Output) -> String {
-    let mut text = String::new();
-    if status.targets.is_empty() {
-        text.push_str("no WAL is stored\n");
-    }
-    for target in &status.targets {
-        target_text(&mut text, target, now, output);
-    }
-    text
-}
-
-fn target_text(text: &mut String, target: &TargetWal, now: DateTime<Utc>, output: &Output) {
-    let name = target.target.as_ref().map_or("unknown target", TargetName::as_str);
-    let receiver = target.receiver.as_ref().map_or_else(|| "no receiver answers here".to_owned(), status_of_receiver);
-    let _ = writeln!(text, "{name}   {receiver}");
-    if target.branches.is_empty() {
-        let _ = writeln!(text, "  no WAL is stored");
-    }
-    for branch in &target.branches {
-        branch_text(text, branch, now, output);
-    }
-}
-
-fn status_of_receiver(position: &Position) -> String {
-    let line = status_line(position);
-    line.split_once("  ").map_or(line.clone(), |(_, rest)| rest.to_owned())
-}
-
-fn branch_text(text: &mut String, branch: &BranchWal, now: DateTime<Utc>, output: &Output) {
-    let _ = writeln!(text, "  timeline {}-{} of system {}", branch.timeline, branch.branch, branch.system_id);
-    for region in &branch.regions {
-        region_text(text, region, now, output);
-    }
-    for gap in &branch.gaps {
-        let at = figures::moment(now, gap.at);
-        let bytes = figures::bytes(gap.to.bytes_since(gap.from));
-        let word = match gap.filled {
-            true => output.paint(Colour::Green, "filled"),
-            false => output.paint(Colour::Red, "GAP"),
-        };
-        let _ = writeln!(text, "    {word}  {} to {}  {bytes}  met {at}: {}", gap.from, gap.to, gap.reason);
-    }
-    for error in &branch.errors {
-        let _ = writeln!(text, "    {}  {error}", output.paint(Colour::Red, "DAMAGED"));
-    }
-}
-
-fn region_text(text: &mut String, region: &RegionWal, now: DateTime<Utc>, output: &Output) {
-    let name = &region.name;
-    if let Some(why) = &region.unreadable {
-        let _ = writeln!(text, "    {name}  {}: {why}", output.paint(Colour::Red, "unreadable"));
-        return;
-    }
-    if region.windows.is_empty() {
-        let _ = writeln!(text, "    {name}  {}", output.paint(Colour::Red, "nothing"));
-    }
-    for window in &region.windows {
-        let commit = window
-            .last_commit
-            .map_or_else(|| "no commit".to_owned(), |at| format!("commits to {}", figures::moment(now, at)));
-        let bytes = figures::bytes(window.end.bytes_since(window.start));
-        let _ = writeln!(text, "    {name}  {} to {}  {bytes}  {commit}", window.start, window.end);
-    }
-    if region.missing_frames > 0 {
-        let owes = format!("owes {} frames", figures::count(region.missing_frames));
-        let _ = writeln!(text, "    {name}  {}  →  drctl repair", output.paint(Colour::Yellow, &owes));
-    }
 }

@@ -123,7 +123,7 @@ impl Folder<'_> {
             Ok(name) => name,
             Err(error) => return self.mistakes.push(whole(&error.during("the file names its schedule"))),
         };
-        let (schedule, after) = match std::fs::read_to_string(&file) {
+        let (schedule, after) = match read_regular(&file) {
             Ok(text) => self.text(&file, &name, &text),
             Err(error) => {
                 self.mistakes.push(whole(&Error::usage("the file cannot be read").because(error)));
@@ -192,6 +192,14 @@ impl Folder<'_> {
             members.push(after);
         }
         None
+    }
+}
+
+/// Anything else than a regular file, behind a link too, may wait for ever for somebody to write.
+fn read_regular(file: &Path) -> std::io::Result<String> {
+    match std::fs::metadata(file)?.is_file() {
+        true => std::fs::read_to_string(file),
+        false => Err(std::io::Error::other("it is not a regular file")),
     }
 }
 

@@ -111,10 +111,11 @@ impl<'f, 'd> Reader<'f, 'd> {
         let work = match job {
             Some(Job::Backup) => {
                 let fast = params.take("fast", Section::boolean).unwrap_or(false);
+                let verify_detection = params.take("verify_detection", Section::boolean).unwrap_or(false);
                 if target.is_none() && !self.has("target") {
                     self.missing("target", "a backup has one");
                 }
-                target.map(|target| Work::Backup { target, fast })
+                target.map(|target| Work::Backup { target, fast, verify_detection })
             }
             Some(job @ (Job::Dump | Job::Files)) => {
                 if target.is_none() && !self.has("target") {
@@ -142,6 +143,13 @@ impl<'f, 'd> Reader<'f, 'd> {
                 let quick = params.take("quick", Section::boolean).unwrap_or(false);
                 let region = region(&mut params);
                 Some(Work::Repair { target, region, quick })
+            }
+            Some(Job::Prune) => {
+                if self.has("target") {
+                    let error = Error::usage("`target`: a prune is of every target that has a retention");
+                    self.wrong("target", &error.hint("leave it out"));
+                }
+                Some(Work::Prune)
             }
             // What its parameters mean is not known, so they are not looked at.
             _ => return None,

@@ -38,7 +38,7 @@ fn a_file_is_a_schedule_and_gets_every_default() {
     let [base] = schedules.as_slice() else { panic!("{schedules:?}") };
     assert_eq!((base.name.as_str(), base.enabled, base.timezone), ("ledger-base", true, chrono_tz::Tz::UTC));
     assert_eq!((base.catch_up, base.overlap, base.retry.max), (CatchUp::One, Overlap::Skip, 0));
-    assert_eq!(base.work, Work::Backup { target: "ledger".parse().unwrap(), fast: false });
+    assert_eq!(base.work, Work::Backup { target: "ledger".parse().unwrap(), fast: false, verify_detection: false });
     assert_eq!(base.timeout.as_secs(), 24 * 3600);
 }
 
@@ -73,7 +73,7 @@ fn every_key_says_what_it_means() {
 fn every_mistake_of_every_file_is_told_at_once_with_its_place() {
     let broken = "job = \"bakup\"\ntarget = \"leger\"\n  cron = \"61 1 * * *\"\ntimezone = \"Europe/Berln\"\ncatchup = \"one\"\n\
                   timeout = \"0s\"\njitter = 5\nretry = { max = 99, paus = \"1m\" }\n";
-    let more = "cron = \"0 1 * * *\"\njob = \"prune\"\noverlap = \"wait\"\nafter = \"ledger-bas\"\n";
+    let more = "cron = \"0 1 * * *\"\njob = \"compact\"\noverlap = \"wait\"\nafter = \"ledger-bas\"\n";
     let told = read(&[
         ("a.toml", broken),
         ("b.toml", more),
@@ -95,14 +95,14 @@ fn every_mistake_of_every_file_is_told_at_once_with_its_place() {
         "a.toml:7:10: `jitter`: expected a string in quotes, found 5",
         "a.toml:8:17: `max`: expected a whole number from 0 to 20, found 99",
         "a.toml:8:21: unknown key `paus` / did you mean `pause`?",
-        "b.toml:2:7: `job`: this version does not run `prune` by schedule / it runs backup, dump, files, verify, drill, repair",
+        "b.toml:2:7: `job`: this version does not run `compact` by schedule / it runs backup, dump, files, verify, drill, repair, prune",
         "b.toml:3:11: `overlap`: `wait` is not one of its values / use skip or queue-one",
         "b.toml:4:9: `after`: there is no schedule `ledger-bas` / did you mean `ledger-base`?",
         "c.toml:1:7: `job`: WAL has no schedule / the daemon streams",
         "d.toml:1:1: `cron` is missing: every schedule has one",
         "d.toml:1:1: `target` is missing: a backup has one",
         "d.toml:2:19: `fast`: expected true or false, found 1",
-        "d.toml:2:22: unknown key `level` / known keys: fast",
+        "d.toml:2:22: unknown key `level` / known keys: fast, verify_detection",
         "e.toml:1:",
     ];
     assert_eq!(told.len(), expected.len(), "{told:#?}");
@@ -164,11 +164,21 @@ fn a_folder_that_is_not_there_is_one_mistake() {
 }
 
 #[test]
+fn a_file_that_waits_for_a_writer_is_a_mistake_and_no_wait() {
+    let dir = tempfile::tempdir().unwrap();
+    let fifo = dir.path().join("f.toml");
+    let made = std::process::Command::new("mkfifo").arg(&fifo).status().unwrap();
+    assert!(made.success());
+    let mistakes = load_schedules(&settings(dir.path())).unwrap_err();
+    assert!(mistakes.list[0].to_string().contains("not a regular file"), "{mistakes:?}");
+}
+
+#[test]
 fn the_shipped_examples_are_good() {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("schedules");
     let schedules = load_schedules(&settings(&dir)).unwrap_or_else(|mistakes| panic!("{mistakes:#?}"));
     let jobs: BTreeSet<_> = schedules.iter().map(|schedule| schedule.work.job().as_str()).collect();
-    assert_eq!(jobs, BTreeSet::from(["backup", "drill", "dump", "files", "repair", "verify"]));
+    assert_eq!(jobs, BTreeSet::from(["backup", "drill", "dump", "files", "prune", "repair", "verify"]));
     assert!(schedules.iter().all(|schedule| schedule.enabled && schedule.description.is_some()));
 }
 

@@ -16,6 +16,8 @@ const ON_TIME: TimeDelta = TimeDelta::seconds(60);
 pub(super) const BELIEVED_AHEAD: TimeDelta = TimeDelta::hours(24);
 /// Characters of a record's own words.
 const LONGEST_DETAIL: usize = 1000;
+/// How long a slot that is queued waits before it looks again whether somebody else has ended.
+const BUSY_PAUSE: Duration = Duration::from_secs(30);
 /// The longest pause between two attempts.
 const LONGEST_PAUSE: Duration = Duration::from_secs(3600);
 
@@ -230,6 +232,16 @@ impl Lane {
                     return;
                 }
                 (Outcome::Failed, why)
+            }
+            End::Busy(why) => {
+                let until = turn.now.monotonic.saturating_add(BUSY_PAUSE);
+                if !last && self.schedule.overlap == Overlap::QueueOne && until < running.deadline {
+                    // It was no attempt.
+                    running.open.attempts = running.open.attempts.saturating_sub(1);
+                    running.pausing = Some((until, why));
+                    return;
+                }
+                (Outcome::SkippedOverlap, why)
             }
         };
         self.close(outcome, &detail, turn);

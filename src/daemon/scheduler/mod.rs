@@ -68,6 +68,8 @@ pub enum End {
     Done(Outcome, String),
     /// Not done.
     Failed(String),
+    /// Not begun, because somebody else does the same: a person at this moment, who may be left to it.
+    Busy(String),
 }
 
 /// What an earlier process left.

@@ -7,23 +7,27 @@
 
 use serde::Serialize;
 
+use crate::disk::DiskError;
 use crate::disk::lock::Lock;
 use crate::jobs::context::{Context, Target};
 use crate::model::commit::{Commit, WalNeed};
-use crate::model::{HolderId, Result, ResultExt, TargetName};
+use crate::model::{Error, HolderId, Kind, Result, ResultExt, TargetName};
 use crate::repository::backup_writer::{BackupOptions, BackupWriter, PageCounts};
 use crate::repository::fan_out::LaneOutcome;
-use crate::repository::parent::{self, Basis, state_path};
+use crate::repository::parent::{self, Basis, Parent, state_path};
+use crate::repository::repack::Moved;
 use crate::repository::stream_writer::StreamLine;
 use crate::source::postgres;
 use crate::source::{Begun, Finished};
 
 mod around;
+mod detect;
 pub mod streams;
 mod transfer;
 mod wal;
 
 pub use around::CONFIGURATION;
+pub use detect::Told;
 
 use wal::WalCover;
 
@@ -32,10 +36,10 @@ use wal::WalCover;
 /// A backup stays below 256 MiB. A batch is 8 MiB, a pack 16 MiB, and with `w` workers there are at most
 /// - `w / 2` + 3 + `w` batches: at the readers, on their way (one queued by the source, one in hand, one queued for
 ///   the workers), at the workers;
-/// - `w` + 1 + 6 packs that are shared by all regions: filled, queued, and going out, where a region that lags holds four
-///   beside the two of the others;
+/// - `w` + 2 + 6 packs that are shared by all regions: filled (one more with maps), queued, and going out, where a region
+///   that lags holds four beside the two of the others;
 ///
-/// which is 216 MiB for three workers when nothing compresses and a region lags, and 20 MiB for the process itself. The
+/// which is 232 MiB for three workers when nothing compresses and a region lags, and 20 MiB for the process itself. The
 /// files of a cluster add some hundred bytes each for their names.
 const WORKERS: usize = 3;
 
@@ -62,6 +66,10 @@ pub struct Report {
     pub full_because: Option<String>,
     /// Pages read, and those of them that changed since the parent.
     pub pages: PageCounts,
+    /// What it took along from packs of earlier backups that were mostly dead.
+    pub moved: Moved,
+    /// How those were found.
+    pub detection: Told,
     /// Why this machine does not remember its pages, so that the next backup will be a full one.
     pub not_remembered: Option<String>,
 }
@@ -70,6 +78,7 @@ impl Report {
     /// Whether something is still owed.
     pub fn has_debts(&self) -> bool {
         !self.left_out.is_empty()
+            || self.detection.unproved
             || !self.wrap_debts.is_empty()
             || self.regions.iter().any(|region| region.missing_objects > 0)
     }
@@ -82,6 +91,8 @@ pub struct Options {
     pub fast: bool,
     /// Store every page, whatever the newest backup holds.
     pub full: bool,
+    /// Read every page, and prove that change detection would have found those that changed.
+    pub verify_detection: bool,
 }
 
 /// Takes a backup of `name`.
@@ -89,18 +100,44 @@ pub struct Options {
 /// # Errors
 /// Whatever stopped it. There is then no backup, and what was written is orphaned.
 pub async fn run(context: &Context, name: &TargetName, options: Options) -> Result<Report> {
-    if let Some(streamed) = context.streamed(name) {
-        return streams::run(context, streamed, options).await;
-    }
-    let target = context.target(name)?;
+    let report = match context.streamed(name) {
+        Some(streamed) => streams::run(context, streamed, options).await?,
+        None => cluster(context, context.target(name)?, options).await?,
+    };
+    let backup = &report.backup;
+    let took = (backup.finished_at - backup.started_at).to_std().unwrap_or_default();
+    context.meters.backup(name.as_str(), backup.kind.as_str(), took);
+    Ok(report)
+}
+
+/// One backup of a target at a time on this host.
+fn alone(context: &Context, name: &TargetName) -> Result<Lock> {
+    Lock::acquire(&context.state_dir.join(format!("{name}.backup.lock"))).map_err(|error| match error {
+        DiskError::Locked { .. } => {
+            let busy = Error::new(Kind::Busy, format!("another backup of {name} runs on this host")).because(error);
+            busy.transient(true).hint("wait until it has ended: drctl jobs")
+        }
+        error => error.into(),
+    })
+}
+
+async fn cluster(context: &Context, target: &Target, options: Options) -> Result<Report> {
+    let name = &target.name;
+    detect::check(target, options.verify_detection)?;
     let writer = context.writer()?;
-    let _alone = Lock::acquire(&context.state_dir.join(format!("{name}.backup.lock")))?;
+    let _alone = alone(context, name)?;
     let mut source =
         postgres::open(source_options(context, target, options)).await.during(|| format!("reach {name}"))?;
     let cover = WalCover::prepare(context, target).await.during(|| "secure the WAL of the backup")?;
     let begun = source.begin().await.during(|| format!("begin the backup of {name}"))?;
     let basis = basis(context, target, &begun, options).await.during(|| "find the parent of the backup")?;
-    let how = backup_options(context, target, &begun, source.method());
+    let looking = (&cover, source.method(), options.verify_detection);
+    let found = detect::find(context, target, &begun, &basis, looking).await.tell(source.as_mut());
+    let how = BackupOptions {
+        detection: found.by.map(str::to_owned),
+        proof: found.proof,
+        ..backup_options(context, target, &begun, source.method())
+    };
     let mut backup = BackupWriter::begin(&context.repository, writer, how, basis).await?;
     let around = around::capture(target, source.method()).await;
     transfer::run(context, source.as_mut(), &mut backup, &begun).await.during(|| format!("back up {name}"))?;
@@ -110,6 +147,7 @@ pub async fn run(context: &Context, name: &TargetName, options: Options) -> Resu
     backup.flush().await.during(|| "store pages")?;
     let wal = cover.secure(context, target, &begun, &finished).await.during(|| "secure the WAL of the backup")?;
     let written = backup.commit(Some(wal_need(&begun, &finished, wal.branch))).await?;
+    let detection = found.told(context, target, written.commit.id.as_str(), &written.pages);
     Ok(Report {
         backup: written.commit,
         regions: together(written.regions, wal.regions),
@@ -121,6 +159,8 @@ pub async fn run(context: &Context, name: &TargetName, options: Options) -> Resu
         left_out: Vec::new(),
         full_because: written.full_because,
         pages: written.pages,
+        moved: written.moved,
+        detection,
         not_remembered: written.not_remembered,
     })
 }
@@ -131,7 +171,15 @@ async fn basis(context: &Context, target: &Target, begun: &Begun, options: Optio
     }
     let state = state_path(&context.state_dir, &target.name);
     let holders = &context.writer()?.holders;
-    parent::choose(&context.repository, holders, (&target.name, begun.cluster.system_id), state).await
+    let wanted = (&target.name, begun.cluster.system_id);
+    let basis = parent::choose(&context.repository, holders, wanted, state).await?;
+    // One wrong bit in a page that never changes would be in every backup that follows: generations end.
+    let began = basis.parent().map(Parent::generation);
+    let age = began.and_then(|began| (context.clock.now() - began).to_std().ok());
+    match began.filter(|_| age.is_some_and(|age| age >= target.full_every)) {
+        Some(began) => Ok(Basis::nothing(format!("the last full backup began at {}", began.format("%F %T UTC")))),
+        None => Ok(basis),
+    }
 }
 
 /// What each region lacks of the pages and of the WAL.
@@ -151,6 +199,10 @@ fn source_options(context: &Context, target: &Target, options: Options) -> postg
         conninfo: target.conninfo.clone().with_application_name("drctl backup"),
         method: target.method,
         data_directory: target.data_dir.clone(),
+        standby: target.standby.as_ref().map(|lender| postgres::Lender {
+            conninfo: lender.conninfo.clone().with_application_name("drctl backup"),
+            patience: lender.patience,
+        }),
         fast: options.fast,
         label: format!("drctl {}", target.name),
         max_read_rate: target.max_read_rate,
@@ -174,6 +226,9 @@ fn backup_options(context: &Context, target: &Target, begun: &Begun, method: &st
         workers: workers(),
         page_checksums: begun.cluster.checksums,
         pack_size: context.pack_size,
+        start_lsn: Some(begun.start_lsn),
+        detection: None,
+        proof: None,
         state: Some(state_path(&context.state_dir, &target.name)),
     }
 }

@@ -3,15 +3,17 @@
 
 use tokio::sync::mpsc;
 
-use super::{Options, Report, workers};
-use crate::disk::lock::Lock;
+use super::detect::Told;
+use super::{Options, Report, alone, workers};
 use crate::jobs::context::{Context, Streamed, What};
-use crate::model::commit::BackupKind;
+use crate::model::commit::{BackupKind, Commit};
 use crate::model::{Error, Result, ResultExt};
 use crate::observe::progress::Phase;
 use crate::repository::backup_writer::{BackupOptions, BackupWriter};
+use crate::repository::catalog;
 use crate::repository::manifest::Line;
 use crate::repository::parent::Basis;
+use crate::repository::restore::streams::StoredStreams;
 use crate::repository::stream_writer::{StreamLine, StreamWriter};
 use crate::source::{Copied, StreamItem, StreamSource};
 
@@ -23,14 +25,32 @@ pub const DESCRIPTION: &str = "source";
 /// The document that tells what a reader of the backup should know of it.
 pub const NOTES: &str = "notes";
 
+/// What should be in a backup and is not, in its own words: nothing for a cluster, `None` where it cannot be read.
+pub async fn left_out(context: &Context, commit: &Commit) -> Option<Vec<String>> {
+    if !matches!(commit.kind, BackupKind::Dump | BackupKind::Files) {
+        return Some(Vec::new());
+    }
+    let read = async {
+        let inventory = catalog::inventory(&context.repository, commit).await?;
+        StoredStreams::open(&context.repository, &context.ring, (commit, &inventory)).await
+    };
+    let stored =
+        read.await.inspect_err(|error| tracing::debug!(%error, backup = %commit.id, "what it left out")).ok()?;
+    let list = stored.documents.get(NOTES).and_then(|notes| notes.get("left_out")?.as_array());
+    Some(list.into_iter().flatten().filter_map(|text| text.as_str().map(str::to_owned)).collect())
+}
+
 /// Takes the backup.
 pub(super) async fn run(context: &Context, target: &Streamed, options: Options) -> Result<Report> {
-    if options.fast || options.full {
-        let error = Error::usage(format!("--fast and --full mean nothing for {}, which is no cluster", target.name));
+    if options.fast || options.full || options.verify_detection {
+        let error = Error::usage(format!(
+            "--fast, --full and --verify-detection mean nothing for {}, which is no cluster",
+            target.name
+        ));
         return Err(error.hint("leave them out: such a backup is always whole"));
     }
     let writer = context.writer()?;
-    let _alone = Lock::acquire(&context.state_dir.join(format!("{}.backup.lock", target.name)))?;
+    let _alone = alone(context, &target.name)?;
     let mut source = target.open();
     let how = backup_options(context, target, source.method());
     // Before the source looks at anything: COMMIT says that the backup holds what was there when it began.
@@ -38,6 +58,9 @@ pub(super) async fn run(context: &Context, target: &Streamed, options: Options) 
         BackupWriter::begin(&context.repository, writer, how, Basis::nothing("it is no base backup")).await?;
     let read = transfer(context, source.as_mut(), &mut backup).await;
     let (streams, copied) = read.during(|| format!("back up {}", target.name))?;
+    if let Some(moment) = copied.as_of {
+        backup.holds_only(moment);
+    }
     describe(&mut backup, &copied).await?;
     backup.flush().await.during(|| "store the streams")?;
     let written = backup.commit(None).await?;
@@ -52,6 +75,8 @@ pub(super) async fn run(context: &Context, target: &Streamed, options: Options) 
         left_out: copied.left_out,
         full_because: None,
         pages: written.pages,
+        detection: Told { by: None, because: None, proof: None, unproved: false },
+        moved: written.moved,
         not_remembered: None,
     })
 }
@@ -117,6 +142,9 @@ fn backup_options(context: &Context, target: &Streamed, method: &str) -> BackupO
         workers: workers(),
         page_checksums: false,
         pack_size: context.pack_size,
+        start_lsn: None,
+        detection: None,
+        proof: None,
         state: None,
     }
 }

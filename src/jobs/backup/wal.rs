@@ -17,7 +17,7 @@ const LIMIT: Duration = Duration::from_secs(600);
 #[derive(Debug)]
 pub(super) enum WalCover {
     /// A running `drctl wal stream` of the target.
-    Running,
+    Running(Option<Branch>),
     /// The backup's own receiver, in an epoch of its own.
     Own(Box<Receiver>),
 }
@@ -38,11 +38,24 @@ impl WalCover {
     pub(super) async fn prepare(context: &Context, target: &Target) -> Result<Self> {
         let position = control::position(&target.control_socket, &target.name).await?;
         let works = |position: &Position| position.state == State::Streaming && position.branch.is_some();
-        if position.as_ref().is_some_and(works) {
-            return Ok(Self::Running);
+        if let Some(position) = position.filter(works) {
+            return Ok(Self::Running(position.branch));
         }
         let receiver = Receiver::for_backup(context, target).await?;
         Ok(Self::Own(Box::new(receiver)))
+    }
+
+    /// Whether WAL passes a receiver that was there before.
+    pub(super) const fn is_streaming(&self) -> bool {
+        matches!(self, Self::Running(_))
+    }
+
+    /// The branch of the timeline that the server is on, as the receiver knows it.
+    pub(super) fn branch(&self) -> Option<Branch> {
+        match self {
+            Self::Running(branch) => branch.clone(),
+            Self::Own(receiver) => receiver.position().branch,
+        }
     }
 
     /// Returns once all WAL from start to stop is durable at the write quorum.
@@ -54,7 +67,7 @@ impl WalCover {
         finished: &Finished,
     ) -> Result<Secured> {
         let (position, by, lanes) = match self {
-            Self::Running => {
+            Self::Running(_) => {
                 let position = wait_durable_at(target, finished.stop_lsn, LIMIT).await?;
                 let gone =
                     || Error::failed("the WAL receiver went away during the backup").hint("run the backup again");

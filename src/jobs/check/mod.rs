@@ -53,7 +53,7 @@ pub async fn run(subject: &Subject, target: Option<&TargetName>) -> Result<Repor
         return Err(Error::usage(format!("there is no target `{target}`")));
     }
     let servers = join_all(targets.iter().map(|target| postgres::check(target, DEADLINE)));
-    let others = join_all(streamed.iter().map(|target| streams::check(target, DEADLINE)));
+    let others = join_all(streamed.iter().map(|target| streams::check(subject, target, DEADLINE)));
     let (regions, holders, servers, others) = tokio::join!(
         health::examine(&subject.regions, subject.clock.as_ref(), DEADLINE),
         keys::try_holders(subject, DEADLINE),

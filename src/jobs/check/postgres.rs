@@ -1,6 +1,6 @@
 //! One PostgreSQL server: both ways in, its facts, and what this machine needs to read it.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use super::facts::{self, Facts};
@@ -10,11 +10,11 @@ use crate::disk::space;
 use crate::jobs::context::Target;
 use crate::model::Error;
 use crate::pg::PgError;
-use crate::pg::control::{self, ControlFile};
 use crate::pg::instance::PgBinaries;
 use crate::pg::replication::ReplicationClient;
 use crate::pg::sql;
 use crate::source::postgres::Method;
+use crate::source::postgres::room::belongs;
 
 pub(super) async fn check(target: &Target, deadline: Duration) -> Vec<Finding> {
     let mut findings = Findings::about("postgres", &target.name);
@@ -92,7 +92,7 @@ impl Local {
     fn find(target: &Target, facts: &Facts) -> Self {
         let named = target.data_dir.clone();
         let directory = named.unwrap_or_else(|| PathBuf::from(facts.setting("data_directory")));
-        match belongs(&directory, facts) {
+        match belongs(&directory, facts.system_id) {
             Ok(()) => {
                 // pg_wal may be a link to another file system.
                 let free_bytes = space::free_bytes(&directory.join("pg_wal")).ok();
@@ -114,24 +114,6 @@ impl Local {
             ),
             (None, Method::Auto | Method::Stream) => findings.ok("backups are read through the replication protocol"),
         }
-    }
-}
-
-/// A directory of the same path may belong to another server.
-fn belongs(directory: &Path, facts: &Facts) -> Result<(), String> {
-    if directory.as_os_str().is_empty() {
-        return Err("the server does not tell where it is".to_owned());
-    }
-    let path = directory.join(control::PATH);
-    let read = |_| {
-        let bytes = std::fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?;
-        ControlFile::parse(&bytes).map_err(|error| format!("{}: {error}", path.display()))
-    };
-    // A running server overwrites the file in place: the first read may see half of it.
-    let control = (0..3).map(read).find(Result::is_ok).unwrap_or_else(|| read(0))?;
-    match Some(control.system_id.0) == facts.system_id {
-        true => Ok(()),
-        false => Err(format!("{} belongs to another cluster", directory.display())),
     }
 }
 

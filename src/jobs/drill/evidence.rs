@@ -39,6 +39,7 @@ fn head(id: &ReportId, report: &Report) -> ReportHead {
         rpo: pair(&report.rpo),
         rto: pair(&report.rto),
         phases: report.phases.iter().map(|phase| (phase.name.to_owned(), phase.seconds)).collect(),
+        checks: report.checks.iter().map(|check| (check.name.clone(), check.outcome == Outcome::Pass)).collect(),
         host: report.environment.host.clone(),
         drctl: env!("CARGO_PKG_VERSION").to_owned(),
     }

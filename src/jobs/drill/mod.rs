@@ -3,22 +3,22 @@
 //! It reads one region alone, because what is to be proven is that this region alone is enough. What it cannot find out
 //! is *inconclusive*, which is neither good nor bad news; a drill that measured nothing has failed.
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
 
 use crate::jobs::context::{Context, Target};
-use crate::jobs::restore::{self, PhaseTime, Plan, Point, Prepared, Request};
+use crate::jobs::restore::{self, PhaseTime, Plan};
 use crate::model::schedule::Pick;
 use crate::model::{Error, Kind, Lsn, RegionName, Result, ResultExt, TargetName};
 use crate::pg::instance::Instance;
 use crate::pg::sql;
+use crate::repository::catalog;
 use crate::repository::handle::Repository;
 use crate::source::postgres::heartbeat::{self, Beat};
 
+mod arrival;
 mod checks;
 mod evidence;
 mod examine;
@@ -30,13 +30,10 @@ mod stop;
 mod told;
 mod verdict;
 
+use arrival::Ready;
 pub use report::{Asked, Check, Control, Level, Measured, Outcome, Report};
 use scratch::Scratch;
 use stop::Stop;
-
-/// How long the region may take to hold the beat that precedes the drill. Afterwards the drill goes on, and finds an
-/// older beat: that is what it measures.
-const BEAT_ARRIVES: Duration = Duration::from_secs(10);
 
 /// What is rehearsed, and where.
 #[derive(Debug, Clone)]
@@ -66,11 +63,13 @@ impl Options {
 /// it is to be kept.
 ///
 /// # Errors
-/// There is no such target or region, or no place for a scratch cluster.
+/// There is no such target or region, no region knows the backup that was named or one that leads to the time, or there
+/// is no place for a scratch cluster. None of it says anything of recovery, so it leaves no report.
 pub async fn run(context: &Context, options: &Options) -> Result<Report> {
     let target = context.target(&options.target)?;
     let region = chosen(context, options.region.as_ref())?;
     let alone = within(context, &region)?;
+    asked_for_what_exists(context, options).await?;
     let mut scratch = Scratch::create(&context.scratch, &options.target, context).await?;
     let Options { pick, backup, to_time, .. } = options.clone();
     let asked = Asked { select: pick, backup, to_time };
@@ -83,6 +82,47 @@ pub async fn run(context: &Context, options: &Options) -> Result<Report> {
     keep(context, &mut report).await;
     told::tell(context, &report);
     Ok(report)
+}
+
+/// What a person named is looked for in all regions: that the one of the drill lacks it is what a drill finds. Without a
+/// name there is nothing to mistype, and a target without any backup fails its drill.
+async fn asked_for_what_exists(context: &Context, options: &Options) -> Result<()> {
+    let Options { target, backup, to_time, .. } = options;
+    if backup.is_none() && to_time.is_none() {
+        return Ok(());
+    }
+    // What cannot be listed or read is for the drill to tell.
+    let Ok((backups, damaged)) = catalog::backups(&context.repository, None).await else { return Ok(()) };
+    if !damaged.is_empty() {
+        return Ok(());
+    }
+    let see = format!("see: drctl list {target}");
+    let mut commits: Vec<_> = backups.iter().map(|found| &found.commit).collect();
+    if let Some(text) = backup {
+        let found = catalog::select(&backups, text);
+        let unknown = |error: Error| Error::usage(format!("--backup {text}")).because(error).hint(see.as_str());
+        let found = found.map_err(unknown)?;
+        if found.commit.target != *target {
+            let id = &found.commit.id;
+            return Err(Error::usage(format!("{id} is a backup of {}, not of {target}", found.commit.target)).hint(see));
+        }
+        commits.retain(|commit| commit.id == found.commit.id || text == target.as_str() || text == "latest");
+    }
+    let Some(time) = *to_time else { return Ok(()) };
+    commits.retain(|commit| commit.target == *target && commit.wal.is_some());
+    let reached = time <= context.clock.now() && commits.iter().any(|commit| commit.started_at <= time);
+    match reached {
+        true => Ok(()),
+        false => {
+            let oldest = commits.iter().map(|commit| commit.started_at).min();
+            let why = match oldest {
+                Some(oldest) if time < oldest => format!("the oldest one began at {}", oldest.to_rfc3339()),
+                Some(_) => "that time is still to come".to_owned(),
+                None => "there is none".to_owned(),
+            };
+            Err(Error::refused(format!("no backup of {target} leads to {}", time.to_rfc3339())).because(why).hint(see))
+        }
+    }
 }
 
 /// The scratch cluster goes, or stays for as long as was asked for.
@@ -147,7 +187,7 @@ async fn rehearse(
         false => None,
     };
     let end = beat.as_ref().map(|(_, end)| *end);
-    let (request, prepared, planned_in) = prepare(context, scratch, (target, end), report).await?;
+    let Ready { request, prepared, planned_in, hole } = arrival::plan(context, scratch, (target, end), report).await?;
     // The fault happens now: whatever reaches the region from here on is lost to this drill.
     let fault_at = context.clock.now();
     report.faulted(fault_at, &prepared.plan, scratch);
@@ -155,7 +195,7 @@ async fn rehearse(
     if end.is_some() && arrived.is_none() {
         report.warnings.push(format!("the beat before the drill did not reach {} in time", report.region));
     }
-    check_plan(&prepared.plan, target, report)?;
+    check_plan(&prepared.plan, hole, target, report)?;
     let system_id = prepared.plan.wal.last().map(|leg| leg.system_id);
     let server = scratch.server(&prepared.plan).map_err(Stop::examining)?;
     report.phases.push(PhaseTime::new("provision", planned_in));
@@ -171,15 +211,20 @@ async fn rehearse(
 }
 
 /// What the plan says of the region before anything is restored from it.
-fn check_plan(plan: &Plan, target: &Target, report: &mut Report) -> std::result::Result<(), Stop> {
+fn check_plan(
+    plan: &Plan,
+    hole: Option<String>,
+    target: &Target,
+    report: &mut Report,
+) -> std::result::Result<(), Stop> {
     if plan.target != target.name {
         let error = Error::usage(format!("{} is a backup of {}, not of {}", plan.backup, plan.target, target.name));
         return Err(Stop::planning(error));
     }
     let end = plan.end_lsn;
-    let whole = match &plan.unreachable {
-        Some(why) if report.asked.is_newest() => Err(Error::damaged(why.clone())),
-        _ => Ok(format!("to {end}")),
+    let whole = match hole {
+        Some(why) => Err(Error::damaged(why)),
+        None => Ok(format!("to {end}")),
     };
     report.check("WAL without a gap", Level::L1, whole);
     let judges = plan.refused.iter().any(|refusal| refusal.judges);
@@ -204,53 +249,6 @@ async fn precede(context: &Context, target: &Target, report: &mut Report) -> Opt
             report.warnings.push(format!("no heartbeat was written before the drill: {error}"));
             None
         }
-    }
-}
-
-/// The plan, once the region holds the beat or is given up waiting for, and how long the planning took: the wait belongs
-/// to the drill, not to a recovery. WAL arrives in several streams, so what looks like a gap may be on its way too.
-async fn prepare(
-    context: &Context,
-    scratch: &Scratch,
-    (target, beat): (&Target, Option<Lsn>),
-    report: &mut Report,
-) -> std::result::Result<(Request, Prepared, Duration), Stop> {
-    let give_up = context.clock.monotonic() + BEAT_ARRIVES;
-    let (what, point) = select::point(context, &target.name, &mut report.asked).await.map_err(Stop::planning)?;
-    let mut request = request(context, scratch, (what, point), &[]);
-    loop {
-        let began = context.clock.monotonic();
-        let prepared = restore::prepare(context, &request).await.during(|| "plan the restore");
-        let prepared = prepared.map_err(Stop::planning)?;
-        let homeless: Vec<_> = prepared.plan.tablespaces.iter().filter(|(_, place)| place.is_none()).collect();
-        if !homeless.is_empty() {
-            let locations: Vec<_> = prepared.plan.tablespaces.iter().map(|(location, _)| location.clone()).collect();
-            request = self::request(context, scratch, (request.what, request.point), &locations);
-            continue;
-        }
-        let arrived = beat.is_none_or(|beat| prepared.plan.end_lsn >= beat);
-        let whole = prepared.plan.unreachable.is_none() || !report.asked.is_newest();
-        let now = context.clock.monotonic();
-        if (arrived && whole) || now >= give_up {
-            return Ok((request, prepared, now - began));
-        }
-        tokio::time::sleep(Duration::from_millis(300)).await;
-    }
-}
-
-fn request(context: &Context, scratch: &Scratch, (what, point): (String, Point), tablespaces: &[String]) -> Request {
-    let place = |(number, location): (usize, &String)| (location.clone(), scratch.tablespace(number));
-    let tablespaces: BTreeMap<String, PathBuf> = tablespaces.iter().enumerate().map(place).collect();
-    Request {
-        what,
-        directory: scratch.data(),
-        tablespaces,
-        region: None,
-        point,
-        timeline: None,
-        start: true,
-        run_as: context.scratch.run_as.clone(),
-        invocation: vec!["drctl".to_owned()],
     }
 }
 

@@ -204,15 +204,28 @@ fn sorted(preload: &str, harmless: &[String]) -> (String, Vec<String>) {
     (kept.join(","), left_out.into_iter().map(str::to_owned).collect())
 }
 
-/// A scratch cluster inside of the cluster that it is a copy of would end up in its next backup.
+/// A scratch cluster inside of a cluster would end up in its next backup; whose it is does not matter.
 fn refuse_source(place: &ScratchPlace, target: &TargetName, context: &Context) -> Result<()> {
-    let source = context.targets.iter().find(|known| known.name == *target).and_then(|target| target.data_dir.clone());
-    match source.filter(|source| place.directory.starts_with(source)) {
+    let configured =
+        context.targets.iter().find(|known| known.name == *target).and_then(|known| known.data_dir.as_ref());
+    match around(&place.directory, configured.map(PathBuf::as_path)) {
         None => Ok(()),
-        Some(source) => Err(Error::refused(format!("{} lies in the data directory", place.directory.display()))
-            .because(format!("{} is what is protected", source.display()))
+        Some(source) => Err(Error::refused(format!("{} lies in a data directory", place.directory.display()))
+            .because(format!("{} holds a cluster", source.display()))
             .hint("name another directory: --dir, or dir in [drill]")),
     }
+}
+
+/// The data directory that `place` is or lies in, wherever links lead: the configured one, or any that looks like one.
+fn around(place: &Path, configured: Option<&Path>) -> Option<PathBuf> {
+    let exists = |path: &&Path| path.exists();
+    let place = std::path::absolute(place).ok()?;
+    let real = place.ancestors().find(exists).and_then(|path| path.canonicalize().ok())?;
+    let configured = configured.and_then(|path| path.canonicalize().ok());
+    let holds = |path: &&Path| {
+        configured.as_deref() == Some(*path) || path.join("PG_VERSION").is_file() && path.join("global").is_dir()
+    };
+    real.ancestors().find(holds).map(Path::to_owned)
 }
 
 fn fresh(directory: &Path, context: &Context) -> Result<PathBuf> {
@@ -316,6 +329,24 @@ mod tests {
         let (kept, left_out) = sorted(preload, &harmless);
         assert_eq!(kept, "pg_stat_statements,auto_explain");
         assert_eq!(left_out, ["pg_cron", "\"$libdir/timescaledb.so\""]);
+    }
+
+    #[test]
+    fn a_place_in_a_data_directory_is_found_through_links_and_before_it_exists() {
+        let place = tempfile::tempdir().unwrap();
+        let data = place.path().join("data");
+        std::fs::create_dir_all(data.join("global")).unwrap();
+        std::fs::File::create(data.join("PG_VERSION")).unwrap();
+        std::os::unix::fs::symlink(&data, place.path().join("link")).unwrap();
+        let found = Some(data.canonicalize().unwrap());
+        for inside in ["data", "data/drills", "data/base/new/er", "link", "link/drills"] {
+            assert_eq!(around(&place.path().join(inside), None), found, "{inside}");
+        }
+        assert_eq!(around(&place.path().join("drills"), Some(&data)), None);
+        assert_eq!(
+            around(&place.path().join("drills"), Some(place.path())),
+            Some(place.path().canonicalize().unwrap())
+        );
     }
 
     #[tokio::test]

@@ -48,6 +48,8 @@ async fn newest(context: &Context, what: &str) -> Result<Option<DateTime<Utc>>> 
         timeline: None,
         start: false,
         run_as: None,
+        delta: false,
+        memory: restore::Memory::default(),
         invocation: Vec::new(),
     };
     Ok(restore::plan(context, &request).await?.newest_commit)

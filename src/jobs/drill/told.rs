@@ -12,10 +12,6 @@ pub(super) fn tell(context: &Context, report: &Report) {
         let happened = f64::from(u8::from(report.outcome == outcome));
         meters.add(&table::VERIFY_RUNS, [target, region, word(outcome)], happened);
     }
-    for check in &report.checks {
-        let passed = f64::from(u8::from(check.outcome == Outcome::Pass));
-        meters.set(&table::VERIFY_CHECK_PASSED, [target, region, &check.name], passed);
-    }
     let verdict = Verdict {
         job: "drill",
         target: Some(&report.target),

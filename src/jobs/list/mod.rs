@@ -1,13 +1,21 @@
 //! List: which backups there are, where they are whole, and up to when they can be rolled forward.
 
+use std::collections::BTreeMap;
+
 use chrono::{DateTime, Utc};
+use futures::{StreamExt, stream};
 use serde::Serialize;
 
 use crate::jobs::Context;
+use crate::jobs::backup::streams::left_out;
 use crate::model::commit::Commit;
 use crate::model::{BackupId, Lsn, RegionName, Result, TargetName};
 use crate::repository::catalog;
+use crate::repository::shares::Generation;
 use crate::repository::survey::{self, Reach, State, Survey};
+
+/// Manifests that are read at the same time.
+const COUNTED_AT_ONCE: usize = 8;
 
 /// Everything that can be restored.
 #[derive(Debug, Clone, Serialize)]
@@ -16,6 +24,8 @@ pub struct Report {
     pub backups: Vec<Listed>,
     /// What can be restored of each target.
     pub windows: Vec<Restorable>,
+    /// Bytes of the backups of each target in each region, each object once.
+    pub stored: BTreeMap<TargetName, u64>,
     /// COMMITs that no region holds intact.
     pub unreadable: Vec<String>,
 }
@@ -39,6 +49,12 @@ pub struct Listed {
     pub size_bytes: u64,
     /// Bytes that it added to each region.
     pub stored_bytes: u64,
+    /// Bytes that it needs in each region; `null` if its inventory is not intact.
+    pub needs_bytes: Option<u64>,
+    /// Bytes that no other backup needs: so much becomes free in each region when it goes.
+    pub frees_bytes: Option<u64>,
+    /// Its packs, by the backup that wrote them; oldest first.
+    pub generations: Vec<Generation>,
     /// Where its WAL begins.
     pub start_lsn: Option<Lsn>,
     /// Where it is consistent.
@@ -47,6 +63,8 @@ pub struct Listed {
     pub timeline: Option<u32>,
     /// Up to when it can be rolled forward: from the best region, or from all together if none is whole.
     pub recoverable_until: Option<DateTime<Utc>>,
+    /// Things that should be in it and are not; `null` = not known: no key at hand opens what it says of itself.
+    pub left_out_count: Option<u64>,
     /// How it stands in each region.
     pub regions: Vec<RegionState>,
 }
@@ -86,12 +104,23 @@ pub async fn run(context: &Context, target: Option<&TargetName>) -> Result<Repor
     let (backups, unreadable) = catalog::backups(repository, target).await?;
     let surveys = survey::survey(repository, &backups).await?;
     let mut listed: Vec<_> = surveys.iter().flat_map(list).collect();
+    let commits = surveys.iter().flat_map(|survey| &survey.backups).map(|(backup, _)| backup.commit.clone());
+    let commits: Vec<_> = commits.collect();
+    let counts = stream::iter(commits).map(|commit| count(context, commit)).buffered(COUNTED_AT_ONCE);
+    for (backup, left_out) in listed.iter_mut().zip(counts.collect::<Vec<_>>().await) {
+        backup.left_out_count = left_out;
+    }
     listed.sort_by(|a, b| (b.started_at, &b.id).cmp(&(a.started_at, &a.id)));
     let windows = surveys.iter().map(restorable).collect();
-    Ok(Report { backups: listed, windows, unreadable: unreadable.iter().map(ToString::to_string).collect() })
+    let stored = surveys.iter().map(|survey| (survey.target.clone(), survey.stored_bytes)).collect();
+    Ok(Report { backups: listed, windows, stored, unreadable: unreadable.iter().map(ToString::to_string).collect() })
 }
 
-/// The backups of one target, oldest first.
+async fn count(context: &Context, commit: Commit) -> Option<u64> {
+    left_out(context, &commit).await.map(|list| list.len() as u64)
+}
+
+/// The backups of one target, oldest first, without what only their sealed parts tell.
 pub fn list(survey: &Survey) -> Vec<Listed> {
     let one = |(backup, debts): &(catalog::Backup, Vec<(RegionName, catalog::Debt)>)| {
         let commit = &backup.commit;
@@ -105,6 +134,7 @@ pub fn list(survey: &Survey) -> Vec<Listed> {
         };
         let regions: Vec<_> = debts.iter().map(state).collect();
         let wal = commit.wal.as_ref();
+        let share = survey.shares.get(&commit.id);
         let best = regions.iter().filter_map(|region| region.recoverable_until).max();
         // When no region is whole the regions may still be whole together: a restore takes each object where it is good.
         let together = || survey.is_restorable(commit, debts).then(|| survey.recoverable_until(commit, None)).flatten();
@@ -117,10 +147,14 @@ pub fn list(survey: &Survey) -> Vec<Listed> {
             finished_at: commit.finished_at,
             size_bytes: commit.size_bytes,
             stored_bytes: commit.stored_bytes,
+            needs_bytes: share.map(|share| share.needs_bytes),
+            frees_bytes: share.map(|share| share.unique_bytes),
+            generations: share.map(|share| share.generations.clone()).unwrap_or_default(),
             start_lsn: wal.map(|need| need.start_lsn),
             stop_lsn: wal.map(|need| need.stop_lsn),
             timeline: wal.map(|need| need.timeline.0),
             recoverable_until: best.or_else(together),
+            left_out_count: None,
             regions,
         }
     };

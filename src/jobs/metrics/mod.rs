@@ -7,10 +7,11 @@ use std::collections::BTreeMap;
 
 use chrono::{DateTime, Utc};
 
-use crate::jobs::context::{Context, Target};
+use crate::jobs::context::{Context, Objectives};
 use crate::jobs::list::{self, Listed};
+use crate::jobs::prune;
 use crate::model::schedule::Schedule;
-use crate::model::{RegionName, Result};
+use crate::model::{RegionName, Result, TargetName};
 use crate::observe::metrics::{Page, table};
 use crate::repository::catalog;
 use crate::repository::gaps;
@@ -30,14 +31,18 @@ pub mod slots;
 pub async fn read(context: &Context, schedules: &[Schedule]) -> Result<Page> {
     let (repository, began) = (&context.repository, context.clock.monotonic());
     let mut page = Page::default();
-    context.targets.iter().for_each(|target| objectives(target, &mut page));
+    context.promises().for_each(|(target, promised)| objectives(target, promised, &mut page));
     let (backups, _) = catalog::backups(repository, None).await?;
-    for survey in survey::survey(repository, &backups).await? {
-        self::backups(&survey, &mut page);
-        debts(&survey, &mut page);
-        page.set_known(&table::WAL_GAPS, [survey.target.as_str()], open_gaps(repository, &survey).await);
-    }
+    let surveys = survey::survey(repository, &backups).await?;
     let (heads, _) = reports::list(repository, None).await?;
+    for survey in &surveys {
+        self::backups(survey, &mut page);
+        exposure(survey, context.clock.now(), &mut page);
+        debts(survey, &mut page);
+        page.set_known(&table::WAL_GAPS, [survey.target.as_str()], open_gaps(repository, survey).await);
+        let unproven = prune::alarm::unproven(context, survey, &heads).map(to_f64);
+        page.set_known(&table::BACKUPS_UNPROVEN, [survey.target.as_str()], unproven);
+    }
     drills::add(&heads, &mut page);
     slots::add(context, schedules, &mut page).await?;
     page.set_time(&table::SNAPSHOT_TIME, [], Some(context.clock.now()));
@@ -59,8 +64,8 @@ pub async fn stored(repository: &Repository) -> Page {
     page
 }
 
-fn objectives(target: &Target, page: &mut Page) {
-    let (name, objectives) = (target.name.as_str(), &target.objectives);
+fn objectives(target: &TargetName, objectives: &Objectives, page: &mut Page) {
+    let name = target.as_str();
     page.set_known(&table::RPO_TARGET, [name], objectives.rpo.map(|rpo| rpo.as_secs_f64()));
     page.set_known(&table::RTO_TARGET, [name, "restore"], objectives.rto_restore.map(|rto| rto.as_secs_f64()));
     page.set_known(&table::RTO_TARGET, [name, "failover"], objectives.rto_failover.map(|rto| rto.as_secs_f64()));
@@ -98,8 +103,12 @@ fn backups(survey: &Survey, page: &mut Page) {
                 page.set_latest(&table::BACKUP_LAST_SUCCESS, [target, kind, name], finished_at);
             }
             if let Some(until) = region.recoverable_until {
-                let until = until.max(finished_at);
-                let known = reach.entry(region.name.clone()).or_insert((finished_at, until));
+                // Without WAL a backup brings one moment back.
+                let (from, until) = match backup.start_lsn {
+                    Some(_) => (finished_at, until.max(finished_at)),
+                    None => (until, until),
+                };
+                let known = reach.entry(region.name.clone()).or_insert((from, until));
                 known.1 = known.1.max(until);
             }
         }
@@ -110,6 +119,27 @@ fn backups(survey: &Survey, page: &mut Page) {
     }
 }
 
+/// Where there is no WAL, what was written since the newest recovery point is exposed, whether or not anything was. With
+/// WAL its receiver knows.
+fn exposure(survey: &Survey, now: DateTime<Utc>, page: &mut Page) {
+    if survey.backups.last().is_none_or(|(backup, _)| backup.commit.wal.is_some()) {
+        return;
+    }
+    let target = survey.target.as_str();
+    let mut newest: BTreeMap<RegionName, DateTime<Utc>> = BTreeMap::new();
+    for region in list::list(survey).into_iter().flat_map(|backup| backup.regions) {
+        if let Some(point) = region.recoverable_until {
+            let known = newest.entry(region.name).or_insert(point);
+            *known = point.max(*known);
+        }
+    }
+    for (region, point) in newest {
+        // A recovery point in the future says nothing of what would be lost now.
+        let age = (now - point).to_std().ok().map(|age| age.as_secs_f64());
+        page.set_known(&table::RPO_EXPOSURE, [target, region.as_str()], age);
+    }
+}
+
 fn debts(survey: &Survey, page: &mut Page) {
     for (region, (objects, unreadable)) in survey.debts() {
         let known = unreadable.is_none().then(|| to_f64(objects.len() as u64));
@@ -117,9 +147,9 @@ fn debts(survey: &Survey, page: &mut Page) {
     }
 }
 
-/// Gaps behind which no backup begins; `None` if that cannot be read.
+/// Gaps that nothing fills and behind which no backup begins; `None` if that cannot be read.
 async fn open_gaps(repository: &Repository, survey: &Survey) -> Option<f64> {
-    let needs = || survey.backups.iter().filter_map(|(backup, _)| backup.commit.wal.as_ref());
+    let commits = || survey.backups.iter().map(|(backup, _)| &backup.commit);
     let mut open = 0.0;
     for branch in &survey.branches {
         let (gaps, errors) = gaps::read(repository, &branch.branch).await.ok()?;
@@ -127,10 +157,10 @@ async fn open_gaps(repository: &Repository, survey: &Survey) -> Option<f64> {
             return None;
         }
         let crossed = |gap: &gaps::Gap| {
-            let after = (gap.timeline, gap.to);
-            needs().any(|need| need.system_id == gap.system_id && (need.timeline, need.start_lsn) >= after)
+            commits().any(|commit| commit.wal.as_ref().is_some_and(|need| gap.is_before(need, commit.started_at)))
         };
-        open += gaps.iter().filter(|gap| !crossed(gap)).map(|_| 1.0).sum::<f64>();
+        let is_stored = |from, to| branch.union.iter().any(|reach| reach.window.covers(from, to));
+        open += gaps.iter().filter(|gap| !crossed(gap) && gap.is_open(is_stored)).map(|_| 1.0).sum::<f64>();
     }
     (!survey.branches.is_empty()).then_some(open)
 }

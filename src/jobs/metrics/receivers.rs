@@ -35,11 +35,15 @@ pub fn page(positions: &Positions) -> Page {
     for (target, position) in positions {
         let target = target.as_str();
         page.set(&table::WAL_STREAM_UP, [target], f64::from(u8::from(flows(position))));
-        let waiting = position.received_lsn.0.saturating_sub(position.durable_lsn.0);
-        page.set_known(&table::WAL_UNSHIPPED, [target], position.start_lsn.map(|_| super::to_f64(waiting)));
+        if let Some(held) = &position.slot {
+            page.set_known(&table::SLOT_RETAINED, [target], held.retained_bytes.map(super::to_f64));
+            page.set_known(&table::SLOT_ROOM, [target], held.room_bytes.map(super::to_f64));
+        }
         for region in &position.regions {
             let labels = [target, region.name.as_str()];
             page.set_known(&table::RPO_EXPOSURE, labels, position.exposure_of(&region.name));
+            let waiting = super::to_f64(region.unshipped_bytes);
+            page.set_known(&table::WAL_UNSHIPPED, labels, position.start_lsn.map(|_| waiting));
             page.set(&table::WAL_OBJECTS_MISSING, labels, super::to_f64(region.missing_objects));
         }
     }

@@ -46,7 +46,7 @@ pub(super) async fn add(context: &Context, schedules: &[Schedule], page: &mut Pa
 
 fn recorded(schedule: &Schedule, run: &Run, page: &mut Page) {
     page.set_time(&table::SCHEDULE_LAST_RUN, labels(schedule), Some(run.ended_at));
-    if let (Job::Backup, Some(target), Some(at)) = (run.job, &run.target, run.started_at) {
+    if let (Job::Backup | Job::Dump | Job::Files, Some(target), Some(at)) = (run.job, &run.target, run.started_at) {
         page.set_latest(&table::BACKUP_LAST_ATTEMPT, [target.as_str()], at);
     }
 }

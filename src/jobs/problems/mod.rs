@@ -50,6 +50,12 @@ impl Problems {
         Some(problem)
     }
 
+    /// Since when there is a problem.
+    #[cfg(test)]
+    pub fn since(&self, key: &str) -> Option<DateTime<Utc>> {
+        self.open.get(key).map(|problem| problem.since)
+    }
+
     fn keep(&self) {
         let kept = serde_json::to_vec(&self.open).map_err(|error| error.to_string());
         let kept = kept.and_then(|text| place::place(&self.path, &text, 0o600).map_err(|error| error.to_string()));

@@ -2,6 +2,7 @@
 //! reported while it lasts. They are sealed there as they will be in the regions.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::disk::{DiskError, place};
 use crate::jobs::context::Context;
@@ -30,7 +31,10 @@ impl Kept {
     }
 }
 
-/// Seals a report, brings it to every region that answers, and keeps it for the others.
+/// How long whoever brings a report of his own spends on older ones.
+const BROUGHT_ALONG: Duration = Duration::from_secs(30);
+
+/// Seals a report, brings it to every region that answers, and keeps it for the others. Older reports go along.
 ///
 /// # Errors
 /// It could not be sealed; or no region took it and the state directory did not either.
@@ -40,6 +44,9 @@ pub async fn keep(context: &Context, writer: &Writer, head: &ReportHead, body: &
     let waiting = put_aside(&path, &sealed);
     let regions = reports::spread(&context.repository, &sealed).await;
     let kept = Kept { id: sealed.id, regions, not_waiting: waiting.err() };
+    if kept.is_stored() {
+        bring_along(context, &kept.id).await;
+    }
     if kept.regions.iter().all(|lane| lane.missing_objects == 0) {
         if let Err(error) = remove(&path) {
             tracing::info!(%error, "a report that every region holds still waits here");
@@ -49,6 +56,16 @@ pub async fn keep(context: &Context, writer: &Writer, head: &ReportHead, body: &
     match kept.not_waiting {
         Some(error) if !kept.is_stored() => Err(error.during("put the report aside, since no region took it")),
         not_waiting => Ok(Kept { not_waiting, ..kept }),
+    }
+}
+
+/// What keeps an older report here has no say in what becomes of the new one.
+async fn bring_along(context: &Context, own: &ReportId) {
+    let older = owed(&context.state_dir).into_iter().filter(|path| !path.ends_with(own.as_str())).collect();
+    match tokio::time::timeout(BROUGHT_ALONG, bring(context, older)).await {
+        Ok(Ok(_)) => {}
+        Ok(Err(error)) => tracing::info!(%error, "older reports stay in the state directory"),
+        Err(_) => tracing::info!("older reports stay in the state directory: a region does not answer in time"),
     }
 }
 
@@ -63,8 +80,12 @@ pub fn has_owed(state_dir: &Path) -> bool {
 /// # Errors
 /// The state directory cannot be written.
 pub async fn spread(context: &Context) -> Result<usize> {
+    bring(context, owed(&context.state_dir)).await
+}
+
+async fn bring(context: &Context, paths: Vec<PathBuf>) -> Result<usize> {
     let mut left = 0;
-    for path in owed(&context.state_dir) {
+    for path in paths {
         let sealed: Sealed = match std::fs::read(&path).map(|bytes| serde_json::from_slice(&bytes)) {
             Ok(Ok(sealed)) => sealed,
             // Another process brought it meanwhile.

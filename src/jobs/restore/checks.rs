@@ -6,14 +6,15 @@ use std::time::Duration;
 use crate::disk::empty::{Contents, contents};
 use crate::disk::space::{free_bytes, taken_bytes};
 use crate::jobs::context::{Context, Target};
-use crate::jobs::restore::Request;
-use crate::jobs::restore::files::{is_free, is_unfinished};
+use crate::jobs::restore::files::is_free;
+use crate::jobs::restore::marker::is_unfinished;
 use crate::jobs::restore::words::Plan;
+use crate::jobs::restore::{Request, delta};
 use crate::model::commit::Commit;
 use crate::model::{Result, SystemId};
 use crate::pg::instance::{PgBinaries, Postmaster, User, postmaster_of};
 use crate::pg::sql;
-use crate::repository::restore::Leftover;
+use crate::repository::restore::{CONTROL_FILE, Leftover};
 
 /// How long the old primary may take to answer.
 const PRIMARY_DEADLINE: Duration = Duration::from_secs(3);
@@ -30,8 +31,9 @@ pub(super) struct Checked<'a> {
 /// Adds refusals and warnings.
 pub(super) async fn check(checked: &Checked<'_>, plan: &mut Plan) -> Result<()> {
     let Checked { context, request, commit, outline } = checked;
-    directory(&request.directory, plan)?;
-    space(&request.directory, plan);
+    let system = commit.wal.as_ref().map(|need| need.system_id);
+    directory(request, system, plan)?;
+    space(request, plan);
     if let Some(outline) = outline {
         tablespaces(request, outline, plan)?;
         needs(outline, plan);
@@ -55,7 +57,8 @@ pub(super) async fn check(checked: &Checked<'_>, plan: &mut Plan) -> Result<()> 
     Ok(())
 }
 
-fn directory(directory: &Path, plan: &mut Plan) -> Result<()> {
+fn directory(request: &Request, system: Option<SystemId>, plan: &mut Plan) -> Result<()> {
+    let directory = request.directory.as_path();
     let shown = directory.display();
     if let Postmaster::Alive { pid } = postmaster_of(directory)? {
         plan.refuse_because(
@@ -66,7 +69,8 @@ fn directory(directory: &Path, plan: &mut Plan) -> Result<()> {
         return Ok(());
     }
     match contents(directory) {
-        Ok(Contents::Missing | Contents::Empty) => {}
+        Ok(Contents::Missing | Contents::Empty) => plan.reuse = None,
+        Ok(Contents::Occupied(_)) if request.delta && !is_free(directory)? => standing(directory, system, plan)?,
         Ok(Contents::Occupied(_)) if is_unfinished(directory, &plan.digest) => {
             plan.warnings.push(format!("{shown} holds an unfinished run of this plan, which starts anew"));
         }
@@ -85,10 +89,44 @@ fn directory(directory: &Path, plan: &mut Plan) -> Result<()> {
     Ok(())
 }
 
-fn space(directory: &Path, plan: &mut Plan) {
+/// What is to be reused must be this cluster's, and stopped.
+fn standing(directory: &Path, system: Option<SystemId>, plan: &mut Plan) -> Result<()> {
+    let shown = directory.display();
+    match delta::owner_of(directory) {
+        Some(owner) if Some(owner) == system => {}
+        Some(owner) => plan.refuse_because(
+            format!("{shown} is the data directory of another cluster"),
+            format!("its system identifier is {owner}"),
+            "name another directory",
+        ),
+        None => plan.refuse_because(
+            format!("{shown} does not say which cluster it is of"),
+            format!("it has no readable {CONTROL_FILE}, and everything in it would be replaced"),
+            "name a directory that is empty or does not exist",
+        ),
+    }
+    if std::fs::symlink_metadata(directory.join("pg_wal")).is_ok_and(|found| found.is_symlink()) {
+        let next = "put an empty directory in its place, or name another directory";
+        plan.refuse_because(format!("{shown}/pg_wal is a link"), "a restore writes nothing through links", next);
+    }
+    if let Postmaster::Stale { pid } = postmaster_of(directory)? {
+        let warning =
+            format!("a server (pid {pid}) did not stop cleanly there: make sure that none in another container runs");
+        plan.warnings.push(warning);
+    }
+    let logs = plan.reuse.as_ref().map_or(0, |reuse| reuse.remove_logs);
+    if logs > 0 {
+        plan.warnings
+            .push(format!("{logs} files in {shown}/log are removed: copy them first if somebody is to read them"));
+    }
+    Ok(())
+}
+
+fn space(request: &Request, plan: &mut Plan) {
+    let directory = request.directory.as_path();
     let existing = directory.ancestors().find(|path| path.is_dir());
-    // What an unfinished run of this plan left is wiped before anything is written.
-    let left_over = match is_unfinished(directory, &plan.digest) {
+    // What an unfinished run of this plan left is wiped before anything is written; what is reused takes no new space.
+    let left_over = match plan.reuse.is_some() || is_unfinished(directory, &plan.digest) {
         true => taken_bytes(directory).unwrap_or(0),
         false => 0,
     };
@@ -123,6 +161,7 @@ fn tablespaces(request: &Request, outline: &Leftover, plan: &mut Plan) -> Result
         match contents(place) {
             Ok(Contents::Missing | Contents::Empty) => {}
             Ok(Contents::Occupied(_)) if unfinished => {}
+            Ok(Contents::Occupied(_)) if request.delta && delta::is_tablespace_of(&request.directory, place) => {}
             Ok(Contents::Occupied(example)) => {
                 let next = "name a directory that is empty or does not exist";
                 plan.refuse_because(

@@ -9,32 +9,21 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use chrono::{DateTime, Utc};
-use serde::{Deserialize, Serialize};
 
 use crate::disk::lock::Lock;
 use crate::disk::{DiskError, empty, place};
-use crate::jobs::restore::words::Plan;
-use crate::jobs::restore::{MARKER, Request, conf};
+use crate::jobs::restore::marker::{LOCK, Marker, is_unfinished};
+use crate::jobs::restore::plan::Prepared;
+use crate::jobs::restore::{MARKER, Request, conf, delta};
 use crate::model::commit::{Commit, WalNeed};
-use crate::model::{BackupId, Error, Result, ResultExt};
+use crate::model::{Error, Result, ResultExt};
 use crate::pg::backup_manifest::{self, FileEntry, ManifestWriter, WalRange};
 use crate::pg::control::ControlFile;
 use crate::pg::instance::{Postmaster, postmaster_of};
 use crate::repository::restore::{CONTROL_FILE, CONTROL_FILE_PENDING, Leftover, WrittenFile};
 
-/// Held while a restore works in the directory.
-const LOCK: &str = "drctl-restore.lock";
 /// The files that PostgreSQL or `pg_verifybackup` must not find as they were on the source.
 const NOT_RESTORED: [&str; 4] = ["recovery.signal", "standby.signal", "postmaster.pid", "postmaster.opts"];
-
-/// What [`MARKER`] says.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub(super) struct Marker {
-    pub(super) digest: String,
-    pub(super) backup: BackupId,
-    pub(super) tablespaces: Vec<PathBuf>,
-    pub(super) started_at: DateTime<Utc>,
-}
 
 /// A directory that belongs to this run.
 #[derive(Debug)]
@@ -42,13 +31,6 @@ pub(super) struct Site {
     pub(super) directory: PathBuf,
     tablespaces: Vec<PathBuf>,
     _lock: Lock,
-}
-
-/// Whether `directory` holds an unfinished restore of this very plan.
-pub(super) fn is_unfinished(directory: &Path, digest: &str) -> bool {
-    let marker = std::fs::read(directory.join(MARKER)).ok();
-    let marker: Option<Marker> = marker.and_then(|bytes| serde_json::from_slice(&bytes).ok());
-    marker.is_some_and(|marker| marker.digest == digest)
 }
 
 /// Whether nothing but a lock that a killed run left is in a directory.
@@ -60,8 +42,9 @@ pub(super) fn is_free(directory: &Path) -> Result<bool, DiskError> {
 }
 
 impl Site {
-    /// Takes the directory: empty, or left by a run of the same plan, which is wiped.
-    pub(super) fn take(request: &Request, plan: &Plan, now: DateTime<Utc>) -> Result<Self> {
+    /// Takes the directory: empty, or left by a run of the same plan, which is wiped, or one that is reused.
+    pub(super) fn take(request: &Request, prepared: &Prepared, now: DateTime<Utc>) -> Result<Self> {
+        let Prepared { plan, route, .. } = prepared;
         let directory = request.directory.clone();
         create_dir(&directory)?;
         let lock = Lock::acquire(&directory.join(LOCK))?;
@@ -69,12 +52,19 @@ impl Site {
             return Err(Error::refused(format!("a server (pid {pid}) runs on {}", directory.display())));
         }
         let tablespaces: Vec<_> = request.tablespaces.values().cloned().collect();
-        if is_unfinished(&directory, &plan.digest) {
+        let is_free = is_free(&directory)?;
+        let reused = request.delta && !is_free;
+        if reused {
+            let owner = delta::owner_of(&directory);
+            if owner != Some(route.need.system_id) {
+                return Err(Error::refused(format!("{} is not a directory of this cluster", directory.display())));
+            }
+        } else if is_unfinished(&directory, &plan.digest) {
             for place in &tablespaces {
                 wipe(place)?;
             }
             wipe_all_but(&directory, &[MARKER, LOCK])?;
-        } else if !is_free(&directory)? {
+        } else if !is_free {
             return Err(Error::refused(format!("{} is not empty", directory.display())));
         } else {
             for place in &tablespaces {
@@ -86,10 +76,14 @@ impl Site {
             backup: plan.backup.clone(),
             tablespaces: tablespaces.clone(),
             started_at: now,
+            system_id: Some(route.need.system_id),
         };
         let marker =
             serde_json::to_vec_pretty(&marker).map_err(|error| Error::failed("encode the marker").because(error))?;
         place::place(&directory.join(MARKER), &marker, 0o600)?;
+        if reused {
+            clear(&directory, &tablespaces, &prepared.doomed)?;
+        }
         Ok(Self { directory, tablespaces, _lock: lock })
     }
 
@@ -166,6 +160,17 @@ impl Site {
         remove_file(&self.directory.join(LOCK))?;
         Ok(place::sync_dir(&self.directory)?)
     }
+}
+
+/// Makes a directory that is reused unstartable, durably, before anything else in it changes; then removes what goes.
+fn clear(directory: &Path, tablespaces: &[PathBuf], doomed: &[PathBuf]) -> Result<()> {
+    for name in [CONTROL_FILE, CONTROL_FILE_PENDING] {
+        remove_file(&directory.join(name))?;
+    }
+    let global = directory.join(CONTROL_FILE).parent().map(Path::to_owned);
+    global.filter(|global| global.is_dir()).map_or(Ok(()), |global| place::sync_dir(&global))?;
+    delta::remove(doomed)?;
+    tablespaces.iter().try_for_each(|place| Ok(create_dir(place)?))
 }
 
 /// `backup_manifest`, written file by file.

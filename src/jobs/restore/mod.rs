@@ -2,14 +2,19 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use crate::jobs::context::Context;
+use crate::jobs::status::{self, Present};
 use crate::model::{Error, RegionName, Result, Timeline};
+pub use crate::repository::restore::Memory;
 
 mod checks;
 mod conf;
+mod delta;
 pub mod feed;
 mod files;
+mod marker;
 mod plan;
 mod record;
 mod recover;
@@ -22,7 +27,7 @@ mod words;
 
 pub use report::{PhaseTime, Report, Started};
 pub use target::Point;
-pub use words::{Needs, Plan, Refusal, RegionState, WalLeg};
+pub use words::{Needs, Plan, Refusal, RegionState, Reuse, WalLeg};
 
 pub use plan::{Prepared, quoted};
 use record::Record;
@@ -56,6 +61,11 @@ pub struct Request {
     pub start: bool,
     /// The account that PostgreSQL runs as, when drctl is root.
     pub run_as: Option<String>,
+    /// Whether what stands in the directory is made the backup, page by page, and what the backup does not have is
+    /// removed; otherwise the directory must be empty.
+    pub delta: bool,
+    /// What the restore may hold in memory.
+    pub memory: Memory,
     /// The words before the verb, with which the command that the plan prints finds the same repository.
     pub invocation: Vec<String>,
 }
@@ -66,7 +76,15 @@ pub struct Request {
 /// No backup fits, the point cannot be reached, or no region answers. What merely stands in the way is in
 /// [`Plan::refused`].
 pub async fn plan(context: &Context, request: &Request) -> Result<Plan> {
-    Ok(Prepared::new(context, request).await?.plan)
+    let mut plan = Prepared::new(context, request).await?.plan;
+    if !plan.refused.is_empty() {
+        plan.command.clear();
+    }
+    let present = Present { base_bytes: plan.write_bytes.0, wal_bytes: plan.wal_bytes };
+    plan.predicted = status::predict_restore(context, &plan.target, present).await;
+    let predicted = plan.predicted.as_ref().and_then(|known| Duration::try_from_secs_f64(known.seconds).ok());
+    plan.expected_seconds = predicted.map_or(plan.expected_seconds, |predicted| predicted.as_secs() + 1);
+    Ok(plan)
 }
 
 /// Runs the plan that has this digest (its beginning), or whatever plan the request gives now.

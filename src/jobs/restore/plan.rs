@@ -1,21 +1,26 @@
 //! The plan: which backup, which WAL, to which record, at what cost, and everything that speaks against it.
 
+use std::path::PathBuf;
+
 use chrono::{DateTime, Utc};
 use sha2::{Digest as _, Sha256};
 
 use crate::jobs::context::Context;
 use crate::jobs::restore::Request;
 use crate::jobs::restore::checks::{self, Checked};
+use crate::jobs::restore::delta::Survey;
 use crate::jobs::restore::route::Route;
 use crate::jobs::restore::stage::staged_bytes;
 use crate::jobs::restore::target::{Finder, Pin, Point, Unreached};
 use crate::jobs::restore::words::{Needs, Plan, Refusal, RegionState, WalLeg};
 use crate::model::commit::{Commit, WalNeed};
-use crate::model::{Error, Kind, RegionName, Result, ResultExt};
+use crate::model::{Error, Kind, Lsn, RegionName, Result, ResultExt, Timeline};
 use crate::repository::catalog::{self, Backup, Held};
+use crate::repository::gaps::{self, Gap};
 use crate::repository::handle::Repository;
 use crate::repository::inventory::InventoryLine;
-use crate::repository::restore::{Leftover, read_outline};
+use crate::repository::manifest::Line;
+use crate::repository::restore::{Leftover, Memory, read_outline};
 
 /// What restore and replay are assumed to manage per second before any drill has measured it.
 const ASSUMED_RATE: u64 = 150_000_000;
@@ -30,6 +35,8 @@ pub struct Prepared {
     pub(super) inventory: Vec<InventoryLine>,
     pub(super) route: Route,
     pub(super) pin: Pin,
+    /// Paths that are removed first.
+    pub(super) doomed: Vec<PathBuf>,
 }
 
 /// A backup that leads to the point.
@@ -47,10 +54,19 @@ impl Prepared {
         let (backups, damaged) = catalog::backups(&repository, None).await.during(|| "list the backups")?;
         let candidates = candidates(&backups, request)?;
         let Chosen { commit, route, pin, newest_commit, last_commit } =
-            choose(context, &repository, request, &candidates).await?;
+            choose(context, &repository, request, (&candidates, &backups)).await?;
         let inventory = catalog::inventory(&repository, &commit).await?;
-        let regions = regions(&repository, &commit, &inventory).await;
-        let outline = read_outline(&repository, &context.ring, &commit).await.map(|(_, outline)| outline);
+        let mut survey = Survey::new(request);
+        let look = |line: &Line| {
+            if request.delta {
+                survey.see(line)
+            }
+        };
+        let (regions, outline) = tokio::join!(
+            regions(&repository, &commit, &inventory),
+            read_outline(&repository, &context.ring, (&commit, &inventory), look)
+        );
+        let outline = outline.map(|(_, outline)| outline);
         let mut plan = outset(request, (&commit, &route, pin));
         (plan.last_commit, plan.newest_commit, plan.regions) = (last_commit, newest_commit, regions);
         plan.fetch_bytes = inventory.iter().map(|line| line.size).sum();
@@ -59,6 +75,12 @@ impl Prepared {
         plan.warnings.extend(damaged.iter().map(|error| format!("a COMMIT is not readable: {error}")));
         plan.command = command(&plan, request);
         let outline = plan.open(context, (&commit, &inventory), outline).await?;
+        plan.cross(context, &repository, &route).await?;
+        let mut doomed = Vec::new();
+        if request.delta && outline.is_some() {
+            let (found, removed) = survey.end(plan.needs.major)?;
+            (plan.reuse, doomed) = (Some(found), removed);
+        }
         let checked = Checked { context, request, commit: &commit, outline: outline.as_ref() };
         checks::check(&checked, &mut plan).await?;
         let unlisted = repository.trust.unlisted();
@@ -67,7 +89,7 @@ impl Prepared {
             plan.warnings
                 .push(format!("no list of trusted signers: trusting {names} (compare with what init printed)"));
         }
-        Ok(Self { plan, repository, commit, inventory, route, pin })
+        Ok(Self { plan, repository, commit, inventory, route, pin, doomed })
     }
 }
 
@@ -103,7 +125,7 @@ async fn choose(
     context: &Context,
     repository: &Repository,
     request: &Request,
-    candidates: &[Commit],
+    (candidates, backups): (&[Commit], &[Backup]),
 ) -> Result<Chosen> {
     let mut first_problem = None;
     for commit in candidates {
@@ -134,7 +156,36 @@ async fn choose(
             }
         }
     }
-    Err(first_problem.unwrap_or_else(|| Error::not_found("there is no backup with WAL")))
+    let problem = first_problem.unwrap_or_else(|| Error::not_found("there is no backup with WAL"));
+    let target = candidates.first().map(|commit| &commit.target);
+    let of_target = backups.iter().map(|backup| &backup.commit).filter(|commit| Some(&commit.target) == target);
+    let remaining = remaining(repository, request.timeline, of_target).await;
+    Err(if remaining.is_empty() {
+        problem
+    } else {
+        problem.because(format!("can be restored: {}", remaining.join(", ")))
+    })
+}
+
+/// Backups whose windows are told when a point is refused.
+const TOLD: usize = 12;
+
+/// What can be reached from the newest backups, oldest first; backups of one window say it once.
+async fn remaining<'a>(
+    repository: &Repository,
+    timeline: Option<Timeline>,
+    backups: impl DoubleEndedIterator<Item = &'a Commit>,
+) -> Vec<String> {
+    let mut windows: Vec<(Lsn, Lsn)> = Vec::new();
+    let newest: Vec<_> = backups.filter_map(|commit| commit.wal.as_ref()).rev().take(TOLD).collect();
+    for need in newest.into_iter().rev() {
+        let Ok(route) = Route::find(repository, need, timeline).await else { continue };
+        match windows.last_mut() {
+            Some((from, to)) if *to == route.end() => *from = (*from).min(need.stop_lsn),
+            _ => windows.push((need.stop_lsn, route.end())),
+        }
+    }
+    windows.into_iter().map(|(from, to)| format!("{from} to {to}")).collect()
 }
 
 fn too_early(commit: &Commit, why: &str) -> Error {
@@ -184,8 +235,10 @@ fn outset(request: &Request, (commit, route, pin): (&Commit, &Route, Pin)) -> Pl
         wal_bytes: wal.iter().map(|leg| leg.bytes).sum(),
         wal,
         write_bytes: (commit.size_bytes, staged_bytes(route)),
+        reuse: None,
         free_bytes: None,
         expected_seconds: 0,
+        predicted: None,
         assumed_rate: ASSUMED_RATE,
         opens_with: None,
         needs: Needs {
@@ -217,6 +270,7 @@ fn digest(plan: &Plan, request: &Request, repository: &Repository) -> Result<Str
         "timeline": plan.timeline,
         "branch": plan.wal.last().map(|leg| &leg.branch),
         "action": "promote",
+        "delta": request.delta,
     });
     let text = serde_json::to_vec(&canonical).map_err(|error| Error::failed("encode the plan").because(error))?;
     Ok(hex::encode(Sha256::digest(&text)))
@@ -234,12 +288,20 @@ fn command(plan: &Plan, request: &Request) -> String {
         let escape = |path: &str| path.replace('=', "\\=");
         format!("--tablespace {}", quoted(&format!("{}={}", escape(old), escape(&new.display().to_string()))))
     }));
+    words.extend(request.delta.then(|| "--delta".to_owned()));
+    if request.memory != Memory::default() {
+        words.push(format!("--memory {}", request.memory.bytes()));
+    }
     words.push(format!("--plan {} --execute", plan.short_digest()));
     if request.start {
         words.push("--start".to_owned());
     }
     words.extend(request.run_as.as_ref().map(|user| format!("--run-as {user}")));
     words.join(" ")
+}
+
+fn before(at: Lsn) -> String {
+    format!("restore to a point before it (--to-lsn {at}), or from a backup that began behind it: drctl list")
 }
 
 /// A word as a shell reads it.
@@ -267,6 +329,27 @@ impl Plan {
 
     pub(super) fn refuse_because(&mut self, what: impl Into<String>, why: impl Into<String>, next: impl Into<String>) {
         self.refused.push(Refusal { what: what.into(), why: why.into(), next: next.into(), judges: false });
+    }
+
+    /// WAL of which two versions are stored is not crossed. Where no key opens it, the records that its writers left say so.
+    async fn cross(&mut self, context: &Context, repository: &Repository, route: &Route) -> Result<()> {
+        for leg in &route.legs {
+            let (recorded, _) = gaps::read(repository, &leg.branch).await?;
+            let crossed = |gap: &Gap| gap.contradiction && gap.from < leg.to && leg.from < gap.to;
+            for gap in recorded.into_iter().filter(crossed) {
+                let what = format!("the WAL from {} to {} was stored in two versions", gap.from, gap.to);
+                self.refuse_because(what, gap.reason, before(gap.from));
+            }
+            let (found, unread) = leg.log.compare(repository, &context.ring, (leg.from, leg.to)).await;
+            for contradiction in &found {
+                let error = Error::from(contradiction);
+                self.refuse_because(error.message(), error.causes().join("; "), before(contradiction.at));
+            }
+            // A key that is missing is told where the backup is opened.
+            let damage = unread.iter().filter(|error| !matches!(error.kind(), Kind::NoKey | Kind::Unavailable));
+            self.warnings.extend(damage.map(|error| format!("overlapping WAL was not compared: {error}")));
+        }
+        Ok(())
     }
 
     /// A key holder that is away may open it tomorrow; one that was asked and could not will not.

@@ -167,6 +167,7 @@ impl Record {
             rpo: (self.rpo_objective_seconds, None),
             rto: (self.rto_objective_seconds, self.technical_recovery_seconds),
             phases: self.phases.iter().map(|phase| (phase.name.to_owned(), phase.seconds)).collect(),
+            checks: Vec::new(),
             host: self.host.clone(),
             drctl: env!("CARGO_PKG_VERSION").to_owned(),
         }

@@ -38,7 +38,7 @@ pub(super) async fn start(
     let phase = context.progress.begin("replay", None);
     let times = {
         let staging = pin!(stage(context, prepared, stager, report));
-        let promotion = pin!(promoted(context, &mut instance));
+        let promotion = pin!(promoted(context, &mut instance, &prepared.plan.command));
         match select(staging, promotion).await {
             // The server ends by itself when its restore_command finds nobody staging.
             Either::Left((staged, promotion)) => {
@@ -99,7 +99,7 @@ pub(super) async fn stage(context: &Context, prepared: &Prepared, stager: Stager
 }
 
 /// Waits until the server accepts writes. Returns how long replay and opening took.
-async fn promoted(context: &Context, instance: &mut Instance) -> Result<(Duration, Duration)> {
+async fn promoted(context: &Context, instance: &mut Instance, command: &str) -> Result<(Duration, Duration)> {
     let began = context.clock.monotonic();
     let mut replayed = None;
     loop {
@@ -115,8 +115,9 @@ async fn promoted(context: &Context, instance: &mut Instance) -> Result<(Duratio
             Ok(Readiness::Stopping) => return Err(Error::failed("PostgreSQL shuts down instead of recovering")),
             Ok(_) => tokio::time::sleep(POLL).await,
             Err(error @ InstanceError::Exited { .. }) => {
-                return Err(Error::from(error)
-                    .hint("the data directory is complete: mend the cause and start PostgreSQL on it"));
+                // WAL may not be staged to its end, and nobody goes on with it: PostgreSQL alone would not come up.
+                let hint = format!("mend the cause, then run the restore again, which begins anew: {command}");
+                return Err(Error::from(error).hint(hint));
             }
             Err(error) => return Err(error.into()),
         }

@@ -55,6 +55,9 @@ pub struct PhaseTime {
     pub bytes: Option<u64>,
     /// Bytes fetched from the regions, if that is another number.
     pub fetched_bytes: Option<u64>,
+    /// Bytes that stood there already, of a restore that reuses what it finds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reused_bytes: Option<u64>,
 }
 
 /// A server that was started.
@@ -69,7 +72,7 @@ pub struct Started {
 impl PhaseTime {
     /// A phase that took this long.
     pub const fn new(name: &'static str, took: Duration) -> Self {
-        Self { name, seconds: took.as_secs_f64(), bytes: None, fetched_bytes: None }
+        Self { name, seconds: took.as_secs_f64(), bytes: None, fetched_bytes: None, reused_bytes: None }
     }
 
     pub(super) const fn of(mut self, bytes: u64) -> Self {

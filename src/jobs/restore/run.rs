@@ -26,7 +26,7 @@ pub(super) async fn run(
 ) -> Result<(Report, Option<Instance>)> {
     let begun = context.clock.monotonic();
     let owner = request.run_as.as_deref().map(User::named).transpose()?;
-    let site = Site::take(request, &prepared.plan, context.clock.now())?;
+    let site = Site::take(request, &prepared, context.clock.now())?;
     let mut report = report(&prepared.plan);
     let (leftover, manifest) = fetch(context, request, &prepared, &mut report).await?;
     let notes = site
@@ -93,13 +93,18 @@ async fn fetch(
     let mut manifest = Manifest::begin(&request.directory, need, context.clock.now())?;
     let phase = Arc::new(context.progress.begin("fetch", Some(commit.size_bytes)));
     let began = context.clock.monotonic();
-    let destination = Destination { directory: request.directory.clone(), tablespaces: request.tablespaces.clone() };
+    let destination = Destination {
+        reuse: request.delta,
+        memory: request.memory,
+        ..Destination::empty(request.directory.clone(), request.tablespaces.clone())
+    };
     let mut written = |file| manifest.add(&file);
     let restored =
         restore_files(repository, &context.ring, (commit, inventory), &destination, (&phase, &mut written)).await;
     let leftover = restored.during(|| format!("restore {}", plan.backup))?;
     let mut time = PhaseTime::new("fetch", context.clock.monotonic() - began).of(leftover.bytes);
     time.fetched_bytes = Some(leftover.fetched);
+    time.reused_bytes = request.delta.then_some(leftover.reused);
     report.phases.push(time);
     Ok((leftover, manifest))
 }

@@ -6,6 +6,7 @@ use chrono::{DateTime, Utc};
 use serde::Serialize;
 
 use crate::jobs::restore::target::Point;
+use crate::jobs::status::Prediction;
 use crate::model::{BackupId, Branch, Lsn, RegionName, SystemId, TargetName, Timeline};
 
 /// Everything that a restore will do.
@@ -45,11 +46,15 @@ pub struct Plan {
     pub wal_bytes: u64,
     /// Bytes to write: the data directory, and the staged WAL.
     pub write_bytes: (u64, u64),
+    /// What stands there already, if that is to be reused.
+    pub reuse: Option<Reuse>,
     /// Free space where the directory is to stand.
     pub free_bytes: Option<u64>,
-    /// Seconds that this takes at the assumed rate; no drill has measured it.
+    /// Seconds that this takes: as predicted, or at the assumed rate.
     pub expected_seconds: u64,
-    /// The assumed rate, bytes per second.
+    /// From the drills that passed; `null` = none has measured it.
+    pub predicted: Option<Prediction>,
+    /// The rate that is assumed without a drill, bytes per second.
     pub assumed_rate: u64,
     /// What opened the keyset just now.
     pub opens_with: Option<String>,
@@ -65,8 +70,26 @@ pub struct Plan {
     pub refused: Vec<Refusal>,
     /// What the reader should know.
     pub warnings: Vec<String>,
-    /// The command that runs this plan.
+    /// The command that runs this plan; absent when something stands in the way.
+    #[serde(skip_serializing_if = "String::is_empty")]
     pub command: String,
+}
+
+/// What a restore over an existing data directory finds there.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Reuse {
+    /// Files of the backup that stand there.
+    pub files: u64,
+    /// The most that may stay of them; which pages do is seen when they are compared.
+    pub bytes: u64,
+    /// Files that the backup does not have, and that are removed.
+    pub remove_files: u64,
+    /// Their bytes.
+    pub remove_bytes: u64,
+    /// Those of them that are the server's logs.
+    pub remove_logs: u64,
+    /// The names of some.
+    pub examples: Vec<String>,
 }
 
 /// A region and what it lacks of the backup.

@@ -92,7 +92,11 @@ pub async fn is_one(context: &Context, what: &str) -> Result<bool> {
 /// # Errors
 /// No backup fits, or no region answers. What merely stands in the way is in [`Plan::refused`].
 pub async fn plan(context: &Context, request: &Request) -> Result<Plan> {
-    Ok(Prepared::new(context, request).await?.plan)
+    let mut plan = Prepared::new(context, request).await?.plan;
+    if !plan.refused.is_empty() {
+        plan.command.clear();
+    }
+    Ok(plan)
 }
 
 /// Runs the plan that has this digest (its beginning).

@@ -22,6 +22,9 @@ use crate::repository::restore::streams::StoredStreams;
 use crate::repository::stream_writer::StreamLine;
 use crate::source::{dump, files};
 
+/// What CREATE DATABASE copies.
+const TEMPLATES: [&str; 2] = ["template0", "template1"];
+
 /// The plan, and what its run needs.
 #[derive(Debug)]
 pub(super) struct Prepared {
@@ -291,6 +294,10 @@ impl Plan {
 
     async fn check_database(&mut self, wanted: &Database, target: &Target) {
         let name = &target.into.name;
+        if TEMPLATES.contains(&name.as_str()) {
+            let why = "every database that is made later would hold what the dump holds";
+            return self.refuse_because(format!("{name} is a template"), why, "name a database of your own");
+        }
         let major = target.contents.pg_dump_major;
         if let Err(error) = PgBinaries::find_client(major, None).await {
             let next = format!("install postgresql-client-{major}, or set DRCTL_PG_BIN_{major}");

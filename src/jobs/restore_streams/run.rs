@@ -175,7 +175,12 @@ async fn database(context: &Context, prepared: &Prepared, target: &Target, creat
     };
     let restored = through(context, prepared, stream, restore).await;
     let error = match restored {
-        Ok((fetched, restored)) => return Ok((fetched, restored.notes)),
+        Ok((fetched, mut restored)) => {
+            if create {
+                restored.notes.extend(dump::dress(into, &database.properties, *wishes).await?);
+            }
+            return Ok((fetched, restored.notes));
+        }
         Err(error) => error,
     };
     let name = &into.name;

@@ -33,7 +33,8 @@ pub struct Plan {
     pub refused: Vec<Refusal>,
     /// What the reader should know.
     pub warnings: Vec<String>,
-    /// The command that runs this plan.
+    /// The command that runs this plan; absent when something stands in the way.
+    #[serde(skip_serializing_if = "String::is_empty")]
     pub command: String,
 }
 

@@ -2,10 +2,11 @@
 //!
 //! It lives in the state directory, so that an outage of every region can be recorded while it lasts, and moves into the
 //! regions when they answer. Losing it costs the records that had not moved yet and, for slots that were running, the
-//! word `interrupted`.
+//! word `interrupted`. What cannot be written is kept in memory and goes to the regions all the same.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use chrono::{DateTime, Utc};
 use serde::Serialize;
@@ -20,6 +21,9 @@ use crate::repository::runs::{self, Spread};
 
 #[cfg(test)]
 mod tests;
+mod unwritten;
+
+use unwritten::Unwritten;
 
 /// What was known when the log was opened.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -36,6 +40,7 @@ pub struct Memory {
 #[derive(Debug)]
 pub struct RunLog {
     dir: PathBuf,
+    unwritten: Mutex<Unwritten>,
     _lock: Lock,
 }
 
@@ -66,33 +71,37 @@ impl RunLog {
             }
             error => error.into(),
         })?;
-        let log = Self { dir, _lock: lock };
+        let log = Self { dir, unwritten: Mutex::default(), _lock: lock };
         let memory = log.memory().during(|| "read the state directory")?;
         Ok((log, memory))
     }
 
     fn memory(&self) -> Result<Memory> {
         let mut memory = Memory::default();
+        let named = |path: &Path| path.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse().ok());
         for path in files(&self.dir.join(CURSORS))? {
-            let name = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse().ok());
-            let text = std::fs::read_to_string(&path).map_err(|error| unreadable(&path).because(error))?;
-            if let Some(name) = name {
-                memory.cursors.insert(name, parse_slot(text.trim()).ok_or_else(|| unreadable(&path))?);
+            if let (Some(name), Some(slot)) = (named(&path), readable(&path, read_cursor(&path))) {
+                memory.cursors.insert(name, slot);
             }
         }
         for path in files(&self.dir.join(PAUSED))? {
-            if let Some(name) = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse().ok()) {
-                memory.pauses.insert(name, read(&path)?);
+            if let (Some(name), Some(pause)) = (named(&path), readable(&path, read(&path))) {
+                memory.pauses.insert(name, pause);
             }
         }
         for path in files(&self.dir.join(OPEN))? {
-            let open: Open = read(&path)?;
+            let Some(open) = readable::<Open>(&path, read(&path)) else { continue };
             // Its outcome was recorded, and the process died before it could say so here.
             if self.path(DONE, &open.schedule, open.slot).exists() {
                 remove(&path)?;
             } else {
                 memory.open.push(open);
             }
+        }
+        // What has a record is accounted for, also if the cursor could not be written any more.
+        for run in self.recorded()? {
+            let cursor = memory.cursors.entry(run.schedule).or_insert(run.slot);
+            *cursor = run.slot.max(*cursor);
         }
         memory.open.sort_by(|a, b| (a.slot, &a.schedule).cmp(&(b.slot, &b.schedule)));
         Ok(memory)
@@ -101,59 +110,67 @@ impl RunLog {
     /// Notes that a slot waits or runs. When this returns, the slot will have an outcome whatever happens.
     ///
     /// # Errors
-    /// It could not be written.
+    /// It could not be written; it counts for as long as this process lives, and is written with whatever comes next.
     pub fn note(&self, open: &Open) -> Result<()> {
-        write(&self.path(OPEN, &open.schedule, open.slot), open)?;
-        self.settle(&open.schedule, open.slot)
+        self.write(|unwritten| unwritten.note(open))
     }
 
     /// Records what became of a slot. Only the first record of a slot counts.
     ///
     /// # Errors
-    /// It could not be written.
+    /// As [`Self::note`].
     pub fn record(&self, run: &Run) -> Result<()> {
-        let path = self.path(DONE, &run.schedule, run.slot);
-        let bytes = to_json(run)?;
-        match place::place_new(&path, &bytes, 0o600) {
-            Ok(()) => {}
-            // The same record, when an earlier call got no farther than this.
-            Err(DiskError::Exists { .. }) if std::fs::read(&path).is_ok_and(|known| known == bytes) => {}
-            Err(DiskError::Exists { .. }) => tracing::error!(path = %path.display(), "this slot has a record already"),
-            Err(error) => return Err(error.into()),
-        }
-        self.settle(&run.schedule, run.slot)?;
-        remove(&self.path(OPEN, &run.schedule, run.slot))
+        self.write(|unwritten| unwritten.record(run))
     }
 
     /// Notes that nothing is owed for any slot up to here but what is open. It moves forwards only: a slot that was skipped
     /// is recorded while an earlier one still runs.
     ///
     /// # Errors
-    /// It could not be written.
+    /// As [`Self::note`].
     pub fn settle(&self, schedule: &ScheduleName, slot: DateTime<Utc>) -> Result<()> {
-        let path = self.dir.join(CURSORS).join(schedule.as_str());
-        let known = std::fs::read_to_string(&path).ok().and_then(|text| parse_slot(text.trim()));
-        if known.is_none_or(|known| slot_text(known) < slot_text(slot)) {
-            place::place(&path, slot_text(slot).as_bytes(), 0o600)?;
-        }
-        Ok(())
+        self.write(|unwritten| unwritten.settle(schedule, slot))
     }
 
     /// Takes back what [`Self::settle`] noted while the clock was wrong.
     ///
     /// # Errors
-    /// It could not be written.
+    /// As [`Self::note`].
     pub fn rewind(&self, schedule: &ScheduleName, slot: DateTime<Utc>) -> Result<()> {
-        Ok(place::place(&self.dir.join(CURSORS).join(schedule.as_str()), slot_text(slot).as_bytes(), 0o600)?)
+        self.write(|unwritten| unwritten.rewind(schedule, slot))
     }
 
     /// Notes that a schedule is paused, or no longer.
     ///
     /// # Errors
-    /// It could not be written.
+    /// As [`Self::note`].
     pub fn pause(&self, schedule: &ScheduleName, pause: Option<&Pause>) -> Result<()> {
-        let path = self.dir.join(PAUSED).join(schedule.as_str());
-        pause.map_or_else(|| remove(&path), |pause| write(&path, pause))
+        self.write(|unwritten| unwritten.pause(schedule, pause))
+    }
+
+    /// Writes what could not be written before, and finds out whether anything can be.
+    ///
+    /// # Errors
+    /// The state directory cannot be written.
+    pub fn flush(&self) -> Result<()> {
+        self.write(|_| {})?;
+        Ok(place::place(&self.dir.join(".writable"), b"1", 0o600)?)
+    }
+
+    fn write(&self, change: impl FnOnce(&mut Unwritten)) -> Result<()> {
+        let mut unwritten = self.unwritten();
+        change(&mut unwritten);
+        unwritten.flush(&self.dir)
+    }
+
+    fn unwritten(&self) -> MutexGuard<'_, Unwritten> {
+        self.unwritten.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The records that are on disk.
+    fn recorded(&self) -> Result<Vec<Run>> {
+        let paths = files(&self.dir.join(DONE))?;
+        Ok(paths.iter().filter_map(|path| readable(path, read(path))).collect())
     }
 
     /// Records that some region lacks.
@@ -161,7 +178,15 @@ impl RunLog {
     /// # Errors
     /// The state directory cannot be read.
     pub fn owed(&self) -> Result<Vec<Run>> {
-        files(&self.dir.join(DONE))?.iter().map(|path| read(path)).collect()
+        let unwritten = self.unwritten();
+        let mut owed: Vec<_> = unwritten.records().cloned().collect();
+        match self.recorded() {
+            Ok(recorded) => owed.extend(recorded),
+            // A directory that is gone keeps nothing from the regions that is still known.
+            Err(error) if !owed.is_empty() => tracing::warn!(%error, "records of earlier slots are not brought"),
+            Err(error) => return Err(error),
+        }
+        Ok(owed)
     }
 
     /// Brings records into every region and forgets those that all of them hold. Answers how many are still owed.
@@ -185,6 +210,8 @@ impl RunLog {
             if answers.iter().any(|(_, answer)| matches!(answer, Spread::Owed(_))) {
                 owed += 1;
             } else {
+                let mut unwritten = self.unwritten();
+                unwritten.spread(&run);
                 remove(&self.path(DONE, &run.schedule, run.slot))?;
             }
         }
@@ -192,8 +219,7 @@ impl RunLog {
     }
 
     fn path(&self, part: &str, schedule: &ScheduleName, slot: DateTime<Utc>) -> PathBuf {
-        // Names of schedules have no dot.
-        self.dir.join(part).join(format!("{schedule}.{}", slot_text(slot)))
+        slot_path(&self.dir, part, schedule, slot)
     }
 }
 
@@ -231,6 +257,32 @@ fn files(dir: &Path) -> Result<Vec<PathBuf>> {
     paths.retain(|path| path.file_name().is_some_and(|name| !name.as_encoded_bytes().starts_with(b".")));
     paths.sort();
     Ok(paths)
+}
+
+fn slot_path(dir: &Path, part: &str, schedule: &ScheduleName, slot: DateTime<Utc>) -> PathBuf {
+    // Names of schedules have no dot.
+    dir.join(part).join(format!("{schedule}.{}", slot_text(slot)))
+}
+
+/// What one file says. One that says nothing is set aside under a hidden name: the state directory is a cache, and the
+/// regions tell the rest.
+fn readable<T>(path: &Path, read: Result<T>) -> Option<T> {
+    let error = match read {
+        Ok(value) => return Some(value),
+        Err(error) => error,
+    };
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let aside = path.with_file_name(format!(".unreadable.{name}"));
+    match place::rename(path, &aside) {
+        Ok(()) => tracing::warn!(%error, aside = %aside.display(), "it is set aside, and what it said is not known"),
+        Err(why) => tracing::warn!(%error, %why, "it cannot be set aside; what it says is not known"),
+    }
+    None
+}
+
+fn read_cursor(path: &Path) -> Result<DateTime<Utc>> {
+    let text = std::fs::read_to_string(path).map_err(|error| unreadable(path).because(error))?;
+    parse_slot(text.trim()).ok_or_else(|| unreadable(path).because("it holds no time"))
 }
 
 fn unreadable(path: &Path) -> Error {

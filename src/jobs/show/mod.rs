@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use crate::jobs::Context;
+use crate::jobs::backup::streams::left_out;
 use crate::jobs::list::{self, Listed};
 use crate::model::commit::{Commit, Provenance, WalNeed};
 use crate::model::{BackupId, Error, HolderId, KeysetId, RegionName, Result};
@@ -36,6 +37,8 @@ pub struct Report {
     pub held: BTreeMap<RegionName, HeldShown>,
     /// Pages that were damaged on the source already.
     pub damaged_pages: u64,
+    /// What should be in it and is not; `null` = not known: no key at hand opens what it says of itself.
+    pub left_out: Option<Vec<String>>,
 }
 
 /// One wrap of the keyset.
@@ -71,20 +74,38 @@ pub struct HeldShown {
 pub async fn run(context: &Context, what: &str) -> Result<Report> {
     let repository = &context.repository;
     let (backups, _) = catalog::backups(repository, None).await?;
-    let backup = catalog::select(&backups, what)?.clone();
-    let commit = backup.commit.clone();
-    let surveys = survey::survey(repository, &[backup]).await?;
-    let listed = surveys.iter().flat_map(list::list).next().ok_or_else(|| Error::failed("the backup vanished"))?;
+    let commit = catalog::select(&backups, what)?.commit.clone();
+    // What it has to itself is told by the others of its target.
+    let others: Vec<_> = backups.iter().filter(|other| other.commit.target == commit.target).cloned().collect();
+    let surveys = survey::survey(repository, &others).await?;
+    let listed = surveys.iter().flat_map(list::list).find(|listed| listed.id == commit.id);
+    let mut listed = listed.ok_or_else(|| Error::failed("the backup vanished"))?;
     let (_, wraps) = keysets::wraps(&repository.regions, &repository.id, &commit.target, &commit.keyset).await?;
     let wraps = wraps.into_iter().map(|wrap| WrapShown { holder: wrap.holder, kind: wrap.kind, key: wrap.key });
     let lines = catalog::inventory(repository, &commit).await.unwrap_or_default();
     let sizes: BTreeMap<_, _> = lines.iter().map(|line| (line.key.as_str(), line.size)).collect();
-    let debts = surveys.iter().flat_map(|survey| &survey.backups).flat_map(|(_, debts)| debts);
+    let own = surveys.iter().flat_map(|survey| &survey.backups).filter(|(other, _)| other.commit.id == commit.id);
+    let debts = own.flat_map(|(_, debts)| debts);
     let held = debts.map(|(region, debt)| (region.clone(), held(&sizes, debt))).collect();
+    let left_out = left_out(context, &commit).await;
+    listed.left_out_count = left_out.as_ref().map(|list| list.len() as u64);
     let Commit { parent, provenance, quorum, wal, keyset, damaged_pages, .. } = commit;
     let (objects, object_bytes) = (sizes.len() as u64, sizes.values().sum());
     let wraps = wraps.collect();
-    Ok(Report { listed, parent, provenance, quorum, wal, keyset, wraps, objects, object_bytes, held, damaged_pages })
+    Ok(Report {
+        listed,
+        parent,
+        provenance,
+        quorum,
+        wal,
+        keyset,
+        wraps,
+        objects,
+        object_bytes,
+        held,
+        damaged_pages,
+        left_out,
+    })
 }
 
 fn held(sizes: &BTreeMap<&str, u64>, debt: &catalog::Debt) -> HeldShown {

@@ -2,28 +2,31 @@
 
 use std::time::Duration;
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
 use serde::Serialize;
 
 use crate::jobs::Context;
-use crate::jobs::list;
 use crate::jobs::status::overdue::Otherwise;
-use crate::jobs::status::rto::Present;
 use crate::jobs::wal::{Heartbeat, Position, Pushes, control};
+use crate::jobs::{list, prune};
 use crate::model::schedule::Schedule;
 use crate::model::{BackupId, Lsn, RegionName, ReportId, Result, TargetName, Timeline};
 use crate::repository::catalog;
 use crate::repository::gaps;
 use crate::repository::reports::{self, ReportHead};
 use crate::repository::survey::{self, State, Survey};
+use crate::source::postgres::room::Slot;
 
+mod contents;
 mod overdue;
 mod rto;
 mod slot;
 
 pub use overdue::Overdue;
-pub use rto::Prediction;
-pub use slot::Slot;
+pub use rto::{Prediction, Present, predict_restore};
+
+/// Clocks of hosts that work together differ by less.
+const CLOCK_SLACK: TimeDelta = TimeDelta::minutes(5);
 
 /// How things stand.
 #[derive(Debug, Clone, Serialize)]
@@ -89,6 +92,8 @@ pub struct OpenGap {
     pub to: Lsn,
     /// When it was met.
     pub at: DateTime<Utc>,
+    /// Whether nothing is missing and two versions are stored.
+    pub contradiction: bool,
 }
 
 /// A drill that passed.
@@ -146,7 +151,13 @@ pub async fn run(context: &Context, schedules: &[Schedule]) -> Result<Report> {
         status.judge_drills(own.iter().copied());
         status.judge_gaps(context, survey).await?;
         status.judge_time(context, survey, &own).await;
+        status.judge_contents(context, survey).await;
         status.judge_receiver(receiver);
+        let unproven = prune::alarm::unproven(context, survey, &drills).unwrap_or_default();
+        if unproven > 0 {
+            status.problems.push(format!("{unproven} backups expire that no drill ever proved"));
+            status.next.get_or_insert_with(|| format!("drctl drill {}", survey.target));
+        }
         targets.push(status);
     }
     for (name, objectives) in context.promises() {
@@ -158,7 +169,7 @@ pub async fn run(context: &Context, schedules: &[Schedule]) -> Result<Report> {
     }
     for (target, slot) in slot::slots(context).await {
         if let Some(status) = targets.iter_mut().find(|status| status.target == target) {
-            status.problems.extend(slot.problem());
+            status.problems.extend(slot::problem(&slot));
             status.slot = Some(slot);
         }
     }
@@ -206,22 +217,24 @@ impl TargetStatus {
     async fn judge_gaps(&mut self, context: &Context, survey: &Survey) -> Result<()> {
         let newest = survey.backups.iter().rev().map(|(backup, _)| &backup.commit);
         let newest = newest.filter(|commit| self.last_backup.as_ref() == Some(&commit.id));
-        let consistent_at = newest.filter_map(|commit| commit.wal.as_ref()).map(|need| need.stop_lsn).next();
+        let newest = newest.filter_map(|commit| Some((commit.wal.as_ref()?, commit.started_at))).next();
         for branch in &survey.branches {
             let (gaps, _) = gaps::read(&context.repository, &branch.branch).await?;
-            let filled = |from, to| branch.union.iter().any(|reach| reach.window.covers(from, to));
-            let open = gaps.into_iter().filter(|gap| !filled(gap.from, gap.to));
-            let open = open.filter(|gap| consistent_at.is_none_or(|stop| gap.from >= stop));
+            let is_stored = |from, to| branch.union.iter().any(|reach| reach.window.covers(from, to));
+            let open = gaps.into_iter().filter(|gap| gap.is_open(is_stored));
+            let open = open.filter(|gap| newest.is_none_or(|(need, began)| !gap.is_before(need, began)));
             self.gaps.extend(open.map(|gap| OpenGap {
                 timeline: gap.timeline,
                 from: gap.from,
                 to: gap.to,
                 at: gap.at,
+                contradiction: gap.contradiction,
             }));
         }
         if let Some(gap) = self.gaps.last() {
             self.violated = true;
-            self.problems.insert(0, format!("WAL has a gap at {}: nothing after it can be restored", gap.from));
+            let what = if gap.contradiction { "is stored in two versions from" } else { "has a gap at" };
+            self.problems.insert(0, format!("WAL {what} {}: nothing after it can be restored", gap.from));
             self.next = Some(format!("drctl backup {}", self.target));
         }
         Ok(())
@@ -348,11 +361,19 @@ fn status(context: &Context, survey: &Survey, receiver: Option<&Position>) -> Ta
             _ => format!("debt in {}: {} objects", region.name, region.debt_objects),
         });
     }
+    // Of a backup from the future nobody can say how old it is, and the next ones seem older than it.
+    let ahead = listed.iter().max_by_key(|backup| backup.finished_at);
+    let ahead = ahead.filter(|backup| is_ahead(now, backup.finished_at)).map(|backup| &backup.id);
+    if let Some(id) = ahead {
+        let what = "is dated in the future: the clock of this host is wrong, or that of the one that took it was";
+        problems.insert(0, format!("clock: {id} {what}"));
+    }
     let late = (!violated_in.is_empty()).then(|| match has_wal {
         true => format!("drctl wal stream {}", survey.target),
         false => format!("drctl backup {}", survey.target),
     });
     let next = next(&survey.target, usable.is_some(), late, &regions);
+    let next = next.or_else(|| ahead.map(|id| format!("drctl show {id}")));
     TargetStatus {
         target: survey.target.clone(),
         last_backup: usable.map(|backup| backup.id.clone()),
@@ -365,11 +386,15 @@ fn status(context: &Context, survey: &Survey, receiver: Option<&Position>) -> Ta
         slot: None,
         pushes: None,
         heartbeat: None,
-        violated: usable.is_none() || !violated_in.is_empty(),
+        violated: usable.is_none() || !violated_in.is_empty() || ahead.is_some(),
         regions,
         problems,
         next,
     }
+}
+
+fn is_ahead(now: DateTime<Utc>, finished_at: DateTime<Utc>) -> bool {
+    finished_at - now > CLOCK_SLACK
 }
 
 /// Without a receiver that tells the exposure, the age of the newest WAL is all there is, and no WAL at all is late.

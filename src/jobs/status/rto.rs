@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::jobs::Context;
-use crate::model::ReportId;
+use crate::model::{ReportId, TargetName};
 use crate::repository::reports::{self, ReportHead};
 
 /// Drills that are looked at.
@@ -29,9 +29,11 @@ pub struct Prediction {
 
 /// What a restore has to move today.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Present {
-    pub(super) base_bytes: u64,
-    pub(super) wal_bytes: u64,
+pub struct Present {
+    /// Of the data directory.
+    pub base_bytes: u64,
+    /// To replay.
+    pub wal_bytes: u64,
 }
 
 /// One phase of a drill.
@@ -40,6 +42,13 @@ struct Phase {
     name: String,
     seconds: f64,
     bytes: Option<u64>,
+}
+
+/// Predicts from the reports that the regions hold; `None` without a drill that passed, or when no region tells.
+pub async fn predict_restore(context: &Context, target: &TargetName, present: Present) -> Option<Prediction> {
+    let (heads, _) = reports::list(&context.repository, Some(target)).await.ok()?;
+    let passed: Vec<_> = heads.iter().filter(|head| head.job == "drill" && head.outcome == "pass").collect();
+    predict(context, &passed, present).await
 }
 
 /// Predicts from the newest drills that passed; `None` without one.

@@ -9,13 +9,14 @@ use serde::Serialize;
 use crate::jobs::Context;
 use crate::jobs::verdict::Verdict;
 use crate::model::commit::Commit;
-use crate::model::{BackupId, Error, RegionName, Result, TargetName};
+use crate::model::{BackupId, Error, Lsn, RegionName, Result, TargetName};
 use crate::observe::progress::Phase;
 use crate::repository::catalog::{self, Backup, Held, held_everywhere};
 use crate::repository::inventory::InventoryLine;
 use crate::repository::regions::Region;
 use crate::repository::scrub::{self, Beside, Problem, Trouble};
 use crate::repository::wal_index::{BranchId, WalIndex};
+use crate::repository::wal_reader::BranchLog;
 
 mod walk;
 
@@ -96,6 +97,10 @@ pub struct WalReport {
     pub branch: String,
     /// Frames whose bytes were compared, over all regions.
     pub scrubbed_frames: u64,
+    /// Where two epochs hold different bytes: no region is to blame, and repair mends nothing.
+    pub contradictions: Vec<String>,
+    /// Overlapping epochs that could not be compared.
+    pub not_compared: Vec<String>,
     /// What is wrong.
     pub problems: Vec<Problem>,
 }
@@ -106,15 +111,31 @@ impl Report {
         backups.chain(self.wal.iter().flat_map(|wal| &wal.problems))
     }
 
+    /// Whether there was nothing to look at, which proves nothing.
+    pub const fn is_of_nothing(&self) -> bool {
+        self.backups.is_empty() && self.unreadable.is_empty()
+    }
+
     /// Whether nothing is wrong anywhere.
     pub fn is_clean(&self) -> bool {
-        self.unreadable.is_empty() && self.problems().next().is_none()
+        self.unreadable.is_empty() && self.problems().next().is_none() && self.is_consistent()
+    }
+
+    /// Whether WAL contradicts itself somewhere.
+    pub fn has_contradictions(&self) -> bool {
+        self.wal.iter().any(|wal| !wal.contradictions.is_empty())
     }
 
     /// Whether all that is wrong is that some regions lack what others have.
     pub fn has_only_debts(&self) -> bool {
         let missing = self.problems().all(|problem| problem.trouble == Trouble::Missing);
-        self.unreadable.is_empty() && missing && self.backups.iter().all(|backup| backup.restorable)
+        let whole = missing && self.backups.iter().all(|backup| backup.restorable);
+        self.unreadable.is_empty() && whole && self.is_consistent()
+    }
+
+    /// Whether all epochs were compared where they overlap, and agree.
+    fn is_consistent(&self) -> bool {
+        self.wal.iter().all(|wal| wal.contradictions.is_empty() && wal.not_compared.is_empty())
     }
 }
 
@@ -137,7 +158,11 @@ fn tell(context: &Context, options: &Options, report: &Report, began: DateTime<U
         job: "verify",
         target: target.as_ref().filter(|target| report.backups.iter().any(|backup| backup.target == **target)),
         region: options.region.as_ref(),
-        outcome: if report.is_clean() || report.has_only_debts() { "pass" } else { "fail" },
+        outcome: match () {
+            () if report.is_of_nothing() => "inconclusive",
+            () if report.is_clean() || report.has_only_debts() => "pass",
+            () => "fail",
+        },
         level: Some(format!("{:?}", report.level)),
         rpo_seconds: None,
         rto_seconds: None,
@@ -302,6 +327,17 @@ impl Look<'_> {
         }
     }
 
+    /// Everything that several epochs hold, as the regions hold it together: what one region alone holds is read by every
+    /// restore that finds it there.
+    async fn compare(&self, branch: &BranchId, report: &mut WalReport) {
+        let repository = &self.context.repository;
+        self.phase.note(format!("overlapping WAL of timeline {}", branch.timeline));
+        let log = BranchLog::load(repository, branch.clone()).await;
+        let (found, unread) = log.compare(repository, &self.context.ring, (Lsn::INVALID, Lsn(u64::MAX))).await;
+        report.contradictions = found.iter().map(|found| Error::from(found).to_string()).collect();
+        report.not_compared = unread.iter().map(Error::to_string).collect();
+    }
+
     async fn wal(&self) -> Vec<WalReport> {
         let mut reports = Vec::new();
         for (branch, index) in &self.indexes {
@@ -310,8 +346,13 @@ impl Look<'_> {
                 timeline: branch.timeline.0,
                 branch: branch.branch.to_string(),
                 scrubbed_frames: 0,
+                contradictions: Vec::new(),
+                not_compared: Vec::new(),
                 problems: Vec::new(),
             };
+            if self.options.level >= Level::L2 {
+                self.compare(branch, &mut report).await;
+            }
             for region in &self.regions {
                 let now = self.context.clock.now();
                 let repository = &self.context.repository;

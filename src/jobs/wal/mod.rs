@@ -5,8 +5,11 @@
 
 pub mod acceptance;
 mod buffer;
+pub mod changes;
+mod contradiction;
 pub mod control;
 pub mod fetch;
+mod fill;
 pub mod position;
 mod pulse;
 pub mod push;
@@ -17,6 +20,7 @@ mod server;
 mod session;
 mod shared;
 mod shipper;
+pub mod slot;
 pub mod status;
 pub mod takeover;
 
@@ -32,6 +36,7 @@ use crate::disk::lock::Lock;
 use crate::jobs::context::{Context, Target};
 use crate::jobs::socket::Guests;
 use crate::jobs::wal::control::{ControlServer, Place};
+use crate::jobs::wal::fill::Filler;
 use crate::jobs::wal::push::{PushDesk, Streamed};
 use crate::jobs::wal::segments::SegmentBook;
 use crate::model::{Lsn, Result};
@@ -54,13 +59,18 @@ impl Stream {
     /// Somebody else takes it on this host already, or the socket cannot be made.
     pub async fn start(context: &Context, target: &Target) -> Result<Self> {
         let lock = Arc::new(receiver::lock(context, target)?);
-        let book = Arc::new(Mutex::new(SegmentBook::open(&context.state_dir, target.name.as_str())));
+        let book = SegmentBook::open(&context.state_dir, target.name.as_str(), &context.repository.id);
+        let book = Arc::new(Mutex::new(book));
+        let filler = Filler::default();
         let receiver = match target.stream {
-            true => Some(Receiver::stream(context, target, Arc::clone(&lock), Arc::clone(&book))?),
+            true => {
+                Some(Receiver::stream(context, target, Arc::clone(&lock), (Arc::clone(&book), Arc::clone(&filler)))?)
+            }
             false => None,
         };
         let streamed = receiver.as_ref().map(|receiver| Streamed(Arc::new(receiver.watch())));
         let push = Arc::new(PushDesk::open(context, target, book, streamed));
+        filler.get_or_init(|| Arc::clone(&push));
         let ask = watch(target, receiver.as_ref(), &push);
         let guests = Guests::named(&context.guests)?;
         let place = Place { path: &target.control_socket, guests: &guests, spool: &context.state_dir };

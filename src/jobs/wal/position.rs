@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::{Branch, EpochId, Lsn, RegionName, SystemId, TargetName, Timeline};
 use crate::pg::wal::WAL_PAGE_SIZE;
+use crate::source::postgres::room::Slot;
 
 /// What a receiver is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -87,6 +88,9 @@ pub struct Position {
     /// The heartbeat row.
     #[serde(default)]
     pub heartbeat: Option<Heartbeat>,
+    /// What the server keeps for our slot, as it was seen last; `null` = unknown, or there is no slot.
+    #[serde(default)]
+    pub slot: Option<Slot>,
 }
 
 /// What `archive_command` handed over to this process.
@@ -98,6 +102,9 @@ pub struct Pushes {
     pub known: u64,
     /// Files of which recovery needs nothing.
     pub not_needed: u64,
+    /// Segments that were read from the server's directory and stored before they were handed over.
+    #[serde(default)]
+    pub ahead: u64,
     /// The newest file that was taken.
     pub last_file: Option<String>,
     /// When.
@@ -135,6 +142,9 @@ pub struct RegionPosition {
     pub name: RegionName,
     /// Objects of this run that it does not hold.
     pub missing_objects: u64,
+    /// WAL of this run that was received and that it does not hold.
+    #[serde(default)]
+    pub unshipped_bytes: u64,
     /// The last thing that went wrong there.
     pub last_error: Option<String>,
 }

@@ -1,7 +1,8 @@
 //! The heartbeat of a streamed target: one row a second, and only while somebody else commits.
 //!
 //! A beat that comes back proves how far a restore reaches. An idle database has nothing to prove: there the row stays as
-//! it is, and drctl causes no WAL at all. Whatever goes wrong here is told and never disturbs the stream.
+//! it is, and drctl causes no WAL at all. A beat of somebody else into the same table is no work either: two drctl on one
+//! cluster must not keep each other awake. Whatever goes wrong here is told and never disturbs the stream.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -107,7 +108,7 @@ impl Pulse {
 pub(super) async fn keep_beating(target: Target, pulse: Arc<Pulse>) {
     let mut looks = interval(EVERY);
     looks.set_missed_tick_behavior(MissedTickBehavior::Skip);
-    let (mut writer, mut seen) = (None, pulse.others());
+    let (mut writer, mut tally, mut seen) = (None, Tally::default(), pulse.others());
     loop {
         looks.tick().await;
         let others = pulse.others();
@@ -115,14 +116,14 @@ pub(super) async fn keep_beating(target: Target, pulse: Arc<Pulse>) {
             continue;
         }
         let hangs = || Err(Error::new(Kind::Unavailable, "the server does not answer in time").transient(true));
-        let beaten = timeout(ANSWER_TIME, beat(&target, &pulse, &mut writer)).await;
+        let beaten = timeout(ANSWER_TIME, beat(&target, &pulse, (&mut writer, &mut tally), others)).await;
         match beaten.unwrap_or_else(|_| hangs()) {
             Ok(()) => {
                 seen = others;
                 pulse.troubled(None);
             }
             Err(error) => {
-                writer = None;
+                (writer, tally) = (None, Tally::default());
                 tell(&target, &error, pulse.troubled(Some(error.to_string())));
                 sleep(LEFT_ALONE).await;
             }
@@ -141,7 +142,39 @@ fn tell(target: &Target, error: &Error, is_news: bool) {
     }
 }
 
-async fn beat(target: &Target, pulse: &Pulse, writer: &mut Option<Writer>) -> Result<()> {
+/// Commits that streamed by, held against the beats that the table has taken.
+#[derive(Debug, Default)]
+struct Tally {
+    /// The count in the table when it was looked at first.
+    base: Option<i64>,
+    own: i64,
+    /// The most commits that were no beats.
+    met: i64,
+}
+
+impl Tally {
+    /// The table may be ahead of the stream by a few beats that have not streamed by yet; more than these means that it was
+    /// written by other hands, and then it says nothing.
+    const AHEAD: i64 = 16;
+
+    /// Whether somebody committed something since, other than a beat.
+    fn is_news(&mut self, others: u64, beats: i64) -> bool {
+        let foreign = beats - *self.base.get_or_insert(beats) - self.own;
+        let met = i64::try_from(others).unwrap_or(i64::MAX) - foreign;
+        let is_news = met > self.met || met < self.met - Self::AHEAD;
+        if is_news {
+            self.met = met;
+        }
+        is_news
+    }
+}
+
+async fn beat(
+    target: &Target,
+    pulse: &Pulse,
+    (writer, tally): (&mut Option<Writer>, &mut Tally),
+    others: u64,
+) -> Result<()> {
     let writer = match writer {
         Some(writer) => writer,
         None => {
@@ -150,7 +183,11 @@ async fn beat(target: &Target, pulse: &Pulse, writer: &mut Option<Writer>) -> Re
             writer.insert(Writer::connect(&info, &target.name).await?)
         }
     };
-    writer.beat(|xid, beat| pulse.announce(xid, beat.at)).await
+    if tally.is_news(others, writer.beats().await?) {
+        writer.beat(|xid, beat| pulse.announce(xid, beat.at)).await?;
+        tally.own += 1;
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -159,7 +196,16 @@ mod tests {
 
     fn commit(xid: u32, end: u64) -> Record {
         let kind = RecordKind::Commit { time: DateTime::UNIX_EPOCH };
-        Record { start: Lsn(end - 40), end: Lsn(end), xid, rmgr: 1, info: 0, kind }
+        Record {
+            start: Lsn(end - 40),
+            end: Lsn(end),
+            xid,
+            rmgr: 1,
+            info: 0,
+            previous: Lsn::INVALID,
+            kind,
+            touched: Vec::new(),
+        }
     }
 
     #[test]
@@ -197,6 +243,24 @@ mod tests {
         assert_eq!(told(9999), (Some(second(3)), Some(second(2))));
         // Where streaming goes on from an older place, what was proven stays proven.
         assert_eq!(told(1000), (Some(second(3)), Some(second(2))));
+    }
+
+    #[test]
+    fn beats_of_others_are_no_reason_to_beat() {
+        let mut tally = Tally::default();
+        // Work, and a beat of ours.
+        assert!(tally.is_news(3, 100));
+        tally.own += 1;
+        // A beat of somebody else, and again.
+        assert!(!tally.is_news(4, 102));
+        assert!(!tally.is_news(5, 103));
+        // The table is ahead of the stream; then work streams by with the beat.
+        assert!(!tally.is_news(6, 105));
+        assert!(tally.is_news(8, 105));
+        // Somebody wrote into the table by hand, or it was made anew: rather one beat too many.
+        assert!(tally.is_news(9, 90_000));
+        assert!(tally.is_news(10, 0));
+        assert!(!tally.is_news(11, 1));
     }
 
     #[test]

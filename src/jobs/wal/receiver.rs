@@ -15,6 +15,8 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::disk::lock::Lock;
 use crate::jobs::context::{Context, Target};
 use crate::jobs::wal::buffer::Buffer;
+use crate::jobs::wal::changes::{Tracker, journal_path};
+use crate::jobs::wal::fill::{Filler, fill};
 use crate::jobs::wal::position::{Position, State};
 use crate::jobs::wal::pulse::keep_beating;
 use crate::jobs::wal::run::{Ended, Run, SlotCare, Trouble};
@@ -23,12 +25,14 @@ use crate::jobs::wal::server::{self, Server, Start};
 use crate::jobs::wal::session::Session;
 use crate::jobs::wal::shared::Shared;
 use crate::jobs::wal::shipper::{self, Means};
+use crate::jobs::wal::slot::keep_looking;
 use crate::model::{Error, Kind, Lsn, Result, ResultExt};
 use crate::observe::task;
 use crate::pg::PgError;
 use crate::pg::replication::ReplicationClient;
 use crate::repository::fan_out::{FanOut, LaneOutcome, Patience};
 use crate::repository::gaps::{self, Gap};
+use crate::repository::parent::state_path;
 use crate::repository::wal_frame::EpochKind;
 
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
@@ -42,7 +46,7 @@ pub struct Receiver {
     shared: Arc<Shared>,
     stop: CancellationToken,
     task: Option<JoinHandle<Result<Vec<LaneOutcome>>>>,
-    beating: Option<AbortOnDropHandle<()>>,
+    beside: Vec<AbortOnDropHandle<()>>,
 }
 
 impl Receiver {
@@ -52,23 +56,30 @@ impl Receiver {
     /// # Errors
     /// The server does not stream.
     pub async fn for_backup(context: &Context, target: &Target) -> Result<Self> {
-        let mut receiver = Self::begin(context, target, EpochKind::Backup, (None, None))?;
+        let mut receiver = Self::begin(context, target, EpochKind::Backup, None)?;
         receiver.wait_until(|position| position.state != State::Connecting).await?;
         Ok(receiver)
     }
 
     /// Starts receiving a target's WAL for good: it continues where stored WAL ends and never gives up. The lock lives as
     /// long as its task.
-    pub(super) fn stream(context: &Context, target: &Target, lock: Arc<Lock>, book: SharedBook) -> Result<Self> {
-        Self::begin(context, target, EpochKind::Stream, (Some(lock), Some(book)))
+    pub(super) fn stream(
+        context: &Context,
+        target: &Target,
+        lock: Arc<Lock>,
+        (book, filler): (SharedBook, Filler),
+    ) -> Result<Self> {
+        Self::begin(context, target, EpochKind::Stream, Some((lock, book, filler)))
     }
 
     fn begin(
         context: &Context,
         target: &Target,
         kind: EpochKind,
-        (lock, book): (Option<Arc<Lock>>, Option<SharedBook>),
+        kept: Option<(Arc<Lock>, SharedBook, Filler)>,
     ) -> Result<Self> {
+        let (lock, book, filler) =
+            kept.map_or((None, None, Filler::default()), |(lock, book, filler)| (Some(lock), Some(book), filler));
         let out = Arc::new(FanOut::new(&context.repository.regions, Patience::WAL));
         let mut shared = Shared::new(target.name.clone(), Arc::clone(&context.clock), &out);
         shared.beats = kind == EpochKind::Stream && target.heartbeat;
@@ -76,6 +87,11 @@ impl Receiver {
         let stop = CancellationToken::new();
         let shipped = Arc::clone(&shared.shipped);
         let means = Means { out, shipped, book, known: Arc::default() };
+        let tracker = (kind == EpochKind::Stream && target.detection.reads_wal()).then(|| {
+            let (journal, pages) =
+                (journal_path(&context.state_dir, &target.name), state_path(&context.state_dir, &target.name));
+            Tracker::open(journal, pages, Arc::clone(&context.clock))
+        });
         let run = Run {
             shipper: shipper::start(context, kind, means.clone())?,
             context: context.clone(),
@@ -90,12 +106,16 @@ impl Receiver {
             sessions: 0,
             slot: SlotCare::Trust,
             stored_histories: BTreeSet::new(),
+            tracker,
+            filler,
             _lock: lock,
         };
         let beating =
             shared.beats.then(|| task::spawn("heartbeat", keep_beating(target.clone(), Arc::clone(&shared.pulse))));
-        let beating = beating.map(AbortOnDropHandle::new);
-        Ok(Self { shared, stop, task: Some(task::spawn("wal-receiver", run.until_stopped())), beating })
+        let looking = (kind == EpochKind::Stream)
+            .then(|| task::spawn("slot", keep_looking(target.clone(), Arc::clone(&shared.slot))));
+        let beside = beating.into_iter().chain(looking).map(AbortOnDropHandle::new).collect();
+        Ok(Self { shared, stop, task: Some(task::spawn("wal-receiver", run.until_stopped())), beside })
     }
 
     /// Every record that ends at or before this position is durable at the write quorum.
@@ -166,7 +186,7 @@ impl Receiver {
     /// # Errors
     /// The receiver had ended with an error, or regions did not take the rest within a minute: the server keeps it.
     pub async fn stop(mut self) -> Result<Vec<LaneOutcome>> {
-        drop(self.beating.take());
+        self.beside.clear();
         self.stop.cancel();
         let Some(task) = self.task.as_mut() else { return Ok(Vec::new()) };
         match timeout(STOP_LIMIT, task).await {
@@ -248,7 +268,10 @@ impl Run {
         let (start, reason) = self.place(&mut client, &server).await?;
         self.store_histories(&server);
         let durable = self.settle(&start).await?;
-        let walker = server.walker(&start)?;
+        let mut walker = server.walker(&start)?;
+        if self.tracker.is_some() {
+            walker = walker.reading_blocks();
+        }
         let stream = client.start_physical(Some(&slot), start.lsn, start.branch.timeline).await?;
         tracing::info!(target = %self.target.name, lsn = %start.lsn, timeline = start.branch.timeline.0, reason, "streaming");
         self.shared.view.send_modify(|view| {
@@ -259,6 +282,9 @@ impl Run {
         });
         self.sessions += 1;
         let log = server.log(&self.target, &start.branch);
+        if let Some(tracker) = &mut self.tracker {
+            tracker.begin(&log, start.lsn);
+        }
         let session = Session::new((self.sessions, log), start, stream, Buffer::new(walker), durable);
         Ok(session.synchronous(self.target.sync && self.kind == EpochKind::Stream))
     }
@@ -418,6 +444,7 @@ impl Run {
             return Err(Error::failed(format!("the server lacks WAL at {} that it still writes", cursor.lsn)).into());
         }
         self.ship_pending().await?;
+        self.read_files(&server, (&cursor, next.lsn)).await;
         if let Some(filled) = self.filled(&cursor, &server).await? {
             tracing::info!(target = %self.target.name, from = %cursor.lsn, to = %filled.lsn, "archived WAL takes the place of what the server lacks");
             self.shared.shipped.send_modify(|shipped| shipped.durable = filled.lsn);
@@ -433,6 +460,15 @@ impl Run {
         self.shared.shipped.send_modify(|shipped| shipped.durable = next.lsn);
         self.cursor = Some(next);
         Ok(())
+    }
+
+    async fn read_files(&self, server: &Server, range: (&Start, Lsn)) {
+        let target = &self.target.name;
+        match fill((&self.context, &self.target), &self.filler, server, range).await {
+            Ok(0) => tracing::info!(%target, "the server's directory does not hold what it lacks"),
+            Ok(segments) => tracing::warn!(%target, segments, "files were read of WAL that the server does not stream"),
+            Err(error) => tracing::warn!(%target, %error, "the server's files do not fill the gap"),
+        }
     }
 
     /// Where to go on if others stored what the server no longer has, from the cursor on without a hole.

@@ -7,6 +7,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::disk::lock::Lock;
 use crate::jobs::context::{Context, Target};
+use crate::jobs::wal::changes::Tracker;
+use crate::jobs::wal::fill::Filler;
 use crate::jobs::wal::server::Start;
 use crate::jobs::wal::shared::Shared;
 use crate::jobs::wal::shipper::{Frame, Means, ShipperHandle};
@@ -83,5 +85,9 @@ pub(super) struct Run {
     pub(super) slot: SlotCare,
     pub(super) stored_histories: BTreeSet<BranchId>,
     pub(super) means: Means,
+    /// Notes which pages change, where base backups are to know.
+    pub(super) tracker: Option<Tracker>,
+    /// Takes segments that the server still has and does not stream.
+    pub(super) filler: Filler,
     pub(super) _lock: Option<Arc<Lock>>,
 }

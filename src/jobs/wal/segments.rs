@@ -1,7 +1,8 @@
 //! Which segments are stored, and what was in them: the digests by which `archive_command` is told "known" or "another
 //! one", although whoever writes WAL cannot read it back.
 //!
-//! The book is a cache in the state directory. A digest that it lost costs a second copy of a segment, never WAL.
+//! The book is a cache in the state directory. A digest that it lost costs a second copy of a segment, never WAL. What it
+//! says is true of one repository only: its first line names that, and the book of another one is not believed.
 
 use std::collections::{HashMap, VecDeque};
 use std::fs::OpenOptions;
@@ -12,7 +13,7 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest, Sha256};
 
 use crate::disk::{DiskError, place};
-use crate::model::{Branch, Lsn, SystemId, Timeline};
+use crate::model::{Branch, Lsn, RepositoryId, SystemId, Timeline};
 use crate::repository::wal_log::Log;
 
 /// Segments remembered: 64 GiB of WAL at the usual size. A server that archives later than that stores a second copy.
@@ -38,22 +39,37 @@ impl SegmentKey {
     }
 }
 
+/// A segment that is stored twice, with other bytes the second time.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Contradiction {
+    pub(super) key: SegmentKey,
+    /// The digest that was noted before; it stays in the book.
+    pub(super) before: SegmentDigest,
+    /// The one that came now.
+    pub(super) now: SegmentDigest,
+}
+
 /// The digests of the segments that are durable at the write quorum.
 #[derive(Debug)]
 pub(super) struct SegmentBook {
     path: PathBuf,
+    /// The first line: whose book it is.
+    title: String,
     known: HashMap<SegmentKey, SegmentDigest>,
     /// Oldest first.
     order: VecDeque<SegmentKey>,
-    /// Lines in the file, those of forgotten segments among them.
-    lines: usize,
+    /// Lines in the file, those of forgotten segments among them; `None` = what stands there is to be replaced.
+    lines: Option<usize>,
 }
 
 impl SegmentBook {
-    /// Reads the book; what is not readable in it is not known.
-    pub(super) fn open(state_dir: &Path, target: &str) -> Self {
+    /// Reads the book of a target in a repository; what is not readable in it is not known. A digest that another repository
+    /// holds would call WAL safe that is not in this one.
+    pub(super) fn open(state_dir: &Path, target: &str, repository: &RepositoryId) -> Self {
         let path = state_dir.join(format!("{target}.segments"));
-        let mut book = Self { path, known: HashMap::new(), order: VecDeque::new(), lines: 0 };
+        let title = format!("segments of {target} in {repository}");
+        let title = format!("{title} {:08x}\n", crc32c::crc32c(title.as_bytes()));
+        let mut book = Self { path, title, known: HashMap::new(), order: VecDeque::new(), lines: None };
         let text = match std::fs::read(&book.path) {
             Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
             Err(error) => {
@@ -61,8 +77,12 @@ impl SegmentBook {
                 return book;
             }
         };
-        book.lines = text.lines().count();
-        for (key, digest) in text.lines().filter_map(parse) {
+        let Some(lines) = text.strip_prefix(&book.title) else {
+            tracing::warn!(path = %book.path.display(), "the digests of segments are those of another repository or target, and are not used");
+            return book;
+        };
+        book.lines = Some(lines.lines().count());
+        for (key, digest) in lines.lines().filter_map(parse) {
             book.learn(key, digest);
         }
         book
@@ -73,17 +93,23 @@ impl SegmentBook {
         self.known.get(key).copied()
     }
 
-    /// The segment is durable and has this digest.
-    pub(super) fn note(&mut self, key: SegmentKey, digest: SegmentDigest) {
+    /// The segment is durable and has this digest. Says so if it was noted with another one before, which stays.
+    pub(super) fn note(&mut self, key: SegmentKey, digest: SegmentDigest) -> Option<Contradiction> {
+        match self.get(&key) {
+            Some(before) if before != digest => return Some(Contradiction { key, before, now: digest }),
+            Some(_) => return None,
+            None => {}
+        }
         let line = print(&key, &digest);
         self.learn(key, digest);
-        let kept = match self.lines >= 2 * KEPT {
-            true => self.rewrite(),
-            false => self.append(&line),
+        let kept = match self.lines {
+            Some(lines) if lines < 2 * KEPT => self.append(&line, lines),
+            _ => self.rewrite(),
         };
         if let Err(error) = kept {
             tracing::info!(%error, "the digest of a segment is remembered until the next start alone");
         }
+        None
     }
 
     fn learn(&mut self, key: SegmentKey, digest: SegmentDigest) {
@@ -95,19 +121,20 @@ impl SegmentBook {
         }
     }
 
-    fn append(&mut self, line: &str) -> Result<(), DiskError> {
+    fn append(&mut self, line: &str, lines: usize) -> Result<(), DiskError> {
         let mut options = OpenOptions::new();
         let file = options.append(true).create(true).mode(0o600).open(&self.path);
         file.and_then(|mut file| file.write_all(line.as_bytes()))
             .map_err(|error| DiskError::new("write", &self.path, error))?;
-        self.lines += 1;
+        self.lines = Some(lines + 1);
         Ok(())
     }
 
     fn rewrite(&mut self) -> Result<(), DiskError> {
         let lines = self.order.iter().filter_map(|key| Some(print(key, self.known.get(key)?)));
-        place::place(&self.path, lines.collect::<String>().as_bytes(), 0o600)?;
-        self.lines = self.order.len();
+        let text: String = std::iter::once(self.title.clone()).chain(lines).collect();
+        place::place(&self.path, text.as_bytes(), 0o600)?;
+        self.lines = Some(self.order.len());
         Ok(())
     }
 }
@@ -193,19 +220,20 @@ pub(super) fn digest_of(mut read: impl std::io::Read) -> std::io::Result<Segment
 /// A book that several tasks write into.
 pub(super) type SharedBook = std::sync::Arc<std::sync::Mutex<SegmentBook>>;
 
-/// Notes digests without holding up a thread that also answers the server.
-pub(super) async fn note(book: &SharedBook, digests: Vec<(SegmentKey, SegmentDigest)>) {
+/// Notes digests without holding up a thread that also answers the server. Gives those that contradict what was noted.
+pub(super) async fn note(book: &SharedBook, digests: Vec<(SegmentKey, SegmentDigest)>) -> Vec<Contradiction> {
     if digests.is_empty() {
-        return;
+        return Vec::new();
     }
     let book = std::sync::Arc::clone(book);
     let noted = tokio::task::spawn_blocking(move || {
         let mut book = book.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        digests.into_iter().for_each(|(key, digest)| book.note(key, digest));
+        digests.into_iter().filter_map(|(key, digest)| book.note(key, digest)).collect()
     });
-    if noted.await.is_err() {
-        tracing::error!("the digest of a segment was not noted");
-    }
+    noted.await.unwrap_or_else(|error| {
+        tracing::error!(%error, "the digest of a segment was not noted");
+        Vec::new()
+    })
 }
 
 #[cfg(test)]
@@ -225,19 +253,27 @@ mod tests {
         }
     }
 
+    fn repository(byte: u8) -> RepositoryId {
+        hex::encode([byte; 16]).parse().unwrap()
+    }
+
+    fn open(dir: &Path) -> SegmentBook {
+        SegmentBook::open(dir, "ledger", &repository(1))
+    }
+
     #[test]
     fn a_book_is_read_back_and_forgets_the_oldest_first() {
         let dir = tempfile::tempdir().unwrap();
-        let mut book = SegmentBook::open(dir.path(), "ledger");
+        let mut book = open(dir.path());
         let key = |number: u64| SegmentKey::of(&log(1), Lsn(number << 20));
         let digest = |number: u64| digest_of(&number.to_le_bytes()[..]).unwrap();
         for number in 0..2 * KEPT as u64 + 10 {
             book.note(key(number), digest(number));
         }
-        for book in [book, SegmentBook::open(dir.path(), "ledger")] {
+        for book in [book, open(dir.path())] {
             assert_eq!(book.get(&key(9)), None);
             assert_eq!(book.get(&key(2 * KEPT as u64 + 9)), Some(digest(2 * KEPT as u64 + 9)));
-            assert!(book.order.len() <= KEPT && book.lines < 2 * KEPT);
+            assert!(book.order.len() <= KEPT && book.lines.unwrap() < 2 * KEPT);
         }
     }
 
@@ -245,7 +281,7 @@ mod tests {
     fn what_is_not_readable_in_a_book_is_not_known() {
         let dir = tempfile::tempdir().unwrap();
         let key = |number: u64| SegmentKey::of(&log(1), Lsn(number << 20));
-        let mut book = SegmentBook::open(dir.path(), "ledger");
+        let mut book = open(dir.path());
         book.note(key(1), [1; 32]);
         book.note(key(2), [2; 32]);
         let mut bytes = std::fs::read(&book.path).unwrap();
@@ -253,8 +289,38 @@ mod tests {
         bytes[digit] = if bytes[digit] == b'0' { b'1' } else { b'0' };
         bytes.extend_from_slice(b"7 1 0 0/300000 00");
         place::place(&book.path, &bytes, 0o600).unwrap();
-        let book = SegmentBook::open(dir.path(), "ledger");
+        let book = open(dir.path());
         assert_eq!([1, 2, 3].map(|number| book.get(&key(number)).is_some()), [true, false, false]);
+    }
+
+    #[test]
+    fn other_bytes_contradict_and_the_first_digest_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let key = SegmentKey::of(&log(1), Lsn(1 << 20));
+        assert_eq!(open(dir.path()).note(key.clone(), [1; 32]), None);
+        let mut book = open(dir.path());
+        assert_eq!(book.note(key.clone(), [1; 32]), None);
+        let contradiction = Contradiction { key: key.clone(), before: [1; 32], now: [2; 32] };
+        assert_eq!(book.note(key.clone(), [2; 32]), Some(contradiction));
+        for book in [book, open(dir.path())] {
+            assert_eq!(book.get(&key), Some([1; 32]));
+        }
+    }
+
+    #[test]
+    fn the_book_of_another_repository_is_not_believed_and_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let key = |number: u64| SegmentKey::of(&log(1), Lsn(number << 20));
+        open(dir.path()).note(key(1), [1; 32]);
+        let mut other = SegmentBook::open(dir.path(), "ledger", &repository(2));
+        assert_eq!(other.get(&key(1)), None);
+        other.note(key(2), [2; 32]);
+        let other = SegmentBook::open(dir.path(), "ledger", &repository(2));
+        assert_eq!([1, 2].map(|number| other.get(&key(number)).is_some()), [false, true]);
+        assert_eq!(open(dir.path()).get(&key(2)), None);
+        // What an older drctl left has no first line.
+        place::place(&other.path, print(&key(3), &[3; 32]).as_bytes(), 0o600).unwrap();
+        assert_eq!(open(dir.path()).get(&key(3)), None);
     }
 
     proptest! {

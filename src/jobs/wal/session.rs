@@ -6,6 +6,7 @@ use std::time::Duration;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
 
 use crate::jobs::wal::buffer::{Buffer, Chunk};
+use crate::jobs::wal::changes::Tracker;
 use crate::jobs::wal::pulse::Pulse;
 use crate::jobs::wal::run::{Ended, Run, Trouble};
 use crate::jobs::wal::server::Start;
@@ -23,6 +24,9 @@ const EARLY_FRAME: usize = 1024 * 1024;
 const EARLY_BESIDE_OTHERS: usize = 4 * 1024 * 1024;
 /// A server that does not listen cannot hold up the end.
 const GOODBYE: Duration = Duration::from_secs(2);
+
+/// Who is shown every record.
+type Watchers<'w> = (&'w Pulse, Option<&'w mut Tracker>);
 
 /// A running stream and what it has brought.
 #[derive(Debug)]
@@ -68,8 +72,17 @@ impl Session {
         Start { branch: self.start.branch.clone(), lsn: self.buffer.end(), at_record: true }
     }
 
-    fn receive(&mut self, at: Lsn, data: &[u8], pulse: &Pulse) -> Result<(), Error> {
-        self.buffer.push_seen(at, data, |record| pulse.see(record))?;
+    fn receive(&mut self, at: Lsn, data: &[u8], (pulse, mut tracker): Watchers<'_>) -> Result<(), Error> {
+        let seen = self.buffer.push_seen(at, data, |record| {
+            pulse.see(record);
+            if let Some(tracker) = &mut tracker {
+                tracker.see(record);
+            }
+        });
+        if let Some(tracker) = tracker {
+            tracker.save_in_time();
+        }
+        seen?;
         self.since.get_or_insert_with(Instant::now);
         Ok(())
     }
@@ -104,6 +117,7 @@ impl Run {
     /// to `pending` in every case.
     pub(super) async fn stream(&mut self, session: &mut Session) -> Result<Ended, Trouble> {
         let outcome = self.pump(session).await;
+        self.save_changes();
         let rest = match &outcome {
             Ok(Ended::Timeline) => session.frame(Buffer::take_all),
             _ => session.frame(Buffer::take),
@@ -142,6 +156,7 @@ impl Run {
                 }
                 permit = self.shipper.room(next.unwrap_or_default()), if due && next.is_some() => {
                     let permit = permit?;
+                    self.save_changes();
                     if let Some(frame) = self.pending.pop_front().or_else(|| session.frame(Buffer::take)) {
                         self.shipper.ship(frame, permit);
                     }
@@ -151,7 +166,10 @@ impl Run {
                     return self.say_goodbye(session).await;
                 }
                 () = sleep_until(due_at.unwrap_or_else(Instant::now)), if due_at.is_some() && !due => {}
-                _ = ticks.tick() => session.send_status(clock.now()).await?,
+                _ = ticks.tick() => {
+                    self.save_changes();
+                    session.send_status(clock.now()).await?;
+                }
                 _ = shipped.changed() => {
                     let durable = shipped.borrow_and_update().durable;
                     if durable > session.durable {
@@ -164,16 +182,23 @@ impl Run {
         }
     }
 
+    /// Before any frame is shipped: a receiver that resumes behind it must find there what changed.
+    fn save_changes(&mut self) {
+        if let Some(tracker) = &mut self.tracker {
+            tracker.save();
+        }
+    }
+
     fn is_due(&self, session: &Session, due_at: Option<Instant>) -> bool {
         let full = session.buffer.has_frame() && session.buffer.is_full();
         let early = if self.shipper.is_busy() { EARLY_BESIDE_OTHERS } else { EARLY_FRAME };
         full || session.buffer.complete() >= early || due_at.is_some_and(|at| Instant::now() >= at)
     }
 
-    async fn on_event(&self, session: &mut Session, event: WalEvent) -> Result<Option<Ended>, Trouble> {
+    async fn on_event(&mut self, session: &mut Session, event: WalEvent) -> Result<Option<Ended>, Trouble> {
         match event {
             WalEvent::Wal { start, data, server_end, .. } => {
-                session.receive(start, &data, &self.shared.pulse)?;
+                session.receive(start, &data, (&self.shared.pulse, self.tracker.as_mut()))?;
                 self.shared.sample(server_end);
                 let received = session.buffer.end();
                 self.shared.view.send_modify(|view| view.received = received);

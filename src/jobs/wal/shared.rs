@@ -8,6 +8,7 @@ use tokio::sync::watch;
 use crate::jobs::wal::position::{Position, Pushes, RegionPosition, Samples, State};
 use crate::jobs::wal::pulse::Pulse;
 use crate::jobs::wal::shipper::Shipped;
+use crate::jobs::wal::slot::SlotWatch;
 use crate::model::{Clock, Lsn, SystemId, TargetName};
 use crate::repository::fan_out::FanOut;
 use crate::repository::wal_index::BranchId;
@@ -38,6 +39,7 @@ pub(super) struct Shared {
     pub(super) samples: Mutex<Samples>,
     pub(super) out: std::sync::Weak<FanOut>,
     pub(super) pulse: Arc<Pulse>,
+    pub(super) slot: Arc<SlotWatch>,
     /// Whether somebody beats.
     pub(super) beats: bool,
 }
@@ -61,6 +63,7 @@ impl Shared {
             samples: Mutex::default(),
             out: Arc::downgrade(out),
             pulse: Arc::default(),
+            slot: Arc::default(),
             beats: false,
         }
     }
@@ -94,15 +97,17 @@ impl Shared {
         let slow = shipped.busy_since.is_some_and(|since| now.saturating_sub(since) > SLOW);
         let state = match view.state {
             State::Streaming if slow || shipped.trouble.is_some() => State::WaitingForRegions,
-            State::Streaming if view.gap => State::Gap,
+            State::Streaming if view.gap || shipped.contradiction.is_some() => State::Gap,
             other => other,
         };
+        let buffered = view.received.0.saturating_sub(shipped.begun.0);
         let out = self.out.upgrade();
         let degraded_to = out.as_ref().filter(|out| out.is_degraded()).map(|out| out.quorum());
-        let outcomes = out.map(|out| out.outcomes()).unwrap_or_default();
-        let regions = outcomes.into_iter().map(|lane| RegionPosition {
+        let lanes = out.map(|out| (out.outcomes(), out.unheld())).unwrap_or_default();
+        let regions = lanes.0.into_iter().zip(lanes.1).map(|(lane, unheld)| RegionPosition {
             name: lane.region,
             missing_objects: lane.missing_objects,
+            unshipped_bytes: buffered + unheld,
             last_error: lane.last_error,
         });
         let (start_lsn, start_reason) = view.start.unzip();
@@ -121,9 +126,10 @@ impl Shared {
             exposure_seconds: exposure.map(|exposure| exposure.as_secs_f64()),
             regions: regions.collect(),
             epoch: shipped.epoch,
-            last_error: shipped.trouble.or(view.last_error),
+            last_error: shipped.trouble.or(shipped.contradiction).or(view.last_error),
             degraded_to,
             pushes: Pushes::default(),
+            slot: self.slot.held(),
             heartbeat: self.beats.then(|| self.pulse.heartbeat(shipped.durable)),
         }
     }

@@ -15,6 +15,7 @@ use tokio::task::JoinHandle;
 
 use crate::jobs::context::Context;
 use crate::jobs::wal::buffer::Chunk;
+use crate::jobs::wal::contradiction;
 use crate::jobs::wal::segments::{self, PassingSegments, SegmentDigest, SegmentKey, SharedBook};
 use crate::model::{EpochId, Error, Kind, Lsn, Result, SystemId, Timeline};
 use crate::observe::task;
@@ -56,6 +57,8 @@ enum Command {
 pub(super) struct Shipped {
     /// Every record that ends at or before this position is durable.
     pub(super) durable: Lsn,
+    /// Where the newest frame ends that the regions were given.
+    pub(super) begun: Lsn,
     /// Since when.
     pub(super) at: Option<DateTime<Utc>>,
     /// The newest commit time in it.
@@ -66,6 +69,8 @@ pub(super) struct Shipped {
     pub(super) busy_since: Option<Duration>,
     /// Why a frame cannot be shipped at present.
     pub(super) trouble: Option<String>,
+    /// What was streamed and is stored in another version, too.
+    pub(super) contradiction: Option<String>,
 }
 
 /// The way to a shipper.
@@ -110,6 +115,7 @@ struct Open {
 
 /// A frame that the quorum holds.
 struct Landed {
+    log: Log,
     marks: Marks,
     complete: Vec<(SegmentKey, SegmentDigest)>,
     epoch: EpochId,
@@ -167,6 +173,24 @@ impl ShipperHandle {
     }
 }
 
+impl Means {
+    /// Both versions are stored when the second one is found. Which one a restore would take is chance, so it is known
+    /// everywhere before the server may forget its own.
+    async fn note(
+        &self,
+        place: (&Repository, &Writer),
+        log: &Log,
+        complete: Vec<(SegmentKey, SegmentDigest)>,
+    ) -> Result<()> {
+        let Some(book) = &self.book else { return Ok(()) };
+        for found in segments::note(book, complete).await {
+            let told = contradiction::record(place, log, &found, "streaming brought", &self.out).await?;
+            self.shipped.send_modify(|shipped| shipped.contradiction = Some(told));
+        }
+        Ok(())
+    }
+}
+
 impl Shipper {
     fn new(repository: Repository, writer: Writer, (kind, level): (EpochKind, i32), means: Means) -> Self {
         let (flying, since, passing) = (FuturesOrdered::new(), VecDeque::new(), PassingSegments::default());
@@ -184,7 +208,7 @@ impl Shipper {
             tokio::select! {
                 // What has landed is told before anything else is begun.
                 biased;
-                Some(landed) = self.flying.next() => self.landed(landed?).await,
+                Some(landed) = self.flying.next() => self.landed(landed?).await?,
                 command = queue.recv() => match command {
                     Some(Command::Frame(frame, room)) => self.ship(frame, room).await?,
                     Some(Command::History(system_id, timeline, content)) => {
@@ -209,21 +233,23 @@ impl Shipper {
         };
         let Chunk { start, wal, marks, .. } = frame.chunk;
         let complete = self.passing.pass(&frame.log, start, &wal);
+        let end = Lsn(start.0 + wal.len() as u64);
         let (sending, epoch) = (open.epoch.send(start, wal, marks)?, open.epoch.id().clone());
+        self.means.shipped.send_modify(|shipped| shipped.begun = end);
+        let log = frame.log;
         self.flying.push_back(Box::pin(async move {
             sending.await?;
-            Ok(Landed { marks, complete, epoch, _room: room })
+            Ok(Landed { log, marks, complete, epoch, _room: room })
         }));
         self.open = Some(open);
         Ok(())
     }
 
     /// A frame is durable, for all before it have landed, too.
-    async fn landed(&mut self, landed: Landed) {
+    async fn landed(&mut self, mut landed: Landed) -> Result<()> {
         self.since.pop_front();
-        if let Some(book) = &self.means.book {
-            segments::note(book, landed.complete).await;
-        }
+        let place = (&self.repository, &self.writer);
+        self.means.note(place, &landed.log, std::mem::take(&mut landed.complete)).await?;
         let now = self.writer.clock.now();
         self.means.shipped.send_modify(|shipped| {
             // A record that is not complete yet does not count: it may be streamed again.
@@ -239,6 +265,7 @@ impl Shipper {
         if let Some(open) = &mut self.open {
             open.epoch.pay_wraps().await;
         }
+        Ok(())
     }
 
     fn tell_busy(&self) {
@@ -301,7 +328,7 @@ impl Shipper {
     /// Waits for what is on its way, and ends the epoch behind it.
     async fn close(&mut self) -> Result<()> {
         while let Some(landed) = self.flying.next().await {
-            self.landed(landed?).await;
+            self.landed(landed?).await?;
         }
         match self.open.take() {
             Some(open) => open.epoch.close().await,

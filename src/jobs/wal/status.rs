@@ -9,6 +9,7 @@ use crate::jobs::context::{Context, Target};
 use crate::jobs::wal::control;
 use crate::jobs::wal::position::Position;
 use crate::jobs::wal::server;
+use crate::model::commit::WalNeed;
 use crate::model::{Branch, Error, Lsn, RegionName, Result, SystemId, TargetName, Timeline};
 use crate::repository::catalog;
 use crate::repository::gaps::{self, Gap};
@@ -55,14 +56,40 @@ pub struct BranchWal {
 pub struct RegionWal {
     /// The region.
     pub name: RegionName,
-    /// Ranges without a hole, ascending: recovery can go to any point inside one.
+    /// Ranges without a hole, ascending.
     pub windows: Vec<Window>,
+    /// The parts of them into which a backup leads: recovery can go to any record inside one.
+    pub recoverable: Vec<Span>,
     /// Frames, END and SEAL among them.
     pub frames: u64,
     /// Frames that another region holds and this one does not.
     pub missing_frames: u64,
     /// Why the region could not be read.
     pub unreadable: Option<String>,
+}
+
+/// A range of WAL.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Span {
+    /// Its first position.
+    pub from: Lsn,
+    /// Behind the last complete record.
+    pub to: Lsn,
+}
+
+impl Span {
+    /// The part of a window that recovery reaches: behind the earliest end of a backup in it. Into the first window of a
+    /// later timeline leads what is recoverable of an earlier one and ends where that begins.
+    fn within(window: &Window, (branch, needs): (&BranchId, &[WalNeed]), older: &[Self]) -> Option<Self> {
+        let own = |need: &&WalNeed| {
+            (need.system_id, need.timeline, &need.branch) == (branch.system_id, branch.timeline, &branch.branch)
+        };
+        let covered = needs.iter().filter(own).filter(|need| window.covers(need.start_lsn, need.stop_lsn));
+        let led = || older.iter().any(|span| span.to >= window.start).then_some(window.start);
+        let from = led().or_else(|| covered.map(|need| need.stop_lsn).min())?;
+        let to = window.last_record_end.unwrap_or(window.end);
+        (from <= to).then_some(Self { from, to })
+    }
 }
 
 /// A gap as it was recorded.
@@ -78,11 +105,15 @@ pub struct RecordedGap {
     pub at: DateTime<Utc>,
     /// Whether WAL that came later, by `archive_command`, covers it: then it is a gap no more.
     pub filled: bool,
+    /// Whether nothing is missing and two versions are stored: recovery crosses it as little.
+    pub contradiction: bool,
 }
 
 impl RecordedGap {
-    fn new(Gap { from, to, reason, at, .. }: Gap, union: &[Window]) -> Self {
-        Self { from, to, reason, at, filled: union.iter().any(|window| window.covers(from, to)) }
+    fn new(gap: Gap, union: &[Window]) -> Self {
+        let filled = !gap.is_open(|from, to| union.iter().any(|window| window.covers(from, to)));
+        let Gap { from, to, reason, at, contradiction, .. } = gap;
+        Self { from, to, reason, at, filled, contradiction }
     }
 }
 
@@ -109,7 +140,7 @@ pub async fn wal_status(context: &Context, target: Option<&TargetName>) -> Resul
     if let Some(streamed) = target.and_then(|name| context.streamed(name)) {
         context.target(&streamed.name)?;
     }
-    let mut owners = owners(context, target).await?;
+    let (mut owners, needs) = owners(context, target).await?;
     if target.is_none() {
         for system_id in stored_systems(context).await? {
             owners.entry(system_id).or_insert(None);
@@ -121,8 +152,12 @@ pub async fn wal_status(context: &Context, target: Option<&TargetName>) -> Resul
         targets.entry(Some(name.clone())).or_default();
     }
     for (system_id, owner) in owners {
+        let mut older: BTreeMap<RegionName, Vec<Span>> = BTreeMap::new();
         for branch in branches(&context.repository.regions, system_id).await? {
-            let wal = branch_wal(context, branch).await?;
+            let wal = branch_wal(context, branch, &needs, &older).await?;
+            for region in &wal.regions {
+                older.entry(region.name.clone()).or_default().extend(&region.recoverable);
+            }
             targets.entry(owner.clone()).or_default().push(wal);
         }
     }
@@ -142,9 +177,11 @@ async fn ask(target: &Target) -> Option<Position> {
     asked.inspect_err(|error| tracing::warn!(%error, "the receiver's answer is not readable")).ok().flatten()
 }
 
+type Owners = BTreeMap<SystemId, Option<TargetName>>;
+
 /// Whose cluster is whose: the frames say it, and so do backups; a target without either is asked itself.
-async fn owners(context: &Context, target: Option<&TargetName>) -> Result<BTreeMap<SystemId, Option<TargetName>>> {
-    let mut owners = BTreeMap::new();
+async fn owners(context: &Context, target: Option<&TargetName>) -> Result<(Owners, Vec<WalNeed>)> {
+    let (mut owners, mut needs) = (Owners::new(), Vec::new());
     let (backups, errors) = catalog::backups(&context.repository, target).await?;
     for error in errors {
         tracing::warn!(%error, "a backup is not readable");
@@ -152,6 +189,7 @@ async fn owners(context: &Context, target: Option<&TargetName>) -> Result<BTreeM
     for commit in backups.into_iter().map(|backup| backup.commit) {
         if let Some(wal) = &commit.wal {
             owners.insert(wal.system_id, Some(commit.target.clone()));
+            needs.push(wal.clone());
         }
     }
     for system_id in stored_systems(context).await? {
@@ -169,7 +207,7 @@ async fn owners(context: &Context, target: Option<&TargetName>) -> Result<BTreeM
             owners.insert(system_id, Some(known.name.clone()));
         }
     }
-    Ok(owners)
+    Ok((owners, needs))
 }
 
 async fn stored_systems(context: &Context) -> Result<Vec<SystemId>> {
@@ -192,7 +230,12 @@ async fn live_system(target: &Target) -> Option<SystemId> {
     client.identify_system().await.ok().map(|id| id.system_id)
 }
 
-async fn branch_wal(context: &Context, branch: BranchId) -> Result<BranchWal> {
+async fn branch_wal(
+    context: &Context,
+    branch: BranchId,
+    needs: &[WalNeed],
+    older: &BTreeMap<RegionName, Vec<Span>>,
+) -> Result<BranchWal> {
     let repository = &context.repository;
     let index = WalIndex::load(&repository.regions, branch.clone()).await;
     let total = index.frames().count() as u64;
@@ -204,9 +247,13 @@ async fn branch_wal(context: &Context, branch: BranchId) -> Result<BranchWal> {
         let (runs, more) = index.runs(repository, Some(&region.name)).await;
         errors.extend(more);
         let missing_frames = if unreadable.is_some() { 0 } else { total - frames };
+        let windows = windows(&runs);
+        let older = older.get(&region.name).map(Vec::as_slice).unwrap_or_default();
+        let recoverable = windows.iter().filter_map(|window| Span::within(window, (&branch, needs), older));
         regions.push(RegionWal {
             name: region.name.clone(),
-            windows: windows(&runs),
+            recoverable: recoverable.collect(),
+            windows,
             frames,
             missing_frames,
             unreadable,

@@ -57,7 +57,8 @@ impl Job {
     ];
 
     /// The jobs that this version runs by schedule.
-    pub const RUNNABLE: [Self; 6] = [Self::Backup, Self::Dump, Self::Files, Self::Verify, Self::Drill, Self::Repair];
+    pub const RUNNABLE: [Self; 7] =
+        [Self::Backup, Self::Dump, Self::Files, Self::Verify, Self::Drill, Self::Repair, Self::Prune];
 
     /// As people and files write it.
     pub const fn as_str(self) -> &'static str {
@@ -116,6 +117,8 @@ pub enum Work {
         target: TargetName,
         /// Whether the server is asked for an immediate checkpoint.
         fast: bool,
+        /// Whether every page is read to prove that change detection misses none.
+        verify_detection: bool,
     },
     /// A logical dump.
     Dump {
@@ -156,6 +159,8 @@ pub enum Work {
         /// Whether names and sizes alone are compared.
         quick: bool,
     },
+    /// Removal of what retention no longer wants, of every target.
+    Prune,
 }
 
 impl Work {
@@ -168,6 +173,7 @@ impl Work {
             Self::Verify { .. } => Job::Verify,
             Self::Drill { .. } => Job::Drill,
             Self::Repair { .. } => Job::Repair,
+            Self::Prune => Job::Prune,
         }
     }
 
@@ -179,6 +185,7 @@ impl Work {
             | Self::Files { target }
             | Self::Drill { target, .. } => Some(target),
             Self::Verify { target, .. } | Self::Repair { target, .. } => target.as_ref(),
+            Self::Prune => None,
         }
     }
 }

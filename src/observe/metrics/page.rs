@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use chrono::{DateTime, Utc};
 use prometheus::TextEncoder;
 use prometheus::proto::{Counter, Gauge, LabelPair, Metric as Sample, MetricFamily, MetricType};
+use serde::Serialize;
 
 use crate::model::{Error, Result};
 use crate::observe::metrics::table::{Declared, Metric, Shape};
@@ -13,6 +14,17 @@ use crate::observe::metrics::table::{Declared, Metric, Shape};
 #[derive(Debug, Clone, Default)]
 pub struct Page {
     samples: BTreeMap<&'static str, (Declared, BTreeMap<Vec<String>, f64>)>,
+}
+
+/// One sample, as JSON shows it.
+#[derive(Debug, Clone, Serialize)]
+pub struct Row<'p> {
+    /// The name of the metric.
+    pub metric: &'static str,
+    /// Its labels.
+    pub labels: BTreeMap<&'static str, &'p str>,
+    /// The value.
+    pub value: f64,
 }
 
 impl Page {
@@ -56,6 +68,18 @@ impl Page {
         for (name, (declared, series)) in other.samples {
             self.samples.entry(name).or_insert((declared, BTreeMap::new())).1.extend(series);
         }
+    }
+
+    /// Every sample by itself, as JSON shows it.
+    pub fn rows(&self) -> Vec<Row<'_>> {
+        let mut rows = Vec::new();
+        for (declared, series) in self.samples.values() {
+            for (labels, value) in series {
+                let labels = declared.labels.iter().copied().zip(labels.iter().map(String::as_str)).collect();
+                rows.push(Row { metric: declared.name, labels, value: *value });
+            }
+        }
+        rows
     }
 
     /// The text format of Prometheus, together with what `meters` were gathered.
@@ -117,6 +141,17 @@ mod tests {
 
     use super::*;
     use crate::observe::metrics::table;
+
+    #[test]
+    fn rows_name_their_labels() {
+        let mut page = Page::default();
+        page.set(&table::REGION_UP, ["a"], 1.0);
+        let rows = serde_json::to_value(page.rows()).unwrap();
+        assert_eq!(
+            rows,
+            serde_json::json!([{ "metric": "drctl_region_up", "labels": { "region": "a" }, "value": 1.0 }])
+        );
+    }
 
     #[test]
     fn what_is_unknown_has_no_line() {

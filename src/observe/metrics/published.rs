@@ -1,6 +1,7 @@
 //! What is shipped around the metrics names only what is declared: documentation, dashboards, alert rules.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 
 use serde_json::Value;
 
@@ -12,14 +13,6 @@ const DASHBOARDS: [&str; 2] = [
 ];
 const RULES: &str = include_str!("../../../deploy/prometheus/drctl.rules.yml");
 const RULE_TESTS: &str = include_str!("../../../deploy/prometheus/drctl.rules.test.yml");
-const RUNBOOKS: [&str; 6] = [
-    "cold-restore-region-loss.md",
-    "pitr-bad-deploy.md",
-    "damaged-repository.md",
-    "lost-key-holder.md",
-    "slot-filling-the-disk.md",
-    "drill-failed.md",
-];
 
 /// A word, or one character of anything else; what stands in quotes is dropped.
 fn tokens(text: &str) -> Vec<String> {
@@ -168,9 +161,35 @@ fn alert_rules_name_only_what_is_declared_and_are_tested_both_ways() {
             assert!(RULE_TESTS.contains(&test), "{test}");
         }
     }
-    let runbooks: Vec<_> = RULES.lines().filter_map(|line| line.trim().strip_prefix("runbook: ")).collect();
-    assert_eq!(runbooks.len(), names.len());
-    assert!(runbooks.iter().all(|runbook| RUNBOOKS.contains(runbook)), "{runbooks:?}");
+}
+
+/// The names of the Markdown files in a folder of the repository.
+fn documents(folder: &str) -> BTreeSet<String> {
+    let entries = std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(folder)).unwrap();
+    let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    names.filter(|name| name.ends_with(".md")).collect()
+}
+
+fn text(path: &str) -> String {
+    std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap()
+}
+
+#[test]
+fn every_alert_names_a_runbook_that_exists_and_every_runbook_is_named() {
+    let mut runbooks = documents("runbooks");
+    assert!(runbooks.remove("README.md") && runbooks.len() > 5, "{runbooks:?}");
+    let alerts = RULES.matches("- alert: ").count();
+    let wanted: Vec<_> = RULES.lines().filter_map(|line| line.trim().strip_prefix("runbook: ")).collect();
+    assert_eq!(wanted.len(), alerts, "an alert without a runbook");
+    for name in &wanted {
+        assert!(runbooks.contains(*name), "an alert names {name}, which is not in runbooks/");
+    }
+    let readers = documents("docs").into_iter().map(|name| text(&format!("docs/{name}")));
+    let readers: Vec<_> = readers.chain([text("README.md"), text("runbooks/README.md")]).collect();
+    for name in runbooks {
+        let is_named = wanted.contains(&name.as_str()) || readers.iter().any(|text| text.contains(&name));
+        assert!(is_named, "nothing leads to runbooks/{name}: name it in an alert, in docs/ or in a README");
+    }
 }
 
 #[test]

@@ -75,6 +75,9 @@ table! {
     BACKUP_LAST_DURATION = Gauge "drctl_backup_last_duration_seconds" ["target", "kind"]
         "How long the newest backup took, from start to COMMIT",
         absent "there is no backup of that kind";
+    BACKUP_DURATION = Histogram "drctl_backup_duration_seconds" ["target", "kind"]
+        "How long the backups took that this process completed, from start to COMMIT",
+        absent "this process completed no backup of that kind";
     BACKUP_LAST_SIZE = Gauge "drctl_backup_last_size_bytes" ["target", "kind", "stage"]
         "Size of the newest backup: stage=\"source\" is what a restore writes, stage=\"stored\" what it added to each region",
         absent "there is no backup of that kind";
@@ -87,6 +90,9 @@ table! {
     BACKUPS = Gauge "drctl_backups" ["target", "kind", "region", "state"]
         "Backups in the region by state: complete, debt, damaged, unreachable",
         absent "there is no backup of that kind in any region";
+    BACKUPS_UNPROVEN = Gauge "drctl_backups_unproven_expiring" ["target"]
+        "Backups that retention lets go although no drill ever proved them",
+        absent "the target has no retention";
     RECOVERY_WINDOW_START = Gauge "drctl_recovery_window_start_timestamp_seconds" ["target", "region"]
         "The oldest point in time to which the region alone can restore",
         absent "the region alone restores nothing";
@@ -97,8 +103,8 @@ table! {
         "Recovery point objective of the configuration",
         absent "none is configured";
     RPO_EXPOSURE = Gauge "drctl_rpo_exposure_seconds" ["target", "region"]
-        "For how long the oldest commit that is not durable in the region has been waiting: what would be lost now. 0 when all is durable",
-        absent "it is unknown: no WAL receiver answers on this host, it has not seen the server lately, or the region lags behind it";
+        "For how long the oldest commit that is not durable in the region has been waiting: what would be lost now. 0 when all is durable. Of a target without WAL: the age of its newest recovery point there",
+        absent "it is unknown: no WAL receiver answers on this host, it has not seen the server lately, or the region lags behind it; of a target without WAL: the region restores nothing";
     RPO_ACHIEVED = Gauge "drctl_rpo_achieved_seconds" ["target", "region"]
         "Recovery point measured by the newest drill from the region that measured one",
         absent "no drill measured one";
@@ -114,8 +120,8 @@ table! {
     WAL_STREAM_UP = Gauge "drctl_wal_stream_up" ["target"]
         "1 while WAL flows from the server into the regions, 0 while the receiver waits for either",
         absent "no WAL receiver of the target answers on this host";
-    WAL_UNSHIPPED = Gauge "drctl_wal_unshipped_bytes" ["target"]
-        "WAL that was received and is not durable at the write quorum",
+    WAL_UNSHIPPED = Gauge "drctl_wal_unshipped_bytes" ["target", "region"]
+        "WAL that the running stream has received and that the region does not hold",
         absent "no WAL receiver of the target answers on this host";
     WAL_SHIPPED = Counter "drctl_wal_shipped_bytes_total" ["target"]
         "WAL that became durable at the write quorum since this process looks",
@@ -126,8 +132,14 @@ table! {
     WAL_OBJECTS_MISSING = Gauge "drctl_wal_objects_missing" ["target", "region"]
         "Objects of the running WAL stream that the region does not hold",
         absent "no WAL receiver of the target answers on this host";
+    SLOT_RETAINED = Gauge "drctl_slot_retained_bytes" ["target"]
+        "WAL that the server keeps for our replication slot",
+        absent "no WAL receiver of the target answers on this host, the server does not answer it, or there is no slot";
+    SLOT_ROOM = Gauge "drctl_slot_room_bytes" ["target"]
+        "How much more WAL the slot may keep before the server gives it up (max_slot_wal_keep_size) or its disk is full, whichever comes first",
+        absent "no limit is known: none is set, the server is on another host, and wal_disk_bytes is not configured";
     WAL_GAPS = Gauge "drctl_wal_gaps" ["target"]
-        "Recorded gaps behind which no backup was begun yet: what came after them cannot be restored until one is",
+        "Recorded gaps that nothing filled, and WAL stored in two versions, behind which no backup was begun yet: what came after cannot be restored until one is",
         absent "the target has no WAL in any region, or none could be read";
     VERIFY_LAST_SUCCESS = Gauge "drctl_verify_last_success_timestamp_seconds" ["target", "region", "level"]
         "When the level was last proven in the region: L0 to L2 by a scheduled verify, L4 and above by a drill, which proves the levels below it too",
@@ -139,8 +151,8 @@ table! {
         "Drills that ended, by outcome; it counts since the start of this process",
         absent "this process ran no drill of the target";
     VERIFY_CHECK_PASSED = Gauge "drctl_verify_check_passed" ["target", "region", "check"]
-        "1 if the check passed in the newest drill of this process, 0 if not",
-        absent "no drill ran in this process: results are sealed, and a scrape opens nothing";
+        "1 if the check passed in the newest drill from the region, 0 if not",
+        absent "no drill from the region got as far as the check";
     NEGATIVE_CONTROL = Gauge "drctl_verify_negative_control_timestamp_seconds" ["target"]
         "When a deliberately wrong expectation was last caught: a drill passes only then",
         absent "no drill ever passed";

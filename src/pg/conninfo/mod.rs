@@ -226,7 +226,7 @@ impl ConnInfo {
     /// is found without a restart. Physical replication looks for the database `replication` there, as libpq does.
     ///
     /// # Errors
-    /// The password file is missing though named, unreadable, or readable by others.
+    /// The password file is missing or closed to us though named, or readable by others.
     pub fn password(&self, server: &Server, database: &str) -> Result<Option<Zeroizing<String>>, PgError> {
         if let Some(secret) = &self.password {
             return Ok(Some(secret.0.clone()));

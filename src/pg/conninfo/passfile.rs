@@ -13,7 +13,7 @@ use crate::pg::PgError;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Passfile {
     pub(super) path: PathBuf,
-    /// Named by the settings or PGPASSFILE; only `~/.pgpass` may be missing.
+    /// Named by the settings or PGPASSFILE; only `~/.pgpass` may be missing, or closed to us.
     pub(super) required: bool,
 }
 
@@ -32,10 +32,20 @@ impl Passfile {
         let broken = |reason: &str| PgError::Config(format!("password file {}: {reason}", self.path.display()));
         let text = match read_private(&self.path) {
             Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound && !self.required => return Ok(None),
+            Err(error) if self.is_passed_over(error.kind()) => {
+                if error.kind() != io::ErrorKind::NotFound {
+                    tracing::warn!(path = %self.path.display(), %error, "a password file is passed over");
+                }
+                return Ok(None);
+            }
             Err(error) => return Err(broken(&error.to_string())),
         };
         Ok(find(&text, wanted))
+    }
+
+    /// As libpq does: the home of another account says nothing of what this one needs.
+    fn is_passed_over(&self, why: io::ErrorKind) -> bool {
+        !self.required && matches!(why, io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied)
     }
 }
 
@@ -127,5 +137,8 @@ mod tests {
         let missing = |required| Passfile { path: "/nonexistent/.pgpass".into(), required };
         assert!(missing(true).lookup(WANTED).is_err());
         assert!(missing(false).lookup(WANTED).unwrap().is_none());
+        let closed = io::ErrorKind::PermissionDenied;
+        assert!(missing(false).is_passed_over(closed) && !missing(true).is_passed_over(closed));
+        assert!(!missing(false).is_passed_over(io::ErrorKind::Other));
     }
 }

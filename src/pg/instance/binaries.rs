@@ -5,7 +5,7 @@ use std::process::Stdio;
 
 use tokio::process::Command;
 
-use super::InstanceError;
+use super::{InstanceError, beside};
 
 /// What a server needs of the environment; credentials of the parent are not among it.
 const ENVIRONMENT: [&str; 6] = ["PATH", "TZ", "LANG", "LC_ALL", "HOME", "TMPDIR"];
@@ -98,6 +98,12 @@ impl PgBinaries {
     /// A command for one of the programs, with a bare environment and no standard input.
     pub fn command(&self, program: &str) -> Command {
         self.furnish(Command::new(self.directory.join(program)))
+    }
+
+    /// As [`command`](Self::command), for one that ends when the thread that starts it ends, however that ends. Only drctl
+    /// itself can start it.
+    pub fn command_beside(&self, program: &str) -> Command {
+        self.behind(beside::SELF, beside::words(), program)
     }
 
     /// As [`command`](Self::command), started by another program that becomes it.

@@ -1,5 +1,6 @@
 //! A PostgreSQL server as a child process: what a restore starts and a drill examines.
 
+pub mod beside;
 mod binaries;
 mod network;
 mod postmaster;

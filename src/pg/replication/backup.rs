@@ -1,4 +1,7 @@
-//! `BASE_BACKUP` in the grammar of PostgreSQL 15 and later: one copy with all archives and the manifest.
+//! `BASE_BACKUP`. From PostgreSQL 15 on there is one copy with all archives and the manifest in it; before, one copy for
+//! each archive in the order of the list of tablespaces, and one for the manifest.
+
+use std::collections::VecDeque;
 
 use bytes::{Buf, Bytes};
 use postgres_protocol::message::backend::Message;
@@ -8,6 +11,8 @@ use crate::pg::PgError;
 use crate::pg::replication::client::{MAX_ROWS, ReplicationClient};
 use crate::pg::replication::rows::Row;
 use crate::pg::replication::wire::{report, server_error, unexpected};
+
+const FIRST_WITH_NAMES: u32 = 150_000;
 
 /// What to ask for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -77,6 +82,10 @@ pub enum BaseBackupEvent {
 pub struct BaseBackupStream {
     client: ReplicationClient,
     phase: Phase,
+    /// Whether copies have no names; and whether the last one is a manifest.
+    copies: Option<bool>,
+    /// What the message that was read last says beside its first event.
+    queued: Option<BaseBackupEvent>,
 }
 
 #[derive(Debug)]
@@ -86,6 +95,11 @@ enum Phase {
         sets: u8,
         start: Option<(Lsn, Timeline)>,
         tablespaces: Vec<TablespaceRow>,
+    },
+    /// Copies that have no names: those that are still to come.
+    Copies {
+        left: VecDeque<BaseBackupEvent>,
+        open: bool,
     },
     /// Whether an archive or the manifest has begun.
     Copy {
@@ -105,18 +119,13 @@ impl ReplicationClient {
     /// The server does not wait for its own archiving of the WAL, which the caller must secure.
     ///
     /// # Errors
-    /// [`PgError::Unsupported`] before PostgreSQL 15; [`PgError::Config`] for options out of range. What the server has
-    /// against it comes from [`BaseBackupStream::next`].
+    /// [`PgError::Config`] for options out of range. What the server has against it comes from
+    /// [`BaseBackupStream::next`].
     pub async fn base_backup(mut self, options: BaseBackupOptions) -> Result<BaseBackupStream, PgError> {
-        if self.server_version < 150_000 {
-            let version = self.server_version;
-            return Err(PgError::Unsupported(format!(
-                "streamed base backup of server {version}, before PostgreSQL 15"
-            )));
-        }
-        self.send(&command(&options)?).await?;
+        let nameless = self.server_version < FIRST_WITH_NAMES;
+        self.send(&command(&options, nameless)?).await?;
         let phase = Phase::Before { sets: 0, start: None, tablespaces: Vec::new() };
-        Ok(BaseBackupStream { client: self, phase })
+        Ok(BaseBackupStream { client: self, phase, copies: nameless.then_some(options.manifest), queued: None })
     }
 }
 
@@ -127,6 +136,9 @@ impl BaseBackupStream {
     /// Of the server or the connection. SQLSTATE XX001 after [`BaseBackupEvent::End`] means that all bytes have arrived
     /// and the notices before have named pages with wrong checksums.
     pub async fn next(&mut self) -> Result<Option<BaseBackupEvent>, PgError> {
+        if let Some(event) = self.queued.take() {
+            return Ok(Some(event));
+        }
         loop {
             let step = match self.phase {
                 Phase::Done => return Ok(None),
@@ -182,7 +194,28 @@ impl BaseBackupStream {
             (Phase::Before { sets: 2, start: Some((lsn, timeline)), tablespaces }, Message::CopyOutResponse(_)) => {
                 let (lsn, timeline, tablespaces) = (*lsn, *timeline, std::mem::take(tablespaces));
                 self.phase = Phase::Copy { begun: false };
+                if let Some(manifest) = self.copies {
+                    let mut left = copies(&tablespaces, manifest);
+                    self.queued = left.pop_front();
+                    self.phase = Phase::Copies { left, open: true };
+                }
                 Ok(Some(BaseBackupEvent::Start { lsn, timeline, tablespaces }))
+            }
+            (Phase::Copies { open: true, .. }, Message::CopyData(body)) => {
+                let data = body.into_bytes();
+                Ok((!data.is_empty()).then_some(BaseBackupEvent::Data(data)))
+            }
+            (Phase::Copies { open: open @ true, .. }, Message::CopyDone) => {
+                *open = false;
+                Ok(None)
+            }
+            (Phase::Copies { left, open: open @ false }, Message::CopyOutResponse(_)) if !left.is_empty() => {
+                *open = true;
+                Ok(left.pop_front())
+            }
+            (Phase::Copies { left, open: false }, Message::RowDescription(_)) if left.is_empty() => {
+                self.phase = Phase::After { ended: false };
+                Ok(None)
             }
             (Phase::Copy { begun }, Message::CopyData(body)) => copy_event(body.into_bytes(), begun),
             (Phase::Copy { begun: true }, Message::CopyDone) => {
@@ -203,6 +236,15 @@ impl BaseBackupStream {
             (_, other) => Err(unexpected(&other, "the next part of the backup")),
         }
     }
+}
+
+/// What the copies are, where they do not say it themselves.
+fn copies(tablespaces: &[TablespaceRow], manifest: bool) -> VecDeque<BaseBackupEvent> {
+    let archive = |row: &TablespaceRow| BaseBackupEvent::Archive {
+        name: row.oid.map_or_else(|| "base.tar".to_owned(), |oid| format!("{oid}.tar")),
+        location: row.location.clone(),
+    };
+    tablespaces.iter().map(archive).chain(manifest.then_some(BaseBackupEvent::ManifestBegin)).collect()
 }
 
 fn tablespace(row: &Row) -> Result<TablespaceRow, PgError> {
@@ -245,26 +287,40 @@ fn cstr(payload: &mut Bytes) -> Option<String> {
     String::from_utf8(text.to_vec()).ok()
 }
 
-fn command(options: &BaseBackupOptions) -> Result<String, PgError> {
+fn command(options: &BaseBackupOptions, nameless: bool) -> Result<String, PgError> {
     let label = &options.label;
     // A line break would forge lines of backup_label, which decides where replay starts.
     if label.is_empty() || label.len() > 1024 || label.chars().any(char::is_control) {
         return Err(PgError::Config("backup label: expected one line of 1 to 1024 bytes".to_owned()));
     }
+    if let Some(rate) = options.max_rate.filter(|rate| !(32..=1_048_576).contains(rate)) {
+        return Err(PgError::Config(format!("max rate {rate} kB/s: expected 32 to 1048576")));
+    }
+    let label = format!("LABEL '{}'", label.replace('\'', "''"));
+    if nameless {
+        return Ok(command_without_parentheses(options, label));
+    }
     let mut words = vec![
-        format!("LABEL '{}'", label.replace('\'', "''")),
+        label,
         format!("CHECKPOINT '{}'", if options.fast { "fast" } else { "spread" }),
         format!("MANIFEST '{}'", if options.manifest { "yes" } else { "no" }),
         format!("VERIFY_CHECKSUMS {}", u8::from(options.verify_checksums)),
         "PROGRESS 1".to_owned(),
         "WAIT 0".to_owned(),
     ];
-    match options.max_rate {
-        None => {}
-        Some(rate @ 32..=1_048_576) => words.push(format!("MAX_RATE {rate}")),
-        Some(rate) => return Err(PgError::Config(format!("max rate {rate} kB/s: expected 32 to 1048576"))),
-    }
+    words.extend(options.max_rate.map(|rate| format!("MAX_RATE {rate}")));
     Ok(format!("BASE_BACKUP ({})", words.join(", ")))
+}
+
+/// The grammar of 13 and 14, which checks pages unless told not to, and waits for the archiver unless told not to.
+fn command_without_parentheses(options: &BaseBackupOptions, label: String) -> String {
+    let mut words = vec!["BASE_BACKUP".to_owned(), label, "PROGRESS".to_owned()];
+    words.extend(options.fast.then(|| "FAST".to_owned()));
+    words.push("NOWAIT".to_owned());
+    words.extend(options.max_rate.map(|rate| format!("MAX_RATE {rate}")));
+    words.extend((!options.verify_checksums).then(|| "NOVERIFY_CHECKSUMS".to_owned()));
+    words.push(format!("MANIFEST '{}'", if options.manifest { "yes" } else { "no" }));
+    words.join(" ")
 }
 
 #[cfg(test)]
@@ -280,13 +336,32 @@ mod tests {
     #[test]
     fn the_command_is_quoted_and_bounded() {
         assert_eq!(
-            command(&options("it's", Some(32))).unwrap(),
+            command(&options("it's", Some(32)), false).unwrap(),
             "BASE_BACKUP (LABEL 'it''s', CHECKPOINT 'fast', MANIFEST 'yes', VERIFY_CHECKSUMS 0, PROGRESS 1, \
              WAIT 0, MAX_RATE 32)"
         );
         for (label, rate) in [("", None), ("a\nSTART", None), ("a", Some(31)), ("a", Some(1_048_577))] {
-            assert!(command(&options(label, rate)).is_err(), "{label:?} {rate:?}");
+            for nameless in [true, false] {
+                assert!(command(&options(label, rate), nameless).is_err(), "{label:?} {rate:?}");
+            }
         }
+        assert_eq!(
+            command(&options("it's", Some(32)), true).unwrap(),
+            "BASE_BACKUP LABEL 'it''s' PROGRESS FAST NOWAIT MAX_RATE 32 NOVERIFY_CHECKSUMS MANIFEST 'yes'"
+        );
+    }
+
+    #[test]
+    fn copies_without_names_are_the_tablespaces_in_their_order() {
+        let space = TablespaceRow { oid: Some(7), location: Some("/x".to_owned()), size_kib: None };
+        let base = TablespaceRow { oid: None, location: None, size_kib: None };
+        let archive = |name: &str, location: Option<&str>| BaseBackupEvent::Archive {
+            name: name.to_owned(),
+            location: location.map(str::to_owned),
+        };
+        let both = [archive("7.tar", Some("/x")), archive("base.tar", None)];
+        assert_eq!(copies(&[space.clone(), base.clone()], false), both);
+        assert_eq!(copies(&[space, base], true).back(), Some(&BaseBackupEvent::ManifestBegin));
     }
 
     #[test]

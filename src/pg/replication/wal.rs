@@ -281,10 +281,18 @@ fn time(micros: i64) -> Result<DateTime<Utc>, PgError> {
 /// 58P01 (undefined_file) is how a walsender says that the segment is gone.
 fn stream_error(body: &ErrorResponseBody, start: Lsn) -> PgError {
     match report(body.fields()) {
-        Ok(ServerReport { sqlstate, message, .. }) if sqlstate == "58P01" => PgError::WalRemoved { start, message },
+        Ok(ServerReport { sqlstate, message, .. }) if is_removed(&sqlstate, &message) => {
+            PgError::WalRemoved { start, message }
+        }
         Ok(report) => PgError::from_server(report),
         Err(error) => error,
     }
+}
+
+/// A file that is missing has a code of its own. A segment whose number was removed while its file is there, which is so
+/// for one that waits for `archive_command`, or was put back, is an internal error to the server, and lost to us as much.
+fn is_removed(sqlstate: &str, message: &str) -> bool {
+    sqlstate == "58P01" || sqlstate == "XX000" && message.contains("has already been removed")
 }
 
 #[cfg(test)]

@@ -1,14 +1,18 @@
 //! The write-ahead log as bytes: page headers, records, segment files.
 //!
-//! Nothing here knows relations or redo. A record is read for what recovery targets and a receiver need: where it
-//! begins and ends, whether it is whole, and for commits, aborts and restore points their time.
+//! Nothing here knows redo. A record is read for what recovery targets and a receiver need: where it begins and ends,
+//! whether it is whole, for commits, aborts and restore points their time, and, where asked for, which pages it changes.
 
+mod blocks;
 mod body;
+mod changed;
 mod page;
 mod walker;
 
 use chrono::{DateTime, Utc};
 
+pub use blocks::{Locator, MAIN_FORK, Touch};
+pub use changed::ChangedBlocks;
 pub use page::{PageHeader, SegmentHeader, WAL_PAGE_SIZE, check_segment, check_segment_head, magic_of};
 pub use walker::{Expect, Pushed, RecordWalker, WalkState};
 
@@ -28,8 +32,12 @@ pub struct Record {
     pub rmgr: u8,
     /// `xl_info`; the upper four bits belong to the resource manager.
     pub info: u8,
+    /// The record before it, as it says itself.
+    pub previous: Lsn,
     /// What it means for recovery.
     pub kind: RecordKind,
+    /// What it changes, if the walk reads that; see [`RecordWalker::reading_blocks`].
+    pub touched: Vec<Touch>,
 }
 
 /// What a record means to somebody who looks for a recovery target or for the end of a history.

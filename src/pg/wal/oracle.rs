@@ -271,3 +271,128 @@ fn every_record_is_found_as_pg_waldump_finds_it() {
         }
     });
 }
+
+/// A page as `pg_waldump` names it: tablespace, database, relation, fork, block.
+type Named = (u32, u32, u32, u8, u32);
+
+/// `blkref #0: rel 1663/5/16384 fork vm blk 0 FPW`, as many as a record has. The fork is left out where it is the main one,
+/// and so are `blk` and the word `rel` of a line of its own since 15.
+fn references(line: &str) -> Vec<Named> {
+    let reference = |text: &str| {
+        let mut words = between(text, "rel ", "blkref").split_whitespace();
+        let mut oids = words.next().unwrap().trim_end_matches(',').split('/').map(|oid| oid.parse().unwrap());
+        let mut oid = || oids.next().unwrap();
+        let (tablespace, database, node) = (oid(), oid(), oid());
+        let mut fork = 0;
+        let mut word = words.next().unwrap();
+        if word == "fork" {
+            let names = ["main", "fsm", "vm", "init"];
+            let name = words.next().unwrap();
+            fork = u8::try_from(names.iter().position(|known| *known == name).unwrap()).unwrap();
+            word = words.next().unwrap();
+        }
+        assert_eq!(word, "blk", "{text}");
+        let block = words.next().unwrap().trim_end_matches([',', ';']).parse().unwrap();
+        (tablespace, database, node, fork, block)
+    };
+    line.split("blkref #").skip(1).map(reference).collect()
+}
+
+/// Every access method, and whatever moves, cuts or replaces files.
+async fn touching_workload(cluster: &Cluster) {
+    let space = cluster.path("space");
+    cluster.make_directory(space.to_str().unwrap());
+    let tablespace = format!("create tablespace space location '{}'", space.display());
+    cluster
+        .sql(&[
+            "create table t (id int primary key, body text, tags int[], place point, ip inet)",
+            "insert into t select g, repeat(md5(g::text), 6), array[g % 7, g], point(g, g), '10.0.0.0'::inet + g \
+             from generate_series(1, 6000) g",
+            "create index on t using hash (id); create index on t using gin (tags); create index on t using gist (place)",
+            "create index on t using spgist (ip inet_ops); create index on t using brin (id)",
+            "checkpoint",
+            "update t set body = body || 'x', tags = tags || 3, place = point(id, 1) where id % 3 = 0",
+            "delete from t where id > 4000",
+            "vacuum (freeze) t",
+            "insert into t select g, 'y', array[g], point(g, 2), '11.0.0.0'::inet + g from generate_series(9000, 9900) g",
+            "create sequence s; select nextval('s'), setval('s', 100)",
+            "create table big as select g, repeat(md5(g::text), 200) as wide from generate_series(1, 300) g",
+            "begin; create table f (a int); copy f from program 'seq 1 2000' with (freeze); commit",
+            "cluster t using t_pkey; reindex table t; truncate f",
+            "vacuum full big",
+            &tablespace,
+        ])
+        .await;
+    for statement in ["create database copied template template1", "alter table t set tablespace space"] {
+        cluster.sql(&[statement]).await;
+    }
+    if cluster.binaries.major >= 15 {
+        cluster.sql(&["create database cloned template template1 strategy file_copy"]).await;
+    }
+    cluster.sql(&["alter database copied set tablespace space", "drop database copied", "checkpoint"]).await;
+    cluster.sql(&["create unlogged table u as select 1 as a; alter table u set logged; drop table big"]).await;
+}
+
+async fn check_references(binaries: &PgBinaries) {
+    let cluster = Cluster::create(binaries, &["--wal-segsize=1", "--data-checksums"]).await;
+    let compression = if binaries.major >= 15 { "lz4" } else { "on" };
+    let instance = cluster
+        .start(&[
+            ("wal_level", "replica"),
+            ("wal_keep_size", "1GB"),
+            ("fsync", "off"),
+            ("wal_compression", compression),
+        ])
+        .await;
+    touching_workload(&cluster).await;
+    cluster.stop(instance).await;
+    let pg_wal = cluster.data().join("pg_wal");
+    let (start, wal, files) = segments(&pg_wal, Timeline(1));
+    let path = pg_wal.display().to_string();
+    let (_, dump) = cluster.try_run("pg_waldump", &["-p", &path, "-t", "1", &files[0], files.last().unwrap()]).await;
+    let lines: Vec<_> = dump.lines().filter(|line| line.starts_with("rmgr:")).collect();
+
+    let expect = Expect { magic: magic_of(binaries.major), ..Expect::default() };
+    let walker = RecordWalker::new(start, segment_size()).unwrap().of_file().expecting(expect).reading_blocks();
+    let (records, _) = walk(walker, &wal, &[8192, 1, 131_072, 77, 8191]);
+    assert_eq!(records.len(), lines.len());
+    let (mut blocks, mut special) = (0, [0; 3]);
+    for (record, line) in records.iter().zip(&lines) {
+        let named: Vec<Named> = record
+            .touched
+            .iter()
+            .filter_map(|touch| match touch {
+                Touch::Block { relation: r, fork, block } => Some((r.tablespace, r.database, r.node, *fork, *block)),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(named, references(line), "{line}");
+        blocks += named.len();
+        for touch in &record.touched {
+            match touch {
+                Touch::Block { .. } => {}
+                Touch::From { block: 0, .. } => special[0] += 1,
+                Touch::From { .. } => special[1] += 1,
+                Touch::Database(_) => special[2] += 1,
+                Touch::Unknown(why) => panic!("{why}: {line}"),
+            }
+        }
+        assert_eq!(line.starts_with("rmgr: Database"), record.touched.iter().any(|t| matches!(t, Touch::Database(_))));
+        assert_eq!(record.previous, between(line, "prev ", ",").parse().unwrap());
+    }
+    let ids: std::collections::BTreeSet<_> = records.iter().filter(|r| !r.touched.is_empty()).map(|r| r.rmgr).collect();
+    for rmgr in ["Heap2", "Heap", "Btree", "Hash", "Gin", "Gist", "Sequence", "SPGist", "BRIN", "Storage", "Database"] {
+        let id = RMGRS.iter().position(|name| *name == rmgr).unwrap();
+        assert!(ids.contains(&u8::try_from(id).unwrap()), "{rmgr} in {}", binaries.major);
+    }
+    assert!(blocks > 5000 && special.iter().all(|count| *count > 0), "{blocks} {special:?}");
+}
+
+#[test]
+fn every_changed_page_is_found_as_pg_waldump_finds_it() {
+    block_on(async {
+        for binaries in installed().await {
+            check_references(&binaries).await;
+        }
+    });
+}

@@ -2,6 +2,7 @@
 
 use chrono::{DateTime, Utc};
 
+use super::blocks::BlockReader;
 use super::body::{Body, is_switch};
 use super::page::{LONG_HEADER, PageHeader, SHORT_HEADER, WAL_PAGE_SIZE};
 use super::{Record, WalError};
@@ -102,6 +103,8 @@ pub struct RecordWalker {
     expect: Expect,
     /// Whether zeros are the end of WAL or an error.
     is_file: bool,
+    /// Whether records are read for what they change.
+    reads_blocks: bool,
     walk_start: Lsn,
     position: Lsn,
     /// The part that has come of the header of the current page; empty behind it.
@@ -158,6 +161,7 @@ struct Open {
     left: u64,
     crc: u32,
     body: Body,
+    blocks: Option<Box<BlockReader>>,
 }
 
 impl RecordWalker {
@@ -193,6 +197,7 @@ impl RecordWalker {
             segment_size,
             expect: Expect::default(),
             is_file: false,
+            reads_blocks: false,
             walk_start: start,
             position: start,
             page: Vec::with_capacity(LONG_HEADER),
@@ -214,6 +219,13 @@ impl RecordWalker {
     #[must_use]
     pub fn of_file(mut self) -> Self {
         self.is_file = true;
+        self
+    }
+
+    /// Records are read for which pages they change as well.
+    #[must_use]
+    pub fn reading_blocks(mut self) -> Self {
+        self.reads_blocks = true;
         self
     }
 
@@ -371,6 +383,9 @@ impl RecordWalker {
                 let taken = at_most(data, room.min(open.left));
                 open.crc = crc32c::crc32c_append(open.crc, &data[..taken]);
                 open.body.feed(&data[..taken]);
+                if let Some(blocks) = &mut open.blocks {
+                    blocks.feed(&data[..taken]);
+                }
                 open.left -= taken as u64;
                 Ok(taken)
             }
@@ -407,7 +422,9 @@ impl RecordWalker {
         }
         let body = Body::new(head.bytes[17], head.bytes[16], self.expect.magic);
         let left = u64::from(head.length()) - RECORD_HEADER as u64;
-        self.state = State::Body(Open { head, left, crc: 0, body });
+        let kind = (head.bytes[17], head.bytes[16]);
+        let blocks = self.reads_blocks.then(|| Box::new(BlockReader::new(kind, left, self.expect.magic)));
+        self.state = State::Body(Open { head, left, crc: 0, body, blocks });
         Ok(())
     }
 
@@ -473,5 +490,7 @@ fn finish(open: &Open, position: Lsn, segment_size: WalSegmentSize) -> Result<Re
     let alignment = if is_switch(rmgr, info) { segment_size.bytes() } else { ALIGNMENT };
     let kind = open.body.kind().ok_or_else(|| wrong("its body is not of its kind"))?;
     let xid = u32_at(&bytes, 4).unwrap_or_default();
-    Ok(Record { start, end: Lsn(position.0.next_multiple_of(alignment)), xid, rmgr, info, kind })
+    let previous = Lsn(u64_at(&bytes, 8).unwrap_or_default());
+    let touched = open.blocks.as_ref().map(|blocks| blocks.finish()).unwrap_or_default();
+    Ok(Record { start, end: Lsn(position.0.next_multiple_of(alignment)), xid, rmgr, info, previous, kind, touched })
 }

@@ -20,6 +20,9 @@ fn head() -> StateHead {
         repository: "1".repeat(32).parse().unwrap(),
         backup: "ledger-261120-010059-k7f".parse().unwrap(),
         fingerprint_secret: "5a".repeat(192),
+        start_lsn: Some(Lsn(0x28)),
+        generation: Some(DateTime::UNIX_EPOCH),
+        page_checksums: Some(true),
     }
 }
 
@@ -28,9 +31,9 @@ fn keep(path: &Path) -> StateDigest {
     let keeper = Keeper::begin(Some(path), &head());
     assert_eq!(keeper.chunk(&frame(0), &chunk(9).encode()), 0);
     assert_eq!((keeper.carry(40, &frame(1), &chunk(3)), keeper.carry(40, &frame(1), &chunk(3))), (1, 1));
-    keeper.file("base/1", vec![(0, 0, 4)]);
-    keeper.file("base/2", vec![(0, 4, 5), (1, 1, 2)]);
-    keeper.file("base/empty", Vec::new());
+    keeper.file("base/1", (4 * 8192, true), vec![(0, 0, 4)]);
+    keeper.file("base/2", (7 * 8192 - 1, false), vec![(0, 4, 5), (1, 1, 2)]);
+    keeper.file("base/empty", (0, false), Vec::new());
     let line = InventoryLine { key: "packs/x".to_owned(), size: 7, sha256: [3; 32] };
     let (kept, why_not) = keeper.finish([line].iter());
     let kept = kept.unwrap();
@@ -58,6 +61,9 @@ fn what_was_kept_reads_back() {
     assert_eq!([5, 6].map(|page| file.run_of(page)), [Some(&run(5, 2, 1, 1)); 2]);
     assert_eq!((file.run_of(7), known.file("base/empty").unwrap().run_of(0)), (None, None));
     assert!(known.file("base/3").is_none());
+    let sound = ["base/1", "base/2", "base/empty"].map(|path| known.file(path).unwrap().sound_pages());
+    assert_eq!(sound, [0, 6, 0], "nothing of what was damaged, and no half page");
+    assert_eq!(*known.head(), head());
     assert_eq!((known.objects().len(), known.sources().len()), (1, 1));
     assert_eq!(hex::encode(known.fingerprints().secret()), head().fingerprint_secret);
 }
@@ -111,7 +117,7 @@ fn a_file_that_rots_after_it_was_checked_is_noticed() {
 fn a_state_that_cannot_be_written_is_given_up_and_said_so() {
     let keeper = Keeper::begin(Some(Path::new("/nonexistent/ledger.pages")), &head());
     assert_eq!(keeper.chunk(&frame(0), &chunk(1).encode()), 0);
-    keeper.file("base/1", vec![(0, 0, 1)]);
+    keeper.file("base/1", (8192, false), vec![(0, 0, 1)]);
     let (kept, why_not) = keeper.finish(std::iter::empty());
     assert!(kept.is_none() && why_not.unwrap().contains("/nonexistent"));
 }

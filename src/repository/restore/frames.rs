@@ -15,11 +15,8 @@ use crate::repository::keysets::KeyRing;
 use crate::repository::layout;
 use crate::repository::pack::open_frame;
 use crate::repository::page_map::{FrameRef, PackId};
+use crate::repository::restore::memory::Memory;
 
-/// Requests in flight.
-const REQUESTS: usize = 8;
-/// The most that one request asks for: requests in flight times this, twice (sealed and opened), is held in memory.
-const RANGE_LIMIT: u32 = 4 * 1024 * 1024;
 /// A hole of this size between two frames is read over: cheaper than another request.
 const READ_OVER: u32 = 64 * 1024;
 
@@ -40,21 +37,32 @@ struct Request<T> {
     frames: Vec<(FrameRef, T)>,
 }
 
+/// What is fetched from where, and how much at a time.
+#[derive(Debug, Clone, Copy)]
+pub struct Flight<'a> {
+    /// Holds the packs.
+    pub repository: &'a Repository,
+    /// Opens their frames.
+    pub ring: &'a KeyRing,
+    /// Of which kind they are.
+    pub unit: Unit,
+    /// Bounds the requests in flight.
+    pub memory: Memory,
+}
+
 /// Fetches `frames` and hands them to `use_them` on a blocking thread, a request's worth at a time, in no particular
 /// order. Returns the bytes fetched.
 ///
 /// # Errors
 /// A frame is in no region intact, no key opens its keyset, or `use_them` failed.
 pub async fn fetch_frames<T: Send + 'static>(
-    repository: &Repository,
-    ring: &KeyRing,
-    unit: Unit,
+    Flight { repository, ring, unit, memory }: Flight<'_>,
     frames: Vec<(FrameRef, T)>,
     use_them: impl Fn(Vec<Fetched<T>>) -> Result<()> + Send + Sync + 'static,
 ) -> Result<u64> {
     let keys = Arc::new(open_keysets(ring, &frames).await?);
     let use_them = Arc::new(use_them);
-    let requests = stream::iter(coalesce(frames)).map(|request| {
+    let requests = stream::iter(coalesce(frames, memory.range())).map(|request| {
         let (keys, use_them) = (Arc::clone(&keys), Arc::clone(&use_them));
         async move {
             let (frames, bytes) = fetch(Opener { repository, keys: &keys, unit }, request).await?;
@@ -63,7 +71,7 @@ pub async fn fetch_frames<T: Send + 'static>(
             Ok::<_, Error>(bytes)
         }
     });
-    requests.buffer_unordered(REQUESTS).try_fold(0, |sum, bytes| async move { Ok(sum + bytes) }).await
+    requests.buffer_unordered(memory.requests()).try_fold(0, |sum, bytes| async move { Ok(sum + bytes) }).await
 }
 
 async fn open_keysets<T>(ring: &KeyRing, frames: &[(FrameRef, T)]) -> Result<BTreeMap<KeysetId, Arc<Keyset>>> {
@@ -80,14 +88,14 @@ async fn open_keysets<T>(ring: &KeyRing, frames: &[(FrameRef, T)]) -> Result<BTr
     Ok(keys)
 }
 
-fn coalesce<T>(mut frames: Vec<(FrameRef, T)>) -> Vec<Request<T>> {
+fn coalesce<T>(mut frames: Vec<(FrameRef, T)>, limit: u32) -> Vec<Request<T>> {
     frames.sort_by(|(a, _), (b, _)| (&a.pack, a.offset).cmp(&(&b.pack, b.offset)));
     let mut requests: Vec<Request<T>> = Vec::new();
     for (frame, note) in frames {
         let (start, end) = (u64::from(frame.offset), u64::from(frame.offset) + u64::from(frame.length));
         let joins = requests.last().is_some_and(|last| {
             let near = start <= last.range.end + u64::from(READ_OVER);
-            let small = end.saturating_sub(last.range.start) <= u64::from(RANGE_LIMIT);
+            let small = end.saturating_sub(last.range.start) <= u64::from(limit);
             last.pack == frame.pack && near && small
         });
         match requests.last_mut() {

@@ -2,35 +2,45 @@
 //!
 //! The manifest is read part by part. Files are created with their final size, so pages of zeros stay holes; then their
 //! map chunks and frames are fetched in the order of packs and offsets, neighbours in one request, each byte once, many
-//! requests in flight. Every frame is authenticated before a byte of it is written. Memory is bounded by the window
-//! (see [`WINDOW_PAGES`]) and the requests in flight, whatever the size of the cluster.
+//! requests in flight. Every frame is authenticated before a byte of it is written. Memory is bounded by a budget (see
+//! [`Memory`]), whatever the size of the cluster. With [`Destination::reuse`] what stands there already stays, page by page,
+//! where it is what the map says.
 //!
 //! `global/pg_control` is written under another name: a server cannot start without it, so half a restore never starts.
 
 use std::collections::BTreeMap;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::disk::sparse::FilePool;
 use crate::model::commit::Commit;
 use crate::model::pages::PAGE_SIZE;
-use crate::model::{Error, Result, ResultExt};
+use crate::model::{Result, ResultExt};
 use crate::observe::progress::Phase;
-use crate::repository::catalog;
 use crate::repository::handle::Repository;
 use crate::repository::inventory::InventoryLine;
 use crate::repository::keysets::KeyRing;
-use crate::repository::layout;
-use crate::repository::manifest::{Begin, FileLine, Line, ManifestReader, ManifestSeal, PartsSummary};
+use crate::repository::manifest::Line;
 
+mod checksum;
+mod file;
 mod frames;
+mod memory;
+mod pages;
+mod parts;
+mod places;
+mod reuse;
 pub mod streams;
 mod window;
 
-pub use frames::{Fetched, fetch_frames};
-pub use window::{WINDOW_PAGES, WrittenFile};
+pub use file::WrittenFile;
+pub use frames::{Fetched, Flight, fetch_frames};
+pub use memory::Memory;
+pub use parts::{ManifestParts, read_outline};
 
-use window::Window;
+use parts::decode_small;
+use places::{create_directory, link_tablespace, pending_name, place_of, set_directory_mode};
+use window::{Origin, Window};
 
 /// The name that `global/pg_control` has until everything else is in place.
 pub const CONTROL_FILE_PENDING: &str = "global/pg_control.drctl-pending";
@@ -40,10 +50,22 @@ pub const CONTROL_FILE: &str = "global/pg_control";
 /// Where to restore to.
 #[derive(Debug, Clone)]
 pub struct Destination {
-    /// The data directory; exists and is empty.
+    /// The data directory; exists and is empty, unless it is reused.
     pub directory: PathBuf,
     /// Location on the source → directory here. Every tablespace of the backup must be named.
     pub tablespaces: BTreeMap<String, PathBuf>,
+    /// Whether files that stand there become those of the backup; otherwise one that stands there is an error. What the
+    /// backup does not have is the caller's to remove.
+    pub reuse: bool,
+    /// What may be held in memory.
+    pub memory: Memory,
+}
+
+impl Destination {
+    /// An empty directory.
+    pub fn empty(directory: PathBuf, tablespaces: BTreeMap<String, PathBuf>) -> Self {
+        Self { directory, tablespaces, reuse: false, memory: Memory::default() }
+    }
 }
 
 /// What the engine leaves to the job: contents that are written last or interpreted.
@@ -63,6 +85,8 @@ pub struct Leftover {
     pub files: u64,
     /// Bytes fetched from the regions for pages and maps.
     pub fetched: u64,
+    /// Bytes of pages that stood there already.
+    pub reused: u64,
 }
 
 /// Restores every file of a backup, except that `pg_control` still has its pending name. `written` is told of each file
@@ -80,10 +104,9 @@ pub async fn restore_files(
 ) -> Result<Leftover> {
     let mut leftover = Leftover::default();
     let pool = Arc::new(FilePool::new(256));
-    let mut begin = None;
-    let mut window = Window::default();
-    let mut closed = Vec::new();
+    let (mut begin, mut window, mut closed) = (None, Window::default(), Vec::new());
     let mut parts = ManifestParts::new(repository, ring, commit, inventory).await?;
+    let memory = destination.memory;
     while let Some(lines) = parts.next().await? {
         for line in lines {
             match line {
@@ -98,22 +121,34 @@ pub async fn restore_files(
                     if !file.damaged_blocks.is_empty() {
                         leftover.damaged.push((file.path.clone(), file.damaged_blocks.clone()));
                     }
-                    window.add(file, path, &pool)?;
+                    match destination.reuse {
+                        true => window.take_over(file, path, &pool)?,
+                        false => window.create(file, path, &pool)?,
+                    }
                 }
                 Line::Small { path, mode, base64 } => leftover.small_files.push(decode_small(path, mode, &base64)?),
                 Line::Document { name, content } => leftover.documents.push((name, content)),
                 Line::End { files, bytes } => (leftover.files, leftover.bytes) = (files, bytes),
             }
-            if let (true, Some(secrets)) = (window.is_full(), &begin) {
-                leftover.fetched += window.write(repository, ring, secrets, (&pool, progress, written)).await?;
+            if let (true, Some(secrets)) = (window.is_full(memory), &begin) {
+                let origin = Origin { repository, ring, secrets, memory };
+                leftover.add(window.write(origin, (&pool, progress, written)).await?);
             }
         }
     }
     if let Some(secrets) = &begin {
-        leftover.fetched += window.write(repository, ring, secrets, (&pool, progress, written)).await?;
+        let origin = Origin { repository, ring, secrets, memory };
+        leftover.add(window.write(origin, (&pool, progress, written)).await?);
     }
     closed.into_iter().try_for_each(|(path, mode)| set_directory_mode(&path, mode))?;
     Ok(leftover)
+}
+
+impl Leftover {
+    const fn add(&mut self, (fetched, reused): window::Moved) {
+        self.fetched += fetched;
+        self.reused += reused;
+    }
 }
 
 /// Fetches, opens and compares everything that [`restore_files`] would write, and writes nothing. Returns the bytes of all
@@ -127,7 +162,7 @@ pub async fn check_files(
     (commit, inventory): (&Commit, &[InventoryLine]),
     progress: &Arc<Phase>,
 ) -> Result<u64> {
-    let (mut begin, mut window, mut total) = (None, Window::default(), 0);
+    let (mut begin, mut window, mut total, memory) = (None, Window::default(), 0, Memory::default());
     let mut parts = ManifestParts::new(repository, ring, commit, inventory).await?;
     while let Some(lines) = parts.next().await? {
         for line in lines {
@@ -141,161 +176,15 @@ pub async fn check_files(
                 Line::End { bytes, .. } => total = bytes,
                 Line::Directory { .. } | Line::Tablespace { .. } | Line::Document { .. } => {}
             }
-            if let (true, Some(secrets)) = (window.is_full(), &begin) {
-                window.check(repository, ring, secrets, progress).await?;
+            if let (true, Some(secrets)) = (window.is_full(memory), &begin) {
+                window.check(Origin { repository, ring, secrets, memory }, progress).await?;
             }
         }
     }
     if let Some(secrets) = &begin {
-        window.check(repository, ring, secrets, progress).await?;
+        window.check(Origin { repository, ring, secrets, memory }, progress).await?;
     }
     Ok(total)
-}
-
-/// Reads a manifest part by part, in order, each checked against the inventory.
-#[derive(Debug)]
-pub struct ManifestParts<'a> {
-    repository: &'a Repository,
-    commit: &'a Commit,
-    keyset: Arc<crate::keys::keyset::Keyset>,
-    lines: BTreeMap<&'a str, &'a InventoryLine>,
-    reader: Option<ManifestReader>,
-    next: u32,
-}
-
-impl<'a> ManifestParts<'a> {
-    /// Opens the backup's keyset and checks that the inventory names the manifest that COMMIT signed.
-    ///
-    /// # Errors
-    /// No key holder opens the keyset; the inventory contradicts COMMIT.
-    pub async fn new(
-        repository: &'a Repository,
-        ring: &KeyRing,
-        commit: &'a Commit,
-        inventory: &'a [InventoryLine],
-    ) -> Result<Self> {
-        let lines: BTreeMap<_, _> = inventory.iter().map(|line| (line.key.as_str(), line)).collect();
-        let mut summary = PartsSummary::default();
-        for part in 0..commit.manifest.count {
-            if let Some(line) = lines.get(layout::manifest(&commit.target, &commit.id, part).as_str()) {
-                summary.add(line.size, line.digest());
-            }
-        }
-        if summary.finish() != commit.manifest {
-            let text = format!("the inventory of {} does not list the manifest that its COMMIT signed", commit.id);
-            return Err(Error::damaged(text));
-        }
-        let keyset = ring.open(&commit.target, &commit.keyset).await?;
-        Ok(Self { repository, commit, keyset, lines, reader: Some(ManifestReader::default()), next: 0 })
-    }
-
-    /// The lines of the next part; `None` after the last, once the manifest has proven complete.
-    ///
-    /// # Errors
-    /// A part is in no region intact, or the manifest is not complete.
-    pub async fn next(&mut self) -> Result<Option<Vec<Line>>> {
-        let id = &self.commit.id;
-        if self.next == self.commit.manifest.count {
-            return self.reader.take().map_or(Ok(()), |reader| reader.finish(id)).map(|()| None);
-        }
-        let key = layout::manifest(&self.commit.target, id, self.next);
-        let line =
-            self.lines.get(key.as_str()).ok_or_else(|| Error::damaged(format!("{key} is not in the inventory")))?;
-        let (bytes, _) = self.repository.regions.read_exact(&key, line.size, line.digest()).await?;
-        let seal = ManifestSeal {
-            repository: &self.repository.id,
-            keyset: &self.commit.keyset,
-            backup: id,
-            key: self.keyset.meta(),
-        };
-        self.next += 1;
-        match &mut self.reader {
-            Some(reader) => reader.part(&bytes, &seal).map(Some),
-            None => Ok(None),
-        }
-    }
-}
-
-/// The first lines of a manifest tell what a plan needs: tablespaces, documents, special files.
-///
-/// # Errors
-/// As [`ManifestParts`].
-pub async fn read_outline(repository: &Repository, ring: &KeyRing, commit: &Commit) -> Result<(Begin, Leftover)> {
-    let inventory = catalog::inventory(repository, commit).await?;
-    let mut parts = ManifestParts::new(repository, ring, commit, &inventory).await?;
-    let (mut begin, mut outline) = (None, Leftover::default());
-    while let Some(lines) = parts.next().await? {
-        for line in lines {
-            match line {
-                Line::Begin(first) => begin = Some(first),
-                Line::Tablespace { oid, location } => outline.tablespaces.push((oid, location)),
-                Line::Small { path, mode, base64 } => outline.small_files.push(decode_small(path, mode, &base64)?),
-                Line::Document { name, content } => outline.documents.push((name, content)),
-                Line::End { files, bytes } => (outline.files, outline.bytes) = (files, bytes),
-                Line::File(FileLine { path, damaged_blocks, .. }) if !damaged_blocks.is_empty() => {
-                    outline.damaged.push((path, damaged_blocks));
-                }
-                Line::File(_) | Line::Directory { .. } => {}
-            }
-        }
-    }
-    let begin = begin.ok_or_else(|| Error::damaged(format!("the manifest of {} has no beginning", commit.id)))?;
-    Ok((begin, outline))
-}
-
-fn decode_small(path: String, mode: u32, base64: &str) -> Result<(String, u32, Vec<u8>)> {
-    use base64::Engine as _;
-    let bytes = base64::engine::general_purpose::STANDARD.decode(base64);
-    let bytes =
-        bytes.map_err(|error| Error::damaged(format!("{path} in the manifest is not readable")).because(error))?;
-    Ok((path, mode, bytes))
-}
-
-fn pending_name(path: &str) -> &str {
-    if path == CONTROL_FILE { CONTROL_FILE_PENDING } else { path }
-}
-
-/// Where a relative path of the backup lands. The manifest is authenticated, and still no path leaves its directory.
-fn place_of(destination: &Destination, path: &str) -> Result<PathBuf> {
-    let plain = Path::new(path).components().all(|part| matches!(part, Component::Normal(_)));
-    if !plain || path.is_empty() {
-        return Err(Error::damaged(format!("the manifest names a path outside of the data directory: `{path}`")));
-    }
-    Ok(destination.directory.join(path))
-}
-
-/// Creates a directory; gives the mode that it is to have once everything in it is written, if its owner may not write
-/// there then.
-fn create_directory(destination: &Destination, path: &str, mode: u32) -> Result<Option<(PathBuf, u32)>> {
-    use std::os::unix::fs::DirBuilderExt;
-    let path = place_of(destination, path)?;
-    match std::fs::DirBuilder::new().mode(0o700).create(&path) {
-        Ok(()) => {}
-        // A tablespace's directory stands already, as a link.
-        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists && path.is_dir() => {}
-        Err(error) => return Err(Error::failed(format!("create {}", path.display())).because(error)),
-    }
-    const OWNER_WRITES: u32 = 0o700;
-    set_directory_mode(&path, mode | OWNER_WRITES)?;
-    Ok((mode & OWNER_WRITES != OWNER_WRITES).then_some((path, mode)))
-}
-
-fn set_directory_mode(path: &Path, mode: u32) -> Result<()> {
-    use std::os::unix::fs::PermissionsExt;
-    let permissions = std::fs::Permissions::from_mode(mode & 0o7777);
-    std::fs::set_permissions(path, permissions)
-        .map_err(|error| Error::failed(format!("set the mode of {}", path.display())).because(error))
-}
-
-fn link_tablespace(destination: &Destination, oid: u32, location: &str) -> Result<()> {
-    let unmapped = || Error::refused(format!("tablespace {oid} at {location} has no new place"));
-    let place = destination.tablespaces.get(location).ok_or_else(unmapped)?;
-    let link = destination.directory.join("pg_tblspc").join(oid.to_string());
-    let parent = destination.directory.join("pg_tblspc");
-    std::fs::create_dir_all(&parent)
-        .map_err(|error| Error::failed(format!("create {}", parent.display())).because(error))?;
-    std::os::unix::fs::symlink(place, &link)
-        .map_err(|error| Error::failed(format!("link {} to {}", link.display(), place.display())).because(error))
 }
 
 /// Pages that a file of this size has.

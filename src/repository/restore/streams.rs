@@ -16,7 +16,8 @@ use crate::repository::inventory::InventoryLine;
 use crate::repository::keysets::KeyRing;
 use crate::repository::manifest::{ChunkUse, FileLine, Line};
 use crate::repository::restore::ManifestParts;
-use crate::repository::restore::window::{Secrets, Window};
+use crate::repository::restore::memory::Memory;
+use crate::repository::restore::window::{Origin, Secrets, Window};
 use crate::repository::stream_writer::{STREAMS, StreamLine, parse_part};
 
 /// Pieces of at most 8 MiB that are fetched at the same time; each is held three times over: sealed, opened, put together.
@@ -95,13 +96,14 @@ impl StoredStreams {
         name: &str,
         out: &mpsc::Sender<Result<Bytes>>,
     ) -> Result<u64> {
+        let origin = Origin { repository, ring, secrets: &self.secrets, memory: Memory::default() };
         let mut fetched = 0;
         let parts = self.parts.range((name.to_owned(), 0)..=(name.to_owned(), u32::MAX));
         for file in parts.map(|(_, file)| file) {
             let pieces = stream::iter(pieces(file)?).map(|piece| async move {
                 let mut window = Window::default();
                 window.add_known(piece, PathBuf::from(&file.path))?;
-                window.read(repository, ring, &self.secrets).await
+                window.read(origin).await
             });
             let mut pieces = pieces.buffered(AHEAD);
             while let Some(piece) = pieces.next().await {

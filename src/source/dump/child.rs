@@ -20,16 +20,18 @@ const LINE_BYTES: u64 = 4096;
 /// A child that runs. It is killed when this is dropped.
 #[derive(Debug)]
 pub(super) struct Child {
-    program: String,
+    program: &'static str,
     child: tokio::process::Child,
     stdout: Option<ChildStdout>,
     stderr: Option<ChildStderr>,
 }
 
 impl Child {
-    pub(super) fn start(mut command: Command, environment: Vec<(&'static str, OsString)>) -> Result<Self> {
-        let program = command.as_std().get_program();
-        let program = program.to_string_lossy().rsplit('/').next().unwrap_or_default().to_owned();
+    pub(super) fn start(
+        program: &'static str,
+        mut command: Command,
+        environment: Vec<(&'static str, OsString)>,
+    ) -> Result<Self> {
         command.envs(environment).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
         let mut child = command.spawn().map_err(|error| Error::failed(format!("start {program}")).because(error))?;
         let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
@@ -51,7 +53,7 @@ impl Child {
         // Both at once: a child that cannot complain waits. The first error ends it, by dropping it.
         let (_, complaints) = tokio::try_join!(pump, async { Ok(complaints(stderr).await) })?;
         let status = self.wait().await?;
-        judge(&self.program, status, &complaints)?;
+        judge(self.program, status, &complaints)?;
         items.send(StreamItem::End).await.map_err(gone)?;
         Ok(complaints)
     }

@@ -11,8 +11,10 @@ pub struct Found {
     pub version: u32,
     /// The databases that would be dumped.
     pub databases: Vec<String>,
-    /// Those that would not, and why.
-    pub left_out: Vec<String>,
+    /// Those that nobody can connect to, in words.
+    pub closed: Vec<String>,
+    /// Those that lack a grant, in words.
+    pub refused: Vec<String>,
     /// What `pg_dump --version` prints, or why there is none that fits.
     pub pg_dump: Result<String>,
     /// Tables with row security that would end the dump, because we do not see all of their rows.
@@ -26,9 +28,8 @@ pub struct Found {
 pub async fn look(options: &Options) -> Result<Found> {
     let server = Server::connect(options).await?;
     let Choice { chosen: databases, closed, refused } = server.databases(options).await?;
-    let left_out = closed.into_iter().chain(refused).collect();
     let pg_dump = server.programs(options.bin_dir.as_deref()).await.map(|programs| programs.version);
     let query = "SELECT NOT (rolsuper OR rolbypassrls) FROM pg_catalog.pg_roles WHERE rolname = current_user";
     let row = server.client().query_one(query, &[]).await.map_err(crate::pg::PgError::from)?;
-    Ok(Found { version: server.version, databases, left_out, pg_dump, hidden_rows: row.get(0) })
+    Ok(Found { version: server.version, databases, closed, refused, pg_dump, hidden_rows: row.get(0) })
 }

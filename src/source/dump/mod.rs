@@ -10,21 +10,25 @@ use std::time::Duration;
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
+use tokio::process::Command;
 use tokio::sync::mpsc;
 
 use crate::model::{Error, Result, ResultExt};
 use crate::pg::conninfo::ConnInfo;
+use crate::pg::instance::PgBinaries;
 use crate::source::{Copied, StreamItem, StreamSource};
 
 mod child;
 mod look;
+mod properties;
 mod restore;
 mod server;
 #[cfg(test)]
 mod tests;
 
 pub use look::{Found, look};
-pub use restore::{Goal, Place, Restored, Wishes, create, drop_created, inspect, restore};
+pub use properties::Properties;
+pub use restore::{Goal, Place, Restored, Wishes, create, dress, drop_created, inspect, restore};
 
 use child::Child;
 use server::{Choice, Server};
@@ -47,6 +51,14 @@ pub struct Options {
     pub scope: Scope,
     /// How long a lock on a table is waited for.
     pub lock_wait: Option<Duration>,
+    /// Whether the programs are killed with this process, which must be drctl.
+    pub end_with_us: bool,
+}
+
+impl Options {
+    fn command(&self, binaries: &PgBinaries, program: &str) -> Command {
+        if self.end_with_us { binaries.command_beside(program) } else { binaries.command(program) }
+    }
 }
 
 /// What of a database is dumped: patterns as `pg_dump` takes them.
@@ -116,6 +128,9 @@ pub struct Database {
     pub locale: Locale,
     /// Roles that own something in it, or are granted something.
     pub roles: Vec<String>,
+    /// What `pg_restore` leaves out because it belongs to the database itself.
+    #[serde(default)]
+    pub properties: Properties,
 }
 
 /// Encoding and collation of a database.
@@ -162,34 +177,37 @@ impl StreamSource for Dump {
             globals: None,
             left_out: closed.iter().chain(&refused).cloned().collect(),
         };
-        let mut notes = Vec::new();
+        let (mut notes, mut as_of) = (Vec::new(), None::<DateTime<Utc>>);
+        let watch = server.watch();
         for name in chosen {
             let step = || format!("dump the database {name}");
             let snapshot = server.snapshot(&name).await.during(step)?;
-            let mut command = programs.binaries.command("pg_dump");
+            let mut command = self.options.command(&programs.binaries, "pg_dump");
             command.args(["--format=custom", "--compress=0", "--no-password"]);
             command.arg(format!("--snapshot={}", snapshot.id)).args(self.options.scope.arguments());
             if let Some(limit) = self.options.lock_wait {
                 command.arg(format!("--lock-wait-timeout={}", limit.as_millis()));
             }
             let stream = stream_name(&name);
-            let child = Child::start(command, server.environment(&name)?).during(step)?;
+            let child = Child::start("pg_dump", command, server.environment(&name)?).during(step)?;
             notes.extend(child.send(&items, &stream).await.during(step)?);
+            as_of = as_of.into_iter().chain(snapshot.lagging()).min();
             contents.databases.push(snapshot.end(stream));
         }
         if self.options.globals {
-            let mut command = programs.binaries.command("pg_dumpall");
+            let mut command = self.options.command(&programs.binaries, "pg_dumpall");
             // Managed servers show nobody the hashes of passwords.
             command.args(["--globals-only", "--no-role-passwords", "--no-password"]);
             command.arg(format!("--database={}", as_conninfo(server.maintenance())));
-            let child = Child::start(command, server.environment(server.maintenance())?)?;
+            let child = Child::start("pg_dumpall", command, server.environment(server.maintenance())?)?;
             notes.extend(child.send(&items, GLOBALS).await.during(|| "dump roles and tablespaces")?);
             contents.globals = Some(GLOBALS.to_owned());
         }
+        watch.over();
         notes.extend(closed);
         let document = serde_json::to_value(&contents);
         let document = document.map_err(|error| Error::failed("describe the dump").because(error))?;
-        Ok(Copied { document, notes, left_out: refused })
+        Ok(Copied { document, notes, left_out: refused, as_of })
     }
 
     fn method(&self) -> &'static str {

@@ -8,6 +8,7 @@ use tokio::process::ChildStdin;
 use tokio::sync::mpsc;
 
 use super::child::{complaints, judge};
+use super::properties::{Properties, Statement, identifier, literal};
 use super::server::Server;
 use super::{Contents, Database, as_conninfo};
 use crate::model::{Error, Result, ResultExt};
@@ -196,11 +197,27 @@ async fn feed(dump: &mut mpsc::Receiver<Result<Bytes>>, stdin: &mut Option<Child
     Ok(())
 }
 
-fn identifier(name: &str) -> String {
-    format!("\"{}\"", name.replace('"', "\"\""))
-}
-
-fn literal(text: &str) -> String {
-    let escaped = text.replace('\\', "\\\\").replace('\'', "''");
-    format!("E'{escaped}'")
+/// Gives a database that was made for a dump what was its own. Says what could not be given: the data is whole without it.
+///
+/// # Errors
+/// The server does not answer.
+pub async fn dress(into: &Goal, properties: &Properties, wishes: Wishes) -> Result<Vec<String>> {
+    let server = Server::reach(into.conninfo.clone().with_application_name(NAME)).await?;
+    let client = server.client();
+    let mut notes = Vec::new();
+    for Statement { what, role, sql, .. } in properties.statements(&into.name, wishes.no_owner) {
+        let known = "SELECT EXISTS (SELECT FROM pg_catalog.pg_roles WHERE rolname = $1)";
+        let absent = match &role {
+            Some(role) => !client.query_one(known, &[role]).await.map_err(PgError::from)?.get::<_, bool>(0),
+            None => false,
+        };
+        let given = match (absent, &role) {
+            (true, Some(role)) => Err(format!("the server has no role {role}")),
+            _ => client.batch_execute(&sql).await.map_err(|error| PgError::from(error).to_string()),
+        };
+        if let Err(why) = given {
+            notes.push(format!("database {} lacks {what}: {why}", into.name));
+        }
+    }
+    Ok(notes)
 }

@@ -2,11 +2,14 @@
 
 use std::ffi::OsString;
 use std::path::Path;
+use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 
+use super::properties::Properties;
 use super::{Database, Locale, Options};
 use crate::model::{Error, Result, ResultExt};
+use crate::observe::task;
 use crate::pg::PgError;
 use crate::pg::conninfo::ConnInfo;
 use crate::pg::instance::{ClientPrograms, PgBinaries};
@@ -15,12 +18,16 @@ use crate::pg::sql::{self, SqlClient};
 
 /// As shown in `pg_stat_activity`.
 const NAME: &str = "drctl dump";
+/// How long the server may take to end what killed programs left.
+const END_BACKENDS: Duration = Duration::from_secs(30);
 
 /// A server that answered; every connection and every program goes to this one, because a snapshot is known nowhere else.
 #[derive(Debug)]
 pub(super) struct Server {
     info: ConnInfo,
     client: SqlClient,
+    /// The name of the programs that run for us, in `pg_stat_activity`.
+    programs: String,
     /// `server_version_num`.
     pub(super) version: u32,
 }
@@ -47,9 +54,13 @@ impl Server {
             let info = info.clone().at(server.clone());
             match sql::connect(&info).await {
                 Ok(client) => {
-                    let query = "SELECT pg_catalog.current_setting('server_version_num')::pg_catalog.int4";
-                    let version: i32 = client.query_one(query, &[]).await.map_err(PgError::from)?.get(0);
-                    return Ok(Self { info, client, version: version.unsigned_abs() });
+                    let query = "SELECT pg_catalog.current_setting('server_version_num')::pg_catalog.int4,
+                                        pg_catalog.pg_backend_pid()";
+                    let row = client.query_one(query, &[]).await.map_err(PgError::from)?;
+                    let (version, pid): (i32, i32) = (row.get(0), row.get(1));
+                    // As long as we are connected no other client of the server has this number.
+                    let programs = format!("{} {pid}", info.application_name);
+                    return Ok(Self { info, client, programs, version: version.unsigned_abs() });
                 }
                 Err(error) => last = error,
             }
@@ -71,7 +82,12 @@ impl Server {
     }
 
     pub(super) fn environment(&self, database: &str) -> Result<Vec<(&'static str, OsString)>> {
-        Ok(libpq::environment(&self.info(database))?)
+        Ok(libpq::environment(&self.info(database).with_application_name(self.programs.clone()))?)
+    }
+
+    /// Watches over the programs that are started from now on.
+    pub(super) fn watch(&self) -> Watch {
+        Watch { info: self.info.clone(), programs: self.programs.clone(), over: false }
     }
 
     /// The programs of its version.
@@ -119,14 +135,19 @@ impl Server {
         client.batch_execute(begin).await.map_err(PgError::from)?;
         // The time of BEGIN: the snapshot is taken by the first statement behind it, so nothing committed before is missed.
         // A standby knows what it has replayed, and not what the primary has committed since.
-        let query = "SELECT pg_catalog.pg_export_snapshot(), CASE WHEN pg_catalog.pg_is_in_recovery()
+        let query = "SELECT pg_catalog.pg_export_snapshot(), pg_catalog.pg_is_in_recovery(), CASE WHEN pg_catalog.pg_is_in_recovery()
                        THEN least(pg_catalog.now(), pg_catalog.pg_last_xact_replay_timestamp()) ELSE pg_catalog.now() END";
         let row = client.query_one(query, &[]).await.map_err(PgError::from).during(|| "export a snapshot")?;
-        let (id, at): (String, DateTime<Utc>) = (row.get(0), row.get(1));
-        let locale = self.locale(&client).await?;
-        let roles = roles(&client).await?;
-        let database = Database { name: database.to_owned(), stream: String::new(), snapshot_at: at, locale, roles };
-        Ok(Snapshot { id, database, _client: client })
+        let (id, lags, at): (String, bool, DateTime<Utc>) = (row.get(0), row.get(1), row.get(2));
+        let database = Database {
+            name: database.to_owned(),
+            stream: String::new(),
+            snapshot_at: at,
+            locale: self.locale(&client).await?,
+            roles: roles(&client).await?,
+            properties: Properties::read(&client).await?,
+        };
+        Ok(Snapshot { id, lags, database, _client: client })
     }
 
     async fn locale(&self, client: &SqlClient) -> Result<Locale> {
@@ -162,15 +183,65 @@ async fn roles(client: &SqlClient) -> Result<Vec<String>> {
     Ok(rows.iter().map(|row| row.get(0)).collect())
 }
 
+/// Ends what our programs left on the server, unless they came to their end: a backend that waits for a lock does not see
+/// that its client was killed.
+#[derive(Debug)]
+pub(super) struct Watch {
+    info: ConnInfo,
+    programs: String,
+    over: bool,
+}
+
+impl Watch {
+    /// All of them have ended by themselves.
+    pub(super) fn over(mut self) {
+        self.over = true;
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        if self.over || tokio::runtime::Handle::try_current().is_err() {
+            return;
+        }
+        let (info, programs) = (self.info.clone(), std::mem::take(&mut self.programs));
+        // Nobody waits for it: whoever dropped this has no time left.
+        drop(task::spawn("end-backends", async move {
+            match tokio::time::timeout(END_BACKENDS, end_backends(&info, &programs)).await {
+                Ok(Ok(0)) => {}
+                Ok(Ok(count)) => tracing::info!(count, programs, "backends of killed programs were ended"),
+                Ok(Err(error)) => tracing::warn!(%error, programs, "backends of killed programs may remain"),
+                Err(_) => {
+                    tracing::warn!(programs, "backends of killed programs may remain: the server does not answer")
+                }
+            }
+        }));
+    }
+}
+
+async fn end_backends(info: &ConnInfo, programs: &str) -> Result<u64> {
+    let client = sql::connect(info).await?;
+    let query = "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity
+                 WHERE application_name = $1 AND usename = current_user AND pid <> pg_catalog.pg_backend_pid()";
+    Ok(client.execute(query, &[&programs]).await.map_err(PgError::from)?)
+}
+
 /// A snapshot that others may use, as long as this lives.
 #[derive(Debug)]
 pub(super) struct Snapshot {
     pub(super) id: String,
+    /// It is a standby's, which may be behind its primary by any time.
+    lags: bool,
     database: Database,
     _client: SqlClient,
 }
 
 impl Snapshot {
+    /// The moment of what it shows, where that may be long ago.
+    pub(super) fn lagging(&self) -> Option<DateTime<Utc>> {
+        self.lags.then_some(self.database.snapshot_at)
+    }
+
     pub(super) fn end(self, stream: String) -> Database {
         Database { stream, ..self.database }
     }

@@ -4,7 +4,7 @@
 //! ever written outside of the directory that was named, whoever made the archive.
 
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
@@ -39,6 +39,18 @@ pub struct Options {
     pub include: Vec<Pattern>,
     /// Never what they cover.
     pub exclude: Vec<Pattern>,
+}
+
+impl Options {
+    /// Whether an archive would hold what stands at this path, wherever links lead.
+    pub fn take(&self, path: &Path) -> bool {
+        let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
+        let inside = real(path);
+        self.roots.iter().any(|root| match inside.strip_prefix(real(root)) {
+            Ok(below) => !self.exclude.iter().any(|pattern| pattern.covers(&root.join(below))),
+            Err(_) => false,
+        })
+    }
 }
 
 /// What an archive holds, for the record.
@@ -97,6 +109,19 @@ impl Contents {
             ..Self::default()
         }
     }
+
+    const fn entries(&self) -> u64 {
+        self.files + self.directories + self.others
+    }
+
+    /// An archive of bare roots keeps nothing: a pattern is wrong, a file system is not mounted, or all of it is gone.
+    fn refuse_nothing(&self) -> Result<()> {
+        if self.files + self.others > 0 || self.directories > self.roots.len() as u64 {
+            return Ok(());
+        }
+        let error = Error::failed(format!("nothing in {} is selected", self.roots.join(", ")));
+        Err(error.hint("is all of it mounted? then see `roots`, `include` and `exclude` of the target"))
+    }
 }
 
 /// Directories that are to be read.
@@ -124,7 +149,7 @@ impl StreamSource for Files {
             let (notes, left_out) = told.end();
             let document = serde_json::to_value(&contents);
             let document = document.map_err(|error| Error::failed("describe the archive").because(error))?;
-            Ok(Copied { document, notes, left_out })
+            Ok(Copied { document, notes, left_out, as_of: None })
         });
         work.await.map_err(|error| Error::failed("the reader of files died").because(error))?
     }

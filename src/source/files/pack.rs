@@ -43,6 +43,7 @@ pub(super) fn pack(options: &Options, out: &mut impl Write) -> Result<(Contents,
     for root in &options.roots {
         packer.root(root)?;
     }
+    packer.contents.refuse_nothing()?;
     write_end(packer.out).and_then(|()| packer.out.flush()).map_err(gone)?;
     Ok((packer.contents, packer.told))
 }
@@ -74,7 +75,14 @@ impl<W: Write> Packer<'_, W> {
         } else if found.is_file() {
             File::open(root).map_err(unread)?;
         }
-        self.any(root, &found)
+        let before = self.contents.entries();
+        self.any(root, &found)?;
+        // With nothing in it but itself: a file system that is not mounted looks so, and a tree that was wiped.
+        let empty = found.is_dir() && fs::read_dir(root).map_err(unread)?.next().is_none();
+        if empty && self.contents.entries() <= before + 1 {
+            self.told.left_out(format!("{} is empty; is it mounted?", shown(root.as_os_str().as_bytes())));
+        }
+        Ok(())
     }
 
     fn any(&mut self, path: &Path, found: &Metadata) -> Done {

@@ -141,6 +141,52 @@ fn one_of_everything_comes_back_as_it_was() {
     assert_eq!(plain, other);
 }
 
+/// Lets something happen once these bytes have gone by.
+struct Meddler<F: FnOnce()> {
+    archive: Vec<u8>,
+    cue: &'static [u8],
+    then: Option<F>,
+}
+
+impl<F: FnOnce()> Write for Meddler<F> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.archive.extend_from_slice(bytes);
+        if self.archive.windows(self.cue.len()).any(|seen| seen == self.cue)
+            && let Some(then) = self.then.take()
+        {
+            then();
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A second name is a link only to what is in the archive: what became of the file since is packed as a file of its own.
+#[test]
+fn another_name_of_a_file_that_changed_is_no_link() {
+    let tree = tempfile::tempdir().unwrap();
+    let (first, second) = (tree.path().join("a-first"), tree.path().join("b-second"));
+    write(&first, b"as it was");
+    fs::hard_link(&first, &second).unwrap();
+    let changed = second.clone();
+    let then = || fs::File::options().append(true).open(changed).unwrap().write_all(b", and more").unwrap();
+    let mut meddler = Meddler { archive: Vec::new(), cue: b"as it was", then: Some(then) };
+    pack::pack(&options(&[tree.path()]), &mut meddler).unwrap();
+    let (out, _) = restored(&meddler.archive);
+    let back = out.path().join(tree.path().strip_prefix("/").unwrap());
+    let read = |name: &str| fs::read_to_string(back.join(name)).unwrap();
+    assert_eq!((read("a-first").as_str(), read("b-second").as_str()), ("as it was", "as it was, and more"));
+
+    // Left alone, it is one file with two names.
+    let (out, _) = restored(&packed(&options(&[tree.path()])).0);
+    let back = out.path().join(tree.path().strip_prefix("/").unwrap());
+    let [one, two] = ["a-first", "b-second"].map(|name| fs::metadata(back.join(name)).unwrap().ino());
+    assert_eq!(one, two);
+}
+
 #[test]
 fn gnu_tar_takes_over() {
     let (tree, out) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
@@ -175,6 +221,33 @@ fn include_and_exclude_choose() {
     let back = look(&out.path().join(tree.path().strip_prefix("/").unwrap()));
     let names: Vec<_> = back.keys().map(|name| String::from_utf8_lossy(name)).collect();
     assert_eq!(names, ["a", "a/b", "a/b/keep.tf", "top.tf"]);
+}
+
+#[test]
+fn an_archive_of_nothing_is_an_error_and_an_empty_root_is_told() {
+    let (tree, empty) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    write(&tree.path().join("kept"), b"1");
+    let pattern = |text: &str| vec![Pattern::parse(text).unwrap()];
+    let no_match = Options { include: pattern("nomatch"), ..options(&[tree.path()]) };
+    let all_out = Options { exclude: pattern("**"), ..options(&[tree.path()]) };
+    for nothing in [no_match, all_out, options(&[empty.path()])] {
+        let error = pack::pack(&nothing, &mut Vec::new()).unwrap_err();
+        assert!(error.to_string().contains("nothing in"), "{nothing:?}: {error}");
+    }
+    let (_, _, told) = packed(&options(&[tree.path(), empty.path()]));
+    assert!(told.left_out.len() == 1 && told.left_out[0].contains("is empty"), "{told:?}");
+}
+
+#[test]
+fn what_lies_in_a_root_is_taken_unless_it_is_excluded() {
+    let (tree, beside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    fs::create_dir(tree.path().join("region")).unwrap();
+    symlink(tree.path(), beside.path().join("link")).unwrap();
+    let all = options(&[tree.path()]);
+    assert!(all.take(&tree.path().join("region")) && all.take(&beside.path().join("link/region")));
+    assert!(!all.take(beside.path()));
+    let but = Options { exclude: vec![Pattern::parse("region").unwrap()], ..all };
+    assert!(!but.take(&tree.path().join("region")) && but.take(tree.path()));
 }
 
 #[test]

@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 
 use super::error::SourceError;
 use super::listing::CONTROL_FILE;
-use super::packer::{Packer, SMALL_PAGES};
+use super::packer::{Packer, Part, SMALL_PAGES};
 use super::pages::{Damage, Held, PageCheck};
 use super::rules::{self, Verdict};
 use crate::pg::control::ControlFile;
@@ -166,7 +166,7 @@ impl Unpacker {
                 ControlFile::parse(&bytes).map_err(|error| SourceError::ControlFile(error.to_string()))?;
                 self.control = true;
             }
-            self.packer.add_file(id, &bytes)?;
+            self.packer.add_file(id, &Part::whole(bytes))?;
         } else {
             contents.send_large(&mut self.packer, id, size)?;
         }
@@ -198,7 +198,7 @@ impl<E: Read> Contents<'_, E> {
                 .map_err(|_| SourceError::Unsupported(format!("{} has {size} bytes", self.path)))?;
             let bytes = self.pages(first_page, BATCH.min(size - read))?;
             read += bytes.len() as u64;
-            packer.send_pages(id, first_page, bytes)?;
+            packer.send_pages(id, first_page, Part::whole(bytes))?;
         }
         Ok(())
     }

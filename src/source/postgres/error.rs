@@ -2,9 +2,10 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use crate::disk::DiskError;
-use crate::model::{Error, Kind, Timeline};
+use crate::model::{Error, Kind, Lsn, Timeline};
 use crate::pg::PgError;
 
 /// Meanings of failure of a physical source.
@@ -59,6 +60,27 @@ pub enum SourceError {
         /// After.
         stop: Timeline,
     },
+    /// The standby that lends its files is no standby any more.
+    #[error("the standby was promoted during the backup")]
+    Promoted,
+    /// The standby that lends its files did not come to the start of the backup.
+    #[error(
+        "the standby is behind: it has replayed to {replayed}, its newest restartpoint is at {redo}, and the backup began at {start}, \
+         {} s ago",
+        waited.as_secs()
+    )]
+    StandbyBehind {
+        /// Where the backup began.
+        start: Lsn,
+        /// Where the standby's newest restartpoint begins.
+        redo: Lsn,
+        /// How far it has replayed.
+        replayed: Lsn,
+        /// How long it was waited for.
+        waited: Duration,
+        /// Why it would not make a restartpoint when it was asked to.
+        hint: Option<String>,
+    },
     /// `global/pg_control` never read as valid.
     #[error("global/pg_control is not valid: {0}")]
     ControlFile(String),
@@ -94,7 +116,7 @@ impl SourceError {
     /// Whether a new backup may succeed without anybody changing anything.
     pub fn is_transient(&self) -> bool {
         match self {
-            Self::SessionLost(_) => true,
+            Self::SessionLost(_) | Self::Promoted | Self::StandbyBehind { .. } => true,
             Self::Pg(error) => error.is_transient(),
             Self::Disk(error) => error.is_transient(),
             _ => false,
@@ -115,6 +137,10 @@ impl From<SourceError> for Error {
             SourceError::Read { source, .. } => Self::failed(text).because(source),
             SourceError::Unsupported(_) => Self::refused(text),
             SourceError::NotGranted { grant, .. } => Self::refused(text).hint(grant),
+            SourceError::StandbyBehind { hint: Some(hint), .. } => Self::new(Kind::Unavailable, text)
+                .because(hint)
+                .hint("let the role ask for restartpoints on the standby: GRANT pg_checkpoint TO <role>; (15 and later), or raise standby_patience"),
+            SourceError::Promoted | SourceError::StandbyBehind { .. } => Self::new(Kind::Unavailable, text),
             SourceError::NoDataDirectory(_) | SourceError::NotThisServer { .. } => {
                 Self::refused(text).hint("run on the server's own host, or use method = \"stream\"")
             }

@@ -90,6 +90,15 @@ impl Pulse {
         open.await.map_err(explained)
     }
 
+    /// How many beats of all targets this table has ever taken: each is one commit that says nothing of the data.
+    ///
+    /// # Errors
+    /// As [`beat`]; the connection is not to be used again.
+    pub async fn beats(&self) -> Result<i64> {
+        let row = self.client.query_one("SELECT COALESCE(sum(seq), 0)::bigint FROM drctl.heartbeat", &[]).await;
+        Ok(row.map_err(|error| explained(error.into()))?.get(0))
+    }
+
     /// Writes the next beat. `announce` hears of it, with its transaction, before it commits.
     ///
     /// # Errors

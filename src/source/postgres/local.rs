@@ -13,15 +13,17 @@ use tokio::sync::mpsc;
 
 use super::error::SourceError;
 use super::listing::{self, CONTROL_FILE, Listing};
+use super::options::Lender;
 use super::options::Options;
 use super::pace::Pace;
 use super::pages::PageCheck;
 use super::reader::Reading;
-use super::session::{Identity, Session};
+use super::session::{Identity, Role, Session};
+use super::standby::{self, Standby};
 use super::started::Started;
 use crate::model::{Result, SystemId};
 use crate::pg::control::{ControlFile, State};
-use crate::source::{Batch, Begun, FileId, Finished, Item, PAGE_SIZE, PhysicalSource, Piece, SmallFile};
+use crate::source::{Batch, Begun, FileId, Finished, Item, PAGE_SIZE, PhysicalSource, Piece, SmallFile, Unread};
 
 /// The server rewrites its control file in place, and a reader may see half of it. Two seconds are more than any write.
 const CONTROL_TRIES: u32 = 100;
@@ -34,6 +36,8 @@ pub struct LocalBackup {
     session: Session,
     data_directory: PathBuf,
     identity: Identity,
+    unread: Option<(Arc<dyn Unread>, bool)>,
+    standby: Option<(Standby, Duration)>,
     stage: Stage,
 }
 
@@ -57,8 +61,25 @@ impl LocalBackup {
             Some(directory) => directory.clone(),
             None => PathBuf::from(session.data_directory().await?),
         };
-        let identity = recognise(&session, &data_directory).await?;
-        Ok(Self { options, session, data_directory, identity, stage: Stage::Open })
+        let identity =
+            recognise(&data_directory, State::InProduction, async || session.identify(Role::Primary).await).await?;
+        Ok(Self { options, session, data_directory, identity, standby: None, unread: None, stage: Stage::Open })
+    }
+
+    /// The same with the files of a standby on this host.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open), of either server.
+    pub async fn open_standby(options: Options, lender: &Lender) -> Result<Self, SourceError> {
+        let session = Session::connect(&options.conninfo).await?;
+        let identity = session.identify(Role::Primary).await?;
+        let standby = Standby::open(&lender.conninfo, options.data_directory.clone(), &identity).await?;
+        let data_directory = standby.data_directory.clone();
+        recognise(&data_directory, State::InArchiveRecovery, async || standby.identity().await).await?;
+        // Found out now, and not after hours of reading.
+        read_control_over(&session).await?;
+        let standby = Some((standby, lender.patience));
+        Ok(Self { options, session, data_directory, identity, standby, unread: None, stage: Stage::Open })
     }
 
     async fn start(&mut self) -> Result<Begun, SourceError> {
@@ -68,13 +89,20 @@ impl LocalBackup {
         self.stage = Stage::Over;
         let version = self.identity.cluster.version;
         let (lsn, timeline) = self.session.start_backup(version, &self.options.label, self.options.fast).await?;
+        let started = Started { lsn, timeline };
+        if let Some((standby, patience)) = &self.standby {
+            self.session.while_alive(standby.reach(started, *patience)).await?;
+        }
         let (directory, name) = (self.data_directory.clone(), self.identity.version_directory());
-        let listing = blocking(move || listing::list(&directory, &name)).await?;
+        let mut listing = blocking(move || listing::list(&directory, &name)).await?;
+        if self.standby.is_some() {
+            listing.files.retain(|file| standby::is_replicated(&file.path));
+        }
         for note in &listing.notes {
             tracing::warn!(directory = %self.data_directory.display(), "{note}");
         }
         let listed: u64 = listing.files.iter().map(|file| file.size).sum();
-        self.stage = Stage::Begun { started: Started { lsn, timeline }, listing };
+        self.stage = Stage::Begun { started, listing };
         Ok(Begun {
             start_lsn: lsn,
             timeline,
@@ -112,7 +140,8 @@ impl LocalBackup {
         let control_id = control_id.map_err(|_| SourceError::Unsupported("more than 2^32 files".to_owned()))?;
         let check = PageCheck { checksums: self.identity.cluster.checksums, start: started.lsn };
         let pace = Pace::new(self.options.max_read_rate, Arc::clone(&self.options.clock));
-        let reading = Arc::new(Reading::new(self.data_directory.clone(), listing.files, check, pace));
+        let reading = Reading::new(self.data_directory.clone(), listing.files, check, pace);
+        let reading = Arc::new(reading.leaving_out(self.unread.clone()));
         let _stop = StopOnDrop(Arc::clone(&reading));
         let answers = reading.start(self.options.threads(), items)?.into_iter().map(|answer| async {
             answer.await.unwrap_or_else(|_| Err(SourceError::ReaderDied("it panicked".to_owned())))
@@ -123,20 +152,33 @@ impl LocalBackup {
         for held in reading.take_held() {
             send(items, held.settle(end)).await?;
         }
-        self.control_file(items, control_id).await
+        let control = match &self.standby {
+            None => {
+                let directory = self.data_directory.clone();
+                (control_id, blocking(move || read_control(&directory)).await?)
+            }
+            Some((standby, _)) => {
+                standby.still_replays(started).await?;
+                let next = standby::send_rest(&self.session, items, control_id).await?;
+                (next, read_control_over(&self.session).await?)
+            }
+        };
+        self.control_file(items, control).await
     }
 
     /// Last: its checkpoint may be newer than the backup's start, never older than a file that was read before it.
-    async fn control_file(&self, items: &mpsc::Sender<Item>, id: FileId) -> Result<(), SourceError> {
-        let directory = self.data_directory.clone();
-        let control = blocking(move || read_control(&directory)).await?;
+    async fn control_file(
+        &self,
+        items: &mpsc::Sender<Item>,
+        (id, control): (FileId, Control),
+    ) -> Result<(), SourceError> {
         if control.parsed.system_id != self.identity.cluster.system_id {
             return Err(SourceError::ControlFile(other_cluster(control.parsed.system_id, &self.identity)));
         }
         let size = control.bytes.len() as u64;
         let pieces = vec![Piece { file: id, first_page: 0, pages: 1 }];
         send(items, Item::File { id, path: CONTROL_FILE.to_owned(), mode: control.mode }).await?;
-        send(items, Item::Batch(Batch { pieces, data: control.bytes })).await?;
+        send(items, Item::Batch(Batch { pieces, data: control.bytes, ..Batch::default() })).await?;
         send(items, Item::FileDone { id, size, damaged_blocks: Vec::new() }).await
     }
 
@@ -165,8 +207,13 @@ impl PhysicalSource for LocalBackup {
         Ok(self.read(items).await?)
     }
 
+    fn leave_out(&mut self, unread: Arc<dyn Unread>, proof: bool) -> bool {
+        self.unread = Some((unread, proof));
+        true
+    }
+
     fn method(&self) -> &'static str {
-        "local"
+        if self.standby.is_some() { "standby" } else { "local" }
     }
 
     async fn finish(&mut self) -> Result<Finished> {
@@ -185,17 +232,21 @@ impl Drop for StopOnDrop {
 
 /// Compares the control file on this disk with what the server reads from its own. The system identifier alone would
 /// accept a standby or a clone on this host; their latest checkpoints differ, or they are not in production.
-async fn recognise(session: &Session, data_directory: &Path) -> Result<Identity, SourceError> {
+async fn recognise(
+    data_directory: &Path,
+    state: State,
+    identify: impl AsyncFn() -> Result<Identity, SourceError>,
+) -> Result<Identity, SourceError> {
     let mut tries = 0;
     loop {
-        let identity = session.identify().await?;
+        let identity = identify().await?;
         let directory = data_directory.to_owned();
         let control = blocking(move || read_control(&directory)).await?.parsed;
         let wrong = |reason| SourceError::NotThisServer { path: data_directory.to_owned(), reason };
         if control.system_id != identity.cluster.system_id {
             return Err(wrong(other_cluster(control.system_id, &identity)));
         }
-        if control.state != State::InProduction {
+        if control.state != state {
             return Err(wrong(format!("its control file says {:?}", control.state)));
         }
         if (control.checkpoint, control.timeline) == (identity.checkpoint, identity.timeline) {
@@ -234,6 +285,21 @@ fn read_control(data_directory: &Path) -> Result<Control, SourceError> {
         match ControlFile::parse(&bytes) {
             Ok(parsed) => return Ok(Control { bytes, mode, parsed }),
             Err(error) if error.is_transient() && tries < CONTROL_TRIES => thread::sleep(CONTROL_PAUSE),
+            Err(error) => return Err(SourceError::ControlFile(error.to_string())),
+        }
+    }
+}
+
+/// The primary's, over SQL.
+async fn read_control_over(session: &Session) -> Result<Control, SourceError> {
+    let mut tries = 0;
+    loop {
+        let bytes = session.read_file(CONTROL_FILE, 0, PAGE_SIZE).await.map_err(standby::needs)?;
+        let bytes = bytes.ok_or_else(|| SourceError::ControlFile("the primary has none".to_owned()))?;
+        tries += 1;
+        match ControlFile::parse(&bytes) {
+            Ok(parsed) => return Ok(Control { bytes, mode: 0o600, parsed }),
+            Err(error) if error.is_transient() && tries < CONTROL_TRIES => tokio::time::sleep(CONTROL_PAUSE).await,
             Err(error) => return Err(SourceError::ControlFile(error.to_string())),
         }
     }

@@ -4,6 +4,7 @@ use std::num::NonZero;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use crate::model::Clock;
 use crate::pg::conninfo::ConnInfo;
@@ -20,6 +21,15 @@ pub enum Method {
     Stream,
 }
 
+/// A standby on this host whose files are read in place of the primary's.
+#[derive(Debug, Clone)]
+pub struct Lender {
+    /// How to reach it.
+    pub conninfo: ConnInfo,
+    /// How long a backup waits for it to reach its start.
+    pub patience: Duration,
+}
+
 /// How to take a physical backup.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -27,7 +37,7 @@ pub struct Options {
     pub conninfo: ConnInfo,
     /// Which way.
     pub method: Method,
-    /// Where the data directory is on this host, if not where the server says (a container's mount).
+    /// Where the data directory (a standby's, with one) is on this host, if not where its server says (a container's mount).
     pub data_directory: Option<PathBuf>,
     /// An immediate checkpoint instead of one spread over minutes.
     pub fast: bool,
@@ -37,6 +47,8 @@ pub struct Options {
     pub max_read_rate: Option<u64>,
     /// Reader threads of the local method; half of the cores if not given.
     pub reader_threads: Option<usize>,
+    /// The standby whose files are read instead, if it can be.
+    pub standby: Option<Lender>,
     /// Time.
     pub clock: Arc<dyn Clock>,
 }

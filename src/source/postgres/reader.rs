@@ -16,9 +16,9 @@ use tokio::sync::{mpsc, oneshot};
 use super::error::SourceError;
 use super::listing;
 use super::pace::Pace;
-use super::packer::{Packer, SMALL_PAGES};
+use super::packer::{Packer, Part, SMALL_PAGES};
 use super::pages::{Damage, Held, PageCheck};
-use crate::source::{BATCH_PAGES, FileId, Item, PAGE_SIZE};
+use crate::source::{BATCH_PAGES, Claims, FileId, Item, PAGE_SIZE, Unread};
 
 /// Long enough for the server to finish the write that tore the page.
 const SECOND_LOOK: Duration = Duration::from_millis(10);
@@ -36,6 +36,8 @@ pub struct Reading {
     root: PathBuf,
     check: PageCheck,
     pace: Pace,
+    /// Pages that need not be read, and whether they are read all the same.
+    unread: Option<(Arc<dyn Unread>, bool)>,
     shares: Mutex<VecDeque<Share>>,
     held: Mutex<Vec<Held>>,
     stop: AtomicBool,
@@ -45,7 +47,14 @@ impl Reading {
     /// Everything in `files`, numbered by their order.
     pub fn new(root: PathBuf, files: Vec<listing::File>, check: PageCheck, pace: Pace) -> Self {
         let (held, stop) = (Mutex::default(), AtomicBool::new(false));
-        Self { root, check, pace, shares: Mutex::new(divide(files)), held, stop }
+        Self { root, check, pace, unread: None, shares: Mutex::new(divide(files)), held, stop }
+    }
+
+    /// Leaves pages out, or reads them to prove that they may be left out.
+    #[must_use]
+    pub fn leaving_out(mut self, unread: Option<(Arc<dyn Unread>, bool)>) -> Self {
+        self.unread = unread;
+        self
     }
 
     /// Starts the threads; each answers when the work is done or impossible. They also end when `items` is closed.
@@ -135,9 +144,9 @@ struct FileReader<'a> {
 
 impl FileReader<'_> {
     fn small(&mut self, packer: &mut Packer, id: FileId, size: u64) -> Result<u64, SourceError> {
-        let bytes = self.pages(0, usize::try_from(size).unwrap_or(usize::MAX))?;
-        packer.add_file(id, &bytes)?;
-        Ok(bytes.len() as u64)
+        let part = self.part(0, usize::try_from(size).unwrap_or(usize::MAX), size)?;
+        packer.add_file(id, &part)?;
+        Ok(part.length())
     }
 
     fn large(&mut self, packer: &mut Packer, id: FileId, size: u64) -> Result<u64, SourceError> {
@@ -148,15 +157,67 @@ impl FileReader<'_> {
         while read < size && !self.reading.stop.load(Ordering::Relaxed) {
             let wanted = usize::try_from(BATCH.min(size - read)).unwrap_or(usize::MAX);
             let first_page = u32::try_from(read / PAGE_SIZE as u64).map_err(|_| self.too_large())?;
-            let bytes = self.pages(first_page, wanted)?;
-            let got = bytes.len();
-            packer.send_pages(id, first_page, bytes)?;
-            read += got as u64;
-            if got < wanted {
+            let part = self.part(first_page, wanted, size)?;
+            let got = part.length();
+            packer.send_pages(id, first_page, part)?;
+            read += got;
+            if got < wanted as u64 {
                 break;
             }
         }
         Ok(read)
+    }
+
+    /// Reads those of the next `wanted` bytes that must be read, of a file that has `size`.
+    fn part(&mut self, first_page: u32, wanted: usize, size: u64) -> Result<Part, SourceError> {
+        let Some((unread, proof)) = &self.reading.unread else {
+            return Ok(Part::whole(self.pages(first_page, wanted)?));
+        };
+        // A page that is not whole yet is no page of the parent's.
+        let whole = |bytes: u64| u32::try_from(bytes / PAGE_SIZE as u64).unwrap_or(u32::MAX);
+        let range = first_page..first_page.saturating_add(whole(wanted as u64));
+        let same = unread.unchanged(self.path, whole(size), range);
+        let same = same.into_iter().map(|range| range.start - first_page..range.end - first_page).collect();
+        let mut claims = Claims { same, read: *proof };
+        if !claims.read {
+            return self.rest(first_page, wanted, claims);
+        }
+        let data = self.pages(first_page, wanted)?;
+        // Of what is not there any more nothing can be proved.
+        let read = whole(data.len() as u64);
+        claims.same.retain_mut(|range| {
+            range.end = range.end.min(read);
+            range.start < range.end
+        });
+        Ok(Part { data, claims })
+    }
+
+    /// Reads what is not claimed. Where the file turns out to end, so does the part: it became shorter after the start of
+    /// the backup, and replay cuts it off as well.
+    fn rest(&mut self, first_page: u32, wanted: usize, mut claims: Claims) -> Result<Part, SourceError> {
+        let (mut data, mut at) = (Vec::new(), 0);
+        let end = u32::try_from(wanted.div_ceil(PAGE_SIZE)).map_err(|_| self.too_large())?;
+        let claimed = std::mem::take(&mut claims.same);
+        if claimed.iter().map(ExactSizeIterator::len).sum::<usize>() * 4 > wanted / PAGE_SIZE {
+            // What lies between is not wanted; only a hint.
+            let _ = rustix::fs::fadvise(&self.file, 0, None, Advice::Random);
+        }
+        for next in claimed.into_iter().chain(std::iter::once(end..end)) {
+            if next.start > at {
+                let bytes = (next.start as usize * PAGE_SIZE).min(wanted) - at as usize * PAGE_SIZE;
+                let read = self.pages(first_page + at, bytes)?;
+                let got = read.len();
+                data.extend(read);
+                if got < bytes {
+                    break;
+                }
+            }
+            at = next.end;
+            if next.start < next.end {
+                claims.same.push(next);
+            }
+        }
+        Ok(Part { data, claims })
     }
 
     /// Reads up to `wanted` bytes and looks at the pages in them; fewer only at the end of the file.

@@ -5,6 +5,8 @@
 
 use std::collections::HashSet;
 
+use crate::pg::wal::Locator;
+
 /// What a backup does with a path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
@@ -39,6 +41,10 @@ pub struct Relation {
     /// Which 1 GiB part.
     pub segment: u32,
 }
+
+/// `pg_default` and `pg_global`, whose files are in `base` and `global`.
+const DEFAULT_TABLESPACE: u32 = 1663;
+const GLOBAL_TABLESPACE: u32 = 1664;
 
 /// Pages in one segment file of a relation; servers built otherwise are refused.
 pub const SEGMENT_PAGES: u32 = 131_072;
@@ -114,6 +120,21 @@ fn is_core(name: &str) -> bool {
 /// What a file is, if it is part of a relation: every page of it may carry a checksum.
 pub fn relation(path: &str) -> Option<Relation> {
     relation_directory_and_name(path).and_then(|(_, name)| parse_relation(name))
+}
+
+/// The relation that a file is a part of, if it is its main fork, and the number of the file's first page: what WAL calls
+/// it.
+pub fn main_fork(path: &str) -> Option<(Locator, u32)> {
+    let (directory, name) = relation_directory_and_name(path)?;
+    let relation = parse_relation(name).filter(|relation| relation.fork == Fork::Main)?;
+    let parts: Vec<&str> = directory.split('/').collect();
+    let (tablespace, database) = match parts.as_slice() {
+        ["global"] => (GLOBAL_TABLESPACE, 0),
+        ["base", database] => (DEFAULT_TABLESPACE, parse_number(database)?),
+        [_, tablespace, _, database] => (parse_number(tablespace)?, parse_number(database)?),
+        _ => return None,
+    };
+    Some((Locator { tablespace, database, node: relation.node }, relation.first_block()?))
 }
 
 /// Splits the path of a file in a directory that holds relations: `global`, `base/<db>`, `pg_tblspc/<oid>/<PG_…>/<db>`.
@@ -297,6 +318,24 @@ mod tests {
             ("", None),
         ] {
             assert_eq!(relation(path), expected, "{path}");
+        }
+    }
+
+    #[test]
+    fn main_forks_are_named_as_in_wal() {
+        let locator = |tablespace, database, node| Locator { tablespace, database, node };
+        for (path, expected) in [
+            ("base/5/16384", Some((locator(1663, 5, 16384), 0))),
+            ("base/5/16384.2", Some((locator(1663, 5, 16384), 262_144))),
+            ("global/1262", Some((locator(1664, 0, 1262), 0))),
+            ("pg_tblspc/16385/PG_15_202209061/5/16390.1", Some((locator(16385, 5, 16390), 131_072))),
+            ("base/5/16384_vm", None),
+            ("base/5/16384_fsm", None),
+            ("base/5/16384_init", None),
+            ("pg_xact/0000", None),
+            ("global/pg_control", None),
+        ] {
+            assert_eq!(main_fork(path), expected, "{path}");
         }
     }
 

@@ -45,6 +45,24 @@ impl Identity {
     }
 }
 
+/// What a server is in its cluster.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// It takes writes.
+    Primary,
+    /// It replays.
+    Standby,
+}
+
+/// An entry of a directory on the server.
+#[derive(Debug)]
+pub struct Entry {
+    /// Its name.
+    pub name: String,
+    /// Whether it is one itself.
+    pub is_directory: bool,
+}
+
 /// The end of backup mode.
 #[derive(Debug)]
 pub struct Stopped {
@@ -91,8 +109,8 @@ impl Session {
     /// Asks the server who it is, and refuses one that cannot be backed up by page.
     ///
     /// # Errors
-    /// Another version, a standby, an unusual build.
-    pub async fn identify(&self) -> Result<Identity, SourceError> {
+    /// Another version, another role, an unusual build.
+    pub async fn identify(&self, role: Role) -> Result<Identity, SourceError> {
         let row = self.row(
             "SELECT pg_catalog.current_setting('server_version_num'), pg_catalog.pg_is_in_recovery(),
                     s.system_identifier, s.catalog_version_no, i.database_block_size, i.blocks_per_segment,
@@ -102,8 +120,13 @@ impl Session {
         let row = row.await?;
         let version: u32 = row.number(0)?;
         check_version(version)?;
-        if row.text(1)? != "f" {
-            return Err(SourceError::Unsupported("the server is a standby: name its primary".to_owned()));
+        let wrong = match (role, row.text(1)?) {
+            (Role::Primary, "f") | (Role::Standby, "t") => None,
+            (Role::Primary, _) => Some("the server is a standby: name its primary"),
+            (Role::Standby, _) => Some("the server that is named as standby is none"),
+        };
+        if let Some(wrong) = wrong {
+            return Err(SourceError::Unsupported(wrong.to_owned()));
         }
         let (page, segment): (usize, u32) = (row.number(4)?, row.number(5)?);
         if page != PAGE_SIZE || segment != SEGMENT_PAGES {
@@ -203,6 +226,42 @@ impl Session {
         self.row("SELECT pg_catalog.pg_current_wal_insert_lsn()").await?.number(0)
     }
 
+    /// Asks for a checkpoint; on a standby that is a restartpoint, if there is a new checkpoint to restart from.
+    ///
+    /// # Errors
+    /// The role may not.
+    pub async fn checkpoint(&self) -> Result<(), SourceError> {
+        Ok(self.client.batch_execute("CHECKPOINT").await.map_err(PgError::from)?)
+    }
+
+    /// What is in a directory below the data directory (`""` = itself); what vanishes meanwhile is not told.
+    ///
+    /// # Errors
+    /// The role may not.
+    pub async fn entries(&self, directory: &str) -> Result<Vec<Entry>, SourceError> {
+        let place = if directory.is_empty() { "." } else { directory };
+        let query = "SELECT name, (pg_catalog.pg_stat_file($1 || '/' || name, true)).isdir
+                     FROM pg_catalog.pg_ls_dir($1, true, false) AS name";
+        let rows = self.client.query(query, &[&place]).await.map_err(PgError::from)?;
+        let entry = |row: &tokio_postgres::Row| {
+            let is_directory: Option<bool> = row.try_get(1).map_err(PgError::from)?;
+            let name = row.try_get(0).map_err(PgError::from)?;
+            Ok(is_directory.map(|is_directory| Entry { name, is_directory }))
+        };
+        rows.iter().filter_map(|row| entry(row).transpose()).collect()
+    }
+
+    /// Bytes of a file below the data directory, fewer than asked for at its end; `None` = it is gone.
+    ///
+    /// # Errors
+    /// The role may not.
+    pub async fn read_file(&self, path: &str, from: u64, length: usize) -> Result<Option<Vec<u8>>, SourceError> {
+        let (from, length) = (i64::try_from(from).unwrap_or(i64::MAX), i64::try_from(length).unwrap_or(i64::MAX));
+        let query = "SELECT pg_catalog.pg_read_binary_file($1, $2, $3, true)";
+        let row = self.client.query_one(query, &[&path, &from, &length]).await.map_err(PgError::from)?;
+        Ok(row.try_get(0).map_err(PgError::from)?)
+    }
+
     /// Runs `work`, but no longer than the session lives.
     ///
     /// # Errors
@@ -243,7 +302,8 @@ impl Session {
         }));
     }
 
-    async fn row(&self, query: &str) -> Result<Row, SourceError> {
+    /// The first row of an answer.
+    pub(super) async fn row(&self, query: &str) -> Result<Row, SourceError> {
         let messages = self.client.simple_query(query).await.map_err(PgError::from)?;
         let row = messages.into_iter().find_map(|message| match message {
             SimpleQueryMessage::Row(row) => {
@@ -273,18 +333,18 @@ async fn watch_over(client: &SqlClient) -> String {
 }
 
 /// One row as text, which is the same in every version.
-struct Row(Vec<Option<String>>);
+pub(super) struct Row(Vec<Option<String>>);
 
 impl Row {
-    fn optional(&self, column: usize) -> Option<&str> {
+    pub(super) fn optional(&self, column: usize) -> Option<&str> {
         self.0.get(column).and_then(Option::as_deref)
     }
 
-    fn text(&self, column: usize) -> Result<&str, SourceError> {
+    pub(super) fn text(&self, column: usize) -> Result<&str, SourceError> {
         self.optional(column).ok_or_else(|| SourceError::Answer(format!("column {column} is null")))
     }
 
-    fn number<T: std::str::FromStr>(&self, column: usize) -> Result<T, SourceError> {
+    pub(super) fn number<T: std::str::FromStr>(&self, column: usize) -> Result<T, SourceError> {
         let text = self.text(column)?;
         text.parse().map_err(|_| SourceError::Answer(format!("`{text}` in column {column}")))
     }

@@ -165,11 +165,9 @@ impl PhysicalSource for StreamBackup {
 async fn identify(client: &mut ReplicationClient) -> Result<Cluster, SourceError> {
     let version = client.server_version();
     check_version(version)?;
-    if version < 150_000 {
-        let text = "base backups are streamed from PostgreSQL 15 on: use method = \"local\" for 13 and 14";
-        return Err(SourceError::Unsupported(text.to_owned()));
-    }
-    if client.show("in_hot_standby").await? != "off" {
+    // 13 does not tell itself; there it is a standby whose transactions cannot write, or somebody made them so by default.
+    let setting = if version >= 140_000 { "in_hot_standby" } else { "transaction_read_only" };
+    if client.show(setting).await? != "off" {
         return Err(SourceError::Unsupported("the server is a standby: name its primary".to_owned()));
     }
     let (page, segment) = (client.show("block_size").await?, client.show("segment_size").await?);

@@ -10,7 +10,10 @@ use bytes::Bytes;
 use chrono::{DateTime, Utc};
 
 use super::name;
-use super::{Capabilities, Depth, Digest, ListPage, ListToken, ObjectInfo, ObjectStore, Put, PutOptions, StoreError};
+use super::{
+    Capabilities, Depth, Digest, ListPage, ListToken, ListedObject, ListedVersion, ObjectInfo, ObjectStore, Put,
+    PutOptions, StoreError, VersionId, VersionPage,
+};
 use tree::Tree;
 
 mod error;
@@ -116,6 +119,23 @@ impl ObjectStore for DirStore {
 
     async fn server_time(&self) -> Result<Option<DateTime<Utc>>, StoreError> {
         Ok(None)
+    }
+
+    async fn list_versions(&self, prefix: &str, after: Option<&ListToken>) -> Result<VersionPage, StoreError> {
+        let page = self.list(prefix, Depth::All, after).await?;
+        let version = |ListedObject { key, size, modified }| ListedVersion {
+            key,
+            version: tree::version(size, modified),
+            size,
+            modified,
+        };
+        Ok(VersionPage { versions: page.objects.into_iter().map(version).collect(), next: page.next })
+    }
+
+    async fn delete_version(&self, key: &str, version: &VersionId) -> Result<(), StoreError> {
+        name::check(&self.tree.address, key)?;
+        let version = version.clone();
+        self.on_tree("delete", key, move |tree, key| tree.delete_version(key, &version)).await
     }
 
     async fn delete(&self, key: &str) -> Result<(), StoreError> {

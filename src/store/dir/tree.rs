@@ -15,7 +15,7 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat, fstat, fsync, open, open
 use rustix::io::Errno;
 
 use super::error::Call;
-use crate::store::{ObjectInfo, StoreError, name};
+use crate::store::{ObjectInfo, StoreError, VersionId, name};
 
 pub(super) const DIRECTORY: OFlags =
     OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
@@ -106,6 +106,18 @@ impl Tree {
         if body.len() as u64 == expected { Ok(Bytes::from(body)) } else { Err(truncated(body.len() as u64)) }
     }
 
+    pub(super) fn delete_version(&self, key: &str, wanted: &VersionId) -> Result<(), StoreError> {
+        match self.find(self.call("delete", key)) {
+            Ok((_, stat)) if version(size(&stat), modified(&stat)) == *wanted => {}
+            Err(error) if !error.is_not_found() => return Err(error),
+            _ => return Ok(()),
+        }
+        match self.delete(key) {
+            Err(error) if error.is_not_found() => Ok(()),
+            done => done,
+        }
+    }
+
     pub(super) fn delete(&self, key: &str) -> Result<(), StoreError> {
         let call = self.call("delete", key);
         let (parents, leaf) = name::split(key);
@@ -163,6 +175,12 @@ pub(super) fn read_at(file: &File, start: u64, length: u64) -> std::io::Result<V
     }
     body.truncate(filled);
     Ok(body)
+}
+
+/// A file system keeps one version of a name. Its size and the time of its only write tell it from a later one.
+pub(super) fn version(size: u64, modified: Option<DateTime<Utc>>) -> VersionId {
+    let nanoseconds = modified.and_then(|modified| modified.timestamp_nanos_opt()).unwrap_or_default();
+    VersionId(format!("{nanoseconds:x}-{size:x}"))
 }
 
 pub(super) fn size(stat: &Stat) -> u64 {

@@ -13,7 +13,10 @@ use chrono::{DateTime, Utc};
 use tokio::sync::OnceCell;
 
 use super::name;
-use super::{Capabilities, Depth, Digest, ListPage, ListToken, ObjectInfo, ObjectStore, Put, PutOptions, StoreError};
+use super::{
+    Capabilities, Depth, Digest, ListPage, ListToken, ObjectInfo, ObjectStore, Put, PutOptions, StoreError, VersionId,
+    VersionPage,
+};
 use crate::model::{Clock, Rng};
 use error::Call;
 
@@ -140,6 +143,16 @@ impl ObjectStore for S3Store {
 
     async fn server_time(&self) -> Result<Option<DateTime<Utc>>, StoreError> {
         self.date_of_reply().await
+    }
+
+    async fn list_versions(&self, prefix: &str, after: Option<&ListToken>) -> Result<VersionPage, StoreError> {
+        name::check_prefix(&self.address, prefix)?;
+        self.list_object_versions(prefix, after).await
+    }
+
+    async fn delete_version(&self, key: &str, version: &VersionId) -> Result<(), StoreError> {
+        name::check(&self.address, key)?;
+        self.delete_one_version(key, &version.0).await
     }
 
     async fn delete(&self, key: &str) -> Result<(), StoreError> {

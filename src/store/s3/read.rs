@@ -141,7 +141,7 @@ impl S3Store {
     }
 
     /// A listed name without our prefix; `None` for what cannot be ours.
-    fn own_name(&self, full: &str) -> Option<String> {
+    pub(super) fn own_name(&self, full: &str) -> Option<String> {
         full.strip_prefix(&self.root).filter(|key| name::is_name(key)).map(str::to_owned)
     }
 

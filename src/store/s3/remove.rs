@@ -6,7 +6,10 @@ use aws_sdk_s3::operation::delete_object::DeleteObjectError;
 use super::S3Store;
 use super::error::reply;
 use super::read::time;
-use crate::store::StoreError;
+use crate::store::{ListToken, ListedVersion, StoreError, VersionId, VersionPage};
+
+/// Between the two markers of a page; it stands in no name and no version id.
+const AND: char = '\n';
 
 impl S3Store {
     pub(super) async fn delete_versions(&self, key: &str) -> Result<(), StoreError> {
@@ -15,12 +18,67 @@ impl S3Store {
             return Err(StoreError::NotFound { key: key.to_owned(), address: self.address.clone() });
         }
         for version in versions {
-            let request = self.client.delete_object().bucket(&self.bucket).key(self.full(key)).version_id(&version);
-            if let Err(error) = request.send().await {
-                return Err(self.refused_delete(key, &version, &error).await);
-            }
+            self.delete_one_version(key, &version).await?;
         }
         Ok(())
+    }
+
+    /// With its id a version is removed for good, and a marker that hid others as well; S3 answers the same if it was gone.
+    pub(super) async fn delete_one_version(&self, key: &str, version: &str) -> Result<(), StoreError> {
+        let request = self.client.delete_object().bucket(&self.bucket).key(self.full(key)).version_id(version);
+        match request.send().await {
+            Ok(_) => Ok(()),
+            Err(error) => match self.refused_delete(key, version, &error).await {
+                error if error.is_not_found() => Ok(()),
+                error => Err(error),
+            },
+        }
+    }
+
+    /// One page of versions and delete markers. S3 gives the two in lists of their own; together they are in order again.
+    pub(super) async fn list_object_versions(
+        &self,
+        prefix: &str,
+        after: Option<&ListToken>,
+    ) -> Result<VersionPage, StoreError> {
+        let beginning = format!("{prefix}*");
+        let call = self.call("list the versions", &beginning);
+        let (key_marker, version_marker) = after.and_then(|token| token.0.split_once(AND)).unzip();
+        let version_marker = version_marker.filter(|marker| !marker.is_empty()).map(str::to_owned);
+        let request = self.client.list_object_versions().bucket(&self.bucket).prefix(self.full(prefix)).max_keys(1000);
+        let request = request.set_key_marker(key_marker.map(str::to_owned)).set_version_id_marker(version_marker);
+        let reply = request.send().await.map_err(|error| call.failed(&error))?;
+        let mut page = VersionPage::default();
+        for version in reply.versions() {
+            let Some(key) = version.key().and_then(|key| self.own_name(key)) else { continue };
+            let size = version.size().and_then(|size| u64::try_from(size).ok());
+            let size = size.ok_or_else(|| call.unavailable(format!("{key} is listed without its size")))?;
+            let id = VersionId(version.version_id().unwrap_or("null").to_owned());
+            page.versions.push(ListedVersion {
+                key,
+                version: id,
+                size,
+                modified: version.last_modified().and_then(time),
+            });
+        }
+        for marker in reply.delete_markers() {
+            let Some(key) = marker.key().and_then(|key| self.own_name(key)) else { continue };
+            let id = VersionId(marker.version_id().unwrap_or("null").to_owned());
+            page.versions.push(ListedVersion {
+                key,
+                version: id,
+                size: 0,
+                modified: marker.last_modified().and_then(time),
+            });
+        }
+        page.versions.sort_by(|a, b| a.key.cmp(&b.key));
+        if reply.is_truncated() == Some(true) {
+            let cut = || call.unavailable("the answer is cut and does not say where it goes on".to_owned());
+            let key = reply.next_key_marker().ok_or_else(cut)?;
+            let version = reply.next_version_id_marker().unwrap_or_default();
+            page.next = Some(ListToken(format!("{key}{AND}{version}")));
+        }
+        Ok(page)
     }
 
     /// Ids of everything under this one name, delete markers too; `null` in a bucket without versions.

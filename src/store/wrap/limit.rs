@@ -9,7 +9,8 @@ use chrono::{DateTime, Utc};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 use crate::store::{
-    Capabilities, Depth, Digest, ListPage, ListToken, ObjectInfo, ObjectStore, Put, PutOptions, StoreError,
+    Capabilities, Depth, Digest, ListPage, ListToken, ObjectInfo, ObjectStore, Put, PutOptions, StoreError, VersionId,
+    VersionPage,
 };
 
 /// Lets at most so many calls run at a time; the others wait in the order of their arrival.
@@ -73,6 +74,16 @@ impl ObjectStore for Limit {
     async fn server_time(&self) -> Result<Option<DateTime<Utc>>, StoreError> {
         let _turn = self.turn("time", "").await?;
         self.inner.server_time().await
+    }
+
+    async fn list_versions(&self, prefix: &str, after: Option<&ListToken>) -> Result<VersionPage, StoreError> {
+        let _turn = self.turn("list", prefix).await?;
+        self.inner.list_versions(prefix, after).await
+    }
+
+    async fn delete_version(&self, key: &str, version: &VersionId) -> Result<(), StoreError> {
+        let _turn = self.turn("delete", key).await?;
+        self.inner.delete_version(key, version).await
     }
 
     async fn delete(&self, key: &str) -> Result<(), StoreError> {

@@ -11,7 +11,8 @@ use chrono::{DateTime, Utc};
 use crate::model::Clock;
 use crate::observe::metrics::Meters;
 use crate::store::{
-    Capabilities, Depth, Digest, ListPage, ListToken, ObjectInfo, ObjectStore, Put, PutOptions, StoreError,
+    Capabilities, Depth, Digest, ListPage, ListToken, ObjectInfo, ObjectStore, Put, PutOptions, StoreError, VersionId,
+    VersionPage,
 };
 
 /// Measures the store inside.
@@ -75,6 +76,14 @@ impl ObjectStore for Meter {
 
     async fn server_time(&self) -> Result<Option<DateTime<Utc>>, StoreError> {
         self.timed("time", self.inner.server_time()).await
+    }
+
+    async fn list_versions(&self, prefix: &str, after: Option<&ListToken>) -> Result<VersionPage, StoreError> {
+        self.timed("list", self.inner.list_versions(prefix, after)).await
+    }
+
+    async fn delete_version(&self, key: &str, version: &VersionId) -> Result<(), StoreError> {
+        self.timed("delete", self.inner.delete_version(key, version)).await
     }
 
     async fn delete(&self, key: &str) -> Result<(), StoreError> {

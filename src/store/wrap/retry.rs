@@ -15,7 +15,8 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::model::Rng;
 use crate::store::{
-    Capabilities, Depth, Digest, ListPage, ListToken, ObjectInfo, ObjectStore, Put, PutOptions, StoreError,
+    Capabilities, Depth, Digest, ListPage, ListToken, ObjectInfo, ObjectStore, Put, PutOptions, StoreError, VersionId,
+    VersionPage,
 };
 
 /// How often and how long.
@@ -139,6 +140,14 @@ impl ObjectStore for Retry {
 
     async fn server_time(&self) -> Result<Option<DateTime<Utc>>, StoreError> {
         self.run(Call { operation: "time", key: "" }, |_| self.inner.server_time()).await
+    }
+
+    async fn list_versions(&self, prefix: &str, after: Option<&ListToken>) -> Result<VersionPage, StoreError> {
+        self.run(Call { operation: "list", key: prefix }, |_| self.inner.list_versions(prefix, after)).await
+    }
+
+    async fn delete_version(&self, key: &str, version: &VersionId) -> Result<(), StoreError> {
+        self.run(Call { operation: "delete", key }, |_| self.inner.delete_version(key, version)).await
     }
 
     async fn delete(&self, key: &str) -> Result<(), StoreError> {

@@ -41,6 +41,7 @@ fn options(cluster: &Cluster, method: Method) -> Options {
     Options {
         conninfo: cluster.conninfo(role),
         method,
+        standby: None,
         data_directory: None,
         fast: true,
         label: "drctl test\nSTART TIMELINE: 7".to_owned(),

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use drctl::store::wrap::{Retry, RetryPolicy};
-use drctl::store::{Depth, Digest, ListPage, ObjectStore, Put, PutOptions, StoreError};
+use drctl::store::{Depth, Digest, ListPage, ListedVersion, ObjectStore, Put, PutOptions, StoreError, VersionId};
 use futures::StreamExt as _;
 use futures::future::join_all;
 
@@ -274,4 +274,60 @@ pub(super) async fn the_clock_is_told_or_unknown(store: Store) {
     if let Some(time) = store.server_time().await.unwrap() {
         assert!((chrono::Utc::now() - time).num_seconds().abs() < 60, "{time}");
     }
+}
+
+/// Every version below a prefix.
+pub(super) async fn all_versions(store: &dyn ObjectStore, prefix: &str) -> (Vec<ListedVersion>, usize) {
+    let (mut versions, mut pages, mut after) = (Vec::new(), 0, None);
+    loop {
+        let page = store.list_versions(prefix, after.as_ref()).await.unwrap();
+        versions.extend(page.versions);
+        pages += 1;
+        after = page.next;
+        if after.is_none() {
+            return (versions, pages);
+        }
+    }
+}
+
+pub(super) async fn versions_are_listed_past_one_page_and_deleted_one_by_one(store: Store) {
+    let keys: Vec<String> = (0..2100).map(|at| format!("v/{}/{at:06}", at % 3)).collect();
+    fill(store.as_ref(), &keys).await;
+    put(store.as_ref(), "w", "x").await.unwrap();
+    let (versions, pages) = all_versions(store.as_ref(), "v/").await;
+    let mut expected = keys.clone();
+    expected.sort_unstable();
+    // How many come at once is the server's business; that all of them come is not.
+    let names: Vec<_> = versions.iter().map(|version| version.key.clone()).collect();
+    assert_eq!(names, expected, "{pages} pages");
+    assert!(versions.iter().all(|version| version.size == version.key.len() as u64 && version.modified.is_some()));
+    let (kept, gone) = versions.split_at(1);
+    let deletes = futures::stream::iter(gone).map(|gone| store.delete_version(&gone.key, &gone.version));
+    deletes.buffer_unordered(32).for_each(|done| async { done.unwrap() }).await;
+    // Once more is once: the reply of the first may have been lost.
+    store.delete_version(&gone[0].key, &gone[0].version).await.unwrap();
+    assert_eq!(all_versions(store.as_ref(), "v/").await.0, kept);
+    assert_eq!(list_all(store.as_ref(), "", Depth::All).await.0.len(), 2 + usize::from(has_probe(&store).await));
+}
+
+async fn has_probe(store: &Store) -> bool {
+    !list_all(store.as_ref(), ".probe/", Depth::All).await.0.is_empty()
+}
+
+pub(super) async fn a_name_that_was_put_again_is_another_version(store: Store) {
+    let one = async || all_versions(store.as_ref(), "again").await.0;
+    put(store.as_ref(), "again", "first").await.unwrap();
+    let first = one().await.remove(0);
+    store.delete("again").await.unwrap();
+    store.delete_version("again", &first.version).await.unwrap();
+    tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    put(store.as_ref(), "again", "second time").await.unwrap();
+    let second = one().await.remove(0);
+    // A bucket without versions has one name for all of them, `null`; every other store tells them apart.
+    if second.version != VersionId("null".to_owned()) {
+        store.delete_version("again", &first.version).await.unwrap();
+        assert_eq!(store.get("again", None).await.unwrap(), "second time");
+    }
+    store.delete_version("again", &second.version).await.unwrap();
+    assert_eq!(one().await, []);
 }

@@ -11,7 +11,7 @@ use drctl::store::{Depth, Digest, ObjectStore, Put, PutOptions, StoreError};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 
-use super::promises::put;
+use super::promises::{all_versions, put};
 use super::servers::{Chance, SECRET, Server, Wall, connect, keys};
 
 /// Runs a check against both kinds of server.
@@ -259,6 +259,41 @@ async fn a_locked_object_is_retained() {
         let left = server.client().list_object_versions().bucket(&server.bucket).prefix("some/prefix/b").send().await;
         let left = left.unwrap();
         assert!(left.versions().is_empty() && left.delete_markers().is_empty(), "{left:?}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn where_versions_are_kept_each_is_listed_and_deleted_by_itself() {
+    on_both(|server| async move {
+        server.make_bucket(true).await;
+        let single_writer = server.endpoint == Server::rgw().endpoint;
+        let store = connect(S3Options { single_writer, ..server.options() }).await;
+        let ours = put(&store, "a", "ours").await;
+        assert_eq!(ours.unwrap(), Put::Created);
+        let (first, _) = all_versions(&store, "a").await;
+        // Somebody with more rights than drctl writes over it, and hides both.
+        let (client, bucket) = (server.client(), &server.bucket);
+        let body = aws_sdk_s3::primitives::ByteStream::from_static(b"theirs");
+        client.put_object().bucket(bucket).key("some/prefix/a").body(body).send().await.unwrap();
+        client.delete_object().bucket(bucket).key("some/prefix/a").send().await.unwrap();
+        assert!(store.get("a", None).await.unwrap_err().is_not_found());
+        let (all, _) = all_versions(&store, "a").await;
+        assert_eq!(all.len(), 3, "{all:?}");
+        assert!(all.contains(&first[0]));
+        for listed in all.iter().filter(|listed| **listed != first[0]) {
+            store.delete_version("a", &listed.version).await.unwrap();
+        }
+        assert_eq!(store.get("a", None).await.unwrap(), "ours");
+        assert_eq!(all_versions(&store, "a").await.0, first);
+        store.delete_version("a", &first[0].version).await.unwrap();
+        assert_eq!(all_versions(&store, "a").await.0, []);
+
+        let lock = PutOptions { retain_until: Some(Utc::now() + TimeDelta::minutes(10)) };
+        store.put("locked", Bytes::from("x"), Digest::of(b"x"), &lock).await.unwrap();
+        let (locked, _) = all_versions(&store, "locked").await;
+        let error = store.delete_version("locked", &locked[0].version).await.unwrap_err();
+        assert!(matches!(error, StoreError::Retained { .. }), "{error}");
     })
     .await;
 }

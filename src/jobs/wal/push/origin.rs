@@ -10,18 +10,24 @@ use serde::{Deserialize, Serialize};
 use crate::disk::place;
 use crate::jobs::context::{Context, Target};
 use crate::jobs::wal::server::{self, Server};
-use crate::model::{Branch, Error, Kind, Result, SystemId, Timeline};
+use crate::model::{Branch, Error, Kind, Lsn, Result, SystemId, Timeline};
 use crate::pg::history::History;
 use crate::repository::wal_log::branch_of;
 
 /// How long the server may take to say who it is.
 const ANSWER_TIME: Duration = Duration::from_secs(10);
 
+/// How often a server is asked for its end that lies before WAL which it archives: a standby may be a moment behind.
+const LOOKS: u32 = 3;
+const LOOK_PAUSE: Duration = Duration::from_millis(200);
+
 /// What is known of a target's cluster.
 #[derive(Debug)]
 pub(super) struct Origin {
     path: PathBuf,
     known: Known,
+    /// The timeline that the server was on when it was asked last, and the end of its WAL.
+    seen: Option<(Timeline, Lsn)>,
 }
 
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -43,7 +49,7 @@ impl Origin {
     pub(super) fn open(context: &Context, target: &Target) -> Self {
         let path = context.state_dir.join(format!("{}.origin.json", target.name));
         let known = std::fs::read(&path).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
-        Self { path, known: known.unwrap_or_default() }
+        Self { path, known: known.unwrap_or_default(), seen: None }
     }
 
     /// Makes sure that WAL of `system_id` is WAL of this target.
@@ -64,6 +70,38 @@ impl Origin {
             }
             (None, Ok(())) => Err(Error::failed("the server did not say which cluster it is")),
         }
+    }
+
+    /// Makes sure that the server itself has written `[start, end)` of a timeline.
+    ///
+    /// # Errors
+    /// Refused: it has not. Unavailable: it does not answer, and had not come to that WAL when it was asked last.
+    pub(super) async fn must_have_written(
+        &mut self,
+        target: &Target,
+        timeline: Timeline,
+        (start, end): (Lsn, Lsn),
+    ) -> Result<()> {
+        let has_written = |seen: Option<(Timeline, Lsn)>| {
+            // A timeline that the server left is its history, which tells where.
+            seen.is_some_and(|(current, flushed)| current > timeline || current == timeline && flushed >= end)
+        };
+        let mut looks = 0;
+        while !has_written(self.seen) {
+            if let Err(error) = self.ask(target).await {
+                // A server that shuts down archives its last segment and no longer answers.
+                return match self.seen {
+                    Some((current, flushed)) if current == timeline && flushed >= start => Ok(()),
+                    _ => Err(error.during(format!("whether {} wrote this WAL cannot be told now", target.name))),
+                };
+            }
+            looks += 1;
+            if looks == LOOKS && !has_written(self.seen) {
+                return Err(ahead(target, end, self.seen));
+            }
+            tokio::time::sleep(if has_written(self.seen) { Duration::ZERO } else { LOOK_PAUSE }).await;
+        }
+        Ok(())
     }
 
     /// The cluster, as far as it is known.
@@ -131,6 +169,7 @@ impl Origin {
         if self.known.system_id != Some(server.system_id) {
             self.known = Known { system_id: Some(server.system_id), histories: BTreeMap::new() };
         }
+        self.seen = server.lineage.first().map(|newest| (newest.reign.timeline, server.flush_lsn));
         for descent in &server.lineage {
             let text = descent.file.as_deref().and_then(|file| std::str::from_utf8(file).ok());
             if let Some(text) = text {
@@ -162,6 +201,15 @@ fn not_yet(timeline: Timeline, error: &Error) -> Error {
 fn another_history(target: &Target, timeline: Timeline) -> Error {
     let text = format!("the history of timeline {timeline} is not the one that {} has", target.name);
     Error::refused(text).hint("two servers call themselves by this timeline: the one that conninfo leads to counts")
+}
+
+/// A copy of the storage that was started beside the original goes on in the same timeline.
+fn ahead(target: &Target, end: Lsn, seen: Option<(Timeline, Lsn)>) -> Error {
+    let flushed = seen.map_or(Lsn::INVALID, |(_, flushed)| flushed);
+    let text = format!("it ends at {end}, and the server of {} has written up to {flushed}", target.name);
+    Error::refused(text).hint(
+        "a copy of its storage archives here: turn archiving off in that copy; after a failover, lead conninfo to the new primary",
+    )
 }
 
 /// A restored copy that was promoted archives with the command of its original.

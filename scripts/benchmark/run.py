@@ -1,0 +1,79 @@
+"""Running programs, and what a run cost."""
+
+import dataclasses
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+
+
+@dataclasses.dataclass
+class Cost:
+    """What one run of a program took. CPU and memory include the processes that it started and waited for."""
+
+    wall_seconds: float
+    cpu_seconds: float
+    peak_rss_bytes: int
+    stored_bytes: float | None = None
+    output: str = ""
+
+
+def say(text):
+    print(f"scripts/bench: {text}", file=sys.stderr, flush=True)
+
+
+def as_postgres(arguments):
+    """PostgreSQL refuses to run as root."""
+    command = [str(argument) for argument in arguments]
+    return ["runuser", "-u", "postgres", "--", *command] if os.geteuid() == 0 else command
+
+
+def run(arguments, **options):
+    """Runs a command to its end; what it says is shown only when it does not succeed."""
+    command = [str(argument) for argument in arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, **options)
+    if done.returncode != 0:
+        sys.exit(f"scripts/bench: {shlex.join(command)}: exit status {done.returncode}\n{done.stdout}")
+    return done.stdout
+
+
+def bare_environment(**more):
+    """Nothing of what the caller configured for PostgreSQL or any contestant may leak into a measurement."""
+    foreign = ("DRCTL_", "PG", "AWS_", "WALG_", "SSL_CERT")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+    return kept | {name: str(value) for name, value in more.items()}
+
+
+def measured(command, environment=None, cwd="/"):
+    """The cost of a command that must succeed; its standard output is kept."""
+    command = [str(word) for word in command]
+    os.sync()
+    began = time.monotonic()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd,
+                          env=environment or bare_environment()) as process:
+        output, errors = drained(process)
+        _, status, usage = os.wait4(process.pid, 0)
+        wall = time.monotonic() - began
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        sys.exit(f"scripts/bench: {shlex.join(command)}: exit status {process.returncode}\n{output}{errors}")
+    return Cost(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, output=output)
+
+
+def drained(process):
+    """Everything that a process says, without waiting for it: wait4 is to be the one who learns what it cost."""
+    import threading
+    errors = []
+    reader = threading.Thread(target=lambda: errors.append(process.stderr.read()))
+    reader.start()
+    output = process.stdout.read()
+    reader.join()
+    return output, "".join(errors)
+
+
+def size_below(directory):
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())

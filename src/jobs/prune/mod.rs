@@ -1,0 +1,217 @@
+//! Prune: take away what retention no longer wants, in two runs with a grace period between them.
+//!
+//! Each run looks at everything, writes a plan, and sweeps what an earlier plan whose grace period is over found as well.
+//! Whatever is in doubt refuses the whole run: nothing is lost by pruning tomorrow.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::disk::lock::Lock;
+use crate::jobs::Context;
+use crate::model::retention::{Rules, Verdict, judge};
+use crate::model::{BackupId, Error, KeysetId, PruneId, Result, SignerId, TargetName};
+use crate::repository::prune::facts::Facts;
+use crate::repository::prune::garbage::{Garbage, Item, Search};
+use crate::repository::prune::plan::{self, Doomed, Plan};
+use crate::repository::prune::sweep::Sweep;
+use chrono::{DateTime, TimeDelta, Utc};
+
+pub mod alarm;
+pub mod report;
+pub mod show;
+#[cfg(test)]
+mod tests;
+
+pub use report::{Amount, Judged, Planned, Report, Ripe, TargetReport};
+
+/// Who says that a sweep may begin.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Consent {
+    /// Nobody: a plan is written, nothing is removed.
+    None,
+    /// A schedule: within every limit.
+    Scheduled,
+    /// A person, who names the digest of what is to be removed; the share of backups that go is then theirs to judge.
+    Digest(String),
+}
+
+/// How it is done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Options {
+    /// Only look: no plan is stored, and nothing removed.
+    pub dry_run: bool,
+    /// Who says that what is ripe may be swept.
+    pub consent: Consent,
+}
+
+/// Prunes.
+///
+/// # Errors
+/// A region does not answer, another prune runs, or the sweep was stopped. Refusals of the plan are in the report.
+pub async fn run(context: &Context, options: &Options) -> Result<Report> {
+    let writer = context.writer()?;
+    let _alone = Lock::acquire(&context.state_dir.join("prune.lock"))
+        .map_err(|error| Error::from(error).during("another prune runs on this host"))?;
+    let looking = context.progress.begin("look at every region", None);
+    let mut look = Look::begin(context).await?;
+    drop(looking);
+    let plan = Plan::new(writer, look.doomed.clone(), std::mem::take(&mut look.garbage.items))?;
+    let mut report = look.report(context, &plan, options.dry_run);
+    let old = look.ripe(context).await;
+    let old = old.unwrap_or_else(|error| {
+        report.refusals.push(error.to_string());
+        None
+    });
+    let (items, left) = match &old {
+        Some(old) => {
+            let limits = &context.prune;
+            plan::within(plan::intersection(old, &plan), (limits.objects, limits.bytes))
+        }
+        None => (Vec::new(), false),
+    };
+    report.ripe = old.as_ref().filter(|_| !items.is_empty()).map(|old| ripe(old, &items, left));
+    if options.dry_run || !report.refusals.is_empty() {
+        return Ok(report);
+    }
+    if !plan.items.is_empty() && look.is_news(&plan) {
+        plan.store(&context.repository, writer).await?;
+        report.planned.id = Some(plan.head.id.clone());
+    }
+    if let (Some(old), false) = (&old, items.is_empty()) {
+        if let Some(why) = withheld(&report, &options.consent, context.prune.percent) {
+            report.refusals.extend(why);
+            return Ok(report);
+        }
+        let sweep = Sweep {
+            repository: &context.repository,
+            writer,
+            rules: &context.retention,
+            grace: context.prune.grace,
+            ripe: old,
+            keysets: &look.keysets,
+        };
+        let phase = context.progress.begin("remove", Some(items.iter().map(|item| item.size).sum()));
+        report.swept = Some(sweep.run(items, std::mem::take(&mut look.facts.inventories), &phase).await?);
+    }
+    Ok(report)
+}
+
+/// One look at everything, and what is to go by it.
+struct Look {
+    facts: Facts,
+    garbage: Garbage,
+    doomed: Vec<Doomed>,
+    verdicts: BTreeMap<TargetName, BTreeMap<BackupId, Verdict>>,
+    keysets: BTreeSet<(TargetName, KeysetId)>,
+    newest: Option<Plan>,
+}
+
+impl Look {
+    async fn begin(context: &Context) -> Result<Self> {
+        let (repository, grace) = (&context.repository, context.prune.grace);
+        let mut facts = Facts::gather(repository, context.clock.as_ref(), (grace, BTreeMap::new())).await?;
+        let mut verdicts = BTreeMap::new();
+        for (target, rules) in &context.retention {
+            verdicts.insert(target.clone(), judge(&facts.candidates(target, rules), rules));
+        }
+        let doomed = doomed(&facts, &verdicts);
+        let ids: BTreeSet<_> = doomed.iter().map(|doomed| doomed.id.clone()).collect();
+        let survivors = facts.backups.iter().filter(|backup| !ids.contains(&backup.commit.id)).cloned();
+        let survivors: Vec<_> = survivors.collect();
+        facts.refuse_gaps(repository, &survivors).await?;
+        let newest = newest_plan(context).await;
+        let keysets = newest.as_ref().map(Plan::keysets).unwrap_or_default();
+        let search = Search { rules: &context.retention, doomed: &ids, grace, keysets: &keysets };
+        let garbage = search.run(repository, &facts).await?;
+        Ok(Self { facts, garbage, doomed, verdicts, keysets, newest })
+    }
+
+    async fn ripe(&self, context: &Context) -> Result<Option<Plan>> {
+        let when = (self.facts.now, context.prune.grace);
+        plan::ripe(&context.repository, when, |signer| is_known(context, signer)).await
+    }
+
+    /// A plan that says the same as the newest one is not stored again: its grace period has begun already.
+    fn is_news(&self, plan: &Plan) -> bool {
+        self.newest.as_ref().is_none_or(|newest| newest.items != plan.items)
+    }
+
+    fn report(&self, context: &Context, plan: &Plan, dry_run: bool) -> Report {
+        let free = report::freed(&self.facts, &plan.items);
+        let targets = context.retention.iter().map(|(target, rules)| {
+            let judged = self.verdicts.get(target).cloned().unwrap_or_default();
+            report::target(&self.facts, (target, rules), judged, &free)
+        });
+        Report {
+            dry_run,
+            targets: targets.collect(),
+            unruled: self.unruled(&context.retention),
+            refusals: self.facts.refusals.clone(),
+            notes: self.garbage.notes.clone(),
+            planned: report::planned(plan),
+            ripe: None,
+            swept: None,
+        }
+    }
+
+    /// Targets that have backups and no rules: nothing of them ever goes.
+    fn unruled(&self, rules: &BTreeMap<TargetName, Rules>) -> Vec<TargetName> {
+        let targets: BTreeSet<_> = self.facts.backups.iter().map(|backup| backup.commit.target.clone()).collect();
+        targets.into_iter().filter(|target| rules.get(target).is_none_or(Rules::keep_everything)).collect()
+    }
+}
+
+fn doomed(facts: &Facts, verdicts: &BTreeMap<TargetName, BTreeMap<BackupId, Verdict>>) -> Vec<Doomed> {
+    let judged = verdicts.iter().flat_map(|(target, of)| of.iter().map(move |(id, verdict)| (target, id, verdict)));
+    let gone = judged.filter(|(_, _, verdict)| !verdict.keeps());
+    let doomed = gone.map(|(target, id, verdict)| Doomed {
+        id: id.clone(),
+        target: target.clone(),
+        proven: facts.proven.contains(id),
+        why: match verdict {
+            Verdict::NeverProven => "never drilled, and older than every drilled backup that stays".to_owned(),
+            _ => "no rule keeps it".to_owned(),
+        },
+    });
+    doomed.collect()
+}
+
+/// The newest plan of a known signer; without one, nothing is known of earlier runs.
+async fn newest_plan(context: &Context) -> Option<Plan> {
+    let stored = plan::stored(&context.repository).await.ok()?;
+    let (id, _) = stored.last_key_value()?;
+    Plan::read(&context.repository, id, |signer| is_known(context, signer)).await.ok()
+}
+
+/// With a list of signers those on it; without one, only this host: whoever may write could forge a plan, and with it the
+/// grace period.
+fn is_known(context: &Context, signer: &SignerId) -> bool {
+    let own = context.writer.as_ref().is_some_and(|writer| writer.signer.id() == signer);
+    own || (context.repository.trust.has_list() && !context.repository.trust.refuses(signer))
+}
+
+fn ripe(old: &Plan, items: &[Item], left: bool) -> Ripe {
+    let backups = report::commits(items);
+    Ripe { plan: old.head.id.clone(), digest: plan::digest(items), amount: Amount::of(items), backups, more: left }
+}
+
+/// Why a sweep that could be done is not; `None` if it may begin.
+fn withheld(report: &Report, consent: &Consent, percent: u8) -> Option<Option<String>> {
+    let ripe = report.ripe.as_ref()?;
+    let too_many = report.targets.iter().find_map(|target| target.too_many(&ripe.backups, percent));
+    match (consent, too_many) {
+        (Consent::None, _) => Some(None),
+        (Consent::Scheduled, None) => None,
+        (Consent::Scheduled, Some(why)) => {
+            Some(Some(format!("{why}; if that is right: drctl prune --plan {} --execute", ripe.digest)))
+        }
+        (Consent::Digest(digest), _) if *digest == ripe.digest => None,
+        (Consent::Digest(digest), _) => {
+            Some(Some(format!("what would be removed has the digest {}, not {digest}: look at it again", ripe.digest)))
+        }
+    }
+}
+
+/// When the plan that a run has just stored is ripe.
+pub fn ripe_at(plan: &PruneId, grace: TimeDelta) -> DateTime<Utc> {
+    plan.began() + grace
+}

@@ -14,6 +14,7 @@ use crate::model::{EpochId, Error, KeysetId, Kind, Lsn, Result, SystemId, Target
 use crate::repository::handle::Repository;
 use crate::repository::layout;
 use crate::repository::prune::facts::Facts;
+use crate::repository::tombs;
 use crate::repository::wal_frame::{FrameHeader, FrameKind};
 use crate::repository::wal_index::{BranchId, WalIndex, branches};
 use crate::repository::wal_seal::{Closing, Ending};
@@ -91,11 +92,14 @@ impl Look<'_> {
                 let error = Error::new(Kind::Unavailable, format!("the WAL of region {region} is not readable"));
                 return Err(error.because(why));
             }
+            let cuts = tombs::cuts(repository, (branch.system_id, branch.timeline, &branch.branch)).await?;
             for (epoch, seqs) in index.epochs() {
+                // Half of an epoch that a sweep left behind looks like one with a hole.
+                let cut = cuts.get(epoch).copied().unwrap_or_default();
                 let (Some((first, _)), Some((last, _))) = (seqs.first_key_value(), seqs.last_key_value()) else {
                     continue;
                 };
-                match self.epoch(repository, &index, (epoch, *first, *last)).await {
+                match self.epoch(repository, &index, (epoch, (*first, *last), cut)).await {
                     Ok(dead) => found.epochs.extend(dead),
                     Err(error) => found.notes.push(format!("WAL epoch {epoch} stays: {error}")),
                 }
@@ -124,30 +128,31 @@ impl Look<'_> {
         &self,
         repository: &Repository,
         index: &WalIndex,
-        (epoch, first, last): (&EpochId, u64, u64),
+        (epoch, (first, last), cut): (&EpochId, (u64, u64), u64),
     ) -> Result<Option<DeadEpoch>> {
         let head = index.header(repository, epoch, first).await?;
         let mut tail = index.header(repository, epoch, last).await?;
         if tail.written_at > self.written_before {
             return Ok(None);
         }
-        if tail.kind == FrameKind::Seal && last > first {
+        let earlier = index.epochs().get(epoch).and_then(|seqs| seqs.range(..last).next_back());
+        if let (FrameKind::Seal, Some((seq, _))) = (tail.kind, earlier) {
             // A SEAL was written by another owner and says nothing of the WAL before it.
-            tail = index.header(repository, epoch, last - 1).await?;
+            tail = index.header(repository, epoch, *seq).await?;
         }
         let ruled = self.rules.get(&head.target).filter(|rules| !rules.keep_everything());
         let Some(rules) = ruled.filter(|_| !self.facts.is_held(&head.target)) else { return Ok(None) };
         if tail.written_at > self.written_before || !self.is_behind(rules, (&head, &tail)) {
             return Ok(None);
         }
-        let read_quorum = repository.regions.read_quorum();
-        let closing = Ending::look(repository, (index, epoch), read_quorum).await?.closing;
-        let before = match closing {
+        let ending = Ending::look(repository, (index, epoch), repository.regions.read_quorum()).await?;
+        let before = match ending.closing {
             Closing::Ended => last + 1,
             Closing::Sealed(at) => at,
             // A SEAL that too few regions hold closes nothing, and the frame before it is the last of the log.
             Closing::Open(at) => at.saturating_sub(1).min(last),
         };
+        let before = before.max(cut);
         let branch = index.branch().clone();
         let prefix = layout::wal_epoch(branch.system_id, branch.timeline, &branch.branch, epoch);
         let dead = DeadEpoch {
@@ -156,7 +161,7 @@ impl Look<'_> {
             target: head.target,
             prefix,
             before,
-            keyset: (closing == Closing::Ended).then_some(head.keyset),
+            keyset: (before > last).then_some(head.keyset),
         };
         Ok((before > first).then_some(dead))
     }

@@ -1,6 +1,8 @@
 //! Random changes of rows and schema, an incremental after each round of them, and every backup brought back. The suite runs
 //! eight rounds; `scripts/soak base` as many as you like.
 
+#![allow(clippy::print_stdout, reason = "the runner shows it when the story fails")]
+
 use std::collections::BTreeMap;
 
 use rand::rngs::StdRng;

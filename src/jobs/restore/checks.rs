@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::disk::empty::{Contents, contents};
 use crate::disk::space::{free_bytes, taken_bytes};
 use crate::jobs::context::{Context, Target};
-use crate::jobs::restore::files::{is_free, is_unfinished};
+use crate::jobs::restore::marker::{is_free, is_unfinished};
 use crate::jobs::restore::words::Plan;
 use crate::jobs::restore::{Request, delta};
 use crate::model::commit::Commit;

@@ -9,7 +9,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use crate::disk::DiskError;
-use crate::jobs::restore::files::{LOCK, Marker};
+use crate::jobs::restore::marker::{LOCK, Marker};
 use crate::jobs::restore::words::Reuse;
 use crate::jobs::restore::{MARKER, Request};
 use crate::model::{Result, SystemId};

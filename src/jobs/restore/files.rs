@@ -9,42 +9,21 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use chrono::{DateTime, Utc};
-use serde::{Deserialize, Serialize};
 
 use crate::disk::lock::Lock;
 use crate::disk::{DiskError, empty, place};
+use crate::jobs::restore::marker::{LOCK, Marker, entries, is_free, is_unfinished};
 use crate::jobs::restore::plan::Prepared;
 use crate::jobs::restore::{MARKER, Request, conf, delta};
 use crate::model::commit::{Commit, WalNeed};
-use crate::model::{BackupId, Error, Result, ResultExt, SystemId};
+use crate::model::{Error, Result, ResultExt};
 use crate::pg::backup_manifest::{self, FileEntry, ManifestWriter, WalRange};
 use crate::pg::control::ControlFile;
 use crate::pg::instance::{Postmaster, postmaster_of};
 use crate::repository::restore::{CONTROL_FILE, CONTROL_FILE_PENDING, Leftover, WrittenFile};
 
-/// Held while a restore works in the directory.
-pub(super) const LOCK: &str = "drctl-restore.lock";
 /// The files that PostgreSQL or `pg_verifybackup` must not find as they were on the source.
 const NOT_RESTORED: [&str; 4] = ["recovery.signal", "standby.signal", "postmaster.pid", "postmaster.opts"];
-
-/// What [`MARKER`] says.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub(super) struct Marker {
-    pub(super) digest: String,
-    pub(super) backup: BackupId,
-    pub(super) tablespaces: Vec<PathBuf>,
-    pub(super) started_at: DateTime<Utc>,
-    /// Whose data directory this becomes: until then there is no control file that says so.
-    #[serde(default)]
-    pub(super) system_id: Option<SystemId>,
-}
-
-impl Marker {
-    /// The one in `directory`.
-    pub(super) fn read(directory: &Path) -> Option<Self> {
-        serde_json::from_slice(&std::fs::read(directory.join(MARKER)).ok()?).ok()
-    }
-}
 
 /// A directory that belongs to this run.
 #[derive(Debug)]
@@ -52,19 +31,6 @@ pub(super) struct Site {
     pub(super) directory: PathBuf,
     tablespaces: Vec<PathBuf>,
     _lock: Lock,
-}
-
-/// Whether `directory` holds an unfinished restore of this very plan.
-pub(super) fn is_unfinished(directory: &Path, digest: &str) -> bool {
-    Marker::read(directory).is_some_and(|marker| marker.digest == digest)
-}
-
-/// Whether nothing but a lock that a killed run left is in a directory.
-pub(super) fn is_free(directory: &Path) -> Result<bool, DiskError> {
-    Ok(match empty::contents(directory)? {
-        empty::Contents::Missing | empty::Contents::Empty => true,
-        empty::Contents::Occupied(_) => entries(directory)?.iter().all(|path| path.ends_with(LOCK)),
-    })
 }
 
 impl Site {
@@ -236,15 +202,6 @@ impl Manifest {
         self.writer.finish(&[range]).and_then(|mut out| out.flush()).map_err(io)?;
         Ok(())
     }
-}
-
-fn entries(directory: &Path) -> Result<Vec<PathBuf>, DiskError> {
-    let io = |error| DiskError::new("read directory", directory, error);
-    let mut paths = Vec::new();
-    for entry in std::fs::read_dir(directory).map_err(io)? {
-        paths.push(entry.map_err(io)?.path());
-    }
-    Ok(paths)
 }
 
 fn wipe(directory: &Path) -> Result<()> {

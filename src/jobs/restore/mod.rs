@@ -12,6 +12,7 @@ mod conf;
 mod delta;
 pub mod feed;
 mod files;
+mod marker;
 mod plan;
 mod record;
 mod recover;

@@ -7,8 +7,8 @@ use std::thread;
 
 use crate::disk::sparse::FilePool;
 use crate::model::{Error, Result};
-use crate::repository::restore::window::{OWNER_WRITES, WindowFile};
-use crate::repository::restore::{WrittenFile, of_file};
+use crate::repository::restore::file::{OWNER_WRITES, WindowFile, WrittenFile};
+use crate::repository::restore::of_file;
 
 /// Bytes that one thread reads in a row, so that the largest file keeps all of them busy.
 const PIECE: u64 = 64 * 1024 * 1024;
@@ -91,12 +91,6 @@ fn finish(file: &WindowFile, pool: &FilePool) -> Result<()> {
         return Ok(());
     }
     of_file(of_file(pool.get(&file.path), &file.path)?.set_mode(file.line.mode & 0o7777), &file.path)
-}
-
-impl WindowFile {
-    fn unwritten(&self) -> WrittenFile {
-        WrittenFile { path: self.line.path.clone(), size: self.line.size, crc32c: 0 }
-    }
 }
 
 #[cfg(test)]

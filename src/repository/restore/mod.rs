@@ -23,6 +23,7 @@ use crate::repository::keysets::KeyRing;
 use crate::repository::manifest::Line;
 
 mod checksum;
+mod file;
 mod frames;
 mod memory;
 mod pages;
@@ -32,10 +33,10 @@ mod reuse;
 pub mod streams;
 mod window;
 
+pub use file::WrittenFile;
 pub use frames::{Fetched, Flight, fetch_frames};
 pub use memory::Memory;
 pub use parts::{ManifestParts, read_outline};
-pub use window::WrittenFile;
 
 use parts::decode_small;
 use places::{create_directory, link_tablespace, pending_name, place_of, set_directory_mode};

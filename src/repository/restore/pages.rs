@@ -10,9 +10,9 @@ use crate::model::{Error, Result};
 use crate::observe::progress::Phase;
 use crate::repository::pack::unpack_frame;
 use crate::repository::page_map::FrameRef;
+use crate::repository::restore::file::WindowFile;
 use crate::repository::restore::frames::Fetched;
 use crate::repository::restore::of_file;
-use crate::repository::restore::window::WindowFile;
 
 /// Where a page of a frame goes.
 #[derive(Debug, Clone, Copy)]

@@ -18,8 +18,8 @@ use crate::model::pages::PAGE_SIZE;
 use crate::observe::progress::Phase;
 use crate::repository::manifest::FileLine;
 use crate::repository::page_map::PageEntry;
+use crate::repository::restore::file::{OWNER_WRITES, WindowFile};
 use crate::repository::restore::of_file;
-use crate::repository::restore::window::{OWNER_WRITES, WindowFile};
 
 /// Pages read from the disk at a time.
 const PAGES: usize = 128;

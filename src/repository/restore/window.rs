@@ -17,27 +17,15 @@ use crate::repository::manifest::{Begin, ChunkUse, FileLine};
 use crate::repository::pack::unpack_frame;
 use crate::repository::page_map::{FrameRef, MapChunk};
 use crate::repository::restore::checksum::checksum_all;
+use crate::repository::restore::file::{OWNER_WRITES, WindowFile, WrittenFile};
 use crate::repository::restore::frames::{Fetched, Flight, fetch_frames};
 use crate::repository::restore::memory::Memory;
 use crate::repository::restore::pages::{PageChecker, PageTarget, PageWriter, slot};
 use crate::repository::restore::reuse::{self, Local};
 use crate::repository::restore::{of_file, page_count};
 
-/// What restore needs of a file's mode while it writes it.
-pub(super) const OWNER_WRITES: u32 = 0o600;
 /// Files handled together.
 const WINDOW_FILES: usize = 20_000;
-
-/// A file that was written completely.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct WrittenFile {
-    /// As in the manifest, relative.
-    pub path: String,
-    /// Bytes.
-    pub size: u64,
-    /// CRC-32C of its bytes as the operating system gives them back.
-    pub crc32c: u32,
-}
 
 /// What the manifest's first line gives.
 #[derive(Debug)]
@@ -68,15 +56,6 @@ impl Origin<'_> {
     const fn flight(&self, unit: Unit) -> Flight<'_> {
         Flight { repository: self.repository, ring: self.ring, unit, memory: self.memory }
     }
-}
-
-/// A file of a window.
-#[derive(Debug)]
-pub(super) struct WindowFile {
-    pub(super) line: FileLine,
-    pub(super) path: PathBuf,
-    /// Bytes that stood there already; 0 for a new file.
-    pub(super) held: u64,
 }
 
 #[derive(Debug, Default)]

@@ -23,7 +23,8 @@ use crate::pg::instance::{Postmaster, postmaster_of};
 use crate::repository::restore::{CONTROL_FILE, CONTROL_FILE_PENDING, Leftover, WrittenFile};
 
 /// The files that PostgreSQL or `pg_verifybackup` must not find as they were on the source.
-const NOT_RESTORED: [&str; 4] = ["recovery.signal", "standby.signal", "postmaster.pid", "postmaster.opts"];
+const NOT_RESTORED: [&str; 5] =
+    ["recovery.signal", "standby.signal", "postmaster.pid", "postmaster.opts", "tablespace_map"];
 
 /// A directory that belongs to this run.
 #[derive(Debug)]

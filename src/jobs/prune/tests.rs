@@ -342,6 +342,10 @@ async fn pins_and_holds_keep_until_they_end() {
     assert!(scene.prune_twice().await.swept.is_none());
     pin::release(&scene.context().await, &options().target, "over").await.unwrap();
     assert!(pin::active(&scene.context().await, None).await.unwrap().is_empty());
+    // Plans of one second have no order among themselves.
+    scene.fixture.clock.advance(2);
+    let after = scene.prune(Consent::Scheduled).await;
+    assert!(after.swept.is_none(), "what a hold kept has its whole grace period when the hold ends: {after:#?}");
     assert_eq!(scene.prune_twice().await.swept.unwrap().backups, ids[..1]);
     let late = pin::pin(&scene.context().await, ids[0].as_str(), reason()).await.unwrap_err();
     assert_eq!(late.kind(), Kind::NotFound, "{late}");
@@ -493,7 +497,8 @@ async fn a_backup_frees_what_was_said() {
     let listed = list::run(&scene.context().await, None).await.unwrap();
     let oldest = listed.backups.iter().find(|backup| backup.id == ids[0]).unwrap();
     let (frees, before) = (oldest.frees_bytes.unwrap() + commit().await, bytes().await);
-    assert!(frees > 40 * 8192 && frees < oldest.stored_bytes, "{frees} of {}", oldest.stored_bytes);
+    // How much depends on which worker packed what: a pack with pages of survivors stays as a whole.
+    assert!(frees > 0 && frees < oldest.stored_bytes, "{frees} of {}", oldest.stored_bytes);
     assert_eq!(scene.prune_twice().await.swept.unwrap().backups, ids[..1]);
     assert_eq!(before - bytes().await, frees);
 

@@ -64,7 +64,7 @@ async fn wal_that_a_late_pin_keeps_still_opens() {
 /// common with a backup that goes.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_backup_whose_commit_is_locked_stays_whole() {
-    let mut scene = Scene::new(2).await;
+    let scene = Scene::new(2).await;
     let mut ids = Vec::new();
     // What the first two have in common is in none of those that stay.
     for (round, pair) in [1, 1, 2, 2].into_iter().enumerate() {

@@ -73,7 +73,6 @@ pub const SWEEPS: &str = "sweeps/";
 /// The kinds of top-level names that repair copies from region to region, COMMIT last: a backup exists in a region only
 /// when all of it is there.
 pub const REPAIR_ORDER: [&str; 18] = [
-    REPOSITORY,
     ESCAPE,
     REGIONS,
     SIGNERS,
@@ -91,6 +90,8 @@ pub const REPAIR_ORDER: [&str; 18] = [
     REPORTS,
     RUNS,
     SWEEPS,
+    // With it a region counts: what is not found there is believed to be nowhere.
+    REPOSITORY,
 ];
 
 /// Whether readers find an object by listing, maybe while it is on its way to the other regions. The parts of a backup are

@@ -14,6 +14,7 @@ pub mod fan_out;
 pub mod gaps;
 pub mod handle;
 pub mod health;
+pub mod identity;
 pub mod inventory;
 pub mod keysets;
 pub mod layout;

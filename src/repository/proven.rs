@@ -12,7 +12,7 @@ use bytes::Bytes;
 use chrono::{DateTime, Utc};
 
 use crate::model::{Kind, RepositoryId};
-use crate::repository::handle::RepositoryRecord;
+use crate::repository::identity::RepositoryRecord;
 use crate::repository::layout;
 use crate::store::{
     Capabilities, Depth, Digest, ListPage, ListToken, ObjectInfo, ObjectStore, Put, PutOptions, StoreError, VersionId,

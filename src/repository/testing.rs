@@ -113,6 +113,14 @@ impl FaultyStore {
         self.inner.delete(key).await.unwrap();
     }
 
+    /// Locks an object as a bucket's own rule does.
+    pub async fn lock(&self, key: &str, until: DateTime<Utc>) {
+        let bytes = self.inner.get(key, None).await.unwrap();
+        self.inner.delete(key).await.unwrap();
+        let options = PutOptions { retain_until: Some(until) };
+        self.inner.put(key, bytes.clone(), Digest::of(&bytes), &options).await.unwrap();
+    }
+
     /// All names, with their bytes.
     pub async fn contents(&self) -> Vec<(String, Bytes)> {
         let mut contents = Vec::new();

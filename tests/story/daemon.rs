@@ -95,10 +95,10 @@ async fn a_killed_daemon_leaves_no_slot_without_an_outcome() {
     let (scratch, cluster) = (Scratch::new(), Cluster::start_new(15).await);
     let rig = Rig::new(&scratch, &cluster, "max_read_rate = \"1MB\"\n").await;
     rig.schedule("ledger-base", "job = \"backup\"\ntarget = \"ledger\"\nparams = { fast = true }\n", 3);
-    rig.schedule("all-verify", "job = \"verify\"\nafter = \"ledger-base\"\ncatch_up = \"one\"\n", 1);
+    rig.schedule("all-repair", "job = \"repair\"\nafter = \"ledger-base\"\ncatch_up = \"one\"\n", 1);
     rig.schedule("never-late", "job = \"repair\"\ncatch_up = \"none\"\n", 2);
 
-    // The backup is caught up and is slow; the verification waits for it.
+    // The backup is caught up and is slow; the repair waits for it.
     let daemon = rig.daemon(&[]).spawn();
     let packs = rig.dr.join("region-a/packs/ledger");
     eventually("the backup runs", SOON, async || open(&rig.dr, "\"attempts\":1") && packs.exists()).await;
@@ -108,24 +108,24 @@ async fn a_killed_daemon_leaves_no_slot_without_an_outcome() {
     rig.until_told("never-late", 1).await;
     let jobs = Drctl::new(["jobs"]).config(&rig.config).run().await.ok();
     let of = |name: &str| jobs.stdout.lines().find(|line| line.starts_with(name)).unwrap_or_default().to_owned();
-    assert!(of("ledger-base").contains("runs for") && of("all-verify").contains("waits"), "{jobs}");
+    assert!(of("ledger-base").contains("runs for") && of("all-repair").contains("waits"), "{jobs}");
     let busy = Drctl::new(["run", "ledger-base"]).config(&rig.config).run().await.code(5);
     assert!(busy.stderr.contains("ledger-base runs or waits already"), "{busy}");
     daemon.kill9();
     let nobody = Drctl::new(["jobs"]).config(&rig.config).run().await.code(1);
     assert!(nobody.stderr.contains("no daemon answers"), "{nobody}");
     assert_eq!(rig.told("never-late"), ["missed 2"]);
-    assert_eq!(rig.told("all-verify"), Vec::<String>::new());
+    assert_eq!(rig.told("all-repair"), Vec::<String>::new());
 
     // The next one tells what the dead one did, and goes on.
     let text = std::fs::read_to_string(&rig.config).unwrap().replace("max_read_rate = \"1MB\"\n", "");
     std::fs::write(&rig.config, text).unwrap();
     rig.schedule("ledger-again", "job = \"backup\"\ntarget = \"ledger\"\nparams = { fast = true }\n", 1);
     let daemon = rig.daemon(&[]).expect_log("the old ones stay").spawn();
-    rig.until_told("all-verify", 1).await;
+    rig.until_told("all-repair", 1).await;
     rig.until_told("ledger-again", 1).await;
     assert_eq!(rig.told("ledger-base"), ["missed 2", "interrupted 1 late"]);
-    assert_eq!(rig.told("all-verify"), ["success 1 late"]);
+    assert_eq!(rig.told("all-repair"), ["success 1 late"]);
     assert_eq!(rig.told("ledger-again"), ["success 1 late"]);
     let again = rig.runs("region-a", "ledger-again").remove(0);
     let id = again["detail"].as_str().unwrap().split(',').next().unwrap();

@@ -197,6 +197,8 @@ async fn going_back_to_before_a_bad_deploy() {
     let time = bank.cluster.query("SELECT clock_timestamp() AT TIME ZONE 'UTC'").await;
     tokio::time::sleep(Duration::from_millis(50)).await;
     bank.cluster.execute("DELETE FROM account").await;
+    // Only a later commit proves that nothing else happened up to that time.
+    bank.shipped().await;
     stream.terminate().await.ok();
 
     let directory = bank.scratch.join("before");

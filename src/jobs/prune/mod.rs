@@ -72,7 +72,7 @@ pub async fn run(context: &Context, options: &Options) -> Result<Report> {
     if options.dry_run || !report.refusals.is_empty() {
         return Ok(report);
     }
-    if !plan.items.is_empty() && look.is_news(&plan) {
+    if look.is_news(&plan) {
         plan.store(&context.repository, writer).await?;
         report.planned.id = Some(plan.head.id.clone());
     }
@@ -130,9 +130,13 @@ impl Look {
         plan::ripe(&context.repository, when, |signer| is_known(context, signer)).await
     }
 
-    /// A plan that says the same as the newest one is not stored again: its grace period has begun already.
+    /// A plan that says the same as the newest one is not stored again: its grace period has begun already. One that finds
+    /// nothing takes back what was planned before: whatever stops being kept later has its whole grace period then.
     fn is_news(&self, plan: &Plan) -> bool {
-        self.newest.as_ref().is_none_or(|newest| newest.items != plan.items)
+        match &self.newest {
+            Some(newest) => newest.items != plan.items,
+            None => !plan.items.is_empty(),
+        }
     }
 
     fn report(&self, context: &Context, plan: &Plan, dry_run: bool) -> Report {

@@ -28,6 +28,8 @@ use crate::repository::wal_frame::EpochKind;
 use crate::repository::wal_index::BranchId;
 use crate::repository::wal_log::{Epoch, Log, Marks};
 
+mod late;
+
 const DAY: i64 = 24 * 3600;
 
 struct Scene {
@@ -281,15 +283,21 @@ async fn whatever_is_in_doubt_refuses_the_whole_run() {
     refused("switched off").await;
     scene.fixture.stores[1].set(Fault::None);
 
-    // The oldest copy of a page that the newest backup shares.
-    let names = scene.names(1).await;
-    let pack = names.iter().find(|key| key.starts_with(&format!("packs/ledger/{}/", ids[0]))).unwrap();
-    let good = scene.fixture.stores[1].contents().await.into_iter().find(|(key, _)| key == pack).unwrap().1;
-    scene.fixture.stores[1].lose(pack).await;
-    refused("is not whole: region b lacks 1 objects").await;
-    scene.fixture.stores[1].damage(pack, good[1..].to_vec()).await;
+    // Among the packs of the first backup are pages that the newest one shares.
+    let of_first = format!("packs/ledger/{}/", ids[0]);
+    let contents = scene.fixture.stores[1].contents().await.into_iter();
+    let packs: Vec<_> = contents.filter(|(key, _)| key.starts_with(&of_first)).collect();
+    for (pack, _) in &packs {
+        scene.fixture.stores[1].lose(pack).await;
+    }
+    refused("is not whole: region b lacks").await;
+    for (pack, good) in &packs {
+        scene.fixture.stores[1].damage(pack, good[1..].to_vec()).await;
+    }
     refused("with a wrong size").await;
-    scene.fixture.stores[1].damage(pack, good.to_vec()).await;
+    for (pack, good) in &packs {
+        scene.fixture.stores[1].damage(pack, good.to_vec()).await;
+    }
 
     let commit = format!("commits/ledger/{}", ids[1]);
     let good = scene.fixture.stores[0].contents().await.into_iter().find(|(key, _)| *key == commit).unwrap().1;
@@ -347,6 +355,10 @@ async fn pins_and_holds_keep_until_they_end() {
     assert!(scene.prune_twice().await.swept.is_none());
     pin::release(&scene.context().await, &options().target, "over").await.unwrap();
     assert!(pin::active(&scene.context().await, None).await.unwrap().is_empty());
+    // Plans of one second have no order among themselves.
+    scene.fixture.clock.advance(2);
+    let after = scene.prune(Consent::Scheduled).await;
+    assert!(after.swept.is_none(), "what a hold kept has its whole grace period when the hold ends: {after:#?}");
     assert_eq!(scene.prune_twice().await.swept.unwrap().backups, ids[..1]);
     let late = pin::pin(&scene.context().await, ids[0].as_str(), reason()).await.unwrap_err();
     assert_eq!(late.kind(), Kind::NotFound, "{late}");
@@ -538,7 +550,8 @@ async fn a_backup_frees_what_was_said() {
     let listed = list::run(&scene.context().await, None).await.unwrap();
     let oldest = listed.backups.iter().find(|backup| backup.id == ids[0]).unwrap();
     let (frees, before) = (oldest.frees_bytes.unwrap() + commit().await, bytes().await);
-    assert!(frees > 40 * 8192 && frees < oldest.stored_bytes, "{frees} of {}", oldest.stored_bytes);
+    // How much depends on which worker packed what: a pack with pages of survivors stays as a whole.
+    assert!(frees > 0 && frees < oldest.stored_bytes, "{frees} of {}", oldest.stored_bytes);
     assert_eq!(scene.prune_twice().await.swept.unwrap().backups, ids[..1]);
     assert_eq!(before - bytes().await, frees);
 

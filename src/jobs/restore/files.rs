@@ -12,7 +12,7 @@ use chrono::{DateTime, Utc};
 
 use crate::disk::lock::Lock;
 use crate::disk::{DiskError, empty, place};
-use crate::jobs::restore::marker::{LOCK, Marker, is_unfinished};
+use crate::jobs::restore::marker::{LOCK, Marker, entries, is_free, is_unfinished};
 use crate::jobs::restore::plan::Prepared;
 use crate::jobs::restore::{MARKER, Request, conf, delta};
 use crate::model::commit::{Commit, WalNeed};
@@ -23,7 +23,8 @@ use crate::pg::instance::{Postmaster, postmaster_of};
 use crate::repository::restore::{CONTROL_FILE, CONTROL_FILE_PENDING, Leftover, WrittenFile};
 
 /// The files that PostgreSQL or `pg_verifybackup` must not find as they were on the source.
-const NOT_RESTORED: [&str; 4] = ["recovery.signal", "standby.signal", "postmaster.pid", "postmaster.opts"];
+const NOT_RESTORED: [&str; 5] =
+    ["recovery.signal", "standby.signal", "postmaster.pid", "postmaster.opts", "tablespace_map"];
 
 /// A directory that belongs to this run.
 #[derive(Debug)]
@@ -31,14 +32,6 @@ pub(super) struct Site {
     pub(super) directory: PathBuf,
     tablespaces: Vec<PathBuf>,
     _lock: Lock,
-}
-
-/// Whether nothing but a lock that a killed run left is in a directory.
-pub(super) fn is_free(directory: &Path) -> Result<bool, DiskError> {
-    Ok(match empty::contents(directory)? {
-        empty::Contents::Missing | empty::Contents::Empty => true,
-        empty::Contents::Occupied(_) => entries(directory)?.iter().all(|path| path.ends_with(LOCK)),
-    })
 }
 
 impl Site {
@@ -210,15 +203,6 @@ impl Manifest {
         self.writer.finish(&[range]).and_then(|mut out| out.flush()).map_err(io)?;
         Ok(())
     }
-}
-
-fn entries(directory: &Path) -> Result<Vec<PathBuf>, DiskError> {
-    let io = |error| DiskError::new("read directory", directory, error);
-    let mut paths = Vec::new();
-    for entry in std::fs::read_dir(directory).map_err(io)? {
-        paths.push(entry.map_err(io)?.path());
-    }
-    Ok(paths)
 }
 
 fn wipe(directory: &Path) -> Result<()> {

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
+use crate::disk::{DiskError, empty};
 use crate::jobs::restore::MARKER;
 use crate::model::{BackupId, SystemId};
 
@@ -32,4 +33,22 @@ impl Marker {
 /// Whether `directory` holds an unfinished restore of this very plan.
 pub(super) fn is_unfinished(directory: &Path, digest: &str) -> bool {
     Marker::read(directory).is_some_and(|marker| marker.digest == digest)
+}
+
+/// Whether nothing but a lock that a killed run left is in a directory.
+pub(super) fn is_free(directory: &Path) -> Result<bool, DiskError> {
+    Ok(match empty::contents(directory)? {
+        empty::Contents::Missing | empty::Contents::Empty => true,
+        empty::Contents::Occupied(_) => entries(directory)?.iter().all(|path| path.ends_with(LOCK)),
+    })
+}
+
+/// What is in a directory.
+pub(super) fn entries(directory: &Path) -> Result<Vec<PathBuf>, DiskError> {
+    let io = |error| DiskError::new("read directory", directory, error);
+    let mut paths = Vec::new();
+    for entry in std::fs::read_dir(directory).map_err(io)? {
+        paths.push(entry.map_err(io)?.path());
+    }
+    Ok(paths)
 }

@@ -34,7 +34,7 @@ impl Passfile {
             Ok(text) => text,
             Err(error) if self.is_passed_over(error.kind()) => {
                 if error.kind() != io::ErrorKind::NotFound {
-                    tracing::warn!(path = %self.path.display(), %error, "a password file is passed over");
+                    tracing::debug!(path = %self.path.display(), %error, "a password file is passed over");
                 }
                 return Ok(None);
             }

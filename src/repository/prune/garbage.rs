@@ -120,6 +120,7 @@ impl Search<'_> {
         let survivors: Vec<_> = survivors.map(|backup| &backup.commit).collect();
         let wal = wal::dead(repository, facts, (&survivors, self.rules), self.grace).await?;
         garbage.notes.extend(wal.notes);
+        let living = Living { keysets: wal.alive, is_blind: wal.is_blind };
         for epoch in wal.epochs {
             for (key, copies) in list_everywhere(&repository.regions, &epoch.prefix).await? {
                 if key.rsplit('/').next().and_then(layout::parse_seq).is_some_and(|seq| seq < epoch.before) {
@@ -128,7 +129,7 @@ impl Search<'_> {
             }
             garbage.epochs.push(epoch);
         }
-        self.keysets(repository, facts, &mut garbage).await?;
+        self.keysets(repository, facts, (living, &mut garbage)).await?;
         self.records(repository, facts, &mut garbage).await?;
         Ok(garbage)
     }
@@ -181,9 +182,15 @@ impl Search<'_> {
 
     /// Keysets go only together with what they opened, and only those that nothing opens with any more. One that nothing
     /// refers to may belong to an epoch that has not written its first frame: it stays.
-    async fn keysets(&self, repository: &Repository, facts: &Facts, garbage: &mut Garbage) -> Result<()> {
+    async fn keysets(
+        &self,
+        repository: &Repository,
+        facts: &Facts,
+        (living, garbage): (Living, &mut Garbage),
+    ) -> Result<()> {
         let mut dead: BTreeMap<(TargetName, KeysetId), (Why, String)> = BTreeMap::new();
-        for key in self.keysets {
+        // What an earlier plan wanted may be needed by now: by WAL that a pin or another rule keeps.
+        for key in self.keysets.iter().filter(|_| !living.is_blind) {
             dead.insert(key.clone(), (Why::Leftover, layout::keyset(&key.0, &key.1)));
         }
         for tomb in facts.tombs.values().filter(|tomb| !facts.exists(&tomb.backup)) {
@@ -193,7 +200,7 @@ impl Search<'_> {
                 .map(|id| ((tomb.target.clone(), id.clone()), (Why::Leftover, tomb.backup.to_string())));
             dead.extend(found);
         }
-        let mut alive = BTreeSet::new();
+        let mut alive = living.keysets;
         for commit in facts.backups.iter().map(|backup| &backup.commit) {
             let lines = facts.inventories.get(&commit.id).map(Vec::as_slice).unwrap_or_default();
             let keysets = catalog::keysets(commit, lines).into_iter().map(|id| (commit.target.clone(), id));
@@ -232,6 +239,13 @@ impl Search<'_> {
         }
         Ok(())
     }
+}
+
+/// Which keysets open WAL that stays.
+struct Living {
+    keysets: BTreeSet<(TargetName, KeysetId)>,
+    /// Whether there may be more of them.
+    is_blind: bool,
 }
 
 /// A plan is evidence of what a sweep did; the sweep's own records stay for ever.

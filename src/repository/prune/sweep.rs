@@ -96,15 +96,21 @@ impl Sweep<'_> {
         self.bury(&facts, (begun, &free), (&items.0, &items.1)).await?;
         swept.backups = free.iter().cloned().collect();
         facts = self.look(std::mem::take(&mut facts.inventories)).await?;
+        // A pin that was taken meanwhile counts.
+        let mut free: BTreeSet<_> = self.free(&facts, &begun.backups).intersection(&free).cloned().collect();
+        swept.backups.retain(|id| free.contains(id));
         let mut items = self.still_dead(&facts, (&free, &items.0)).await?.0;
         swept.spared = (wanted - items.len()) as u64;
         for step in 0..=4 {
             let of_step: Vec<_> = items.iter().filter(|item| phase(&item.key) == step).collect();
             let locked = self.remove(&of_step, began, (swept, progress)).await?;
-            // A backup whose COMMIT a lock holds stays as a whole.
-            if step == 0 {
+            // A backup whose COMMIT a lock holds stays as a whole, with what it needs of others.
+            if step == 0 && !locked.is_empty() {
                 swept.backups.retain(|id| !locked.contains(id.as_str()));
+                free.retain(|id| !locked.contains(id.as_str()));
                 items.retain(|item| !locked.contains(&item.of));
+                facts = self.look(std::mem::take(&mut facts.inventories)).await?;
+                items = self.still_dead(&facts, (&free, &items)).await?.0;
             }
         }
         Ok(())

@@ -41,6 +41,10 @@ pub struct DeadEpoch {
 pub struct DeadWal {
     /// Epochs.
     pub epochs: Vec<DeadEpoch>,
+    /// Keysets of epochs of which something stays.
+    pub alive: BTreeSet<(TargetName, KeysetId)>,
+    /// Whether there are epochs that stay and did not say which keyset is theirs.
+    pub is_blind: bool,
     /// What was left alone, and why.
     pub notes: Vec<String>,
 }
@@ -84,6 +88,7 @@ struct Look<'a> {
 impl Look<'_> {
     async fn system(&self, repository: &Repository, found: &mut DeadWal) -> Result<()> {
         if self.is_held() || !self.had_backups() {
+            found.is_blind = true;
             return Ok(());
         }
         for branch in branches(&repository.regions, self.system).await? {
@@ -100,8 +105,16 @@ impl Look<'_> {
                     continue;
                 };
                 match self.epoch(repository, &index, (epoch, (*first, *last), cut)).await {
-                    Ok(dead) => found.epochs.extend(dead),
-                    Err(error) => found.notes.push(format!("WAL epoch {epoch} stays: {error}")),
+                    Ok((dead, keyset)) => {
+                        if dead.as_ref().is_none_or(|dead| dead.keyset.is_none()) {
+                            found.alive.insert(keyset);
+                        }
+                        found.epochs.extend(dead);
+                    }
+                    Err(error) => {
+                        found.is_blind = true;
+                        found.notes.push(format!("WAL epoch {epoch} stays: {error}"));
+                    }
                 }
             }
         }
@@ -124,13 +137,24 @@ impl Look<'_> {
         !self.needs.is_empty() || self.facts.tombs.values().any(|tomb| gone(&tomb.wal))
     }
 
+    /// What of an epoch is dead, and its keyset.
     async fn epoch(
         &self,
         repository: &Repository,
         index: &WalIndex,
-        (epoch, (first, last), cut): (&EpochId, (u64, u64), u64),
+        seqs: (&EpochId, (u64, u64), u64),
+    ) -> Result<(Option<DeadEpoch>, (TargetName, KeysetId))> {
+        let head = index.header(repository, seqs.0, seqs.1.0).await?;
+        let keyset = (head.target.clone(), head.keyset.clone());
+        Ok((self.judge(repository, index, (head, seqs)).await?, keyset))
+    }
+
+    async fn judge(
+        &self,
+        repository: &Repository,
+        index: &WalIndex,
+        (head, (epoch, (first, last), cut)): (FrameHeader, (&EpochId, (u64, u64), u64)),
     ) -> Result<Option<DeadEpoch>> {
-        let head = index.header(repository, epoch, first).await?;
         let mut tail = index.header(repository, epoch, last).await?;
         if tail.written_at > self.written_before {
             return Ok(None);
@@ -141,8 +165,10 @@ impl Look<'_> {
             tail = index.header(repository, epoch, *seq).await?;
         }
         let ruled = self.rules.get(&head.target).filter(|rules| !rules.keep_everything());
-        let Some(rules) = ruled.filter(|_| !self.facts.is_held(&head.target)) else { return Ok(None) };
-        if tail.written_at > self.written_before || !self.is_behind(rules, (&head, &tail)) {
+        if ruled.is_none() || self.facts.is_held(&head.target) {
+            return Ok(None);
+        }
+        if tail.written_at > self.written_before || !self.is_behind((&head, &tail)) {
             return Ok(None);
         }
         let ending = Ending::look(repository, (index, epoch), repository.regions.read_quorum()).await?;
@@ -168,8 +194,8 @@ impl Look<'_> {
 
     /// Whether no recovery from a survivor reads this epoch: positions only grow, also from one timeline to the next, and
     /// no recovery begins before its backup.
-    fn is_behind(&self, rules: &Rules, (head, tail): (&FrameHeader, &FrameHeader)) -> bool {
-        let Some(floor) = self.floor(rules) else { return self.needs.is_empty() };
+    fn is_behind(&self, (head, tail): (&FrameHeader, &FrameHeader)) -> bool {
+        let Some(floor) = self.floor() else { return self.needs.is_empty() };
         let needs_it = |need: &WalNeed| {
             let branch = (need.timeline, &need.branch) == (head.place.timeline, &head.place.branch);
             branch && head.span.start < end(need) && begin(need) < tail.span.end
@@ -177,17 +203,24 @@ impl Look<'_> {
         tail.span.end <= floor && !self.needs.iter().any(|(_, need)| needs_it(need))
     }
 
-    /// Where recovery must be able to begin: at the oldest survivor; or, where WAL has an age of its own, at the newest
-    /// proven one that is at least as old.
-    fn floor(&self, rules: &Rules) -> Option<Lsn> {
-        let oldest = self.needs.iter().map(|(_, need)| begin(need)).min();
-        let Some(age) = rules.wal else { return oldest };
-        let old = self.needs.iter().filter(|(commit, _)| commit.finished_at <= self.facts.now - age);
+    /// Where recovery must be able to begin. Several targets may be of one cluster, and each was promised its own.
+    fn floor(&self) -> Option<Lsn> {
+        let targets: BTreeSet<_> = self.needs.iter().map(|(commit, _)| &commit.target).collect();
+        targets.into_iter().filter_map(|target| self.floor_of(target)).min()
+    }
+
+    /// At a target's oldest survivor; or, where its WAL has an age of its own, at the newest proven one that is at least as
+    /// old.
+    fn floor_of(&self, target: &TargetName) -> Option<Lsn> {
+        let own: Vec<_> = self.needs.iter().filter(|(commit, _)| commit.target == *target).collect();
+        let oldest = own.iter().map(|(_, need)| begin(need)).min();
+        let Some(age) = self.rules.get(target).and_then(|rules| rules.wal) else { return oldest };
+        let old = own.iter().filter(|(commit, _)| commit.finished_at <= self.facts.now - age);
         let proven = old.filter(|(commit, _)| self.facts.proven.contains(&commit.id));
         let newest = proven.max_by_key(|(commit, _)| commit.finished_at);
         let Some((newest, _)) = newest else { return oldest };
         // Survivors that are younger may begin at a lower position: another timeline.
-        let from = self.needs.iter().filter(|(commit, _)| commit.finished_at >= newest.finished_at);
+        let from = own.iter().filter(|(commit, _)| commit.finished_at >= newest.finished_at);
         from.map(|(_, need)| begin(need)).min()
     }
 }

@@ -4,7 +4,7 @@
 //! the server's own base backup from anywhere. [`rules`] says what belongs in a backup, for both. [`capture`] keeps the
 //! settings around the data.
 //!
-//! With a [`Lender`] the files are a standby's, see [`standby`].
+//! With a [`Lender`] the files are those of a standby.
 //!
 //! # Privileges
 //! - local: the operating system's right to read the data directory, and a role with

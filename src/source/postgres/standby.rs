@@ -117,15 +117,17 @@ impl Standby {
 
     async fn position(&self) -> Result<Position, SourceError> {
         let row = self.session.row(
-            "SELECT pg_catalog.pg_is_in_recovery(), pg_catalog.pg_last_wal_replay_lsn(), c.redo_lsn, c.timeline_id
-             FROM pg_catalog.pg_control_checkpoint() c",
+            "SELECT pg_catalog.pg_is_in_recovery(), pg_catalog.pg_last_wal_replay_lsn(), c.redo_lsn, c.timeline_id,
+                    r.min_recovery_end_timeline
+             FROM pg_catalog.pg_control_checkpoint() c, pg_catalog.pg_control_recovery() r",
         );
         let row = row.await?;
         if row.text(0)? != "t" {
             return Err(SourceError::Promoted);
         }
         let replayed = row.optional(1).map_or(Ok(Lsn(0)), |_| row.number(1))?;
-        Ok(Position { replayed, redo: row.number(2)?, timeline: Timeline(row.number(3)?) })
+        let (restartpoint, written) = (Timeline(row.number(3)?), Timeline(row.number(4)?));
+        Ok(Position { replayed, redo: row.number(2)?, timeline: restartpoint.max(written) })
     }
 }
 
@@ -133,6 +135,7 @@ struct Position {
     replayed: Lsn,
     /// Where its newest restartpoint would start replay.
     redo: Lsn,
+    /// Of its newest restartpoint, or of a page that it has written since: the control file says so before the page is.
     timeline: Timeline,
 }
 

@@ -1,6 +1,7 @@
 //! Who asks for WAL: a cluster, and the timelines that it knows as its own. And what it may be told.
 
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::path::Path;
 
 use crate::model::{Branch, Error, Result, SystemId, Timeline, WalSegmentSize};
@@ -24,7 +25,11 @@ impl Asker {
     /// # Errors
     /// Its control file is damaged.
     pub fn of(data_dir: &Path) -> Result<Option<Self>> {
-        let Ok(bytes) = std::fs::read(data_dir.join("global/pg_control")) else { return Ok(None) };
+        let bytes = match std::fs::read(data_dir.join("global/pg_control")) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(Error::failed("whose WAL is asked for: pg_control").because(error)),
+        };
         let control = ControlFile::parse(&bytes).map_err(|error| Error::damaged("pg_control").because(error))?;
         let segment_size = control.wal_segment_size.bytes();
         Ok(Some(Self { system_id: control.system_id, segment_size, own: own_histories(data_dir) }))

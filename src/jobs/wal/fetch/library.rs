@@ -1,6 +1,7 @@
 //! Finds a WAL file in the repository, for one cluster that asks.
 
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
@@ -166,7 +167,12 @@ impl<'a> Library<'a> {
             return Ok(Some((Branch::root(), History::without_ancestors(timeline))));
         }
         let own = self.data_dir.map(|directory| directory.join("pg_wal").join(timeline.history_file_name()));
-        let content = match (own.and_then(|path| std::fs::read(path).ok()), self.own.get(&timeline)) {
+        let own = own.map(std::fs::read).transpose();
+        let own = match own {
+            Err(error) if error.kind() == ErrorKind::NotFound => None,
+            own => own.map_err(|error| Error::failed(timeline.history_file_name()).because(error))?,
+        };
+        let content = match (own, self.own.get(&timeline)) {
             (Some(content), _) => content,
             (None, Some(branch)) => {
                 read_history(&self.context.repository, self.system_id, timeline, branch).await?.to_vec()

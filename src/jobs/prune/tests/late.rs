@@ -1,0 +1,93 @@
+//! What comes between a plan and its sweep, or in the middle of one: a pin, a lock.
+
+use std::ops::ControlFlow;
+
+use chrono::TimeDelta;
+
+use super::{DAY, Scene, noise};
+use crate::jobs::pin::{self, Reason};
+use crate::jobs::prune::Consent;
+use crate::model::{Lsn, Result};
+use crate::repository::testing::{Made, log, need};
+use crate::repository::wal_index::BranchId;
+use crate::repository::wal_reader::BranchLog;
+
+const SEGMENT: u64 = 16 << 20;
+
+impl Scene {
+    /// Reads WAL as a restore does, with keys.
+    async fn wal(&self, range: (u64, u64)) -> Result<usize> {
+        let (context, log) = (self.context().await, log());
+        let branch = BranchId { system_id: log.system_id, timeline: log.timeline, branch: log.branch };
+        let (log, mut length) = (BranchLog::load(&context.repository, branch).await, 0);
+        let mut sink = |_: Lsn, bytes: &[u8]| {
+            length += bytes.len();
+            Ok(ControlFlow::Continue(()))
+        };
+        log.read(&context.repository, &context.ring, (Lsn(range.0), Lsn(range.1)), &mut sink).await?;
+        Ok(length)
+    }
+}
+
+/// The plan took an epoch of WAL with its keyset; the pin that came after it keeps both.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn wal_that_a_late_pin_keeps_still_opens() {
+    let mut scene = Scene::new(2).await;
+    let (mut ids, start) = (Vec::new(), |round: u64| (10 + 4 * round) * SEGMENT);
+    for round in 0..5 {
+        scene.fixture.clock.advance(DAY);
+        scene.fixture.epoch(start(round), &[60, 70], true).await;
+        let files = scene.files();
+        let id = scene.fixture.backup(&files, Some(need(start(round) + 5, start(round) + 50))).await.commit.id;
+        scene.drill(&id).await;
+        ids.push(id);
+    }
+    let planned = scene.prune(Consent::None).await;
+    assert_eq!(planned.refusals, Vec::<String>::new());
+    pin::pin(&scene.context().await, ids[0].as_str(), Reason { text: "audit".into(), until: None }).await.unwrap();
+    scene.fixture.clock.advance(DAY + 1);
+    let swept = scene.prune(Consent::Scheduled).await.swept.unwrap();
+    assert_eq!(swept.backups, ids[1..3]);
+    scene.prune_twice().await;
+    assert_eq!(scene.wal((start(0), start(0) + 130)).await.unwrap(), 130);
+    scene.is_whole().await;
+    // When the pin ends, so does the WAL; what stays opens as before.
+    pin::unpin(&scene.context().await, ids[0].as_str(), "over").await.unwrap();
+    scene.fixture.clock.advance(2);
+    scene.prune_twice().await;
+    assert!(scene.wal((start(0), start(0) + 130)).await.is_err());
+    assert_eq!(scene.wal((start(4), start(4) + 130)).await.unwrap(), 130);
+    scene.is_whole().await;
+}
+
+/// Nobody but the store knows of a lock: the COMMIT stays, and with it everything that it leads to, also what it has in
+/// common with a backup that goes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backup_whose_commit_is_locked_stays_whole() {
+    let scene = Scene::new(2).await;
+    let mut ids = Vec::new();
+    // What the first two have in common is in none of those that stay.
+    for (round, pair) in [1, 1, 2, 2].into_iter().enumerate() {
+        scene.fixture.clock.advance(DAY);
+        let files =
+            [Made::new("base/pair", noise(pair, 40 * 8192)), Made::new("base/own", noise(50 + round as u64, 8192))];
+        let id = scene.fixture.next_backup(&files).await.commit.id;
+        scene.drill(&id).await;
+        ids.push(id);
+    }
+    let until = scene.fixture.writer.clock.now() + TimeDelta::days(100);
+    for store in &scene.fixture.stores {
+        store.lock(&format!("commits/ledger/{}", ids[1]), until).await;
+    }
+    let swept = scene.prune_twice().await.swept.unwrap();
+    assert_eq!((swept.backups.as_slice(), swept.retained), (&ids[..1], 2));
+    assert_eq!(scene.exist().await, ids[1..]);
+    scene.is_whole().await;
+    scene.prune_twice().await;
+    assert_eq!(scene.exist().await, ids[1..]);
+    scene.is_whole().await;
+    scene.fixture.clock.advance(101 * DAY);
+    scene.prune_twice().await;
+    assert_eq!(scene.exist().await, ids[2..]);
+    scene.is_whole().await;
+}

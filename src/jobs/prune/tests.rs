@@ -481,8 +481,8 @@ async fn a_writer_that_was_sealed_out_stays_so_when_its_wal_is_gone() {
     let Log { system_id, timeline, branch, .. } = log();
     let eras = [Era { branch: BranchId { system_id, timeline, branch }, end: None }];
     assert_eq!(scene.fixture.take_over(&eras, None).await.unwrap().unwrap().sealed, 1);
-    // Its WAL leads to the first backup alone; the second one is far behind.
-    for at in [start, 100 * SEGMENT] {
+    // Its WAL leads to the first backup alone; the two that stay are far behind.
+    for at in [start, 100 * SEGMENT, 200 * SEGMENT] {
         scene.fixture.clock.advance(DAY);
         if at > start {
             scene.fixture.epoch(at, &[200], true).await;

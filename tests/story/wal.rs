@@ -143,8 +143,12 @@ impl Rig {
         }
     }
 
+    /// How many objects a directory region has. What is still being written is none.
     pub fn objects(&self, region: &str) -> usize {
         fn count(path: &std::path::Path) -> usize {
+            if path.ends_with("+tmp") {
+                return 0;
+            }
             let Ok(entries) = std::fs::read_dir(path) else { return 1 };
             entries.map(|entry| count(&entry.unwrap().path())).sum()
         }

@@ -148,6 +148,13 @@ impl WalIndex {
         &self.frames
     }
 
+    /// Forgets the frames of an epoch from a number on.
+    pub(super) fn cut(&mut self, epoch: &EpochId, from: u64) {
+        if let Some(seqs) = self.frames.get_mut(epoch) {
+            seqs.split_off(&from);
+        }
+    }
+
     /// Where a frame stands.
     pub fn place(&self, epoch: &EpochId, seq: u64) -> FramePlace {
         let BranchId { system_id, timeline, branch } = self.branch.clone();

@@ -88,6 +88,7 @@ pub struct FaultyStore {
     fault: Mutex<Fault>,
     /// Versions that may still be deleted before the process dies.
     deletes: AtomicI64,
+    held: Mutex<BTreeSet<String>>,
 }
 
 impl FaultyStore {
@@ -119,6 +120,11 @@ impl FaultyStore {
         self.inner.delete(key).await.unwrap();
         let options = PutOptions { retain_until: Some(until) };
         self.inner.put(key, bytes.clone(), Digest::of(&bytes), &options).await.unwrap();
+    }
+
+    /// Holds an object without an end, of which nothing is known before it is to be deleted: a legal hold.
+    pub fn hold(&self, key: &str) {
+        self.held.lock().unwrap().insert(key.to_owned());
     }
 
     /// All names, with their bytes.
@@ -189,8 +195,21 @@ impl ObjectStore for FaultyStore {
         self.inner.list_versions(prefix, after).await
     }
 
+    async fn extend(&self, key: &str, until: DateTime<Utc>) -> Result<(), StoreError> {
+        self.pass("lock", key).await?;
+        self.inner.extend(key, until).await
+    }
+
+    async fn locked_until(&self, key: &str, version: Option<&VersionId>) -> Result<Option<DateTime<Utc>>, StoreError> {
+        self.pass("lock", key).await?;
+        self.inner.locked_until(key, version).await
+    }
+
     async fn delete_version(&self, key: &str, version: &VersionId) -> Result<(), StoreError> {
         self.pass("delete", key).await?;
+        if self.held.lock().unwrap().contains(key) {
+            return Err(StoreError::Retained { key: key.to_owned(), address: self.address(), until: None });
+        }
         if self.deletes.fetch_sub(1, Ordering::Relaxed) <= 0 {
             let (key, address, reason) = (key.to_owned(), self.address(), "killed".to_owned());
             return Err(StoreError::Denied { operation: "delete", key, address, reason });
@@ -263,8 +282,10 @@ impl Fixture {
         clock: Arc<TestClock>,
         files: tempfile::TempDir,
     ) -> Self {
-        let wrap =
-            |inner| Arc::new(FaultyStore { inner, fault: Mutex::new(Fault::None), deletes: AtomicI64::new(i64::MAX) });
+        let wrap = |inner| {
+            let (fault, deletes) = (Mutex::new(Fault::None), AtomicI64::new(i64::MAX));
+            Arc::new(FaultyStore { inner, fault, deletes, held: Mutex::default() })
+        };
         let stores: Vec<_> = inner.into_iter().map(wrap).collect();
         let (identity, recipient) = generate_identity(clock.now());
         let path = files.path().join("age.txt");

@@ -2,13 +2,14 @@
 
 use aws_sdk_s3::error::SdkError;
 use aws_sdk_s3::operation::put_object::PutObjectError;
-use aws_sdk_s3::primitives::{ByteStream, DateTime as S3Time};
+use aws_sdk_s3::primitives::ByteStream;
 use aws_sdk_s3::types::ObjectLockMode;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use bytes::Bytes;
 
 use super::error::reply;
+use super::lock::stamp;
 use super::{S3Checksum, S3Store};
 use crate::store::{Digest, Put, PutOptions, StoreError};
 
@@ -36,12 +37,12 @@ impl S3Store {
         }
         if let Some(until) = options.retain_until {
             request = request
-                .object_lock_mode(ObjectLockMode::Compliance)
-                .object_lock_retain_until_date(S3Time::from_secs(until.timestamp()));
+                .object_lock_mode(ObjectLockMode::from(self.options.lock_mode))
+                .object_lock_retain_until_date(stamp(until));
         }
         match request.send().await {
             Ok(_) => Ok(Put::Created),
-            Err(error) if is_taken(&error) => self.settle(key, digest, &body).await,
+            Err(error) if is_taken(&error) => self.settle(key, digest, &body, options).await,
             Err(error) => Err(self.call("put", key).failed(&error)),
         }
     }
@@ -52,16 +53,18 @@ impl S3Store {
         key: &str,
         digest: Digest,
         body: &Bytes,
+        options: &PutOptions,
     ) -> Result<Option<Put>, StoreError> {
         match self.head_object(key).await {
             Err(error) if error.is_not_found() => Ok(None),
             Err(error) => Err(error),
-            Ok(_) => self.settle(key, digest, body).await.map(Some),
+            Ok(_) => self.settle(key, digest, body, options).await.map(Some),
         }
     }
 
     /// The name exists: are they our bytes? The digest that the server kept decides, or else the bytes themselves.
-    async fn settle(&self, key: &str, digest: Digest, body: &Bytes) -> Result<Put, StoreError> {
+    /// They may have been put without a lock, or with a shorter one.
+    async fn settle(&self, key: &str, digest: Digest, body: &Bytes, options: &PutOptions) -> Result<Put, StoreError> {
         let call = self.call("put", key);
         let vanished = |error: StoreError| {
             if error.is_not_found() {
@@ -80,6 +83,9 @@ impl S3Store {
             Digest::of(&stored) == digest
         };
         if same {
+            if let Some(until) = options.retain_until {
+                self.lock_at_least(key, until).await.map_err(vanished)?;
+            }
             return Ok(Put::AlreadyThere);
         }
         Err(StoreError::Conflict { key: key.to_owned(), address: self.address.clone() })

@@ -1,25 +1,39 @@
-//! Random changes of rows and schema, an incremental after each round of them, and every backup brought back. The suite runs
-//! eight rounds; `scripts/soak base` as many as you like.
+//! Random changes of rows and schema, an incremental after each round of them, a random third of the backups pruned, and
+//! every one that is left brought back. The suite runs eight rounds; `scripts/soak base` as many as you like.
 
 #![allow(clippy::print_stdout, reason = "the runner shows it when the story fails")]
 
 use std::collections::BTreeMap;
+use std::fs;
+use std::time::{Duration, Instant};
 
+use chrono::{DateTime, Utc};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use crate::restore::Protected;
+use crate::support::drctl::Background;
 use crate::support::pg::Cluster;
+
+mod thirds;
+
+use thirds::Thirds;
+
+/// Rounds between two runs of prune that plan.
+const ROUNDS_PER_PRUNE: u64 = 5;
 
 /// A backup, and what the cluster held that nobody changed while it was taken.
 struct Survivor {
     id: String,
+    finished_at: DateTime<Utc>,
     digests: BTreeMap<String, String>,
 }
 
 /// A cluster and the choices of this run.
 struct Soak {
     protected: Protected,
+    /// WAL is received all the time, and tells which pages changed.
+    stream: Background,
     chance: StdRng,
     /// Names are never used twice.
     serial: u32,
@@ -29,36 +43,69 @@ struct Soak {
 }
 
 #[tokio::test]
-async fn whatever_happens_between_them_every_backup_comes_back() {
+async fn whatever_happens_between_them_every_backup_that_is_not_pruned_comes_back() {
     let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().unwrap());
     let rounds = number("DRCTL_SOAK_BASE_ROUNDS").unwrap_or(8);
     let seed = number("DRCTL_SOAK_SEED").unwrap_or_else(rand::random);
-    println!("DRCTL_SOAK_SEED={seed}");
+    let told = Told(format!("DRCTL_SOAK_SEED={seed} scripts/soak base --rounds {rounds}"));
+    println!("{}", told.0);
+    let began = Instant::now();
     let mut soak = Soak::new(seed).await;
     let mut survivors = vec![soak.backup().await];
+    let mut thirds = Thirds::default();
+    thirds.taken = 1;
     for round in 0..rounds {
         let load = soak.protected.cluster.pgbench(2);
         for _ in 0..soak.chance.random_range(3..8) {
             soak.change().await;
         }
         survivors.push(soak.backup().await);
+        thirds.taken += 1;
+        // What the last plan found goes beside the load, behind a backup that shares pages with it.
+        thirds.sweep(&soak.protected, &mut survivors).await;
+        if (round + 1) % ROUNDS_PER_PRUNE == 0 {
+            thirds.plan(&soak.protected, &survivors, &mut soak.chance).await;
+        }
         drop(load);
-        println!("round {round}: {}", survivors[survivors.len() - 1].id);
+        println!("round {round}: {}, {:.0?}", survivors[survivors.len() - 1].id, began.elapsed());
     }
+    tokio::time::sleep(Duration::from_millis(2200)).await;
+    thirds.sweep(&soak.protected, &mut survivors).await;
     for (number, survivor) in survivors.iter().enumerate() {
         soak.comes_back(survivor, number % 2 == 1).await;
+    }
+    soak.stream.terminate().await.ok();
+    let Thirds { taken, pruned, drills, .. } = thirds;
+    let (left, took) = (survivors.len(), began.elapsed());
+    println!("{rounds} rounds: {taken} backups, {pruned} pruned after {drills} drills, {left} restored, {took:.0?}");
+}
+
+/// How to repeat a run that failed.
+struct Told(String);
+
+impl Drop for Told {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            println!("the same choices again: {}", self.0);
+        }
     }
 }
 
 impl Soak {
     async fn new(seed: u64) -> Self {
         let protected = Protected::new().await;
+        let path = protected.home().join("drctl.toml");
+        let drills =
+            format!("[drill]\ndir = \"{}\"\nrun_as = \"postgres\"\n", protected.scratch.join("drills").display());
+        let text = fs::read_to_string(&path).unwrap() + "detection = \"auto\"\n" + thirds::RULES + &drills;
+        fs::write(path, text).unwrap();
+        let stream = protected.stream();
         let cluster = &protected.cluster;
         let space = cluster.extra_dir("space").display().to_string();
         cluster.execute(&format!("CREATE TABLESPACE space LOCATION '{space}'")).await;
         cluster.pgbench_init(1).await;
         let chance = StdRng::seed_from_u64(seed);
-        let mut soak = Self { protected, chance, serial: 0, tables: Vec::new(), databases: Vec::new(), space };
+        let mut soak = Self { protected, stream, chance, serial: 0, tables: Vec::new(), databases: Vec::new(), space };
         for _ in 0..4 {
             soak.create_table().await;
         }
@@ -143,11 +190,17 @@ impl Soak {
         self.sql(&format!("ALTER TABLE {table} SET TABLESPACE {space}")).await;
     }
 
-    /// Of everything but pgbench's tables nobody writes from here on until the backup stops.
-    async fn backup(&self) -> Survivor {
+    /// Of everything but pgbench's tables nobody writes from here on until the backup stops. Now and then it reads every
+    /// page and proves that no change would have been missed.
+    async fn backup(&mut self) -> Survivor {
         let digests = digests(&self.protected.cluster).await;
-        let backup = self.protected.backup().await;
-        Survivor { id: backup["id"].as_str().unwrap().to_owned(), digests }
+        let mut words = vec!["backup", "ledger", "--fast", "--json"];
+        words.extend(self.chance.random_bool(0.3).then_some("--verify-detection"));
+        let backup = self.protected.drctl(&words).run().await;
+        // 4: there was nothing to prove, as in a full backup.
+        assert!(matches!((backup.code, words.len()), (Some(0), _) | (Some(4), 5)), "{backup}");
+        let commit = &backup.json()["backup"];
+        Survivor { id: commit["id"].as_str().unwrap().to_owned(), finished_at: thirds::finished_at(commit), digests }
     }
 
     /// At its stop: the same rows, no row in two states of a transaction, indexes and visibility maps that tell the truth.
@@ -179,7 +232,7 @@ impl Soak {
         drop(restored);
         if delta {
             for place in ["restored", "restored-space"] {
-                std::fs::remove_dir_all(self.protected.scratch.join(place)).unwrap();
+                fs::remove_dir_all(self.protected.scratch.join(place)).unwrap();
             }
         }
     }

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use futures::future::join_all;
+use futures::future::{join, join_all};
 use serde::{Deserialize, Serialize};
 
 use crate::codec::sign::Signer;
@@ -65,8 +65,9 @@ impl Repository {
     /// # Errors
     /// No region answers; none holds a repository; two hold different ones; or its format is newer than this program.
     pub async fn open(regions: Regions, listed_signers: BTreeSet<SignerId>) -> Result<Self> {
-        let (RepositoryRecord { repository: id, .. }, shown) = Self::identify(&regions).await?;
-        let trust = Trust::load(&regions, listed_signers).await.during(|| "read the signers' public keys")?;
+        let (record, trust) = join(Self::identify(&regions), Trust::load(&regions, listed_signers)).await;
+        let (RepositoryRecord { repository: id, .. }, shown) = record?;
+        let trust = trust.during(|| "read the signers' public keys")?;
         let regions = regions.proven(&id, &shown);
         Ok(Self { id, regions, trust: Arc::new(trust) })
     }

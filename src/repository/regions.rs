@@ -251,6 +251,14 @@ impl Regions {
         join_all(puts).await.into_iter().collect()
     }
 
+    /// Asks every region what it can, so that the first put does not wait for it. One that does not answer is asked again then.
+    pub async fn probe(&self) {
+        let probes = self.list.iter().map(|region| region.store.probe());
+        for error in join_all(probes).await.into_iter().filter_map(Result::err) {
+            tracing::debug!(%error, "a region was not probed");
+        }
+    }
+
     /// Everything below `prefix` in each region; a region that does not answer is an error in its place.
     pub async fn list_each(&self, prefix: &str) -> Vec<(RegionName, Result<Vec<ListedObject>>)> {
         let lists = self.list.iter().map(|region| async {

@@ -179,7 +179,6 @@ pub async fn seal_report(
     let (keyset, wraps) = drawn.during(|| "draw a keyset for the report")?;
     let bytes = encode(&repository.id, writer, &keyset, (head, body))?;
     let signer = (layout::signer(writer.signer.id()), signer_record(writer)?);
-    // The report last: what is there can be read.
     let objects = [(signer.0, Bytes::from(signer.1))].into_iter().chain(wraps);
     let objects = objects.chain([(layout::report(&head.target, &head.id), bytes)]);
     let objects = objects.map(|(key, body)| SealedObject { key, body: STANDARD.encode(body) }).collect();
@@ -192,10 +191,15 @@ pub async fn spread(repository: &Repository, sealed: &Sealed) -> Vec<LaneOutcome
     let puts = repository.regions.all().iter().map(|region| async move {
         let mut held = 0;
         let put = async {
-            for object in &sealed.objects {
-                put_object(region, object).await?;
+            // The report last: what is there can be read.
+            let Some((report, needed)) = sealed.objects.split_last() else { return Ok(()) };
+            let puts = needed.iter().map(|object| put_object(region, object));
+            for put in join_all(puts).await {
+                put?;
                 held += 1;
             }
+            put_object(region, report).await?;
+            held += 1;
             Ok::<_, Error>(())
         };
         let put = tokio::time::timeout(REGION_PATIENCE, put).await;

@@ -18,7 +18,7 @@ use crate::repository::fan_out::{FanOut, Patience};
 use crate::repository::handle::Repository;
 use crate::repository::keysets::KeyRing;
 use crate::repository::parent::Basis;
-use crate::repository::restore::{CONTROL_FILE, CONTROL_FILE_PENDING, Destination, restore_files};
+use crate::repository::restore::{CONTROL_FILE, CONTROL_FILE_PENDING, Destination, KeptParts, restore_files};
 use crate::repository::testing::{Fault, Fixture, HISTORY, Made, log, options, send, tiny};
 use crate::repository::wal_index::{BranchId, Stretch, WalIndex, cover, windows};
 use crate::repository::wal_log::read_history;
@@ -50,7 +50,9 @@ pub(super) async fn read_back(
         written.push(file);
         Ok(())
     };
-    let restored = restore_files(repository, ring, (commit, &inventory), &destination, (&phase, &mut tell)).await?;
+    let restored =
+        restore_files(repository, ring, (commit, &inventory, KeptParts::default()), &destination, (&phase, &mut tell))
+            .await?;
     assert_eq!(restored.files, written.len() as u64);
     let mut files = BTreeMap::new();
     for file in written {

@@ -4,11 +4,13 @@
 //! its WAL range, and two header reads describe thousands of frames.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::sync::Mutex;
 
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
-use futures::future::join_all;
+use futures::future::{join_all, try_join};
+use futures::{StreamExt, stream};
 use serde::Serialize;
 
 use crate::model::{Branch, EpochId, Error, Lsn, RegionName, Result, SystemId, Timeline};
@@ -35,13 +37,18 @@ pub struct Run {
     pub first: FrameHeader,
     /// The last frame; END counts.
     pub last: FrameHeader,
-    /// The newest commit time near its end. Older than `COMMIT_REACH` frames nothing is looked for.
+    /// The newest commit time near its end, if it was looked for. Older than `COMMIT_REACH` frames nothing is looked for.
     pub last_commit: Option<DateTime<Utc>>,
 }
 
 /// How many frames are looked at for a commit time: END holds none, and neither do the records that an idle server
 /// writes for its standbys.
 const COMMIT_REACH: u64 = 32;
+/// Runs whose ends are read at the same time.
+const READS: usize = 32;
+/// Headers that one step of a search reads at the same time: where every request waits for a long way, a step costs as much
+/// as one.
+const PROBES: u64 = 7;
 
 impl Run {
     /// Position of its first byte.
@@ -212,12 +219,17 @@ impl WalIndex {
 
     /// Where another owner sealed an epoch, if it did. What its writer may still have put behind that was never
     /// acknowledged, and between it and the rest there may be a hole that the SEAL hides.
-    async fn sealed_at(&self, repository: &Repository, epoch: &EpochId) -> Option<u64> {
-        let seqs = self.frames.get(epoch)?;
-        let (last, _) = seqs.last_key_value()?;
+    async fn sealed_at(
+        &self,
+        repository: &Repository,
+        epoch: &EpochId,
+        seqs: &BTreeMap<u64, BTreeSet<RegionName>>,
+    ) -> Option<u64> {
+        let ((first, _), (last, _)) = (seqs.first_key_value()?, seqs.last_key_value()?);
         let small = |seq: &&u64| self.size(epoch, **seq) <= BARE_LIMIT;
-        let near: Vec<u64> =
-            seqs.range(last.saturating_sub(IN_FLIGHT - 1)..).map(|(seq, _)| seq).filter(small).copied().collect();
+        let near = seqs.range(last.saturating_sub(IN_FLIGHT - 1)..).map(|(seq, _)| seq).filter(small);
+        // The first one is asked for next.
+        let near: BTreeSet<u64> = near.chain([first]).copied().collect();
         let headers = join_all(near.iter().map(|seq| self.header(repository, epoch, *seq))).await;
         let sealed = headers.into_iter().flatten().filter(|header| header.kind == FrameKind::Seal);
         sealed.map(|header| header.place.seq).min()
@@ -235,40 +247,93 @@ impl WalIndex {
         repository: &Repository,
         counts: impl Fn(&BTreeSet<RegionName>) -> bool,
     ) -> (Vec<Run>, Vec<Error>) {
+        let (mut runs, errors) = self.spans_of(repository, counts).await;
+        let found = runs.iter().map(|run| self.last_commit(repository, run)).collect::<Vec<_>>();
+        let found: Vec<_> = stream::iter(found).buffered(READS).collect().await;
+        let (mut errors, mut whole) = (errors, Vec::with_capacity(runs.len()));
+        for (run, found) in runs.drain(..).zip(found) {
+            match found {
+                Ok(last_commit) => whole.push(Run { last_commit, ..run }),
+                Err(error) => errors.push(error),
+            }
+        }
+        (whole, errors)
+    }
+
+    /// As [`runs`](Self::runs) in all regions together, without looking for commit times.
+    pub async fn spans(&self, repository: &Repository) -> (Vec<Run>, Vec<Error>) {
+        self.spans_of(repository, |_| true).await
+    }
+
+    async fn spans_of(
+        &self,
+        repository: &Repository,
+        counts: impl Fn(&BTreeSet<RegionName>) -> bool,
+    ) -> (Vec<Run>, Vec<Error>) {
+        let seals = self.frames.iter().map(|(epoch, seqs)| self.sealed_at(repository, epoch, seqs)).collect::<Vec<_>>();
+        let seals: Vec<_> = stream::iter(seals).buffered(READS).collect().await;
+        let mut ends = Vec::new();
+        for ((epoch, seqs), sealed_at) in self.frames.iter().zip(seals) {
+            let held = seqs.range(..sealed_at.unwrap_or(u64::MAX)).filter(|(_, held)| counts(held));
+            ends.extend(unbroken(held.map(|(seq, _)| *seq)).into_iter().map(|ends| (epoch, ends)));
+        }
+        let reads = ends.into_iter().map(|(epoch, ends)| self.span(repository, epoch, ends)).collect::<Vec<_>>();
         let (mut runs, mut errors) = (Vec::new(), Vec::new());
-        for (epoch, seqs) in &self.frames {
-            let sealed_at = self.sealed_at(repository, epoch).await.unwrap_or(u64::MAX);
-            let held = seqs.range(..sealed_at).filter(|(_, held)| counts(held));
-            for (first, last) in unbroken(held.map(|(seq, _)| *seq)) {
-                match self.run(repository, epoch, (first, last)).await {
-                    Ok(run) => runs.push(run),
-                    Err(error) => errors.push(error),
-                }
+        for read in stream::iter(reads).buffered(READS).collect::<Vec<_>>().await {
+            match read {
+                Ok(run) => runs.push(run),
+                Err(error) => errors.push(error),
             }
         }
         runs.sort_by_key(|run| (run.start(), run.end()));
         (runs, errors)
     }
 
-    async fn run(&self, repository: &Repository, epoch: &EpochId, (first, last): (u64, u64)) -> Result<Run> {
-        let first = self.header(repository, epoch, first).await?;
-        let last = self.header(repository, epoch, last).await?;
-        let last_commit = self.last_commit(repository, &first, &last).await?;
-        Ok(Run { first, last, last_commit })
+    async fn span(&self, repository: &Repository, epoch: &EpochId, (first, last): (u64, u64)) -> Result<Run> {
+        let (first, last) = if first == last {
+            let only = self.header(repository, epoch, first).await?;
+            (only.clone(), only)
+        } else {
+            try_join(self.header(repository, epoch, first), self.header(repository, epoch, last)).await?
+        };
+        Ok(Run { first, last, last_commit: None })
     }
 
-    async fn last_commit(
+    async fn last_commit(&self, repository: &Repository, run: &Run) -> Result<Option<DateTime<Utc>>> {
+        let (first, last) = (run.first.place.seq, &run.last.place);
+        if run.last.span.last_commit.is_some() {
+            return Ok(run.last.span.last_commit);
+        }
+        let reach = first.max(last.seq.saturating_sub(COMMIT_REACH))..last.seq;
+        self.newest_commit(repository, &last.epoch, reach).await
+    }
+
+    /// The newest commit time in these frames, looked for from their end, more of them at a time the longer it takes.
+    async fn newest_commit(
         &self,
         repository: &Repository,
-        first: &FrameHeader,
-        last: &FrameHeader,
+        epoch: &EpochId,
+        seqs: Range<u64>,
     ) -> Result<Option<DateTime<Utc>>> {
-        let (mut at, mut seq) = (last.span.last_commit, last.place.seq);
-        while at.is_none() && seq > first.place.seq && last.place.seq - seq < COMMIT_REACH {
-            seq -= 1;
-            at = self.header(repository, &first.place.epoch, seq).await?.span.last_commit;
+        let (mut end, mut step) = (seqs.end, 4);
+        while end > seqs.start {
+            let from = seqs.start.max(end.saturating_sub(step));
+            let headers = join_all((from..end).map(|seq| self.header(repository, epoch, seq))).await;
+            for header in headers.into_iter().rev() {
+                if let Some(time) = header?.span.last_commit {
+                    return Ok(Some(time));
+                }
+            }
+            (end, step) = (from, step * 2);
         }
-        Ok(at)
+        Ok(None)
+    }
+
+    /// Reads headers at the same time, for whoever is going to ask for them one after the other. What cannot be read fails
+    /// when it is asked for.
+    pub async fn read_ahead(&self, repository: &Repository, epoch: &EpochId, seqs: Range<u64>) {
+        let reads = seqs.map(|seq| self.header(repository, epoch, seq)).collect::<Vec<_>>();
+        stream::iter(reads).buffer_unordered(READS).for_each(|_| std::future::ready(())).await;
     }
 
     /// The frame of a run that holds the byte at `at`.
@@ -278,10 +343,28 @@ impl WalIndex {
     pub async fn locate(&self, repository: &Repository, run: &Run, at: Lsn) -> Result<u64> {
         let epoch = &run.first.place.epoch;
         let (mut low, mut high) = (run.first.place.seq, run.last.place.seq);
+        if run.first.span.end > at {
+            return Ok(low);
+        }
+        if run.last.span.start <= at {
+            return Ok(high);
+        }
         while low < high {
-            let middle = low + (high - low) / 2;
-            let header = self.header(repository, epoch, middle).await?;
-            if header.span.end <= at { low = middle + 1 } else { high = middle }
+            let mut probes: Vec<_> = (1..=PROBES).map(|nth| low + (high - low) * nth / (PROBES + 1)).collect();
+            probes.dedup();
+            let headers = join_all(probes.into_iter().map(|seq| self.header(repository, epoch, seq))).await;
+            let (headers, errors): (Vec<_>, Vec<_>) = headers.into_iter().partition(Result::is_ok);
+            // One that is damaged is searched around as long as another tells the way.
+            if let (true, Some(error)) = (headers.is_empty(), errors.into_iter().find_map(Result::err)) {
+                return Err(error);
+            }
+            for header in headers.into_iter().flatten() {
+                if header.span.end > at {
+                    high = header.place.seq;
+                    break;
+                }
+                low = header.place.seq + 1;
+            }
         }
         Ok(low)
     }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
 
@@ -14,7 +15,7 @@ use crate::cli::verbs::drill::told;
 use crate::cli::verbs::restore_streams::{self, Asked, StreamArgs, confirm, directory};
 use crate::cli::verbs::restore_text::{plan_text, report_text};
 use crate::jobs;
-use crate::jobs::restore::{self, Memory, Plan, Point, Request};
+use crate::jobs::restore::{self, Known, Memory, Plan, Point, Request};
 use crate::model::{Error, Lsn, RegionName, Result, Timeline};
 
 /// Arguments.
@@ -129,7 +130,15 @@ pub async fn run(args: Args, session: &Session) -> Result<Exit> {
     let (settings, world) = (session.settings()?, World::real());
     world.courier.serve(app::willing_notifiers(&settings));
     let mut context = app::context(&settings, Role::Restore, &world).await?;
-    if jobs::restore_streams::is_one(&context, &args.what).await? {
+    // The regions are asked only if the configuration does not say it already: one that hangs would be paid for twice.
+    let (is_of_streams, known) = match jobs::restore_streams::is_one(&context, &args.what) {
+        Some(is_of_streams) => (is_of_streams, None),
+        None => {
+            let known = Known::load(&context, &context.repository, &args.what).await?;
+            (known.is_of_streams(&args.what)?, Some(Arc::new(known)))
+        }
+    };
+    if is_of_streams {
         let clusters_only = args.point.point() != Point::End
             || args.timeline.is_some()
             || args.start
@@ -145,7 +154,7 @@ pub async fn run(args: Args, session: &Session) -> Result<Exit> {
         // Without a signer the record of it lies beside the directory.
         context.writer = app::writer(&settings, Role::Restore, &world).await.ok();
     }
-    let request = request(&args, session)?;
+    let mut request = Request { known, ..request(&args, session)? };
     let digest = match (args.execute, args.plan) {
         (true, Some(digest)) => digest,
         (execute, None) => {
@@ -155,6 +164,8 @@ pub async fn run(args: Args, session: &Session) -> Result<Exit> {
             }
             plan.refuse()?;
             confirm((&plan.target, &plan.command), session, || plan_text(&plan, session.clock.now()))?;
+            // Whoever was asked may have taken his time.
+            request.known = None;
             plan.digest
         }
         (false, Some(_)) => return Err(Error::usage("--plan names what --execute is to do").hint("add --execute")),
@@ -192,6 +203,7 @@ fn request(args: &Args, session: &Session) -> Result<Request> {
         delta: args.delta,
         memory: args.memory,
         invocation: session.invocation(),
+        known: None,
     })
 }
 

@@ -111,6 +111,7 @@ fn request(context: &Context, scratch: &Scratch, (what, point): (String, Point),
         delta: false,
         memory: Memory::default(),
         invocation: vec!["drctl".to_owned()],
+        known: None,
     }
 }
 

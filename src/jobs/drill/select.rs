@@ -51,6 +51,7 @@ async fn newest(context: &Context, what: &str) -> Result<Option<DateTime<Utc>>> 
         delta: false,
         memory: restore::Memory::default(),
         invocation: Vec::new(),
+        known: None,
     };
     Ok(restore::plan(context, &request).await?.newest_commit)
 }

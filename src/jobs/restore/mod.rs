@@ -2,15 +2,21 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::jobs::context::Context;
 use crate::jobs::status::{self, Present};
-use crate::model::{Error, RegionName, Result, Timeline};
+use crate::model::commit::BackupKind;
+use crate::model::{Error, RegionName, Result, ResultExt, Timeline};
+use crate::repository::catalog::{self, Backup};
+use crate::repository::handle::Repository;
 pub use crate::repository::restore::Memory;
 
 mod checks;
 mod conf;
+mod contents;
+mod crossed;
 mod delta;
 pub mod feed;
 mod files;
@@ -68,6 +74,40 @@ pub struct Request {
     pub memory: Memory,
     /// The words before the verb, with which the command that the plan prints finds the same repository.
     pub invocation: Vec<String>,
+    /// The backups that may be meant, if they were looked at just now.
+    pub known: Option<Arc<Known>>,
+}
+
+/// The backups that the words of a request may mean.
+#[derive(Debug)]
+pub struct Known {
+    backups: Vec<Backup>,
+    damaged: Vec<Error>,
+}
+
+impl Known {
+    /// Reads their COMMITs: of a whole id that one alone, of a target that is configured its own, else all.
+    ///
+    /// # Errors
+    /// No region answers.
+    pub async fn load(context: &Context, repository: &Repository, what: &str) -> Result<Self> {
+        let target = context.targets.iter().map(|target| &target.name).find(|name| name.as_str() == what);
+        let backups = match target {
+            Some(target) => catalog::backups(repository, Some(target)).await,
+            None => catalog::named(repository, what).await,
+        };
+        let (backups, damaged) = backups.during(|| "list the backups")?;
+        Ok(Self { backups, damaged })
+    }
+
+    /// Whether they mean a dump or files, which another job restores.
+    ///
+    /// # Errors
+    /// Nothing is named so.
+    pub fn is_of_streams(&self, what: &str) -> Result<bool> {
+        let kind = catalog::select(&self.backups, what)?.commit.kind;
+        Ok(matches!(kind, BackupKind::Dump | BackupKind::Files))
+    }
 }
 
 /// Computes the plan; nothing is touched.

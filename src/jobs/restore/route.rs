@@ -3,6 +3,7 @@
 use std::ops::ControlFlow;
 
 use bytes::Bytes;
+use futures::future::{join, try_join_all};
 
 use crate::jobs::context::Context;
 use crate::model::commit::WalNeed;
@@ -53,9 +54,13 @@ pub(super) struct Route {
 pub(super) async fn histories(repository: &Repository, need: &WalNeed) -> Result<Vec<StoredHistory>> {
     let prefix = layout::histories(need.system_id);
     let mut found = Vec::new();
-    for key in repository.regions.list_union(&prefix).await? {
-        let Some((timeline, branch)) = key.strip_prefix(&prefix).and_then(layout::parse_branch) else { continue };
+    let keys = repository.regions.list_union(&prefix).await?;
+    let named = keys.iter().filter_map(|key| key.strip_prefix(&prefix).and_then(layout::parse_branch));
+    let reads = named.map(|(timeline, branch)| async move {
         let content = read_history(repository, need.system_id, timeline, &branch).await?;
+        Ok::<_, Error>((timeline, branch, content))
+    });
+    for (timeline, branch, content) in try_join_all(reads).await? {
         let text = std::str::from_utf8(&content).map_err(|error| {
             Error::damaged(format!("the history of timeline {timeline} is not text")).because(error)
         })?;
@@ -119,7 +124,10 @@ impl Route {
     /// # Errors
     /// The WAL that makes the backup consistent is not whole, or two histories claim one timeline.
     pub(super) async fn find(repository: &Repository, need: &WalNeed, wanted: Option<Timeline>) -> Result<Self> {
-        let histories = histories(repository, need).await.during(|| "read the timeline histories")?;
+        // Every way begins on the backup's own branch, so its WAL is listed while the histories come.
+        let own = BranchId { system_id: need.system_id, timeline: need.timeline, branch: need.branch.clone() };
+        let (histories, own) = join(histories(repository, need), BranchLog::load(repository, own)).await;
+        let (histories, mut own) = (histories.during(|| "read the timeline histories")?, Some(own));
         let (history, branch) = choose(&histories, need, wanted)?;
         let mut route =
             Self { need: need.clone(), history: history.clone(), legs: Vec::new(), histories, beyond: None };
@@ -129,7 +137,10 @@ impl Route {
             let branch =
                 if is_last { branch.clone() } else { branch_of(&route.histories, need, &history, reign.timeline)? };
             let id = BranchId { system_id: need.system_id, timeline: reign.timeline, branch };
-            let log = BranchLog::load(repository, id.clone()).await;
+            let log = match own.take_if(|own| *own.index.branch() == id) {
+                Some(own) => own,
+                None => BranchLog::load(repository, id.clone()).await,
+            };
             let end = leg_end(&log, from, reign.end);
             let Some((to, is_whole)) = end else {
                 route.missing(&log, reign.timeline, from)?;

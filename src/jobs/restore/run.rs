@@ -1,11 +1,14 @@
 //! The run of a plan.
 
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::sync::Arc;
+
+use futures::future::{Either, join, select};
 
 use crate::jobs::context::Context;
 use crate::jobs::restore::conf::{self, RecoverySettings};
-use crate::jobs::restore::files::{Manifest, Site};
+use crate::jobs::restore::files::{Filesystems, Manifest, Site};
 use crate::jobs::restore::plan::{Prepared, quoted};
 use crate::jobs::restore::recover::{self, stage};
 use crate::jobs::restore::report::{PhaseTime, Report};
@@ -28,7 +31,7 @@ pub(super) async fn run(
     let owner = request.run_as.as_deref().map(User::named).transpose()?;
     let site = Site::take(request, &prepared, context.clock.now())?;
     let mut report = report(&prepared.plan);
-    let (leftover, manifest) = fetch(context, request, &prepared, &mut report).await?;
+    let (leftover, manifest) = fetch(context, (request, &prepared), site.filesystems(), &mut report).await?;
     let notes = site
         .complete(&leftover, manifest, (&prepared.commit, &prepared.route.need))
         .during(|| "complete the data directory")?;
@@ -84,11 +87,11 @@ fn report(plan: &Plan) -> Report {
 /// Fetches and writes every file of the backup.
 async fn fetch(
     context: &Context,
-    request: &Request,
-    prepared: &Prepared,
+    (request, prepared): (&Request, &Prepared),
+    filesystems: &Filesystems,
     report: &mut Report,
 ) -> Result<(Leftover, Manifest)> {
-    let Prepared { plan, repository, commit, inventory, route, .. } = prepared;
+    let Prepared { plan, repository, commit, inventory, parts, route, .. } = prepared;
     let need: &WalNeed = &route.need;
     let mut manifest = Manifest::begin(&request.directory, need, context.clock.now())?;
     let phase = Arc::new(context.progress.begin("fetch", Some(commit.size_bytes)));
@@ -99,14 +102,40 @@ async fn fetch(
         ..Destination::empty(request.directory.clone(), request.tablespaces.clone())
     };
     let mut written = |file| manifest.add(&file);
-    let restored =
-        restore_files(repository, &context.ring, (commit, inventory), &destination, (&phase, &mut written)).await;
+    let backup = (commit, inventory.as_slice(), parts.clone());
+    let restored = {
+        let restoring = pin!(restore_files(repository, &context.ring, backup, &destination, (&phase, &mut written)));
+        // What staging and the record of the run need is asked for meanwhile; a region that hangs is not waited for.
+        let meanwhile = pin!(join(filesystems.flush_meanwhile(), prepare_the_end(context, prepared)));
+        match select(restoring, meanwhile).await {
+            Either::Left((restored, _)) => restored,
+            Either::Right(((failed, ()), _)) => Err(failed),
+        }
+    };
     let leftover = restored.during(|| format!("restore {}", plan.backup))?;
     let mut time = PhaseTime::new("fetch", context.clock.monotonic() - began).of(leftover.bytes);
     time.fetched_bytes = Some(leftover.fetched);
     time.reused_bytes = request.delta.then_some(leftover.reused);
     report.phases.push(time);
     Ok((leftover, manifest))
+}
+
+/// Opens the keys of the WAL, and lets regions that will take the record prove what they can. What fails here is told where
+/// it is needed.
+async fn prepare_the_end(context: &Context, Prepared { repository, route, .. }: &Prepared) {
+    let stretches = route.legs.iter().flat_map(|leg| leg.stretches.iter().map(move |stretch| (leg, stretch)));
+    let mut keysets = Vec::new();
+    for (leg, stretch) in stretches {
+        if let Ok(header) = leg.log.header(repository, &stretch.epoch, stretch.first_seq).await {
+            keysets.push((header.target, header.keyset));
+        }
+    }
+    let probe = async {
+        if context.writer.is_some() {
+            repository.regions.probe().await;
+        }
+    };
+    tokio::join!(context.ring.open_all(keysets), probe);
 }
 
 /// The program that `restore_command` calls: this one, by its absolute path.

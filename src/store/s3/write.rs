@@ -1,6 +1,9 @@
 //! The conditional put and what its refusals mean.
 
-use aws_sdk_s3::error::SdkError;
+use aws_runtime::auth::PayloadSigningOverride;
+use aws_sdk_s3::config::interceptors::BeforeTransmitInterceptorContextMut;
+use aws_sdk_s3::config::{ConfigBag, Intercept, RuntimeComponents};
+use aws_sdk_s3::error::{BoxError, SdkError};
 use aws_sdk_s3::operation::put_object::PutObjectError;
 use aws_sdk_s3::primitives::ByteStream;
 use aws_sdk_s3::types::ObjectLockMode;
@@ -16,7 +19,7 @@ use crate::store::{Digest, Put, PutOptions, StoreError};
 impl S3Store {
     /// One `PutObject` that the server refuses if the name exists.
     ///
-    /// The body lies in memory, so the signature covers its SHA-256 also on servers that know no checksum headers.
+    /// The signature covers the body's SHA-256, also on servers that know no checksum headers.
     pub(super) async fn put_if_absent(
         &self,
         key: &str,
@@ -40,7 +43,7 @@ impl S3Store {
                 .object_lock_mode(ObjectLockMode::from(self.options.lock_mode))
                 .object_lock_retain_until_date(stamp(until));
         }
-        match request.send().await {
+        match request.customize().interceptor(BodyDigest(hex::encode(digest.0))).send().await {
             Ok(_) => Ok(Put::Created),
             Err(error) if is_taken(&error) => self.settle(key, digest, &body, options).await,
             Err(error) => Err(self.call("put", key).failed(&error)),
@@ -89,6 +92,26 @@ impl S3Store {
             return Ok(Put::AlreadyThere);
         }
         Err(StoreError::Conflict { key: key.to_owned(), address: self.address.clone() })
+    }
+}
+
+/// The SHA-256 that is signed for a body, so that the SDK does not hash it once more in every region.
+#[derive(Debug)]
+struct BodyDigest(String);
+
+impl Intercept for BodyDigest {
+    fn name(&self) -> &'static str {
+        "BodyDigest"
+    }
+
+    fn modify_before_signing(
+        &self,
+        _context: &mut BeforeTransmitInterceptorContextMut<'_>,
+        _components: &RuntimeComponents,
+        config: &mut ConfigBag,
+    ) -> Result<(), BoxError> {
+        config.interceptor_state().store_put(PayloadSigningOverride::Precomputed(self.0.clone()));
+        Ok(())
     }
 }
 

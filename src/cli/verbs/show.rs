@@ -123,7 +123,9 @@ fn text(report: &Report, now: DateTime<Utc>) -> String {
             }
             held => format!("all {} objects, {}", held.objects, figures::bytes(held.bytes)),
         };
-        line(name.as_str(), trouble);
+        let locked =
+            held.locked_until.map_or_else(String::new, |until| format!(", locked until {}", figures::utc(until)));
+        line(name.as_str(), trouble + &locked);
     }
     text
 }

@@ -16,6 +16,7 @@ mod keys;
 mod locks;
 mod machine;
 mod postgres;
+mod price;
 mod regions;
 mod rules;
 mod streams;
@@ -68,6 +69,7 @@ pub async fn run(subject: &Subject, target: Option<&TargetName>, with_locks: boo
     checks.extend(keys::check(subject, holders?));
     checks.extend(servers.into_iter().chain(others).flatten());
     checks.extend(machine::check(subject, &targets));
+    checks.extend(price::check(subject, &targets));
     if !targets.is_empty() {
         checks.extend(machine::scratch(subject).await);
     }

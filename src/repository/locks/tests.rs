@@ -129,3 +129,26 @@ async fn what_was_never_locked_is_weak_and_what_does_not_answer_is_unknown() {
     let over = looked(&fixture).await;
     assert_eq!((states(&over), over.asked), (vec![State::Over; 2], 0));
 }
+
+/// A put that goes around [`Region::put`](crate::repository::regions::Region::put) would be locked nowhere, and nothing would say so.
+#[test]
+fn nothing_in_the_vault_puts_around_the_lock() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let (mut folders, mut found) = (vec![root.join("repository"), root.join("jobs")], Vec::new());
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            match path.is_dir() {
+                true => folders.push(path),
+                false => {
+                    let text: String = std::fs::read_to_string(&path).unwrap().split_whitespace().collect();
+                    let code = text.split("#[cfg(test)]modtests{").next().unwrap_or_default();
+                    found.extend(code.matches("store.put(").map(|_| path.clone()));
+                }
+            }
+        }
+    }
+    let names: Vec<_> = found.iter().filter_map(|path| path.file_name()?.to_str()).collect();
+    assert!(names.iter().all(|name| ["regions.rs", "tests.rs"].contains(name)), "{names:?}");
+    assert!(names.contains(&"regions.rs"), "it looks past the code");
+}

@@ -137,8 +137,10 @@ pub async fn subject(settings: &Settings, world: &World) -> Result<Subject> {
         secret_files: settings.secrets().filter_map(|secret| secret.file()).map(Path::to_owned).collect(),
         targets: targets(settings)?,
         streamed: streamed(settings)?,
+        retention: settings.targets.iter().filter_map(rules).collect(),
         state_dir: settings.repository.state_dir.clone(),
         scratch: scratch_place(settings),
+        progress: Progress::new(Arc::clone(&world.clock)),
         clock: Arc::clone(&world.clock),
         rng: Arc::clone(&world.rng),
     })

@@ -12,7 +12,7 @@ use chrono::{DateTime, Datelike, TimeDelta, Utc};
 use chrono_tz::Tz;
 use serde::Serialize;
 
-use crate::model::BackupId;
+use crate::model::{BackupId, RegionName};
 
 /// How many proven backups stay, whatever the rules say: one that turns out to be bad leaves another.
 pub const ALWAYS_PROVEN: usize = 2;
@@ -118,12 +118,19 @@ pub enum Verdict {
     Expired,
     /// No drill ever proved it, and it is older than every proven one that stays.
     NeverProven,
+    /// The rules let it go, and a lock keeps it.
+    Retained {
+        /// Where the lock ends last.
+        region: RegionName,
+        /// When.
+        until: DateTime<Utc>,
+    },
 }
 
 impl Verdict {
     /// Whether it stays.
     pub const fn keeps(&self) -> bool {
-        matches!(self, Self::Keep(_))
+        matches!(self, Self::Keep(_) | Self::Retained { .. })
     }
 }
 

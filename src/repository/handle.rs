@@ -15,7 +15,7 @@ use crate::repository::keysets::Holders;
 use crate::repository::layout;
 use crate::repository::regions::{Region, Regions};
 use crate::repository::trust::{SignerRecord, Trust};
-use crate::store::{Digest, PutOptions};
+use crate::store::Digest;
 
 /// Where one region is, for a machine that knows only a sibling.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -224,7 +224,7 @@ async fn put_json<T: Serialize>(region: &Region, key: &str, value: &T) -> Result
 
 /// For records that say the same whoever writes them: one that is there already stays.
 async fn put_unless_there(region: &Region, key: &str, body: &[u8]) -> Result<()> {
-    let put = region.store.put(key, Bytes::copy_from_slice(body), Digest::of(body), &PutOptions::default()).await;
+    let put = region.put(key, (Bytes::copy_from_slice(body), Digest::of(body)), None).await;
     match put {
         Ok(_) | Err(crate::store::StoreError::Conflict { .. }) => Ok(()),
         Err(error) => Err(Error::from(error).during(format!("write {key} to {}", region.name))),

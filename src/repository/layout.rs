@@ -52,6 +52,9 @@ pub const REPORTS: &str = "reports/";
 /// What became of every slot of every schedule.
 pub const RUNS: &str = "runs/";
 
+/// What stores write to prove themselves.
+const PROBES: &str = ".probe/";
+
 /// Backups in progress.
 pub const INTENTS: &str = "intents/";
 
@@ -98,6 +101,12 @@ pub const REPAIR_ORDER: [&str; 18] = [
 /// found through its COMMIT alone, which comes after them.
 pub fn may_be_read_on_its_way(key: &str) -> bool {
     ![PACKS, MANIFESTS, INVENTORIES].iter().any(|prefix| key.starts_with(prefix))
+}
+
+/// Whether a lock on an object serves anything. What a store writes to prove itself, an intent and a plan of prune are worth
+/// nothing when they are over, and would pile up.
+pub fn is_locked(key: &str) -> bool {
+    ![INTENTS, PRUNES, PROBES].iter().any(|prefix| key.starts_with(prefix))
 }
 
 /// One sibling's address; `digest` tells its successive addresses apart.

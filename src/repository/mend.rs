@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
 
 use bytes::Bytes;
+use chrono::{DateTime, Utc};
 use futures::{StreamExt, stream};
 use serde::Serialize;
 
@@ -29,7 +30,7 @@ use crate::repository::runs;
 use crate::repository::tombs::Pruned;
 use crate::repository::trust::SignerRecord;
 use crate::repository::wal_frame::{Frame, FrameKind, FramePlace};
-use crate::store::{Digest, PutOptions};
+use crate::store::Digest;
 
 /// Objects in hand; each holds two copies at most.
 const OBJECTS: usize = 8;
@@ -133,6 +134,8 @@ fn start(repository: &Repository, scope: &Scope) -> BTreeMap<RegionName, Mended>
 struct Closure {
     lines: BTreeMap<String, InventoryLine>,
     needs: BTreeMap<String, Vec<String>>,
+    /// When the youngest backup began that needs an object: its lock counts from there, also where it is brought later.
+    since: BTreeMap<String, DateTime<Utc>>,
 }
 
 impl Closure {
@@ -157,6 +160,10 @@ async fn closure(repository: &Repository, backups: &[Backup]) -> Closure {
                 closure.lines.extend(lines.into_iter().map(|line| (line.key.clone(), line)));
             }
             Err(error) => tracing::warn!(%error, backup = %commit.id, "its objects cannot be compared"),
+        }
+        for needed in needs.iter().chain([&key]) {
+            let since = closure.since.entry(needed.clone()).or_insert(commit.started_at);
+            *since = commit.started_at.max(*since);
         }
         closure.needs.insert(key, needs);
     }
@@ -417,7 +424,7 @@ impl Mender<'_> {
         if wrong {
             remove_wrong_copy(region, key, Digest::of(good)).await?;
         }
-        region.store.put(key, good.clone(), Digest::of(good), &PutOptions::default()).await?;
+        region.put(key, (good.clone(), Digest::of(good)), self.closure.since.get(key).copied()).await?;
         Ok(())
     }
 

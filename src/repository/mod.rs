@@ -18,6 +18,7 @@ pub mod identity;
 pub mod inventory;
 pub mod keysets;
 pub mod layout;
+pub mod locks;
 pub mod manifest;
 pub mod mend;
 #[cfg(test)]

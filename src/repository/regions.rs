@@ -7,13 +7,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
+use chrono::{DateTime, Utc};
 use futures::future::join_all;
 use serde::Serialize;
 
 use crate::model::{Clock, Error, Kind, RegionName, RepositoryId, Result};
 use crate::repository::layout;
+use crate::repository::locks::Rule;
 use crate::repository::proven::Proven;
-use crate::store::{Depth, Digest, ListedObject, ObjectStore, PutOptions, StoreError};
+use crate::store::{Depth, Digest, ListedObject, ObjectStore, Put, PutOptions, StoreError};
 
 /// One independent copy of the repository.
 #[derive(Debug, Clone)]
@@ -22,6 +24,24 @@ pub struct Region {
     pub name: RegionName,
     /// Its bytes.
     pub store: Arc<dyn ObjectStore>,
+    /// How long it locks what is written; `None` if it locks nothing.
+    pub lock: Option<Rule>,
+}
+
+impl Region {
+    /// Stores an object, locked as the region locks. `since` is when what it belongs to began, if not now.
+    ///
+    /// # Errors
+    /// As [`ObjectStore::put`].
+    pub async fn put(
+        &self,
+        key: &str,
+        (body, digest): (Bytes, Digest),
+        since: Option<DateTime<Utc>>,
+    ) -> std::result::Result<Put, StoreError> {
+        let retain_until = self.lock.as_ref().and_then(|rule| rule.until(key, since));
+        self.store.put(key, body, digest, &PutOptions { retain_until }).await
+    }
 }
 
 /// All regions, in the order of the configuration: restores prefer the first, drills the last.
@@ -239,12 +259,11 @@ impl Regions {
     /// # Errors
     /// A region does not take it. Others may have.
     pub async fn put_everywhere(&self, key: &str, body: Bytes) -> Result<()> {
-        let (digest, options) = (Digest::of(&body), PutOptions::default());
-        let options = &options;
+        let digest = Digest::of(&body);
         let puts = self.list.iter().map(|region| {
             let body = body.clone();
             async move {
-                let put = region.store.put(key, body, digest, options).await;
+                let put = region.put(key, (body, digest), None).await;
                 put.map(drop).map_err(|error| Error::from(error).during(format!("write {key} to {}", region.name)))
             }
         });
@@ -442,6 +461,7 @@ mod tests {
         let named = |(name, store): (&str, &Arc<MemoryStore>)| Region {
             name: name.parse().unwrap(),
             store: Arc::clone(store) as Arc<dyn ObjectStore>,
+            lock: None,
         };
         let regions = Regions::new(["a", "b"].into_iter().zip(&stores).map(named).collect(), 1, 1).unwrap();
         let regions = regions.timed_by(Arc::clone(&clock) as Arc<dyn Clock>);

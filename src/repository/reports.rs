@@ -26,7 +26,7 @@ use crate::repository::handle::{Repository, Writer, signer_record};
 use crate::repository::keysets::{self, KeyRing};
 use crate::repository::layout;
 use crate::repository::regions::Region;
-use crate::store::{Digest, PutOptions, StoreError};
+use crate::store::{Digest, StoreError};
 
 /// A report is small and about the past: nobody waits for a region long.
 const REGION_PATIENCE: Duration = Duration::from_secs(10);
@@ -224,7 +224,7 @@ async fn put_object(region: &Region, SealedObject { key, body }: &SealedObject) 
     let damaged = |error| Error::damaged("a report in the state directory is not readable").because(error);
     let body = Bytes::from(STANDARD.decode(body).map_err(damaged)?);
     let digest = Digest::of(&body);
-    match region.store.put(key, body, digest, &PutOptions::default()).await {
+    match region.put(key, (body, digest), None).await {
         Ok(_) => Ok(()),
         // Another host's record of the same signer says the same.
         Err(StoreError::Conflict { .. }) if key.starts_with(layout::SIGNERS) => Ok(()),

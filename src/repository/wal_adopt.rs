@@ -17,7 +17,7 @@ use crate::repository::wal_frame::{EpochKind, FrameKind, FramePlace};
 use crate::repository::wal_frames::fetch_object;
 use crate::repository::wal_index::{BranchId, Run, WalIndex, Window, windows};
 use crate::repository::wal_seal::{Closing, Ending};
-use crate::store::{Digest, PutOptions, StoreError};
+use crate::store::{Digest, StoreError};
 
 /// A region that hangs counts as one that is away.
 const ANSWER_TIME: Duration = Duration::from_secs(30);
@@ -268,9 +268,8 @@ async fn copy(
     let frame = fetch_object(repository, place).await?;
     let digest = Digest::of(&frame);
     let lacking = repository.regions.all().iter().filter(|region| !held.contains(&region.name));
-    let options = PutOptions::default();
     let puts = lacking.map(|region| async {
-        let put = region.store.put(&key, frame.clone(), digest, &options);
+        let put = region.put(&key, (frame.clone(), digest), None);
         (region.name.clone(), timeout(ANSWER_TIME, put).await)
     });
     let puts = join_all(puts).await;

@@ -115,6 +115,14 @@ impl ObjectStore for Gate {
         self.inner.list_versions(prefix, after).await
     }
 
+    async fn extend(&self, key: &str, until: DateTime<Utc>) -> Result<(), StoreError> {
+        self.inner.extend(key, until).await
+    }
+
+    async fn locked_until(&self, key: &str, version: Option<&VersionId>) -> Result<Option<DateTime<Utc>>, StoreError> {
+        self.inner.locked_until(key, version).await
+    }
+
     async fn delete_version(&self, key: &str, version: &VersionId) -> Result<(), StoreError> {
         self.inner.delete_version(key, version).await
     }
@@ -135,7 +143,7 @@ impl ObjectStore for Gate {
 fn repository(fixture: &Fixture, who: Who, queue: &Queue) -> Repository {
     let region = |(region, known): (usize, &Region)| {
         let (inner, queue) = (Arc::clone(&known.store), Arc::clone(queue));
-        Region { name: known.name.clone(), store: Arc::new(Gate { who, region, inner, queue }) }
+        Region { name: known.name.clone(), store: Arc::new(Gate { who, region, inner, queue }), lock: None }
     };
     let list = fixture.repository.regions.all().iter().enumerate().map(region).collect();
     let quorum = fixture.repository.regions.quorum();

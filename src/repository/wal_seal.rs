@@ -21,7 +21,7 @@ use crate::repository::handle::{Repository, Writer};
 use crate::repository::regions::Region;
 use crate::repository::wal_frame::{Frame, FrameHeader, FrameKind, FramePlace, HEADER_LIMIT, IN_FLIGHT, WalSpan};
 use crate::repository::wal_index::WalIndex;
-use crate::store::{Digest, PutOptions, StoreError};
+use crate::store::{Digest, StoreError};
 
 /// A region that hangs counts as one that is away.
 const ANSWER_TIME: Duration = Duration::from_secs(20);
@@ -215,7 +215,7 @@ async fn put_seal(
     (object, digest): (Bytes, Digest),
 ) -> Result<Holding> {
     let size = object.len() as u64;
-    match region.store.put(&place.key(), object, digest, &PutOptions::default()).await {
+    match region.put(&place.key(), (object, digest), None).await {
         Ok(_) => Ok(Holding::Seal),
         Err(StoreError::Conflict { .. }) => {
             let there = holding(repository, region, place, size).await?;

@@ -27,6 +27,7 @@ mod incremental;
 mod inert;
 mod keyholders;
 mod lend;
+mod locks;
 mod majors;
 mod memory;
 mod metrics;

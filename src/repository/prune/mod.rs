@@ -11,6 +11,7 @@
 
 pub mod facts;
 pub mod garbage;
+pub mod locked;
 pub mod plan;
 pub mod sweep;
 pub mod wal;

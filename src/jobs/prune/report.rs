@@ -77,6 +77,7 @@ impl Judged {
             Verdict::Keep(reasons) => reasons.iter().map(Keep::to_string).collect::<Vec<_>>().join(", "),
             Verdict::Expired => "GOES: no rule keeps it".to_owned(),
             Verdict::NeverProven => "GOES, NEVER DRILLED".to_owned(),
+            Verdict::Replaced => "GOES: a drilled copy took its place".to_owned(),
         }
     }
 }

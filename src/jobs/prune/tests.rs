@@ -23,6 +23,7 @@ use crate::repository::reports::{ReportBody, ReportHead, seal_report, spread};
 use crate::repository::scrub;
 use crate::repository::testing::{Fault, Fixture, Made, need, options, send};
 
+mod copies;
 mod late;
 
 const DAY: i64 = 24 * 3600;

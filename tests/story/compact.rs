@@ -13,12 +13,13 @@ use crate::restore::Protected;
 use crate::support::drctl::Finished;
 use crate::support::process;
 
-/// Three drilled ones stay; a drill restores into a directory of its own.
+/// Three drilled ones stay; a drill restores into a directory of its own. Nothing but drills writes a heartbeat: a dump is to say
+/// the same twice.
 fn configure(protected: &Protected) {
     let path = protected.home().join("drctl.toml");
     let drills = protected.scratch.join("drills");
     let text = fs::read_to_string(&path).unwrap()
-        + "[prune]\ngrace = \"1s\"\nshort_grace = true\n[targets.ledger.retention]\nkeep_last = 3\n"
+        + "heartbeat = false\n[prune]\ngrace = \"1s\"\nshort_grace = true\n[targets.ledger.retention]\nkeep_last = 3\n"
         + &format!("[drill]\ndir = \"{}\"\nrun_as = \"postgres\"\n", drills.display());
     fs::write(path, text).unwrap();
 }

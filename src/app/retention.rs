@@ -29,7 +29,7 @@ pub(super) fn rules(target: &TargetSettings) -> Option<(TargetName, Rules)> {
 
 /// What bounds a prune.
 pub(super) fn limits(settings: &Settings) -> Limits {
-    let config::Prune { grace, max_objects, max_bytes, max_share } = settings.prune;
+    let config::Prune { grace, short_grace: _, max_objects, max_bytes, max_share } = settings.prune;
     let grace = TimeDelta::from_std(grace).unwrap_or(TimeDelta::MAX);
     Limits { grace, objects: max_objects, bytes: max_bytes, percent: max_share }
 }

@@ -105,6 +105,9 @@ pub struct Prune {
     /// How long what nobody needs stays nevertheless.
     #[serde(serialize_with = "show::duration")]
     pub grace: Duration,
+    /// Whether it may be shorter than [`LEAST_GRACE`]: where nothing is protected in earnest.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub short_grace: bool,
     /// Objects of all regions together that one run removes at most.
     pub max_objects: u64,
     /// Their bytes.
@@ -116,16 +119,33 @@ pub struct Prune {
 
 impl Default for Prune {
     fn default() -> Self {
-        Self { grace: Duration::from_secs(24 * 3600), max_objects: 200_000, max_bytes: 4 << 40, max_share: 34 }
+        Self {
+            grace: Duration::from_secs(24 * 3600),
+            short_grace: false,
+            max_objects: 200_000,
+            max_bytes: 4 << 40,
+            max_share: 34,
+        }
     }
 }
+
+/// Restores, drills and verifications announce themselves nowhere: what they read must not have been planned away since they
+/// chose it. An hour is beyond what most of them take, and twelve times what the clocks of regions may differ by.
+pub const LEAST_GRACE: Duration = Duration::from_secs(3600);
 
 pub(super) fn prune(section: &Section<'_>) -> Result<Prune> {
     let usual = Prune::default();
     let objects = section.integer("max_objects", 1..=i32::MAX)?.and_then(|count| u64::try_from(count).ok());
     let share = section.integer("max_share", 1..=100)?.and_then(|share| u8::try_from(share).ok());
+    let grace = section.interval("grace")?.unwrap_or(usual.grace);
+    let short_grace = section.boolean("short_grace")?.unwrap_or(false);
+    if grace < LEAST_GRACE && !short_grace {
+        let error = Error::usage("`grace` is shorter than an hour: a restore that runs could lose what it reads");
+        return Err(section.wrong_here(&error.hint("1h or more; in a test of drctl itself also: short_grace = true")));
+    }
     let prune = Prune {
-        grace: section.interval("grace")?.unwrap_or(usual.grace),
+        grace,
+        short_grace,
         max_objects: objects.unwrap_or(usual.max_objects),
         max_bytes: section.size("max_bytes")?.unwrap_or(usual.max_bytes),
         max_share: share.unwrap_or(usual.max_share),
@@ -158,6 +178,19 @@ mod tests {
         let again = parse(&settings.to_toml().unwrap(), "shown", Path::new("/")).unwrap();
         assert_eq!((&again.targets, &again.prune), (&settings.targets, &settings.prune));
         assert_eq!(read("source = \"files\"\nroots = [\"/etc\"]\n").unwrap().targets[0].retention, None);
+    }
+
+    #[test]
+    fn a_grace_period_that_protects_nobody_is_refused() {
+        let text = |prune: &str| format!("[prune]\n{prune}\n[regions.a]\nurl = \"a\"\n");
+        let read = |prune: &str| parse(&text(prune), "drctl.toml", Path::new("/etc/drctl"));
+        let told = read("grace = \"59m\"").unwrap_err().to_string();
+        assert!(told.contains("shorter than an hour"), "{told}");
+        assert_eq!(read("grace = \"1h\"").unwrap().prune.grace, LEAST_GRACE);
+        let short = read("grace = \"1s\"\nshort_grace = true").unwrap();
+        assert_eq!((short.prune.grace, short.prune.short_grace), (Duration::from_secs(1), true));
+        let again = parse(&short.to_toml().unwrap(), "shown", Path::new("/")).unwrap();
+        assert_eq!(again.prune, short.prune);
     }
 
     #[test]

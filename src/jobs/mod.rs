@@ -5,6 +5,7 @@
 
 pub mod backup;
 pub mod check;
+pub mod compact;
 pub mod context;
 pub mod drill;
 pub mod init;

@@ -1,7 +1,7 @@
 //! The one door for whoever runs jobs without being asked by a person: a job with its parameters in, what it came to out.
 
 use crate::jobs::context::Context;
-use crate::jobs::{backup, drill, prune, repair, verify};
+use crate::jobs::{backup, compact, drill, prune, repair, verify};
 use crate::model::run::Outcome;
 use crate::model::schedule::{Depth, Work};
 use crate::model::{Error, Kind, Result};
@@ -67,6 +67,13 @@ pub async fn run(context: &Context, work: &Work) -> Result<Done> {
         Work::Prune => {
             let options = prune::Options { dry_run: false, consent: prune::Consent::Scheduled };
             pruned(&prune::run(context, &options).await?)
+        }
+        Work::Compact { target } => {
+            let report = compact::run(context, target, true).await?;
+            let copies: Vec<_> = report.copies.iter().map(|copied| copied.copy.as_str()).collect();
+            let (packs, told) = (report.plan.packs.len(), copies.join(", "));
+            let waiting = if copies.is_empty() { String::new() } else { format!(", to be drilled: {told}") };
+            Ok(done(report.has_debts(), format!("{packs} packs left by {} copies{waiting}", copies.len())))
         }
     }
 }

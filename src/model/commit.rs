@@ -74,6 +74,35 @@ pub struct Commit {
     pub quorum: u8,
     /// Who wrote it: host and drctl version.
     pub provenance: Provenance,
+    /// Of a backup that was made of another one, without its source: that one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copy: Option<CopyOf>,
+}
+
+/// Which backup a copy holds the pages of, frame by frame, in other packs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CopyOf {
+    /// The backup that was read from the source; for a copy of a copy as well.
+    pub backup: BackupId,
+    /// When the copy was made.
+    pub at: DateTime<Utc>,
+}
+
+impl Commit {
+    /// The backup that was read from the source: itself, or the one that it is a copy of.
+    pub fn origin(&self) -> &BackupId {
+        self.copy.as_ref().map_or(&self.id, |copy| &copy.backup)
+    }
+
+    /// Whether what it says of the cluster and of its moment is what `other` says.
+    pub fn is_of_the_moment_of(&self, other: &Self) -> bool {
+        let said = |commit: &Self| {
+            let Self { target, source, started_at, finished_at, size_bytes, wal, .. } = commit.clone();
+            (target, source, started_at, finished_at, size_bytes, wal)
+        };
+        said(self) == said(other)
+    }
 }
 
 /// The WAL range without which a physical backup is not consistent.

@@ -4,6 +4,9 @@
 //! backups, or a source that went bad unnoticed, cannot push a good one out by adding new ones. An unproven backup goes only
 //! when it is older than the oldest proven one that stays. Ages are measured from the newest proven backup, never from a
 //! clock: a clock that runs ahead, or a target that is no longer backed up, expires nothing.
+//!
+//! A backup and its copies are of one moment, and one of them is enough: of those that are proven the newest copy counts, and
+//! the others have no place any more. A copy that is not proven yet counts for nothing and stays as long as what it is of.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -12,6 +15,7 @@ use chrono::{DateTime, Datelike, TimeDelta, Utc};
 use chrono_tz::Tz;
 use serde::Serialize;
 
+use crate::model::commit::CopyOf;
 use crate::model::{BackupId, RegionName};
 
 /// How many proven backups stay, whatever the rules say: one that turns out to be bad leaves another.
@@ -60,6 +64,19 @@ pub struct Candidate {
     pub proven: bool,
     /// Who needs it beside the rules: pins, holds, running jobs.
     pub needed: Vec<String>,
+    /// What it is a copy of.
+    pub copy: Option<CopyOf>,
+}
+
+impl Candidate {
+    fn origin(&self) -> &BackupId {
+        self.copy.as_ref().map_or(&self.id, |copy| &copy.backup)
+    }
+
+    /// Of one moment: the original first, then its copies as they were made.
+    fn order(&self) -> (Option<DateTime<Utc>>, &BackupId) {
+        (self.copy.as_ref().map(|copy| copy.at), &self.id)
+    }
 }
 
 /// Why a backup stays.
@@ -86,6 +103,8 @@ pub enum Keep {
     Newest,
     /// Never proven, and not older than every proven one that stays.
     Unproven,
+    /// A copy of one that stays, and not proven yet.
+    Copy,
     /// A pin, a hold, or a job that runs.
     Needed(String),
 }
@@ -103,6 +122,7 @@ impl fmt::Display for Keep {
             Self::Drilled => "one of the two newest that count",
             Self::Newest => "the newest",
             Self::Unproven => "never drilled",
+            Self::Copy => "a copy that waits for its drill",
             Self::Needed(by) => by,
         })
     }
@@ -116,6 +136,8 @@ pub enum Verdict {
     Keep(Vec<Keep>),
     /// No rule wants it.
     Expired,
+    /// A proven copy of it took its place.
+    Replaced,
     /// No drill ever proved it, and it is older than every proven one that stays.
     NeverProven,
     /// The rules let it go, and a lock keeps it.
@@ -153,12 +175,39 @@ pub fn judge(candidates: &[Candidate], rules: &Rules) -> BTreeMap<BackupId, Verd
         let reasons = reasons.get(&candidate.id).into_iter().flatten().cloned().collect::<Vec<_>>();
         match () {
             () if !reasons.is_empty() => Verdict::Keep(reasons),
+            () if candidate.proven && !is_foremost(candidate, candidates) => Verdict::Replaced,
             () if candidate.proven => Verdict::Expired,
             () if oldest_proven.is_some_and(|oldest| candidate.at < oldest) => Verdict::NeverProven,
             () => Verdict::Keep(vec![Keep::Unproven]),
         }
     };
-    candidates.iter().map(|candidate| (candidate.id.clone(), verdict(candidate))).collect()
+    let mut verdicts: BTreeMap<_, _> =
+        candidates.iter().map(|candidate| (candidate.id.clone(), verdict(candidate))).collect();
+    for copy in candidates.iter().filter(|candidate| candidate.copy.is_some() && !candidate.proven) {
+        if let Some(shared) = fate(copy, candidates, &verdicts) {
+            verdicts.insert(copy.id.clone(), shared);
+        }
+    }
+    verdicts
+}
+
+/// Whether it is the one of its moment that counts.
+fn is_foremost(candidate: &Candidate, all: &[Candidate]) -> bool {
+    let same = all.iter().filter(|other| other.proven && other.origin() == candidate.origin());
+    same.max_by_key(|other| other.order()).is_some_and(|foremost| foremost.id == candidate.id)
+}
+
+/// What becomes of a copy that is not proven: it stays as long as what it is of. `None` where that is decided otherwise, or
+/// nothing else of its moment is left.
+fn fate(copy: &Candidate, all: &[Candidate], verdicts: &BTreeMap<BackupId, Verdict>) -> Option<Verdict> {
+    let decides = |other: &&Candidate| other.origin() == copy.origin() && (other.copy.is_none() || other.proven);
+    let others: Vec<_> = all.iter().filter(decides).filter_map(|other| verdicts.get(&other.id)).collect();
+    match verdicts.get(&copy.id) {
+        Some(Verdict::Keep(reasons)) if *reasons != [Keep::Unproven] => None,
+        _ if others.is_empty() => None,
+        _ if others.iter().any(|verdict| verdict.keeps()) => Some(Verdict::Keep(vec![Keep::Copy])),
+        _ => Some(Verdict::Expired),
+    }
 }
 
 /// What the rules want, of the proven ones alone.
@@ -169,6 +218,8 @@ fn wanted<'c>(newest_first: &[&'c Candidate], rules: &Rules) -> BTreeMap<&'c Bac
         return reasons;
     }
     let proven: Vec<_> = newest_first.iter().copied().filter(|candidate| candidate.proven).collect();
+    let all: Vec<_> = proven.iter().map(|candidate| (*candidate).clone()).collect();
+    let proven: Vec<_> = proven.into_iter().filter(|candidate| is_foremost(candidate, &all)).collect();
     let mut keep = |candidate: &'c Candidate, reason: Keep| {
         reasons.entry(&candidate.id).or_default().insert(reason);
     };
@@ -232,7 +283,13 @@ mod tests {
         let digits = b"23456789abcdefghjkmnpqrstwxy";
         let suffix: String = [number / 784, number / 28, number].iter().map(|at| char::from(digits[at % 28])).collect();
         let id = format!("ledger-{}-{suffix}", at.format("%y%m%d-%H%M%S")).parse().unwrap();
-        Candidate { id, at, proven, needed: needed.then(|| "pinned".to_owned()).into_iter().collect() }
+        Candidate { id, at, proven, needed: needed.then(|| "pinned".to_owned()).into_iter().collect(), copy: None }
+    }
+
+    /// A copy of one of them.
+    fn copy(of: &Candidate, number: usize, proven: bool) -> Candidate {
+        let copy = Some(CopyOf { backup: of.id.clone(), at: of.at + TimeDelta::days(number as i64) });
+        Candidate { copy, ..candidate(number, of.at, proven, false) }
     }
 
     fn backups() -> impl Strategy<Value = Vec<Candidate>> {
@@ -305,6 +362,29 @@ mod tests {
             let without = kept(&proven, &rules);
             let same = proven.iter().all(|one| with.contains(&one.id) == without.contains(one));
             prop_assert!(same, "{with:?} {without:?}");
+        }
+
+        /// A drilled copy has the place that its original had, and costs nobody else one.
+        #[test]
+        fn a_moment_has_one_place(candidates in backups(), rules in rules(), chosen in 0usize..60, proven in any::<bool>()) {
+            let Some(original) = candidates.get(chosen) else { return Ok(()) };
+            let copied = copy(original, 900, proven);
+            let with: Vec<_> = candidates.iter().cloned().chain([copied.clone()]).collect();
+            let (before, after) = (judge(&candidates, &rules), judge(&with, &rules));
+            for other in candidates.iter().filter(|other| other.id != original.id) {
+                let same = before[&other.id].keeps() == after[&other.id].keeps();
+                // An original that was never drilled gains a place through a drilled copy.
+                prop_assert!(same || (proven && !original.proven), "{other:?}");
+            }
+            if proven && original.proven && original.needed.is_empty() && !rules.keep_everything() {
+                let newest = candidates.iter().all(|other| other.at <= original.at);
+                prop_assert_eq!(before[&original.id].keeps(), after[&copied.id].keeps());
+                prop_assert!(newest || after[&original.id] == Verdict::Replaced);
+            }
+            if !proven {
+                prop_assert_eq!(before[&original.id].keeps(), after[&original.id].keeps());
+                prop_assert_eq!(after[&original.id].keeps(), after[&copied.id].keeps());
+            }
         }
 
         #[test]

@@ -47,10 +47,20 @@ pub struct Intent {
     pub backup: BackupId,
     /// The backup whose pages it may refer to.
     pub parent: Option<BackupId>,
+    /// Further ones.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub also: Vec<BackupId>,
     /// The writer's clock.
     pub created_at: DateTime<Utc>,
     /// After this the backup is given up: it must not commit, and prune may take its objects.
     pub expires_at: DateTime<Utc>,
+}
+
+impl Intent {
+    /// The backups that must stay while this one is under way.
+    pub fn leans_on(&self) -> impl Iterator<Item = &BackupId> {
+        self.parent.iter().chain(&self.also)
+    }
 }
 
 /// How a backup is written.
@@ -161,7 +171,8 @@ impl BackupWriter {
         repository.enroll(writer, &out).await.during(|| "enrol the signer")?;
         let expires_at = started_at + TimeDelta::days(INTENT_DAYS);
         let parent = basis.parent().map(|parent| parent.commit.id.clone());
-        let intent = Intent { format: FORMAT, backup: id.clone(), parent, created_at: started_at, expires_at };
+        let also = Vec::new();
+        let intent = Intent { format: FORMAT, backup: id.clone(), parent, also, created_at: started_at, expires_at };
         put_signed(&out, writer, layout::intent(&id), &intent_context(&repository.id, &id), &intent).await?;
         refuse_if_pruned(repository, &basis, started_at).await?;
         let stored =
@@ -384,6 +395,7 @@ impl BackupWriter {
             page_map: kept.as_ref().map(|kept| kept.digest),
             quorum: u8::try_from(self.out.quorum()).unwrap_or(u8::MAX),
             provenance: self.provenance(),
+            copy: None,
         };
         let key = layout::commit(&self.options.target, &self.id);
         put_signed(&self.out, &self.writer, key, &commit_context(&self.repository.id, &self.id), &commit).await?;

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use futures::future::join;
 use futures::{StreamExt, TryStreamExt, stream};
 
-use crate::model::commit::Commit;
+use crate::model::commit::{Commit, CopyOf};
 use crate::model::{BackupId, Error, KeysetId, RegionName, RepositoryId, Result, TargetName};
 use crate::repository::handle::Repository;
 use crate::repository::inventory::{self, InventoryLine};
@@ -141,6 +141,14 @@ pub fn parse_commit(repository: &Repository, key: &str, bytes: &[u8]) -> Result<
         return Err(wrong("belongs elsewhere"));
     }
     Ok(commit)
+}
+
+/// What `commit` says that it is a copy of. A copy that contradicts the backup which it says it is of counts as a backup of
+/// its own: it must not take that one's place.
+pub fn copy_among(commit: &Commit, all: &[&Commit]) -> Option<CopyOf> {
+    let copy = commit.copy.clone()?;
+    let original = all.iter().find(|other| other.id == copy.backup);
+    original.is_none_or(|original| commit.is_of_the_moment_of(original)).then_some(copy)
 }
 
 /// Finds the one backup that `text` names: a whole id, an unambiguous prefix, a target (its newest) or `latest`.

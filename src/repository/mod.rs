@@ -5,6 +5,7 @@
 
 pub mod backup_writer;
 pub mod catalog;
+pub mod compact;
 pub mod compare;
 pub mod escape;
 #[cfg(test)]

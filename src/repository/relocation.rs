@@ -18,6 +18,11 @@ impl Relocation {
         Self { frames, chunks }
     }
 
+    /// Where the frame at an offset of a pack is now, if it was moved.
+    pub fn place(&self, pack: &PackId, offset: u32) -> Option<&(PackId, u32)> {
+        self.frames.get(&(pack.clone(), offset))
+    }
+
     /// Whether a chunk of the parent must be written anew.
     pub fn renews(&self, chunk: u32) -> bool {
         self.chunks.contains(&chunk)

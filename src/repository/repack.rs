@@ -22,7 +22,7 @@ use crate::repository::relocation::Relocation;
 use crate::repository::uploads::put_object;
 
 /// A pack with a smaller share of live bytes is left.
-const LIVE_PERCENT: u64 = 50;
+pub(super) const LIVE_PERCENT: u64 = 50;
 /// Bytes that one backup moves: as many as this, or this share of all that the parent refers to. The emptiest packs go
 /// first, the others with the next backups.
 const LEAST_MOVED: u64 = 256 * 1024 * 1024;
@@ -74,7 +74,7 @@ pub(super) async fn repack(
         let search = tokio::task::spawn_blocking(move || search(&parent, &packs));
         search.await.map_err(|error| Error::failed("read the page map").because(error))??
     };
-    let mut copy = Copy { out, target, id, pack_size, open: None, repacked: Repacked::default() };
+    let mut copy = Copy::new(out, (target, id), pack_size);
     let (mut frames, mut left) = (HashMap::new(), HashSet::new());
     for (pack, line) in thin {
         let read = repository.regions.read_exact(&line.key, line.size, line.digest()).await;
@@ -86,7 +86,7 @@ pub(super) async fn repack(
             }
         };
         for frame in found.frames.get(&pack).into_iter().flat_map(BTreeMap::values) {
-            let place = copy.frame(frame, &bytes).await?;
+            let place = copy.frame((&pack, frame.offset, frame.length), &bytes).await?;
             frames.insert((pack.clone(), frame.offset), place);
         }
         copy.repacked.moved.packs += 1;
@@ -131,7 +131,7 @@ fn search(parent: &KnownPages, packs: &HashSet<PackId>) -> Result<Found> {
 }
 
 /// Fills packs with frames of others.
-struct Copy<'a> {
+pub(super) struct Copy<'a> {
     out: &'a FanOut,
     target: &'a TargetName,
     id: &'a BackupId,
@@ -140,13 +140,21 @@ struct Copy<'a> {
     repacked: Repacked,
 }
 
-impl Copy<'_> {
-    /// Takes a frame along; answers its new place.
-    async fn frame(&mut self, frame: &FrameRef, pack: &[u8]) -> Result<(PackId, u32)> {
-        let start = frame.offset as usize;
-        let sealed = pack.get(start..start.saturating_add(frame.length as usize));
-        let sealed =
-            sealed.ok_or_else(|| Error::damaged(format!("pack {} ends inside frame {}", frame.pack, frame.id)))?;
+impl<'a> Copy<'a> {
+    /// Into packs of backup `id`, numbered from 0.
+    pub(super) fn new(out: &'a FanOut, (target, id): (&'a TargetName, &'a BackupId), pack_size: usize) -> Self {
+        Self { out, target, id, pack_size, open: None, repacked: Repacked::default() }
+    }
+
+    /// Takes along the frame at an offset of a pack, whose bytes are at hand; answers its new place.
+    pub(super) async fn frame(
+        &mut self,
+        (from, offset, length): (&PackId, u32, u32),
+        pack: &[u8],
+    ) -> Result<(PackId, u32)> {
+        let start = offset as usize;
+        let sealed = pack.get(start..start.saturating_add(length as usize));
+        let sealed = sealed.ok_or_else(|| Error::damaged(format!("pack {from} ends inside a frame at {offset}")))?;
         if self.open.as_ref().is_some_and(|open| !open.has_room(sealed.len())) {
             self.put().await?;
         }
@@ -165,7 +173,8 @@ impl Copy<'_> {
         Ok(())
     }
 
-    async fn end(mut self) -> Result<Repacked> {
+    /// Stores the last pack.
+    pub(super) async fn end(mut self) -> Result<Repacked> {
         self.put().await?;
         Ok(self.repacked)
     }

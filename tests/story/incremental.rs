@@ -12,19 +12,23 @@ use crate::support::pg::Cluster;
 use crate::support::process;
 
 /// A backup and the whole cluster's text at that moment; nobody writes while it is taken.
-struct Point {
-    report: Value,
-    text: String,
+pub struct Point {
+    /// The backup's report.
+    pub report: Value,
+    /// What `pg_dump` said.
+    pub text: String,
 }
 
 impl Point {
-    async fn take(protected: &Protected) -> Self {
+    /// Takes it.
+    pub async fn take(protected: &Protected) -> Self {
         let text = dump(&protected.cluster).await;
         let report = protected.drctl(["backup", "ledger", "--fast", "--json"]).run().await.ok().json();
         Self { report, text }
     }
 
-    fn id(&self) -> &str {
+    /// The backup.
+    pub fn id(&self) -> &str {
         self.report["backup"]["id"].as_str().unwrap()
     }
 
@@ -32,7 +36,8 @@ impl Point {
         self.report["backup"]["stored_bytes"].as_u64().unwrap()
     }
 
-    async fn assert_restores(&self, protected: &Protected, options: &[&str]) {
+    /// It comes back as it was.
+    pub async fn assert_restores(&self, protected: &Protected, options: &[&str]) {
         let directory = protected.scratch.join(&format!("restored-{}", self.id()));
         let shown = directory.display().to_string();
         let fixed = ["restore", self.id(), "--target-dir", &shown, "--immediate", "--json"];

@@ -10,18 +10,38 @@ use serde_json::Value;
 
 use crate::support::dirs::Scratch;
 use crate::support::drctl::{Drctl, Finished};
+use crate::support::proxy::TcpProxy;
 use crate::support::s3::{ACCESS_KEY, Bucket, Endpoint, SECRET_KEY};
 
 /// A bucket that keeps versions, one that does not, and a target of files.
-struct Protected {
-    scratch: Scratch,
+pub struct Protected {
+    /// Where everything lies.
+    pub scratch: Scratch,
     buckets: [Bucket; 2],
+    /// What stands before the buckets, if anything does.
+    pub proxies: Vec<TcpProxy>,
 }
 
 impl Protected {
     async fn new(retention: &str) -> Self {
         let buckets = [Endpoint::localstack_a().locked_bucket().await, Endpoint::rgw_b().bucket().await];
-        let protected = Self { scratch: Scratch::new(), buckets };
+        Self::over(buckets, Vec::new(), retention).await
+    }
+
+    /// With a proxy before each bucket.
+    pub async fn behind_proxies(retention: &str) -> Self {
+        let mut buckets = [Endpoint::rgw_a().bucket().await, Endpoint::rgw_b().bucket().await];
+        let mut proxies = Vec::new();
+        for bucket in &mut buckets {
+            let (proxy, endpoint) = bucket.endpoint.proxied().await;
+            bucket.endpoint = endpoint;
+            proxies.push(proxy);
+        }
+        Self::over(buckets, proxies, retention).await
+    }
+
+    async fn over(buckets: [Bucket; 2], proxies: Vec<TcpProxy>, retention: &str) -> Self {
+        let protected = Self { scratch: Scratch::new(), buckets, proxies };
         let recipient = new_recovery_key(&protected.scratch.join("recovery.age"), &World::real()).unwrap();
         let role = "{ access_key_id = \"env:ID\", secret_access_key = \"env:SECRET\" }";
         let region = |(name, bucket): (&str, &Bucket)| {
@@ -34,7 +54,7 @@ impl Protected {
         };
         let regions: String = ["alpha", "beta"].into_iter().zip(&protected.buckets).map(region).collect();
         let text = format!(
-            "[repository]\nstate_dir = \"{}\"\nmin_wraps = 1\n[prune]\ngrace = \"1s\"\n{regions}\
+            "[repository]\nstate_dir = \"{}\"\nmin_wraps = 1\n[prune]\ngrace = \"1s\"\nshort_grace = true\n{regions}\
              [keys.recovery]\nage = \"{recipient}\"\n\
              [targets.kept]\nsource = \"files\"\nroots = [\"{}\"]\n[targets.kept.retention]\n{retention}",
             protected.scratch.join("state").display(),
@@ -46,30 +66,35 @@ impl Protected {
         protected
     }
 
-    fn root(&self) -> PathBuf {
+    /// What is backed up.
+    pub fn root(&self) -> PathBuf {
         self.scratch.join("srv")
     }
 
-    fn drctl(&self, arguments: &[&str]) -> Drctl {
+    /// `drctl` with this configuration.
+    pub fn drctl(&self, arguments: &[&str]) -> Drctl {
         self.here(Drctl::new(arguments))
     }
 
-    fn here(&self, drctl: Drctl) -> Drctl {
+    /// The same, of any line.
+    pub fn here(&self, drctl: Drctl) -> Drctl {
         let drctl = drctl.config(&self.scratch.join("drctl.toml"));
         drctl.env("ID", ACCESS_KEY).env("SECRET", SECRET_KEY)
     }
 
-    async fn json(&self, arguments: &[&str]) -> Value {
+    /// What it says as JSON.
+    pub async fn json(&self, arguments: &[&str]) -> Value {
         self.drctl(&[arguments, &["--json"]].concat()).run().await.ok().json()
     }
 
-    async fn backup(&self, text: &str) -> String {
+    /// Backs up a file of this text.
+    pub async fn backup(&self, text: &str) -> String {
         fs::write(self.root().join("file"), text).unwrap();
         self.json(&["backup", "kept"]).await["backup"]["id"].as_str().unwrap().to_owned()
     }
 
     /// What may be removed now, by its digest; `None` if nothing is left that nobody needs.
-    async fn ripe(&self) -> Option<String> {
+    pub async fn ripe(&self) -> Option<String> {
         loop {
             // A server tells whole seconds, and the grace period is one of them.
             tokio::time::sleep(Duration::from_millis(2200)).await;
@@ -83,11 +108,13 @@ impl Protected {
         }
     }
 
-    fn execute(&self, digest: &str) -> Drctl {
+    /// The sweep of exactly that.
+    pub fn execute(&self, digest: &str) -> Drctl {
         self.drctl(&["prune", "--plan", digest, "--execute", "--json"])
     }
 
-    async fn ids(&self) -> Vec<String> {
+    /// The backups that exist.
+    pub async fn ids(&self) -> Vec<String> {
         let listed = self.json(&["list"]).await;
         listed["backups"].as_array().unwrap().iter().map(|backup| backup["id"].as_str().unwrap().to_owned()).collect()
     }

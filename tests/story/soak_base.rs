@@ -75,9 +75,11 @@ async fn whatever_happens_between_them_every_backup_that_is_not_pruned_comes_bac
         soak.comes_back(survivor, number % 2 == 1).await;
     }
     soak.stream.terminate().await.ok();
-    let Thirds { taken, pruned, drills, .. } = thirds;
+    let Thirds { taken, copies, pruned, drills, .. } = thirds;
     let (left, took) = (survivors.len(), began.elapsed());
-    println!("{rounds} rounds: {taken} backups, {pruned} pruned after {drills} drills, {left} restored, {took:.0?}");
+    println!(
+        "{rounds} rounds: {taken} backups ({copies} of them copies), {pruned} pruned after {drills} drills, {left} restored, {took:.0?}"
+    );
 }
 
 /// How to repeat a run that failed.

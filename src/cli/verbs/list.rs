@@ -52,7 +52,7 @@ fn text(report: &Report, now: DateTime<Utc>) -> String {
     for backup in &report.backups {
         table.row([
             backup.id.to_string(),
-            backup.kind.to_owned(),
+            if backup.copy_of.is_some() { "copy".to_owned() } else { backup.kind.to_owned() },
             figures::moment(now, backup.finished_at),
             figures::bytes(backup.size_bytes),
             figures::bytes(backup.stored_bytes),
@@ -139,6 +139,7 @@ mod tests {
             target: "ledger".parse().unwrap(),
             source: "postgres".into(),
             kind: "full",
+            copy_of: None,
             started_at: at(hour),
             finished_at: at(hour),
             size_bytes: 1_650_000_000,

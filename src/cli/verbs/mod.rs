@@ -8,6 +8,7 @@ use crate::model::Result;
 
 pub mod backup;
 pub mod check;
+pub mod compact;
 pub mod completions;
 pub mod config;
 pub mod daemon;
@@ -65,6 +66,8 @@ pub enum Verb {
     Repair(repair::Args),
     /// Remove what retention no longer wants: plan it, and with --execute sweep what an earlier plan found too
     Prune(prune::Args),
+    /// Leave packs that are mostly dead: plan it, and with --execute make copies of the backups that need a little of them
+    Compact(compact::Args),
     /// Keep a backup whatever retention says, or list what is kept so
     Pin(pin::PinArgs),
     /// End the pins of a backup
@@ -129,6 +132,7 @@ pub async fn run(verb: Verb, session: &Session) -> Result<Exit> {
         Verb::Verify(args) => verify::run(args, session).await,
         Verb::Repair(args) => repair::run(args, session).await,
         Verb::Prune(args) => prune::run(args, session).await,
+        Verb::Compact(args) => compact::run(args, session).await,
         Verb::Pin(args) => pin::pin(args, session).await,
         Verb::Unpin(args) => pin::unpin(args, session).await,
         Verb::Hold(args) => pin::hold(args, session).await,

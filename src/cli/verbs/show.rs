@@ -65,6 +65,9 @@ fn text(report: &Report, now: DateTime<Utc>) -> String {
         }
         None => line("left out", "not known: no key at hand opens what the backup says of itself".to_owned()),
     }
+    if let Some(of) = &listed.copy_of {
+        line("copy of", format!("{of}: the same pages, some of them in other packs"));
+    }
     let took = (listed.finished_at - listed.started_at).to_std().unwrap_or_default();
     line("finished", format!("{}, in {}", figures::moment(now, listed.finished_at), figures::duration(took)));
     line(

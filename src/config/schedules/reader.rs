@@ -87,7 +87,7 @@ impl<'f, 'd> Reader<'f, 'd> {
     /// A job that makes or rehearses backups is of one kind of target.
     fn fits(&mut self, job: Option<Job>, target: &TargetName, settings: &Settings) -> bool {
         let wanted = match job {
-            Some(Job::Backup | Job::Drill) => "postgres",
+            Some(Job::Backup | Job::Drill | Job::Compact) => "postgres",
             Some(Job::Dump) => "dump",
             Some(Job::Files) => "files",
             _ => return true,
@@ -122,6 +122,12 @@ impl<'f, 'd> Reader<'f, 'd> {
                     self.missing("target", &format!("a {job} job has one"));
                 }
                 target.map(|target| if job == Job::Dump { Work::Dump { target } } else { Work::Files { target } })
+            }
+            Some(Job::Compact) => {
+                if target.is_none() && !self.has("target") {
+                    self.missing("target", "a compaction has one");
+                }
+                target.map(|target| Work::Compact { target })
             }
             Some(Job::Verify) => {
                 let levels = [("l0", Depth::L0), ("l1", Depth::L1), ("l2", Depth::L2)];
@@ -238,11 +244,9 @@ impl<'f, 'd> Reader<'f, 'd> {
 fn job(text: &str) -> Result<Job> {
     let runnable = Job::RUNNABLE.map(Job::as_str);
     match Job::ALL.into_iter().find(|job| job.as_str() == text) {
-        Some(job) if Job::RUNNABLE.contains(&job) => Ok(job),
         Some(Job::Wal) => Err(Error::usage("WAL has no schedule")
             .hint("the daemon streams the WAL of every postgres target all the time")),
-        Some(job) => Err(Error::usage(format!("this version does not run `{job}` by schedule"))
-            .hint(format!("it runs {}", runnable.join(", ")))),
+        Some(job) => Ok(job),
         None => {
             let error = Error::usage(format!("there is no job `{text}`"));
             Err(match nearest(text, runnable) {

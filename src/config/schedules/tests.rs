@@ -95,7 +95,7 @@ fn every_mistake_of_every_file_is_told_at_once_with_its_place() {
         "a.toml:7:10: `jitter`: expected a string in quotes, found 5",
         "a.toml:8:17: `max`: expected a whole number from 0 to 20, found 99",
         "a.toml:8:21: unknown key `paus` / did you mean `pause`?",
-        "b.toml:2:7: `job`: this version does not run `compact` by schedule / it runs backup, dump, files, verify, drill, repair, prune",
+        "b.toml:1:1: `target` is missing: a compaction has one",
         "b.toml:3:11: `overlap`: `wait` is not one of its values / use skip or queue-one",
         "b.toml:4:9: `after`: there is no schedule `ledger-bas` / did you mean `ledger-base`?",
         "c.toml:1:7: `job`: WAL has no schedule / the daemon streams",

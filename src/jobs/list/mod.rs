@@ -41,6 +41,8 @@ pub struct Listed {
     pub source: String,
     /// Full, incremental, dump, files.
     pub kind: &'static str,
+    /// Of a copy that compaction made: the backup whose moment it is of.
+    pub copy_of: Option<BackupId>,
     /// When it began.
     pub started_at: DateTime<Utc>,
     /// When it was complete.
@@ -143,6 +145,7 @@ pub fn list(survey: &Survey) -> Vec<Listed> {
             target: commit.target.clone(),
             source: commit.source.clone(),
             kind: commit.kind.as_str(),
+            copy_of: commit.copy.as_ref().map(|copy| copy.backup.clone()),
             started_at: commit.started_at,
             finished_at: commit.finished_at,
             size_bytes: commit.size_bytes,

@@ -3,7 +3,9 @@
 use std::collections::BTreeSet;
 
 use crate::jobs::Context;
+use crate::model::commit::Commit;
 use crate::model::retention::{Candidate, Verdict, judge};
+use crate::repository::catalog;
 use crate::repository::reports::ReportHead;
 use crate::repository::survey::Survey;
 
@@ -13,13 +15,15 @@ pub fn unproven(context: &Context, survey: &Survey, heads: &[ReportHead]) -> Opt
     let rules = context.retention.get(&survey.target).filter(|rules| !rules.keep_everything())?;
     let proven: BTreeSet<_> =
         heads.iter().filter(|head| head.proves()).filter_map(|head| head.backup.as_ref()).collect();
-    let candidate = |commit: &crate::model::commit::Commit| Candidate {
+    let own: Vec<_> = survey.backups.iter().map(|(backup, _)| &backup.commit).collect();
+    let candidate = |commit: &&Commit| Candidate {
         id: commit.id.clone(),
         at: commit.started_at,
         proven: rules.undrilled || proven.contains(&commit.id),
         needed: Vec::new(),
+        copy: catalog::copy_among(commit, &own),
     };
-    let candidates: Vec<_> = survey.backups.iter().map(|(backup, _)| candidate(&backup.commit)).collect();
+    let candidates: Vec<_> = own.iter().map(candidate).collect();
     let verdicts = judge(&candidates, rules);
     Some(verdicts.values().filter(|verdict| **verdict == Verdict::NeverProven).count() as u64)
 }

@@ -190,6 +190,7 @@ fn doomed(facts: &Facts, verdicts: &BTreeMap<TargetName, BTreeMap<BackupId, Verd
         proven: facts.proven.contains(id),
         why: match verdict {
             Verdict::NeverProven => "never drilled, and older than every drilled backup that stays".to_owned(),
+            Verdict::Replaced => "a drilled copy of it stays".to_owned(),
             _ => "no rule keeps it".to_owned(),
         },
     });

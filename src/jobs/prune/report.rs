@@ -80,6 +80,7 @@ impl Judged {
             Verdict::Retained { region, until } => {
                 format!("RETAINED: no rule keeps it, locked in {region} until {}", until.format("%F %T UTC"))
             }
+            Verdict::Replaced => "GOES: a drilled copy took its place".to_owned(),
         }
     }
 }

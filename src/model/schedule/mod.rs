@@ -43,7 +43,7 @@ pub enum Job {
 }
 
 impl Job {
-    /// Every word that a schedule may use, also those of jobs that this version cannot run.
+    /// Every job, also the one that has no schedule.
     pub const ALL: [Self; 9] = [
         Self::Backup,
         Self::Dump,
@@ -57,8 +57,8 @@ impl Job {
     ];
 
     /// The jobs that this version runs by schedule.
-    pub const RUNNABLE: [Self; 7] =
-        [Self::Backup, Self::Dump, Self::Files, Self::Verify, Self::Drill, Self::Repair, Self::Prune];
+    pub const RUNNABLE: [Self; 8] =
+        [Self::Backup, Self::Dump, Self::Files, Self::Verify, Self::Drill, Self::Repair, Self::Prune, Self::Compact];
 
     /// As people and files write it.
     pub const fn as_str(self) -> &'static str {
@@ -161,6 +161,11 @@ pub enum Work {
     },
     /// Removal of what retention no longer wants, of every target.
     Prune,
+    /// Copies of backups that need little of packs that are mostly dead.
+    Compact {
+        /// Of what.
+        target: TargetName,
+    },
 }
 
 impl Work {
@@ -174,6 +179,7 @@ impl Work {
             Self::Drill { .. } => Job::Drill,
             Self::Repair { .. } => Job::Repair,
             Self::Prune => Job::Prune,
+            Self::Compact { .. } => Job::Compact,
         }
     }
 
@@ -183,6 +189,7 @@ impl Work {
             Self::Backup { target, .. }
             | Self::Dump { target }
             | Self::Files { target }
+            | Self::Compact { target }
             | Self::Drill { target, .. } => Some(target),
             Self::Verify { target, .. } | Self::Repair { target, .. } => target.as_ref(),
             Self::Prune => None,

@@ -6,6 +6,7 @@ use std::time::Duration;
 use chrono::{DateTime, TimeDelta, Utc};
 use futures::future::join_all;
 
+use crate::model::commit::Commit;
 use crate::model::retention::{Candidate, Rules};
 use crate::model::{BackupId, Clock, Error, RegionName, Result, TargetName};
 use crate::repository::backup_writer::{Intent, intent_context};
@@ -189,18 +190,20 @@ impl Facts {
     /// The backups of one target as the rules see them.
     pub fn candidates(&self, target: &TargetName, rules: &Rules) -> Vec<Candidate> {
         let own = self.backups.iter().map(|backup| &backup.commit).filter(|commit| commit.target == *target);
-        let candidate = |commit: &crate::model::commit::Commit| Candidate {
+        let own: Vec<_> = own.collect();
+        let candidate = |commit: &&Commit| Candidate {
             id: commit.id.clone(),
             at: commit.started_at,
             proven: rules.undrilled || self.proven.contains(&commit.id),
             needed: self.needed_by(target, &commit.id),
+            copy: catalog::copy_among(commit, &own),
         };
-        own.map(candidate).collect()
+        own.iter().map(candidate).collect()
     }
 
     fn needed_by(&self, target: &TargetName, id: &BackupId) -> Vec<String> {
         let pins = self.pins.iter().filter(|pin| pin.keeps(target, id)).map(Pin::words);
-        let children = self.intents.iter().filter(|intent| intent.parent.as_ref() == Some(id));
+        let children = self.intents.iter().filter(|intent| intent.leans_on().any(|other| other == id));
         pins.chain(children.map(|intent| format!("backup {} is under way and shares its pages", intent.backup)))
             .collect()
     }

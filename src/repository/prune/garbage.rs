@@ -145,9 +145,8 @@ impl Search<'_> {
         let ruled = self.rules.get(target).is_some_and(|rules| !rules.keep_everything());
         // The parent of a backup under way was pruned: that backup will give up, and until then nothing moves.
         let parent = |intent: &crate::repository::backup_writer::Intent| {
-            let parent = intent.parent.as_ref();
-            parent
-                .is_some_and(|parent| facts.tombs.contains_key(parent) && parent.target().is_ok_and(|of| of == *target))
+            let of_target = |id: &BackupId| id.target().is_ok_and(|of| of == *target);
+            intent.leans_on().any(|parent| facts.tombs.contains_key(parent) && of_target(parent))
         };
         ruled && !facts.is_held(target) && !facts.intents.iter().any(parent)
     }

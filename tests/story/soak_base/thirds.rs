@@ -12,15 +12,18 @@ use super::Survivor;
 use crate::restore::Protected;
 
 /// Configuration that lets everything go which is neither pinned nor among the two newest that a drill proved.
-pub(super) const RULES: &str = "[prune]\ngrace = \"1s\"\n[targets.ledger.retention]\nkeep_last = 2\n";
+pub(super) const RULES: &str =
+    "[prune]\ngrace = \"1s\"\nshort_grace = true\n[targets.ledger.retention]\nkeep_last = 2\n";
 
 /// Who was drawn so far.
 #[derive(Debug, Default)]
 pub(super) struct Thirds {
-    /// Backups that were ever taken.
+    /// Backups that there ever were.
     pub taken: usize,
     /// Backups that are gone.
     pub pruned: usize,
+    /// Those of them that compaction made.
+    pub copies: usize,
     /// Drills.
     pub drills: usize,
     drilled: BTreeSet<String>,
@@ -69,8 +72,23 @@ impl Thirds {
         let listed: BTreeSet<_> =
             listed["backups"].as_array().unwrap().iter().map(|backup| text(&backup["id"])).collect();
         assert_eq!(listed, survivors.iter().map(|survivor| survivor.id.clone()).collect());
-        let verified = protected.drctl(["verify", "ledger", "--scrub"]).run().await;
-        verified.ok();
+        self.compact(protected, survivors).await;
+        protected.drctl(["verify", "ledger", "--scrub"]).run().await.ok();
+    }
+
+    /// What the sweep left half empty is copied out. A copy is a survivor like any other: it may be drawn, or its original.
+    async fn compact(&mut self, protected: &Protected, survivors: &mut Vec<Survivor>) {
+        let done = protected.drctl(["compact", "ledger", "--execute", "--json"]).run().await.ok().json();
+        for copied in done["copies"].as_array().unwrap() {
+            let at =
+                survivors.iter().position(|survivor| *survivor.id == *copied["original"].as_str().unwrap()).unwrap();
+            let Survivor { finished_at, digests, .. } = &survivors[at];
+            let copy = Survivor { id: text(&copied["copy"]), finished_at: *finished_at, digests: digests.clone() };
+            println!("  {} is a copy of {}", copy.id, survivors[at].id);
+            survivors.insert(at + 1, copy);
+            self.copies += 1;
+            self.taken += 1;
+        }
     }
 
     /// Only what a drill proved gives up its place.

@@ -1,0 +1,200 @@
+//! A copy is read back before it exists: every page must be named by the same frame, under the same birth, with the same
+//! fingerprint, and every frame that was moved must open where it is now. A fault in the writing of copies ends here, and not
+//! in a restore.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+
+use crate::codec::seal::Unit;
+use crate::model::commit::Commit;
+use crate::model::{BackupId, Error, Result};
+use crate::repository::compact::chunks::{self, AT_ONCE, Place, place};
+use crate::repository::compact::{Hands, Original, Survey};
+use crate::repository::inventory::InventoryLine;
+use crate::repository::layout;
+use crate::repository::manifest::{Begin, FileLine, Line};
+use crate::repository::page_map::{FrameRef, MapChunk, PackId};
+use crate::repository::restore::{Flight, ManifestParts, Memory, fetch_frames};
+
+/// What earlier copies of a run have shown already.
+#[derive(Debug, Default)]
+pub(super) struct Comparison {
+    /// Chunks that say the same: where the original has it, where the copy.
+    same: HashMap<Place, Place>,
+    /// Frames that open where they were moved to.
+    opened: BTreeSet<Place>,
+}
+
+/// A pair of manifests that is compared.
+struct Pair<'a> {
+    hands: Hands<'a>,
+    survey: &'a Survey,
+    copy: &'a BackupId,
+    /// The packs that the copy's inventory lists.
+    packs: BTreeSet<&'a str>,
+    begins: Option<(Begin, Begin)>,
+    /// Chunks that are still to be compared.
+    chunks: BTreeMap<Place, (FrameRef, FrameRef)>,
+}
+
+impl Comparison {
+    /// Compares a copy, whose objects are stored and whose COMMIT is not, with its original.
+    ///
+    /// # Errors
+    /// They differ, or something of either cannot be read.
+    pub(super) async fn compare(
+        &mut self,
+        (hands, survey): (Hands<'_>, &Survey),
+        original: &Original,
+        (commit, inventory): (&Commit, &[InventoryLine]),
+    ) -> Result<()> {
+        let mut one = Lines::of(hands, &original.commit, &original.inventory).await?;
+        let mut other = Lines::of(hands, commit, inventory).await?;
+        let packs = inventory.iter().map(|line| line.key.as_str()).collect();
+        let mut pair = Pair { hands, survey, copy: &commit.id, packs, begins: None, chunks: BTreeMap::new() };
+        loop {
+            match (one.next().await?, other.next().await?) {
+                (None, None) => break,
+                (Some(one), Some(other)) => pair.lines(&self.same, (one, other))?,
+                _ => return Err(pair.differ("a line is missing")),
+            }
+            if pair.chunks.len() >= AT_ONCE / 2 {
+                self.chunks(&mut pair).await?;
+            }
+        }
+        self.chunks(&mut pair).await
+    }
+
+    async fn chunks(&mut self, pair: &mut Pair<'_>) -> Result<()> {
+        let waiting: Vec<_> = std::mem::take(&mut pair.chunks).into_values().collect();
+        let (ones, others): (Vec<_>, Vec<_>) = waiting.iter().cloned().unzip();
+        let mut one = pair.fetch(ones).await?;
+        let mut other = pair.fetch(others).await?;
+        let mut moved = BTreeMap::new();
+        for (at, now) in waiting.iter().map(|(one, other)| (place(one), place(other))) {
+            let (Some(one), Some(other)) = (one.remove(&at), other.remove(&now)) else {
+                return Err(pair.differ("a map chunk is named twice"));
+            };
+            pair.maps(&one, &other)?;
+            let new = one.frames.iter().zip(&other.frames).filter(|(one, other)| place(one) != place(other));
+            moved.extend(new.map(|(_, frame)| (place(frame), frame.clone())));
+            self.same.insert(at, now);
+        }
+        moved.retain(|at, _| !self.opened.contains(at));
+        self.opened.extend(moved.keys().cloned());
+        pair.open(moved.into_values().collect()).await
+    }
+}
+
+impl Pair<'_> {
+    fn differ(&self, what: impl std::fmt::Display) -> Error {
+        Error::damaged(format!("copy {} is not what its original is: {what}", self.copy))
+    }
+
+    fn lines(&mut self, same: &HashMap<Place, Place>, lines: (Line, Line)) -> Result<()> {
+        match lines {
+            (Line::Begin(one), Line::Begin(other)) => {
+                let said = |begin: &Begin| {
+                    let Begin { format, page_size, fingerprint_secret, page_checksums, .. } = begin.clone();
+                    (format, page_size, fingerprint_secret, page_checksums)
+                };
+                if said(&one) != said(&other) {
+                    return Err(self.differ("how it begins"));
+                }
+                self.begins = Some((one, other));
+                Ok(())
+            }
+            (Line::File(one), Line::File(other)) => self.files(same, &one, &other),
+            (one, other) if one == other => Ok(()),
+            (one, _) => Err(self.differ(format!("{one:?}"))),
+        }
+    }
+
+    fn files(&mut self, same: &HashMap<Place, Place>, one: &FileLine, other: &FileLine) -> Result<()> {
+        let bare = |file: &FileLine| FileLine { chunks: Vec::new(), ..file.clone() };
+        let uses = |file: &FileLine| file.chunks.iter().map(|chunk| chunk.entries()).collect::<Vec<_>>();
+        if bare(one) != bare(other) || uses(one) != uses(other) {
+            return Err(self.differ(&one.path));
+        }
+        let Some((begin, begin_copy)) = &self.begins else { return Err(self.differ("it does not begin")) };
+        let frames = one.chunks.iter().zip(&other.chunks);
+        let frames = frames.map(|(one, other)| Ok((one.frame(begin)?, other.frame(begin_copy)?)));
+        for (was, now) in frames.collect::<Result<Vec<_>>>()? {
+            self.lists(&now.pack)?;
+            let at = place(&was);
+            match same.get(&at) {
+                Some(known) if *known == place(&now) => {}
+                _ if (&was.id, &at) == (&now.id, &place(&now)) => {
+                    let named = self.survey.live.named(&was).ok_or_else(|| self.differ("a chunk is not known"))?;
+                    named.0.into_iter().try_for_each(|pack| self.lists(pack))?;
+                }
+                _ => {
+                    self.chunks.insert(at, (was, now));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn lists(&self, pack: &PackId) -> Result<()> {
+        let key = layout::pack(&self.survey.target, &pack.backup, pack.ordinal);
+        if self.packs.contains(key.as_str()) {
+            return Ok(());
+        }
+        Err(self.differ(format!("its inventory does not list {key}")))
+    }
+
+    fn maps(&self, one: &MapChunk, other: &MapChunk) -> Result<()> {
+        let frames = one.frames.len() == other.frames.len()
+            && one.frames.iter().zip(&other.frames).all(|(one, other)| is_verbatim(one, other));
+        if !frames || one.entries != other.entries {
+            return Err(self.differ("a map chunk says something else"));
+        }
+        other.frames.iter().try_for_each(|frame| self.lists(&frame.pack))
+    }
+
+    async fn fetch(&self, frames: Vec<FrameRef>) -> Result<HashMap<Place, MapChunk>> {
+        let chunks = chunks::fetch(self.hands, frames).await?;
+        Ok(chunks.into_iter().map(|(frame, chunk)| (place(&frame), chunk)).collect())
+    }
+
+    /// Opens frames of pages. Whoever holds `meta` alone cannot; that every byte came out of a pack with the right digest is
+    /// then all that is known.
+    async fn open(&self, frames: Vec<FrameRef>) -> Result<()> {
+        let mut openable = Vec::new();
+        for frame in frames {
+            let keyset = self.hands.ring.open(&self.survey.target, &frame.keyset).await?;
+            openable.extend(keyset.data().is_some().then_some((frame, ())));
+        }
+        let Hands { repository, ring, .. } = self.hands;
+        let flight = Flight { repository, ring, unit: Unit::Frame, memory: Memory::default() };
+        fetch_frames(flight, openable, |_| Ok(())).await.map(drop)
+    }
+}
+
+/// Whether both are one frame, wherever it is: the seal proves that its contents are those of its birth.
+fn is_verbatim(one: &FrameRef, other: &FrameRef) -> bool {
+    (&one.id, &one.keyset, one.length) == (&other.id, &other.keyset, other.length)
+}
+
+/// The lines of a manifest, one by one.
+struct Lines<'a> {
+    parts: ManifestParts<'a>,
+    waiting: VecDeque<Line>,
+}
+
+impl<'a> Lines<'a> {
+    async fn of(hands: Hands<'a>, commit: &'a Commit, inventory: &'a [InventoryLine]) -> Result<Self> {
+        let parts = ManifestParts::new(hands.repository, hands.ring, commit, inventory).await?;
+        Ok(Self { parts, waiting: VecDeque::new() })
+    }
+
+    async fn next(&mut self) -> Result<Option<Line>> {
+        while self.waiting.is_empty() {
+            match self.parts.next().await? {
+                Some(lines) => self.waiting.extend(lines),
+                None => return Ok(None),
+            }
+        }
+        Ok(self.waiting.pop_front())
+    }
+}

@@ -1,0 +1,272 @@
+//! Compaction over made-up backups: whatever is pruned before and after, every moment that is left reads back from every
+//! region alone, and nothing that a copy took the place of is needed any more.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use proptest::prelude::*;
+
+use crate::model::BackupId;
+use crate::model::commit::Commit;
+use crate::model::pages::PAGE_SIZE;
+use crate::observe::progress::Progress;
+use crate::repository::catalog;
+use crate::repository::compact::{Copied, Hands, Survey, run, survey};
+use crate::repository::handle::Repository;
+use crate::repository::layout;
+use crate::repository::pack::SMALLEST_PACK;
+use crate::repository::testing::{Fault, Fixture, Made, options};
+use crate::repository::tests::{expected, noise, read_back};
+
+/// Backups, and what each of them holds.
+struct Scene {
+    fixture: Fixture,
+    files: Vec<Made>,
+    held: BTreeMap<BackupId, Vec<Made>>,
+    seed: u64,
+}
+
+impl Scene {
+    async fn new(pages: usize) -> Self {
+        let files = vec![Made::new("base/large", noise(1, pages * PAGE_SIZE)), Made::new("base/small", noise(2, 9000))];
+        Self { fixture: Fixture::memory(2, 2).await, files, held: BTreeMap::new(), seed: 100 }
+    }
+
+    fn change(&mut self, pages: impl IntoIterator<Item = usize>) {
+        for page in pages {
+            self.seed += 1;
+            let at = page * PAGE_SIZE;
+            self.files[0].bytes[at..at + PAGE_SIZE].copy_from_slice(&noise(self.seed, PAGE_SIZE));
+        }
+    }
+
+    async fn backup(&mut self) -> BackupId {
+        self.fixture.clock.advance(60);
+        let id = self.fixture.next_backup(&self.files).await.commit.id;
+        self.held.insert(id.clone(), self.files.clone());
+        id
+    }
+
+    /// As prune does it: its records go, and what no other backup lists.
+    async fn prune(&mut self, id: &BackupId) {
+        self.held.remove(id);
+        for store in &self.fixture.stores {
+            store.lose(&layout::commit(&options().target, id)).await;
+        }
+        let needed = self.needed().await;
+        for store in &self.fixture.stores {
+            for (key, _) in store.contents().await {
+                let of_backup = ["packs/", "manifests/", "inventories/", "keysets/"].iter().any(|c| key.starts_with(c));
+                if of_backup && !needed.contains(&key) {
+                    store.lose(&key).await;
+                }
+            }
+        }
+    }
+
+    async fn commits(&self) -> Vec<Commit> {
+        let repository = self.fixture.reopen().await.unwrap();
+        let (backups, unreadable) = catalog::backups(&repository, None).await.unwrap();
+        assert!(unreadable.is_empty(), "{unreadable:?}");
+        backups.into_iter().map(|backup| backup.commit).collect()
+    }
+
+    async fn needed(&self) -> BTreeSet<String> {
+        let mut needed = BTreeSet::new();
+        for commit in self.commits().await {
+            let lines = catalog::inventory(&self.fixture.repository, &commit).await.unwrap();
+            needed.extend(lines.into_iter().map(|line| line.key));
+            needed.extend(catalog::own_records(&commit));
+        }
+        needed
+    }
+
+    async fn look(&self, progress: &Progress) -> Survey {
+        survey(self.hands(progress), &options().target, &BTreeSet::new()).await.unwrap()
+    }
+
+    fn hands<'a>(&'a self, progress: &'a Progress) -> Hands<'a> {
+        let Fixture { repository, writer, ring, .. } = &self.fixture;
+        Hands { repository, writer, ring, pack_size: SMALLEST_PACK, progress }
+    }
+
+    /// Looks and copies.
+    async fn compact(&mut self) -> (Survey, Vec<Copied>) {
+        let progress = Progress::new(self.fixture.writer.clock.clone());
+        let found = self.look(&progress).await;
+        let mut copies = Vec::new();
+        run(self.hands(&progress), &found, &mut copies).await.unwrap();
+        for copied in &copies {
+            self.held.insert(copied.copy.clone(), self.held[&copied.original].clone());
+        }
+        (found, copies)
+    }
+
+    /// Every backup there is holds what it held, in each region alone.
+    async fn is_whole(&self) {
+        let repository = self.fixture.reopen().await.unwrap();
+        let commits = self.commits().await;
+        assert_eq!(commits.iter().map(|commit| &commit.id).collect::<BTreeSet<_>>(), self.held.keys().collect());
+        for commit in &commits {
+            for region in repository.regions.all() {
+                let regions = repository.regions.only(&region.name).unwrap();
+                let ring = self.fixture.ring.within(regions.clone());
+                let alone = Repository { regions, ..repository.clone() };
+                let back = read_back(&alone, &ring, commit).await.unwrap();
+                assert!(back == expected(&self.held[&commit.id]), "{} in {}", commit.id, region.name);
+            }
+        }
+    }
+
+    async fn stored(&self) -> BTreeSet<String> {
+        self.fixture.stores[0].contents().await.into_iter().map(|(key, _)| key).collect()
+    }
+}
+
+/// A backup that needs a little of packs that others filled, which are gone.
+async fn fragmented() -> (Scene, BackupId) {
+    let mut scene = Scene::new(600).await;
+    let full = scene.backup().await;
+    // Whole frames of the first one are dead for the second, and all of them for those after it.
+    scene.change(0..480);
+    let kept = scene.backup().await;
+    scene.change(480..600);
+    scene.backup().await;
+    scene.backup().await;
+    scene.prune(&full).await;
+    (scene, kept)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_copy_takes_over_and_the_packs_that_it_left_go() {
+    let (mut scene, kept) = fragmented().await;
+    scene.is_whole().await;
+    let before = scene.stored().await;
+    let (found, copies) = scene.compact().await;
+    assert!(
+        !found.plan.packs.is_empty() && found.plan.moved_bytes > 0 && found.plan.renewed_bytes > 0,
+        "{:?}",
+        found.plan
+    );
+    assert_eq!(copies.iter().map(|copied| &copied.original).collect::<Vec<_>>(), [&kept]);
+    assert!(before.is_subset(&scene.stored().await), "compaction removed something");
+    scene.is_whole().await;
+    let commits = scene.commits().await;
+    let copy = commits.iter().find(|commit| commit.id == copies[0].copy).unwrap();
+    let original = commits.iter().find(|commit| commit.id == kept).unwrap();
+    assert!(copy.is_of_the_moment_of(original) && copy.origin() == &kept && copy.keyset != original.keyset);
+
+    // One that has a copy already is not copied again; nor is what nobody else touches.
+    assert_eq!(scene.compact().await.1, []);
+    scene.prune(&kept).await;
+    scene.is_whole().await;
+    let after = scene.stored().await;
+    let left: Vec<_> = found.plan.packs.iter().filter(|pack| after.contains(&pack.key)).collect();
+    assert!(left.is_empty(), "{left:?}");
+    assert_eq!(scene.compact().await.1, []);
+    // The next backup goes on from the newest, whose writer remembers it.
+    scene.change([3]);
+    scene.backup().await;
+    scene.is_whole().await;
+}
+
+/// Killed again and again, later each time: nothing that existed is touched, and what was begun is no backup.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn killed_anywhere_it_leaves_what_was_there() {
+    let (mut scene, _) = fragmented().await;
+    let progress = Progress::new(scene.fixture.writer.clock.clone());
+    let existed: BTreeSet<_> = scene.held.keys().cloned().collect();
+    let mut kills = 0;
+    loop {
+        let found = scene.look(&progress).await;
+        scene.fixture.stores.iter().for_each(|store| store.set(Fault::Slow(Duration::from_millis(4))));
+        let mut copies = Vec::new();
+        let work = run(scene.hands(&progress), &found, &mut copies);
+        let done = tokio::time::timeout(Duration::from_millis(20 + 40 * kills), work).await;
+        scene.fixture.stores.iter().for_each(|store| store.set(Fault::None));
+        // What was on its way arrives or not.
+        tokio::time::sleep(Duration::from_millis(30)).await;
+        let now: BTreeSet<_> = scene.commits().await.into_iter().map(|commit| commit.id).collect();
+        let new: Vec<_> = now.difference(&existed).cloned().collect();
+        for copy in new {
+            let original = found.plan.backups[0].clone();
+            scene.held.insert(copy, scene.held[&original].clone());
+        }
+        scene.is_whole().await;
+        if done.is_ok() || now.len() > existed.len() {
+            break;
+        }
+        kills += 1;
+        assert!(kills < 60);
+    }
+    assert!(kills > 2, "{kills}");
+}
+
+/// A pack that no region holds as it was is not copied: what would be copied could be anything.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_rotten_is_not_copied() {
+    let (scene, _) = fragmented().await;
+    let progress = Progress::new(scene.fixture.writer.clock.clone());
+    let found = scene.look(&progress).await;
+    let key = &found.plan.packs[0].key;
+    let rot = async |regions: std::ops::Range<usize>| {
+        for store in &scene.fixture.stores[regions] {
+            let mut bytes = store.contents().await.into_iter().find(|(name, _)| name == key).unwrap().1.to_vec();
+            bytes[100] ^= 1;
+            store.damage(key, bytes).await;
+        }
+    };
+    let good = scene.fixture.stores[1].contents().await.into_iter().find(|(name, _)| name == key).unwrap().1;
+    rot(0..2).await;
+    let error = run(scene.hands(&progress), &found, &mut Vec::new()).await.unwrap_err();
+    assert!(error.to_string().contains(key.as_str()), "{error}");
+    assert_eq!(scene.commits().await.len(), scene.held.len());
+    // The region that holds it as it was is enough.
+    scene.fixture.stores[1].damage(key, good.to_vec()).await;
+    run(scene.hands(&progress), &found, &mut Vec::new()).await.unwrap();
+}
+
+/// A sweep that has condemned the original, or a plan that lets everything go, is met before anything is written.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_expires_anyway_is_not_copied() {
+    let (scene, kept) = fragmented().await;
+    let progress = Progress::new(scene.fixture.writer.clock.clone());
+    let expiring = BTreeSet::from([kept]);
+    let found = survey(scene.hands(&progress), &options().target, &expiring).await.unwrap();
+    assert!(found.plan.packs.is_empty() && found.plan.backups.is_empty(), "{:?}", found.plan);
+}
+
+#[test]
+fn no_frame_is_lost_whatever_was_changed_and_pruned() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let link = (proptest::collection::vec((0usize..16, 0usize..16), 0..4), any::<bool>());
+    let links = proptest::collection::vec(link, 3..7);
+    let copied = std::cell::Cell::new(0);
+    proptest!(ProptestConfig::with_cases(16), |(links in links)| {
+        runtime.block_on(async {
+            let mut scene = Scene::new(256).await;
+            let mut ids = vec![(scene.backup().await, true)];
+            for (changes, goes) in &links {
+                for (start, length) in changes {
+                    scene.change(start * 16..(start + length).min(16) * 16);
+                }
+                ids.push((scene.backup().await, *goes));
+            }
+            let last = ids.pop().map(|(id, _)| id);
+            for (id, _) in ids.iter().filter(|(_, goes)| *goes) {
+                scene.prune(id).await;
+            }
+            let (found, copies) = scene.compact().await;
+            copied.set(copied.get() + copies.len());
+            scene.is_whole().await;
+            for one in &copies {
+                assert!(Some(&one.original) != last.as_ref());
+                scene.prune(&one.original).await;
+            }
+            scene.is_whole().await;
+            let stored = scene.stored().await;
+            assert!(!found.plan.packs.iter().any(|pack| stored.contains(&pack.key)), "{:?}", found.plan);
+        });
+    });
+    assert!(copied.get() > 3, "too few histories had anything to compact: {}", copied.get());
+}

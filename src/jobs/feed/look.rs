@@ -1,7 +1,7 @@
 //! Keeping the stock current: a look at the names of the next frames all the time, a whole look from time to time.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use crate::jobs::feed::stock::{Reach, Shelf, Stock, contradictions};
@@ -44,16 +44,23 @@ impl Shared {
             Ok(()) => self.tell().await,
             Err(error) => Err(error),
         };
-        // Between whole looks a frame on its way may look like a hole.
-        if let Err(error) = &told {
-            self.position().trouble = Some(error.to_string());
-        } else if whole {
-            let stock = self.stock.read().await;
-            let mut position = self.position();
-            let hole = position.end.as_ref().and_then(|end| stock.hole(end));
-            position.trouble = hole.or_else(|| left_behind(&stock, position.replayed));
+        match &told {
+            Err(error) => self.position().trouble = Some(error.to_string()),
+            Ok(()) if whole => self.judge().await,
+            Ok(()) => {}
         }
         told
+    }
+
+    /// Whether what was seen is all there is.
+    async fn judge(&self) {
+        let stock = self.stock.read().await;
+        let mut position = self.position();
+        let hole = position.end.as_ref().and_then(|end| stock.hole(end));
+        let mut suspected = self.suspected.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_known = *suspected == hole;
+        suspected.clone_from(&hole);
+        position.trouble = hole.filter(|_| is_known).or_else(|| left_behind(&stock, position.replayed));
     }
 
     async fn look_once(&self, whole: bool) -> Result<()> {

@@ -97,6 +97,8 @@ struct Shared {
     position: Mutex<Position>,
     /// Moves with whatever is new in the stock.
     changed: watch::Sender<u64>,
+    /// A hole that the last whole look met: where frames are on their way it is none by the next.
+    suspected: Mutex<Option<String>>,
     /// One look at a time.
     looking: tokio::sync::Mutex<()>,
 }
@@ -128,6 +130,7 @@ impl Feed {
             stock: RwLock::new(stock),
             position: Mutex::default(),
             changed,
+            suspected: Mutex::default(),
             looking: tokio::sync::Mutex::default(),
             origin: Mutex::new(options.origin.clone()),
             options,

@@ -15,14 +15,14 @@ use axum::extract::{Query, State};
 use axum::response::Response;
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::jobs::feed::Feed;
 use crate::jobs::socket::{self, Guests, Served, reply, understand};
-use crate::jobs::standby::promote::Promoted;
 use crate::jobs::standby::record::Record;
 use crate::jobs::standby::status::{ServerView, Status};
+use crate::jobs::standby::words::{Promoted, Wish};
 use crate::model::{Clock, Error, Kind, RegionName, Result};
 
 /// The socket's name beside that of the feed.
@@ -33,14 +33,6 @@ const SOCKET: &str = "control";
 pub(super) enum Order {
     Promote(Wish, oneshot::Sender<Result<Promoted>>),
     Stop(oneshot::Sender<()>),
-}
-
-/// How it is to be promoted.
-#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Wish {
-    /// Although WAL may be missing.
-    pub accept_loss: bool,
 }
 
 #[derive(Debug, Clone, Copy, Default, Deserialize)]

@@ -30,11 +30,12 @@ mod promote;
 mod record;
 mod server;
 mod status;
+mod words;
 
-pub use control::Wish;
-pub use promote::{Overrides, Plan as PromotionPlan, Promoted, plan as plan_promotion};
+pub use promote::{Plan as PromotionPlan, plan as plan_promotion};
 pub use record::{RECORD, Record, known, the_one};
 pub use status::{State, Status};
+pub use words::{Overrides, Promoted, Wish};
 
 /// How often the server is looked at.
 const TURN: Duration = Duration::from_millis(500);

@@ -1,23 +1,22 @@
 //! Promotion: a plan that says what it loses, and the run: drain to the durable end, make sure that it is the end, promote,
 //! and check where the new timeline began.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
-use chrono::{DateTime, Utc};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 
 use crate::disk::place;
 use crate::jobs::context::Context;
 use crate::jobs::feed::{Feed, Position};
 use crate::jobs::restore::{self, Refusal};
-use crate::jobs::standby::control::{self, Wish};
+use crate::jobs::standby::control;
 use crate::jobs::standby::record::Record;
 use crate::jobs::standby::server::Server;
 use crate::jobs::standby::status::{State, Status};
+use crate::jobs::standby::words::{Overrides, Promoted, Wish};
 use crate::jobs::wal::reaches;
-use crate::model::{Clock, Error, Lsn, RegionName, Result, ResultExt, TargetName, Timeline};
+use crate::model::{Clock, Error, Lsn, Result, ResultExt, Timeline};
 use crate::pg::history::History;
 use crate::repository::wal_index;
 
@@ -45,46 +44,6 @@ pub struct Plan {
     /// The command that runs this plan; absent when something stands in the way.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub command: String,
-}
-
-/// What may be overridden.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Overrides {
-    /// The primary may live: somebody else keeps clients away from it.
-    pub primary_lives: bool,
-    /// WAL may be missing.
-    pub accept_loss: bool,
-}
-
-/// What promotion came to.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Promoted {
-    /// Whose standby it was.
-    pub target: TargetName,
-    /// Its data directory.
-    pub directory: PathBuf,
-    /// The end of what was stored: all of it is back.
-    pub recovered_to: Lsn,
-    /// Where the new timeline began.
-    pub switch: Lsn,
-    /// The timeline that was followed.
-    pub old_timeline: Timeline,
-    /// The timeline that it writes.
-    pub timeline: Timeline,
-    /// The newest commit that is back, if it is known.
-    pub last_commit: Option<DateTime<Utc>>,
-    /// When the newest WAL was stored: what the primary committed later and did not ship is not back.
-    pub stored_at: Option<DateTime<Utc>>,
-    /// Regions that could not be asked.
-    pub silent: Vec<RegionName>,
-    /// How long each phase took: `drain`, `promote`.
-    pub phases: Vec<(String, f64)>,
-    /// Seconds in all.
-    pub seconds: f64,
-    /// What the reader should know.
-    pub warnings: Vec<String>,
-    /// What to do next.
-    pub next: Vec<String>,
 }
 
 impl Plan {

@@ -22,6 +22,7 @@ pub mod layout;
 pub mod locks;
 pub mod manifest;
 pub mod mend;
+pub mod nearest;
 #[cfg(test)]
 #[allow(clippy::cast_possible_truncation, reason = "made-up data is small")]
 mod overlap_tests;

@@ -19,6 +19,10 @@ use crate::repository::layout;
 use crate::repository::regions::{Regions, list_all};
 use crate::repository::wal_frame::{BARE_LIMIT, Frame, FrameHeader, FrameKind, FramePlace, HEADER_LIMIT, IN_FLIGHT};
 
+mod growth;
+
+pub use growth::Arrival;
+
 /// One branch of one timeline of one cluster.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct BranchId {

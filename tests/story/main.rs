@@ -21,6 +21,7 @@ mod detection;
 mod documents;
 mod drill;
 mod escape;
+mod feed;
 mod full_disk;
 mod gaps;
 mod golden;

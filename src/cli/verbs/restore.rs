@@ -56,6 +56,10 @@ pub struct Args {
     /// Start PostgreSQL, replay, promote, and print the phases
     #[arg(long, help_heading = "Doing it")]
     pub start: bool,
+    /// How WAL reaches PostgreSQL with --start: `stage` writes all of it beside the data directory first, `stream` serves it
+    /// as a primary would and needs little room [default: stage, and stream where there is no room for that]
+    #[arg(long, value_name = "HOW", value_parser = feed, help_heading = "Doing it")]
+    pub feed: Option<restore::Feed>,
     /// The account that is to own the files and run PostgreSQL, when drctl is root
     #[arg(long, value_name = "USER", help_heading = "Doing it")]
     pub run_as: Option<String>,
@@ -144,6 +148,7 @@ pub async fn run(args: Args, session: &Session) -> Result<Exit> {
             || args.start
             || args.run_as.is_some()
             || args.delta
+            || args.feed.is_some()
             || !args.tablespace.is_empty();
         let Args { what, target_dir, region, execute, plan, streams, .. } = args;
         let asked = Asked { what, target_dir, region, doing: (execute, plan), streams, clusters_only };
@@ -183,7 +188,15 @@ pub async fn run(args: Args, session: &Session) -> Result<Exit> {
     Ok(Exit::Ok)
 }
 
-fn memory(text: &str) -> Result<Memory> {
+fn feed(text: &str) -> Result<restore::Feed> {
+    match text {
+        "stage" => Ok(restore::Feed::Staged),
+        "stream" => Ok(restore::Feed::Streamed),
+        _ => Err(Error::usage("stage or stream")),
+    }
+}
+
+pub(super) fn memory(text: &str) -> Result<Memory> {
     Memory::of(crate::config::units::parse_size(text)?)
 }
 
@@ -200,6 +213,8 @@ fn request(args: &Args, session: &Session) -> Result<Request> {
         timeline: args.timeline.map(Timeline),
         start: args.start,
         run_as: args.run_as.clone(),
+        feed: args.feed,
+        standby: false,
         delta: args.delta,
         memory: args.memory,
         invocation: session.invocation(),

@@ -49,6 +49,8 @@ async fn newest(context: &Context, what: &str) -> Result<Option<DateTime<Utc>>> 
         start: false,
         run_as: None,
         delta: false,
+        feed: Some(restore::Feed::Staged),
+        standby: false,
         memory: restore::Memory::default(),
         invocation: Vec::new(),
         known: None,

@@ -25,9 +25,13 @@ use crate::pg::control::ControlFile;
 use crate::pg::instance::{Postmaster, postmaster_of};
 use crate::repository::restore::{CONTROL_FILE, CONTROL_FILE_PENDING, Leftover, WrittenFile};
 
+/// Recovers to its target and opens.
+pub(super) const RECOVERY_SIGNAL: &str = "recovery.signal";
+/// The same, and waits for more where its WAL ends.
+pub(super) const STANDBY_SIGNAL: &str = "standby.signal";
 /// The files that PostgreSQL or `pg_verifybackup` must not find as they were on the source.
 const NOT_RESTORED: [&str; 5] =
-    ["recovery.signal", "standby.signal", "postmaster.pid", "postmaster.opts", "tablespace_map"];
+    [RECOVERY_SIGNAL, STANDBY_SIGNAL, "postmaster.pid", "postmaster.opts", "tablespace_map"];
 
 /// A directory that belongs to this run.
 #[derive(Debug)]
@@ -120,12 +124,13 @@ impl Site {
         &self.filesystems
     }
 
-    /// Everything but `pg_control`: label, signal file, configuration, manifest.
+    /// Everything but `pg_control`: label, the file `signal`, configuration, manifest.
     pub(super) fn complete(
         &self,
         leftover: &Leftover,
         mut manifest: Manifest,
         (commit, need): (&Commit, &WalNeed),
+        signal: &str,
     ) -> Result<Vec<String>> {
         let directory = &self.directory;
         let label = leftover.small_files.iter().find(|(path, ..)| path == "backup_label");
@@ -141,7 +146,7 @@ impl Site {
         }
         let notes = self.configure(leftover, &mut manifest)?;
         manifest.finish(need)?;
-        place::place(&directory.join("recovery.signal"), b"", 0o600)?;
+        place::place(&directory.join(signal), b"", 0o600)?;
         self.check_control(need)?;
         Ok(notes)
     }

@@ -1,14 +1,14 @@
 //! `restore`: a plan that says everything before anything is touched, and the run of exactly that plan.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::jobs::context::Context;
+use crate::jobs::context::{Context, Target};
 use crate::jobs::status::{self, Present};
 use crate::model::commit::BackupKind;
-use crate::model::{Error, RegionName, Result, ResultExt, Timeline};
+use crate::model::{Error, RegionName, Result, ResultExt, SystemId, Timeline};
 use crate::repository::catalog::{self, Backup};
 use crate::repository::handle::Repository;
 pub use crate::repository::restore::Memory;
@@ -28,17 +28,18 @@ mod report;
 mod route;
 mod run;
 mod stage;
+mod supply;
 mod target;
 mod words;
 
 pub use report::{PhaseTime, Report, Started};
 pub use target::Point;
-pub use words::{Needs, Plan, Refusal, RegionState, Reuse, WalLeg};
+pub use words::{Feed, Needs, Plan, Refusal, RegionState, Reuse, WalLeg};
 
 pub use plan::{Prepared, quoted};
 use record::Record;
 
-use crate::pg::instance::{Instance, Network};
+use crate::pg::instance::{Instance, Network, User};
 
 /// The marker of a restore that has not ended.
 pub const MARKER: &str = "drctl-restore.json";
@@ -65,6 +66,10 @@ pub struct Request {
     pub timeline: Option<Timeline>,
     /// Start PostgreSQL and wait until it is promoted.
     pub start: bool,
+    /// How WAL is to reach recovery; `None`: staged, and streamed where there is no room for that.
+    pub feed: Option<Feed>,
+    /// The directory becomes a standby that goes on recovering: nothing in it ends recovery.
+    pub standby: bool,
     /// The account that PostgreSQL runs as, when drctl is root.
     pub run_as: Option<String>,
     /// Whether what stands in the directory is made the backup, page by page, and what the backup does not have is
@@ -181,6 +186,52 @@ pub async fn rehearse(
     prepared.plan.refuse()?;
     let (report, server) = run::run(context, request, prepared, Some(scratch)).await?;
     server.map(|server| (report, server)).ok_or_else(|| Error::failed("the rehearsal started no server"))
+}
+
+/// Restores the files of a standby: everything but the server's settings. `document` (name, contents) says what it is, and
+/// lies there before the restore is over.
+///
+/// # Errors
+/// As [`plan()`] and [`run()`].
+pub async fn lay_standby(
+    context: &Context,
+    request: &Request,
+    prepared: Prepared,
+    document: (&str, Vec<u8>),
+) -> Result<Report> {
+    prepared.plan.refuse()?;
+    run::lay(context, request, prepared, document).await
+}
+
+/// Hands a file to the account that PostgreSQL runs as.
+///
+/// # Errors
+/// The disk's.
+pub fn give(path: &Path, owner: Option<User>) -> Result<()> {
+    stage::give(path, owner)
+}
+
+/// Whether the primary of a target still answers as the primary of this cluster.
+pub async fn primary_answers(target: &Target, system_id: SystemId) -> bool {
+    checks::primary_answers(target, system_id).await
+}
+
+/// Writes settings behind all others of a restored cluster, in place of those that drctl wrote there before.
+///
+/// # Errors
+/// The disk's.
+pub fn configure(directory: &Path, settings: &[(String, String)], owner: Option<User>) -> Result<()> {
+    conf::append(directory, &conf::block_of(settings))?;
+    stage::give(&directory.join(conf::AUTO_CONF), owner)
+}
+
+/// Takes those settings out again.
+///
+/// # Errors
+/// The disk's.
+pub fn unconfigure(directory: &Path, owner: Option<User>) -> Result<()> {
+    conf::remove(directory)?;
+    stage::give(&directory.join(conf::AUTO_CONF), owner)
 }
 
 /// Computes a plan that [`rehearse`] runs as it is.

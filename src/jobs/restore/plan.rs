@@ -13,7 +13,7 @@ use crate::jobs::restore::crossed::Crossed;
 use crate::jobs::restore::route::Route;
 use crate::jobs::restore::stage::staged_bytes;
 use crate::jobs::restore::target::{Finder, Pin, Point, Unreached};
-use crate::jobs::restore::words::{Needs, Plan, Refusal, WalLeg};
+use crate::jobs::restore::words::{Feed, Needs, Plan, Refusal, WalLeg};
 use crate::jobs::restore::{Known, Request};
 use crate::model::commit::{Commit, WalNeed};
 use crate::model::{Error, Kind, Lsn, RegionName, Result, ResultExt, Timeline};
@@ -24,6 +24,9 @@ use crate::repository::restore::{KeptParts, Memory};
 
 /// What restore and replay are assumed to manage per second before any drill has measured it.
 const ASSUMED_RATE: u64 = 150_000_000;
+
+/// What a server that recovers from a stream keeps in `pg_wal`: about `max_wal_size`, this by default.
+const STREAMED_ROOM: u64 = 1 << 30;
 
 /// The plan, and what its run needs.
 #[derive(Debug)]
@@ -76,7 +79,6 @@ impl Prepared {
         plan.expected_seconds = (commit.size_bytes + plan.wal_bytes) / ASSUMED_RATE + 1;
         plan.digest = digest(&plan, request, &repository)?;
         plan.warnings.extend(known.damaged.iter().map(|error| format!("a COMMIT is not readable: {error}")));
-        plan.command = command(&plan, request);
         contents.tell(&mut plan);
         crossed.tell(&mut plan);
         let Contents { inventory, outline, parts, survey, .. } = contents;
@@ -87,6 +89,7 @@ impl Prepared {
         }
         let checked = Checked { context, request, commit: &commit, outline: outline.as_ref() };
         checks::check(&checked, &mut plan).await?;
+        plan.command = command(&plan, request);
         let unlisted = repository.trust.unlisted();
         if !unlisted.is_empty() {
             let names = unlisted.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
@@ -106,6 +109,13 @@ impl Prepared {
         let chosen = choose(context, repository, request, candidates).await?;
         let crossed = Crossed::read(context, repository, &chosen.route).await?;
         Ok((chosen, crossed))
+    }
+}
+
+impl Prepared {
+    /// The WAL that the backup needs, and where it began.
+    pub fn need(&self) -> &WalNeed {
+        &self.route.need
     }
 }
 
@@ -242,6 +252,7 @@ fn outset(request: &Request, (commit, route, pin): (&Commit, &Route, Pin)) -> Pl
         wal_bytes: wal.iter().map(|leg| leg.bytes).sum(),
         wal,
         write_bytes: (commit.size_bytes, staged_bytes(route)),
+        feed: Feed::Staged,
         reuse: None,
         free_bytes: None,
         expected_seconds: 0,
@@ -265,8 +276,16 @@ fn outset(request: &Request, (commit, route, pin): (&Commit, &Route, Pin)) -> Pl
 /// SHA-256 over everything that decides what ends up on disk; no rates, no times.
 fn digest(plan: &Plan, request: &Request, repository: &Repository) -> Result<String> {
     let regions: Vec<_> = repository.regions.all().iter().map(|region| &region.name).collect();
+    // A standby goes on from wherever WAL ends: what was begun for one end is good for the next.
+    let standby = serde_json::json!({
+        "repository": repository.id,
+        "target": plan.target,
+        "directory": request.directory,
+        "tablespaces": request.tablespaces,
+        "action": "standby",
+    });
     // Keys of a JSON object are sorted, so this is one text for one plan.
-    let canonical = serde_json::json!({
+    let restore = serde_json::json!({
         "repository": repository.id,
         "backup": plan.backup,
         "regions": regions,
@@ -279,7 +298,8 @@ fn digest(plan: &Plan, request: &Request, repository: &Repository) -> Result<Str
         "action": "promote",
         "delta": request.delta,
     });
-    let text = serde_json::to_vec(&canonical).map_err(|error| Error::failed("encode the plan").because(error))?;
+    let canonical = if request.standby { &standby } else { &restore };
+    let text = serde_json::to_vec(canonical).map_err(|error| Error::failed("encode the plan").because(error))?;
     Ok(hex::encode(Sha256::digest(&text)))
 }
 
@@ -296,6 +316,13 @@ fn command(plan: &Plan, request: &Request) -> String {
         format!("--tablespace {}", quoted(&format!("{}={}", escape(old), escape(&new.display().to_string()))))
     }));
     words.extend(request.delta.then(|| "--delta".to_owned()));
+    words.extend(
+        match plan.feed {
+            Feed::Streamed => Some("--feed stream"),
+            Feed::Staged => request.feed.map(|_| "--feed stage"),
+        }
+        .map(str::to_owned),
+    );
     if request.memory != Memory::default() {
         words.push(format!("--memory {}", request.memory.bytes()));
     }
@@ -328,6 +355,12 @@ impl Plan {
         let error = Error::refused(format!("{} is not restored: {}", self.backup, first.what));
         let rest = self.refused.iter().map(|refusal| format!("{}: {}", refusal.what, refusal.why));
         Err(rest.fold(error, |error, refusal| error.because(refusal)).hint(first.next.clone()))
+    }
+
+    /// WAL goes to the server as a primary would send it, and stays there back to the last restartpoint.
+    pub(super) fn stream_wal(&mut self) {
+        self.feed = Feed::Streamed;
+        self.write_bytes.1 = self.write_bytes.1.min(STREAMED_ROOM);
     }
 
     pub(super) fn refuse_because(&mut self, what: impl Into<String>, why: impl Into<String>, next: impl Into<String>) {

@@ -27,7 +27,7 @@ pub mod takeover;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-pub use position::{Heartbeat, Position, Pushes, State};
+pub use position::{Heartbeat, Position, Pushes, State, reaches};
 pub use push::Receipt;
 pub use receiver::Receiver;
 pub use status::{WalStatus, wal_status};

@@ -34,6 +34,7 @@ mod notify;
 mod ownership;
 mod platforms;
 mod prune;
+mod pressure;
 mod recovery_point;
 mod regions;
 mod reports;

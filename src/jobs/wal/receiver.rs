@@ -106,6 +106,7 @@ impl Receiver {
             sessions: 0,
             slot: SlotCare::Trust,
             stored_histories: BTreeSet::new(),
+            given_up: None,
             tracker,
             filler,
             _lock: lock,
@@ -239,7 +240,7 @@ impl Run {
                 Err(trouble) => trouble,
             };
             if self.shared.view.borrow().received > before {
-                pause = FIRST_PAUSE;
+                (pause, self.given_up) = (FIRST_PAUSE, None);
             }
             if self.recover(trouble).await? {
                 let stop = self.stop.clone();
@@ -253,8 +254,12 @@ impl Run {
 
     /// One connection, from its beginning to its end.
     async fn once(&mut self) -> Result<Ended, Trouble> {
-        let stop = self.stop.clone();
-        let Some(session) = stop.run_until_cancelled(self.open()).await else { return Ok(Ended::Stopped) };
+        let (stop, slot) = (self.stop.clone(), Arc::clone(&self.shared.slot));
+        let opened = tokio::select! {
+            opened = stop.run_until_cancelled(self.open()) => opened,
+            share = slot.over() => return Err(Trouble::Pressure(share)),
+        };
+        let Some(session) = opened else { return Ok(Ended::Stopped) };
         let mut session = session?;
         self.shared.enter(State::Streaming);
         self.stream(&mut session).await
@@ -366,10 +371,13 @@ impl Run {
         Ok(durable)
     }
 
-    async fn ship_pending(&mut self) -> Result<()> {
-        while let Some(frame) = self.pending.pop_front() {
+    pub(super) async fn ship_pending(&mut self) -> Result<()> {
+        // A frame leaves the queue when there is room for it: whoever stops waiting loses none.
+        while let Some(frame) = self.pending.front() {
             let permit = self.shipper.room(frame.chunk.wal.len()).await?;
-            self.shipper.ship(frame, permit);
+            if let Some(frame) = self.pending.pop_front() {
+                self.shipper.ship(frame, permit);
+            }
         }
         self.shipper.idle().await.map(drop)
     }
@@ -381,13 +389,18 @@ impl Run {
         }
         match trouble {
             Trouble::Server(PgError::WalRemoved { message, .. }) => {
-                let stop = self.stop.clone();
-                let Some(filled) = stop.run_until_cancelled(self.gap(&message)).await else { return Ok(false) };
+                let (stop, slot) = (self.stop.clone(), Arc::clone(&self.shared.slot));
+                let filled = tokio::select! {
+                    filled = stop.run_until_cancelled(self.gap(&message)) => filled,
+                    share = slot.over() => return self.give_up_slot(share).await,
+                };
+                let Some(filled) = filled else { return Ok(false) };
                 return Ok(filled.inspect_err(|trouble| self.tell(&trouble_text(trouble))).is_err());
             }
             Trouble::Server(error) if server::is_missing_slot(&error) && self.slot == SlotCare::Trust => {
                 tracing::warn!(slot = self.target.slot, "the replication slot is gone; it is made again");
                 self.slot = SlotCare::Ensure;
+            Trouble::Pressure(share) => return self.give_up_slot(share).await,
                 return Ok(true);
             }
             Trouble::Server(error) if server::is_invalidated_slot(&error) && self.slot == SlotCare::Trust => {
@@ -406,7 +419,7 @@ impl Run {
         Ok(true)
     }
 
-    fn tell(&self, error: &str) {
+    pub(super) fn tell(&self, error: &str) {
         let waiting = self.shared.view.borrow().state == State::WaitingForRegions;
         self.shared.trouble(if waiting { State::WaitingForRegions } else { State::Reconnecting }, &error);
         tracing::info!(target = %self.target.name, error, "streaming is interrupted");
@@ -455,6 +468,7 @@ impl Run {
         let gap = Gap::new(&self.target.name, &cursor.branch, (cursor.lsn, next.lsn), reason, now);
         tracing::error!(target = %self.target.name, from = %gap.from, to = %gap.to, reason, "WAL is missing: a new base backup is needed");
         gaps::record(&self.context.repository, self.context.writer()?, &gap, &self.means.out).await?;
+        let reason = &self.given_up.as_ref().map_or_else(|| reason.to_owned(), |why| format!("{why}; {reason}"));
         let text = format!("gap from {} to {}: {reason}", gap.from, gap.to);
         self.shared.view.send_modify(|view| (view.gap, view.last_error) = (true, Some(text)));
         self.shared.shipped.send_modify(|shipped| shipped.durable = next.lsn);
@@ -497,6 +511,7 @@ fn trouble_text(trouble: &Trouble) -> String {
         Trouble::ShipperGone => "the epoch cannot be continued".to_owned(),
         Trouble::Other(error) => error.to_string(),
     }
+        Trouble::Pressure(_) => "the replication slot fills the server's disk".to_owned(),
 }
 
 /// What no waiting mends: the configuration, or what the server allows us.

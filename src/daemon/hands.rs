@@ -249,7 +249,7 @@ impl Drop for Hands {
 async fn attempt(settings: &Settings, world: &World, work: &Work, going: impl FnOnce(Progress) + Send) -> Result<Done> {
     let context = match work {
         // A region that is gone is not made anew here: only somebody who looks can tell it from one that is not mounted.
-        Work::Backup { .. } | Work::Dump { .. } | Work::Files { .. } | Work::Repair { .. } => {
+        Work::Backup { .. } | Work::Dump { .. } | Work::Files { .. } | Work::Repair { .. } | Work::Bundle { .. } => {
             app::context(settings, Role::Write, world).await?
         }
         Work::Verify { .. } => app::context(settings, Role::Restore, world).await?,

@@ -12,6 +12,7 @@ mod support;
 
 mod archive;
 mod bank;
+mod bundles;
 mod check;
 mod contradiction;
 mod daemon;

@@ -5,6 +5,7 @@
 
 pub mod acceptance;
 mod buffer;
+pub mod bundle;
 pub mod changes;
 mod contradiction;
 pub mod control;

@@ -38,13 +38,15 @@ pub enum Job {
     Repair,
     /// Removal of what retention no longer wants.
     Prune,
+    /// Frames of old WAL put together.
+    Bundle,
     /// Repacking.
     Compact,
 }
 
 impl Job {
     /// Every word that a schedule may use, also those of jobs that this version cannot run.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Backup,
         Self::Dump,
         Self::Files,
@@ -53,12 +55,13 @@ impl Job {
         Self::Drill,
         Self::Repair,
         Self::Prune,
+        Self::Bundle,
         Self::Compact,
     ];
 
     /// The jobs that this version runs by schedule.
-    pub const RUNNABLE: [Self; 7] =
-        [Self::Backup, Self::Dump, Self::Files, Self::Verify, Self::Drill, Self::Repair, Self::Prune];
+    pub const RUNNABLE: [Self; 8] =
+        [Self::Backup, Self::Dump, Self::Files, Self::Verify, Self::Drill, Self::Repair, Self::Prune, Self::Bundle];
 
     /// As people and files write it.
     pub const fn as_str(self) -> &'static str {
@@ -71,6 +74,7 @@ impl Job {
             Self::Drill => "drill",
             Self::Repair => "repair",
             Self::Prune => "prune",
+            Self::Bundle => "bundle",
             Self::Compact => "compact",
         }
     }
@@ -161,6 +165,13 @@ pub enum Work {
     },
     /// Removal of what retention no longer wants, of every target.
     Prune,
+    /// Frames of old WAL put together.
+    Bundle {
+        /// One target; without it everything.
+        target: Option<TargetName>,
+        /// Epochs that ended so long ago; without it the job's own measure.
+        older_than: Option<Duration>,
+    },
 }
 
 impl Work {
@@ -174,6 +185,7 @@ impl Work {
             Self::Drill { .. } => Job::Drill,
             Self::Repair { .. } => Job::Repair,
             Self::Prune => Job::Prune,
+            Self::Bundle { .. } => Job::Bundle,
         }
     }
 
@@ -184,7 +196,7 @@ impl Work {
             | Self::Dump { target }
             | Self::Files { target }
             | Self::Drill { target, .. } => Some(target),
-            Self::Verify { target, .. } | Self::Repair { target, .. } => target.as_ref(),
+            Self::Verify { target, .. } | Self::Repair { target, .. } | Self::Bundle { target, .. } => target.as_ref(),
             Self::Prune => None,
         }
     }

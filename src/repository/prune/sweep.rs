@@ -21,8 +21,9 @@ use crate::repository::FORMAT;
 use crate::repository::catalog;
 use crate::repository::handle::{Repository, Writer};
 use crate::repository::layout;
+use crate::repository::prune::bundled;
 use crate::repository::prune::facts::{Facts, Inventories};
-use crate::repository::prune::garbage::{Garbage, Item, Search, phase};
+use crate::repository::prune::garbage::{Garbage, Item, Search, Why, phase};
 use crate::repository::prune::plan::{Plan, enroll};
 use crate::repository::records;
 use crate::repository::sweeps::{self, Begun, Ended};
@@ -99,7 +100,8 @@ impl Sweep<'_> {
         // A pin that was taken meanwhile counts.
         let mut free: BTreeSet<_> = self.free(&facts, &begun.backups).intersection(&free).cloned().collect();
         swept.backups.retain(|id| free.contains(id));
-        let mut items = self.still_dead(&facts, (&free, &items.0)).await?.0;
+        let items = self.still_dead(&facts, (&free, &items.0)).await?.0;
+        let mut items = self.without_doubt(items).await;
         swept.spared = (wanted - items.len()) as u64;
         for step in 0..=4 {
             let of_step: Vec<_> = items.iter().filter(|item| phase(&item.key) == step).collect();
@@ -180,6 +182,16 @@ impl Sweep<'_> {
         let name = |item: &Item| (item.region.clone(), item.key.clone(), item.version.clone());
         let dead: BTreeSet<_> = garbage.items.iter().map(name).collect();
         Ok((items.iter().filter(|item| dead.contains(&name(item))).cloned().collect(), garbage))
+    }
+
+    /// Frames go when each of them was read in its bundle, in every region, a moment before.
+    async fn without_doubt(&self, mut items: Vec<Item>) -> Vec<Item> {
+        let bundles = items.iter().filter(|item| item.why == Why::Bundled).map(|item| item.of.as_str());
+        let whole = bundled::whole(self.repository, bundles).await;
+        let broken: BTreeSet<String> =
+            whole.iter().filter(|(_, whole)| !**whole).map(|(key, _)| (*key).to_owned()).collect();
+        items.retain(|item| item.why != Why::Bundled || !broken.contains(&item.of));
+        items
     }
 
     /// Writes down in every region what goes.

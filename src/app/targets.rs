@@ -108,6 +108,7 @@ pub(super) fn cluster(target: &TargetSettings, pg: &PostgresTarget) -> Result<Ta
         on_pressure,
         pressure_percent: pg.pressure_percent,
         wal_disk_bytes: pg.wal_disk_bytes,
+        standby_slots: pg.standby_slots,
         stream: pg.stream,
         heartbeat: pg.heartbeat,
         sync: pg.sync,

@@ -109,6 +109,8 @@ pub struct Target {
     pub pressure_percent: u8,
     /// The size of the server's WAL disk, if it cannot be asked.
     pub wal_disk_bytes: Option<u64>,
+    /// Whether the slot is kept on the standbys among the servers of `conninfo`, too.
+    pub standby_slots: bool,
     /// Whether its WAL is streamed; else `archive_command` alone brings it.
     pub stream: bool,
     /// Whether the heartbeat row is written while WAL is streamed.
@@ -125,8 +127,6 @@ pub struct Target {
     pub assertions: Vec<Assertion>,
 }
 
-/// How a base backup finds the pages that changed since its parent.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 /// What is done when the slot fills the server's disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OnPressure {
@@ -146,6 +146,8 @@ impl OnPressure {
     }
 }
 
+/// How a base backup finds the pages that changed since its parent.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Detection {
     /// It reads every page and compares.
     #[default]

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::jobs::context::Context;
 use crate::jobs::status::{self, Present};
-use crate::model::{Error, RegionName, Result, Timeline};
+use crate::model::{Error, RegionName, Result};
 pub use crate::repository::restore::Memory;
 
 mod checks;
@@ -26,6 +26,7 @@ mod target;
 mod words;
 
 pub use report::{PhaseTime, Report, Started};
+pub use route::Follow;
 pub use target::Point;
 pub use words::{Needs, Plan, Refusal, RegionState, Reuse, WalLeg};
 
@@ -56,7 +57,7 @@ pub struct Request {
     /// To when.
     pub point: Point,
     /// Follow this timeline instead of the newest.
-    pub timeline: Option<Timeline>,
+    pub timeline: Option<Follow>,
     /// Start PostgreSQL and wait until it is promoted.
     pub start: bool,
     /// The account that PostgreSQL runs as, when drctl is root.

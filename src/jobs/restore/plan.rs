@@ -9,12 +9,12 @@ use crate::jobs::context::Context;
 use crate::jobs::restore::Request;
 use crate::jobs::restore::checks::{self, Checked};
 use crate::jobs::restore::delta::Survey;
-use crate::jobs::restore::route::Route;
+use crate::jobs::restore::route::{Follow, Route};
 use crate::jobs::restore::stage::staged_bytes;
 use crate::jobs::restore::target::{Finder, Pin, Point, Unreached};
 use crate::jobs::restore::words::{Needs, Plan, Refusal, RegionState, WalLeg};
 use crate::model::commit::{Commit, WalNeed};
-use crate::model::{Error, Kind, Lsn, RegionName, Result, ResultExt, Timeline};
+use crate::model::{Error, Kind, Lsn, RegionName, Result, ResultExt};
 use crate::repository::catalog::{self, Backup, Held};
 use crate::repository::gaps::{self, Gap};
 use crate::repository::handle::Repository;
@@ -130,7 +130,7 @@ async fn choose(
     let mut first_problem = None;
     for commit in candidates {
         let need = wal_of(commit)?;
-        let mut route = Route::find(repository, need, request.timeline)
+        let mut route = Route::find(repository, need, request.timeline.as_ref())
             .await
             .during(|| format!("find the WAL of {}", commit.id))?;
         let finder = Finder { context, repository, route: &route, began: commit.started_at };
@@ -159,7 +159,7 @@ async fn choose(
     let problem = first_problem.unwrap_or_else(|| Error::not_found("there is no backup with WAL"));
     let target = candidates.first().map(|commit| &commit.target);
     let of_target = backups.iter().map(|backup| &backup.commit).filter(|commit| Some(&commit.target) == target);
-    let remaining = remaining(repository, request.timeline, of_target).await;
+    let remaining = remaining(repository, request.timeline.as_ref(), of_target).await;
     Err(if remaining.is_empty() {
         problem
     } else {
@@ -173,7 +173,7 @@ const TOLD: usize = 12;
 /// What can be reached from the newest backups, oldest first; backups of one window say it once.
 async fn remaining<'a>(
     repository: &Repository,
-    timeline: Option<Timeline>,
+    timeline: Option<&Follow>,
     backups: impl DoubleEndedIterator<Item = &'a Commit>,
 ) -> Vec<String> {
     let mut windows: Vec<(Lsn, Lsn)> = Vec::new();
@@ -282,7 +282,7 @@ fn command(plan: &Plan, request: &Request) -> String {
     words.extend(["restore".to_owned(), plan.backup.to_string()]);
     words.push(format!("--target-dir {}", quoted(&request.directory.display().to_string())));
     words.push(format!("--to-lsn {}", plan.end_lsn));
-    words.extend(request.timeline.map(|timeline| format!("--timeline {timeline}")));
+    words.extend(request.timeline.as_ref().map(|timeline| format!("--timeline {timeline}")));
     words.extend(request.region.as_ref().map(|region| format!("--region {region}")));
     words.extend(request.tablespaces.iter().map(|(old, new)| {
         let escape = |path: &str| path.replace('=', "\\=");

@@ -231,6 +231,13 @@ impl TargetStatus {
                 contradiction: gap.contradiction,
             }));
         }
+        for (timeline, branches) in survey.conflicts() {
+            self.violated = true;
+            let names: Vec<_> = branches.iter().map(|branch| format!("{}-{branch}", timeline.0)).collect();
+            let text = format!("servers were promoted independently to timeline {}: {}", timeline.0, names.join(", "));
+            self.problems.insert(0, text + "; a restore must be told which one counts");
+            self.next = Some(format!("drctl backup {}", self.target));
+        }
         if let Some(gap) = self.gaps.last() {
             self.violated = true;
             let what = if gap.contradiction { "is stored in two versions from" } else { "has a gap at" };

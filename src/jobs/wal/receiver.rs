@@ -26,6 +26,7 @@ use crate::jobs::wal::session::Session;
 use crate::jobs::wal::shared::Shared;
 use crate::jobs::wal::shipper::{self, Means};
 use crate::jobs::wal::slot::keep_looking;
+use crate::jobs::wal::standbys::keep_slots;
 use crate::model::{Error, Kind, Lsn, Result, ResultExt};
 use crate::observe::task;
 use crate::pg::PgError;
@@ -105,8 +106,8 @@ impl Receiver {
             system_id: None,
             sessions: 0,
             slot: SlotCare::Trust,
-            stored_histories: BTreeSet::new(),
             given_up: None,
+            stored_histories: BTreeSet::new(),
             tracker,
             filler,
             _lock: lock,
@@ -115,7 +116,9 @@ impl Receiver {
             shared.beats.then(|| task::spawn("heartbeat", keep_beating(target.clone(), Arc::clone(&shared.pulse))));
         let looking = (kind == EpochKind::Stream)
             .then(|| task::spawn("slot", keep_looking(target.clone(), Arc::clone(&shared.slot))));
-        let beside = beating.into_iter().chain(looking).map(AbortOnDropHandle::new).collect();
+        let keeping = (kind == EpochKind::Stream && target.standby_slots)
+            .then(|| task::spawn("standby-slots", keep_slots(target.clone(), Arc::clone(&shared))));
+        let beside = beating.into_iter().chain(looking).chain(keeping).map(AbortOnDropHandle::new).collect();
         Ok(Self { shared, stop, task: Some(task::spawn("wal-receiver", run.until_stopped())), beside })
     }
 
@@ -397,10 +400,10 @@ impl Run {
                 let Some(filled) = filled else { return Ok(false) };
                 return Ok(filled.inspect_err(|trouble| self.tell(&trouble_text(trouble))).is_err());
             }
+            Trouble::Pressure(share) => return self.give_up_slot(share).await,
             Trouble::Server(error) if server::is_missing_slot(&error) && self.slot == SlotCare::Trust => {
                 tracing::warn!(slot = self.target.slot, "the replication slot is gone; it is made again");
                 self.slot = SlotCare::Ensure;
-            Trouble::Pressure(share) => return self.give_up_slot(share).await,
                 return Ok(true);
             }
             Trouble::Server(error) if server::is_invalidated_slot(&error) && self.slot == SlotCare::Trust => {
@@ -465,10 +468,10 @@ impl Run {
             return Ok(());
         }
         let now = self.context.clock.now();
+        let reason = &self.given_up.as_ref().map_or_else(|| reason.to_owned(), |why| format!("{why}; {reason}"));
         let gap = Gap::new(&self.target.name, &cursor.branch, (cursor.lsn, next.lsn), reason, now);
         tracing::error!(target = %self.target.name, from = %gap.from, to = %gap.to, reason, "WAL is missing: a new base backup is needed");
         gaps::record(&self.context.repository, self.context.writer()?, &gap, &self.means.out).await?;
-        let reason = &self.given_up.as_ref().map_or_else(|| reason.to_owned(), |why| format!("{why}; {reason}"));
         let text = format!("gap from {} to {}: {reason}", gap.from, gap.to);
         self.shared.view.send_modify(|view| (view.gap, view.last_error) = (true, Some(text)));
         self.shared.shipped.send_modify(|shipped| shipped.durable = next.lsn);
@@ -508,10 +511,10 @@ impl Run {
 fn trouble_text(trouble: &Trouble) -> String {
     match trouble {
         Trouble::Server(error) => error.to_string(),
+        Trouble::Pressure(_) => "the replication slot fills the server's disk".to_owned(),
         Trouble::ShipperGone => "the epoch cannot be continued".to_owned(),
         Trouble::Other(error) => error.to_string(),
     }
-        Trouble::Pressure(_) => "the replication slot fills the server's disk".to_owned(),
 }
 
 /// What no waiting mends: the configuration, or what the server allows us.

@@ -144,6 +144,9 @@ table! {
     WAL_GAPS = Gauge "drctl_wal_gaps" ["target"]
         "Recorded gaps that nothing filled, and WAL stored in two versions, behind which no backup was begun yet: what came after cannot be restored until one is",
         absent "the target has no WAL in any region, or none could be read";
+    WAL_CONFLICTS = Gauge "drctl_wal_conflicts" ["target"]
+        "Timelines that servers which were promoted independently both chose, and behind which no backup was begun yet: a restore must be told which one counts",
+        absent "the target has no WAL in any region";
     VERIFY_LAST_SUCCESS = Gauge "drctl_verify_last_success_timestamp_seconds" ["target", "region", "level"]
         "When the level was last proven in the region: L0 to L2 by a scheduled verify, L4 and above by a drill, which proves the levels below it too",
         absent "it was never proven";

@@ -373,7 +373,7 @@ mod tests {
         assert!(error.to_string().contains("0/4000000"), "{error}");
         for wanted in &all {
             let words = format!("2-{}", wanted.branch);
-            assert!(error.to_string().contains(&words), "{error}");
+            assert!(error.hint_text().unwrap().contains(&words), "{error}");
             let chosen = choose(&all, &need(1, &Branch::root(), 0x200_0000), Some(&words.parse().unwrap())).unwrap();
             assert_eq!(chosen, (wanted.history.clone(), wanted.branch.clone()));
         }

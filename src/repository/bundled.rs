@@ -122,8 +122,8 @@ impl Bundled {
     async fn unbundled(&self, key: &str, range: Option<Range<u64>>) -> Option<Result<Bytes, StoreError>> {
         let (name, seq, numbers) = self.bundle_of(key).await?;
         let found = match range {
-            None => self.from_whole(&name, seq, numbers).await,
-            Some(range) => self.from_part(&name, (seq, numbers), range).await,
+            None => self.read_whole(&name, seq, numbers).await,
+            Some(range) => self.read_part(&name, (seq, numbers), range).await,
         };
         match found {
             Err(StoreError::NotFound { .. }) => None,
@@ -132,7 +132,7 @@ impl Bundled {
     }
 
     /// Whoever wants a frame wants the next one, too.
-    async fn from_whole(&self, name: &str, seq: u64, numbers: (u64, u64)) -> Result<Bytes, StoreError> {
+    async fn read_whole(&self, name: &str, seq: u64, numbers: (u64, u64)) -> Result<Bytes, StoreError> {
         let cell = self.known().whole(name);
         let fetch = || async {
             let bytes = self.inner.get(name, None).await?;
@@ -145,7 +145,7 @@ impl Bundled {
         Ok(bytes.slice(usize(range.start)..usize(range.end)))
     }
 
-    async fn from_part(
+    async fn read_part(
         &self,
         name: &str,
         (seq, numbers): (u64, (u64, u64)),

@@ -73,7 +73,9 @@ impl Contents {
 /// fills an object alone stays what it is.
 pub fn cut(frames: impl IntoIterator<Item = (u64, u64)>) -> Vec<(u64, u64)> {
     const LIMIT: u64 = OBJECT_LIMIT as u64;
-    let (mut bundles, mut open): (Vec<(u64, u64)>, Option<(u64, u64, u64)>) = (Vec::new(), None);
+    let mut bundles = Vec::new();
+    // The first and the last frame of the one that is being filled, and its bytes.
+    let mut open: Option<(u64, u64, u64)> = None;
     for (seq, size) in frames {
         open = match open {
             Some((first, last, bytes))

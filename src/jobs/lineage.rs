@@ -1,5 +1,8 @@
 //! Timelines: which histories are stored, which of them goes on from a position, and which branch each ancestor is on.
 
+use std::fmt;
+use std::str::FromStr;
+
 use bytes::Bytes;
 use futures::future::try_join_all;
 
@@ -9,6 +12,47 @@ use crate::pg::history::History;
 use crate::repository::handle::Repository;
 use crate::repository::layout;
 use crate::repository::wal_log::read_history;
+
+/// A timeline to follow: `2`, or `2-5f0c11aa` where two servers chose one number.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Follow {
+    /// Its number.
+    pub timeline: Timeline,
+    /// Its branch, where there are several.
+    pub branch: Option<Branch>,
+}
+
+impl Follow {
+    fn is(&self, history: &History, branch: &Branch) -> bool {
+        history.timeline() == self.timeline && self.branch.as_ref().is_none_or(|wanted| wanted == branch)
+    }
+}
+
+impl From<Timeline> for Follow {
+    fn from(timeline: Timeline) -> Self {
+        Self { timeline, branch: None }
+    }
+}
+
+impl FromStr for Follow {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let wrong =
+            || Error::usage(format!("`{text}` is no timeline")).hint("a number, or a number and a branch: 2-5f0c11aa");
+        let (number, branch) = text.split_once('-').map_or((text, None), |(number, branch)| (number, Some(branch)));
+        let timeline = number.parse().ok().filter(|number| *number > 0).map(Timeline).ok_or_else(wrong)?;
+        let branch = branch.map(|branch| Branch::try_from(branch.to_owned())).transpose().map_err(|_| wrong())?;
+        Ok(Self { timeline, branch })
+    }
+}
+
+impl fmt::Display for Follow {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.timeline.0)?;
+        self.branch.as_ref().map_or(Ok(()), |branch| write!(f, "-{branch}"))
+    }
+}
 
 /// A history file that the repository holds.
 #[derive(Debug, Clone)]
@@ -49,7 +93,7 @@ pub async fn histories(repository: &Repository, need: &WalNeed, known: &[StoredH
 ///
 /// # Errors
 /// None does, or several claim one number.
-pub fn choose(histories: &[StoredHistory], need: &WalNeed, wanted: Option<Timeline>) -> Result<(History, Branch)> {
+pub fn choose(histories: &[StoredHistory], need: &WalNeed, wanted: Option<&Follow>) -> Result<(History, Branch)> {
     let own = histories.iter().find(|h| h.timeline == need.timeline && h.branch == need.branch);
     let own_history = own.map_or_else(|| History::without_ancestors(need.timeline), |own| own.history.clone());
     let descends = |h: &&StoredHistory| {
@@ -60,14 +104,15 @@ pub fn choose(histories: &[StoredHistory], need: &WalNeed, wanted: Option<Timeli
     let mut candidates: Vec<_> =
         histories.iter().filter(descends).map(|h| (h.history.clone(), h.branch.clone())).collect();
     candidates.push((own_history, need.branch.clone()));
-    let newest = wanted.or_else(|| candidates.iter().map(|(history, _)| history.timeline()).max());
-    candidates.retain(|(history, _)| Some(history.timeline()) == newest);
+    let newest = || candidates.iter().map(|(history, _)| Follow::from(history.timeline())).max_by_key(|of| of.timeline);
+    let newest = wanted.cloned().or_else(newest).unwrap_or_else(|| Follow::from(need.timeline));
+    candidates.retain(|(history, branch)| newest.is(history, branch));
     if let [one] = candidates.as_slice() {
         return Ok(one.clone());
     }
-    let timeline = newest.unwrap_or(need.timeline);
+    let timeline = newest.timeline;
     if candidates.is_empty() {
-        return Err(Error::refused(format!("timeline {timeline} does not descend from the backup")));
+        return Err(Error::refused(format!("timeline {newest} does not descend from the backup")));
     }
     let describe = |(history, branch): &(History, Branch)| {
         let left = history
@@ -78,7 +123,11 @@ pub fn choose(histories: &[StoredHistory], need: &WalNeed, wanted: Option<Timeli
     };
     let error = Error::refused(format!("{} histories call themselves timeline {timeline}", candidates.len()));
     let error = candidates.iter().fold(error, |error, candidate| error.because(describe(candidate)));
-    Err(error.hint("two servers were promoted independently: restore to a point before they parted, with --timeline"))
+    let words: Vec<_> = candidates.iter().map(|(_, branch)| format!("--timeline {}-{branch}", timeline.0)).collect();
+    Err(error.hint(format!(
+        "two servers were promoted independently; only you know whose commits count: {}",
+        words.join(" or ")
+    )))
 }
 
 /// The branch of an ancestor: the one whose own history is the beginning of the descendant's.
@@ -94,8 +143,15 @@ pub fn branch_of(histories: &[StoredHistory], need: &WalNeed, history: &History,
     }
     let before: Vec<_> = history.entries().iter().take_while(|entry| entry.timeline < timeline).cloned().collect();
     let fits = |h: &&StoredHistory| h.timeline == timeline && h.history.entries() == before;
-    let found = histories.iter().find(fits).map(|h| h.branch.clone());
-    found.ok_or_else(|| Error::refused(format!("the history of timeline {timeline} is in no region")))
+    let mut found = histories.iter().filter(fits).map(|h| h.branch.clone());
+    match (found.next(), found.next()) {
+        (Some(only), None) => Ok(only),
+        (None, _) => Err(Error::refused(format!("the history of timeline {timeline} is in no region"))),
+        (Some(one), Some(other)) => {
+            let text = format!("timeline {timeline} on the way may be branch {one} or {other}");
+            Err(Error::refused(text).hint("both left in one place: restore to a point before, with --timeline"))
+        }
+    }
 }
 
 #[cfg(test)]
@@ -126,7 +182,7 @@ mod tests {
         let all = [stored(2, "1\t0/3000000\ta\n", 2), stored(3, "1\t0/3000000\ta\n\n2\t0/5000000\tb\n", 3)];
         let (history, branch) = choose(&all, &need(1, &Branch::root(), 0x200_0000), None).unwrap();
         assert_eq!((history.timeline(), branch), (Timeline(3), all[1].branch.clone()));
-        let wanted = choose(&all, &need(1, &Branch::root(), 0x200_0000), Some(Timeline(1))).unwrap();
+        let wanted = choose(&all, &need(1, &Branch::root(), 0x200_0000), Some(&Timeline(1).into())).unwrap();
         assert_eq!(wanted.0, History::without_ancestors(Timeline(1)));
         // A backup taken on timeline 1 after 2 had left it does not lead there.
         let (history, branch) = choose(&all, &need(1, &Branch::root(), 0x400_0000), None).unwrap();
@@ -142,7 +198,16 @@ mod tests {
         let error = choose(&all, &need(1, &Branch::root(), 0x200_0000), None).unwrap_err();
         assert_eq!(error.kind(), crate::model::Kind::Refused);
         assert!(error.to_string().contains("0/4000000"), "{error}");
-        let other = choose(&all, &need(1, &Branch::root(), 0x200_0000), Some(Timeline(9))).unwrap_err();
+        for wanted in &all {
+            let words = format!("2-{}", wanted.branch);
+            assert!(error.hint_text().unwrap().contains(&words), "{error}");
+            let chosen = choose(&all, &need(1, &Branch::root(), 0x200_0000), Some(&words.parse().unwrap())).unwrap();
+            assert_eq!(chosen, (wanted.history.clone(), wanted.branch.clone()));
+        }
+        for text in ["", "0", "x", "2-", "2-5F0C11AA", "2-5f0c11aa-1"] {
+            assert!(text.parse::<Follow>().is_err(), "{text}");
+        }
+        let other = choose(&all, &need(1, &Branch::root(), 0x200_0000), Some(&Timeline(9).into())).unwrap_err();
         assert!(other.message().contains("does not descend"));
     }
 }

@@ -35,4 +35,6 @@ pub mod work;
 #[cfg(test)]
 mod tests;
 
-pub use context::{Assertion, Context, Detection, Levels, Objectives, ScratchPlace, Streamed, Target, What};
+pub use context::{
+    Assertion, Context, Detection, Levels, Objectives, OnPressure, ScratchPlace, Streamed, Target, What,
+};

@@ -270,6 +270,21 @@ pub fn wal_frame(epoch_prefix: &str, seq: u64) -> String {
     format!("{epoch_prefix}{seq:010}")
 }
 
+/// More frames than a bundle has room for: a name that promises more is none of ours.
+pub const MOST_FRAMES: u64 = 40_000;
+
+/// A bundle of the frames `first` to `last` of an epoch.
+pub fn wal_bundle(epoch_prefix: &str, first: u64, last: u64) -> String {
+    format!("{epoch_prefix}{first:010}-{last:010}")
+}
+
+/// Reads the last part of [`wal_bundle`].
+pub fn parse_bundle(part: &str) -> Option<(u64, u64)> {
+    let (first, last) = part.split_once('-')?;
+    let (first, last) = (parse_seq(first)?, parse_seq(last)?);
+    (first < last && last - first < MOST_FRAMES).then_some((first, last))
+}
+
 /// Reads the last part of [`wal_frame`].
 pub fn parse_seq(part: &str) -> Option<u64> {
     let digits = part.len() == 10 && part.bytes().all(|byte| byte.is_ascii_digit());
@@ -311,6 +326,10 @@ mod tests {
             prop_assert_eq!(parse_branch(part), Some((Timeline(timeline), branch)));
             let frame = wal_frame("e/", seq);
             prop_assert_eq!(parse_seq(frame.strip_prefix("e/").unwrap()), Some(seq));
+            prop_assert_eq!(parse_bundle(frame.strip_prefix("e/").unwrap()), None);
+            let bundle = wal_bundle("e/", seq, seq + 7);
+            prop_assert_eq!(parse_bundle(bundle.strip_prefix("e/").unwrap()), Some((seq, seq + 7)).filter(|_| seq + 7 < 10_000_000_000));
+            prop_assert_eq!(parse_seq(bundle.strip_prefix("e/").unwrap()), None);
         }
 
         #[test]

@@ -4,6 +4,9 @@
 //! positions in its WAL, and nothing decides when to run: jobs do.
 
 pub mod backup_writer;
+#[cfg(test)]
+mod bundle_tests;
+mod bundled;
 pub mod catalog;
 pub mod compact;
 pub mod compare;
@@ -65,6 +68,8 @@ pub mod trust;
 mod unread_tests;
 pub mod uploads;
 pub mod wal_adopt;
+pub mod wal_bundle;
+pub mod wal_bundling;
 pub mod wal_claim;
 pub mod wal_frame;
 mod wal_frames;

@@ -12,6 +12,7 @@ use futures::future::join_all;
 use serde::Serialize;
 
 use crate::model::{Clock, Error, Kind, RegionName, RepositoryId, Result};
+use crate::repository::bundled::Bundled;
 use crate::repository::layout;
 use crate::repository::locks::Rule;
 use crate::repository::proven::Proven;
@@ -102,6 +103,8 @@ impl Regions {
             )));
         }
         let bare = list.clone();
+        let unbundled = |region: Region| Region { store: Arc::new(Bundled::new(region.store)), ..region };
+        let list = list.into_iter().map(unbundled).collect();
         let (detach_after, degrade_after, clock) = (None, None, None);
         Ok(Self { list, bare, quorum, lowest, detach_after, degrade_after, clock, trouble: Arc::default() })
     }

@@ -91,6 +91,8 @@ pub struct WalIndex {
     frames: BTreeMap<EpochId, BTreeMap<u64, BTreeSet<RegionName>>>,
     /// The largest size that a region lists: what a header read may ask for.
     sizes: BTreeMap<(EpochId, u64), u64>,
+    /// Epoch and numbers of its bundles → region → size. Their frames are among the others.
+    bundles: BTreeMap<Bundle, BTreeMap<RegionName, u64>>,
     unreadable: Vec<(RegionName, String)>,
     headers: Mutex<BTreeMap<(EpochId, u64), FrameHeader>>,
 }
@@ -117,15 +119,23 @@ impl WalIndex {
             .all()
             .iter()
             .map(|region| async { (region.name.clone(), list_all(region.store.as_ref(), &prefix).await) });
-        let (frames, sizes, unreadable) = (BTreeMap::new(), BTreeMap::new(), Vec::new());
-        let mut index = Self { branch, frames, sizes, unreadable, headers: Mutex::default() };
+        let mut index = Self {
+            branch,
+            frames: BTreeMap::new(),
+            sizes: BTreeMap::new(),
+            bundles: BTreeMap::new(),
+            unreadable: Vec::new(),
+            headers: Mutex::default(),
+        };
         for (region, list) in join_all(lists).await {
             match list {
                 Ok(objects) => {
                     for object in objects {
-                        let Some((epoch, seq)) = object.key.strip_prefix(&prefix).and_then(parse_frame) else {
-                            continue;
-                        };
+                        let Some(name) = object.key.strip_prefix(&prefix) else { continue };
+                        if let Some(bundle) = parse_bundle(name) {
+                            index.add_bundle(bundle, &region, object.size);
+                        }
+                        let Some((epoch, seq)) = parse_frame(name) else { continue };
                         let size = index.sizes.entry((epoch.clone(), seq)).or_default();
                         *size = object.size.max(*size);
                         let seqs = index.frames.entry(epoch).or_default();
@@ -136,6 +146,19 @@ impl WalIndex {
             }
         }
         index
+    }
+
+    fn add_bundle(&mut self, bundle: Bundle, region: &RegionName, size: u64) {
+        let seqs = self.frames.entry(bundle.0.clone()).or_default();
+        for seq in bundle.1.0..=bundle.1.1 {
+            seqs.entry(seq).or_default().insert(region.clone());
+        }
+        self.bundles.entry(bundle).or_default().insert(region.clone(), size);
+    }
+
+    /// The bundles that any region lists, with their sizes.
+    pub const fn bundles(&self) -> &BTreeMap<Bundle, BTreeMap<RegionName, u64>> {
+        &self.bundles
     }
 
     /// The branch.
@@ -372,6 +395,14 @@ impl WalIndex {
         }
         Ok(low)
     }
+}
+
+/// An epoch, and the first and last number of the frames in a bundle of it.
+pub type Bundle = (EpochId, (u64, u64));
+
+fn parse_bundle(key: &str) -> Option<Bundle> {
+    let (epoch, numbers) = key.split_once('/')?;
+    Some((epoch.parse().ok()?, layout::parse_bundle(numbers)?))
 }
 
 fn parse_frame(key: &str) -> Option<(EpochId, u64)> {

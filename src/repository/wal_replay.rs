@@ -130,14 +130,6 @@ impl ObjectStore for Gate {
     async fn delete(&self, key: &str) -> Result<(), StoreError> {
         self.inner.delete(key).await
     }
-
-    async fn extend(&self, key: &str, until: DateTime<Utc>) -> Result<(), StoreError> {
-        self.inner.extend(key, until).await
-    }
-
-    async fn locked_until(&self, key: &str, version: Option<&VersionId>) -> Result<Option<DateTime<Utc>>, StoreError> {
-        self.inner.locked_until(key, version).await
-    }
 }
 
 fn repository(fixture: &Fixture, who: Who, queue: &Queue) -> Repository {

@@ -285,7 +285,7 @@ mod tests {
     use crate::repository::wal_index::BranchId;
     use crate::repository::wal_log::{Epoch, Marks};
     use crate::repository::wal_reader::BranchLog;
-    use crate::store::ObjectStore as _;
+    use crate::store::{ObjectStore as _, PutOptions};
 
     fn branch() -> BranchId {
         let log = log();
@@ -349,6 +349,10 @@ mod tests {
         // Frame 3 reached nobody, frames 2 and 4 one region each.
         for (region, lost) in [(0, vec![3]), (1, vec![2, 3, 4]), (2, vec![2, 3, 4])] {
             for seq in lost {
+                // Acknowledged by two regions, it may still be on its way to the third.
+                while fixture.stores[region].head(&key(seq)).await.is_err() {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
                 fixture.stores[region].lose(&key(seq)).await;
             }
         }

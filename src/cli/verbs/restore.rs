@@ -15,8 +15,8 @@ use crate::cli::verbs::drill::told;
 use crate::cli::verbs::restore_streams::{self, Asked, StreamArgs, confirm, directory};
 use crate::cli::verbs::restore_text::{plan_text, report_text};
 use crate::jobs;
-use crate::jobs::restore::{self, Known, Memory, Plan, Point, Request};
-use crate::model::{Error, Lsn, RegionName, Result, Timeline};
+use crate::jobs::restore::{self, Follow, Known, Memory, Plan, Point, Request};
+use crate::model::{Error, Lsn, RegionName, Result};
 
 /// Arguments.
 #[derive(Debug, clap::Args)]
@@ -37,9 +37,10 @@ pub struct Args {
     /// The point in time.
     #[command(flatten)]
     pub point: PointArgs,
-    /// Follow this timeline [default: the newest that descends from the backup]
-    #[arg(long, value_name = "N")]
-    pub timeline: Option<u32>,
+    /// Follow this timeline [default: the newest that descends from the backup]; where two servers chose one number, with
+    /// its branch: 2-5f0c11aa
+    #[arg(long, value_name = "N[-BRANCH]")]
+    pub timeline: Option<Follow>,
     /// Reuse the data directory that stands there: pages that are those of the backup stay, the others are fetched, and
     /// what the backup does not have is removed
     #[arg(long)]
@@ -210,7 +211,7 @@ fn request(args: &Args, session: &Session) -> Result<Request> {
         tablespaces,
         region: args.region.clone(),
         point: args.point.point(),
-        timeline: args.timeline.map(Timeline),
+        timeline: args.timeline.clone(),
         start: args.start,
         run_as: args.run_as.clone(),
         feed: args.feed,

@@ -8,7 +8,7 @@ use std::time::Duration;
 use crate::jobs::context::{Context, Target};
 use crate::jobs::status::{self, Present};
 use crate::model::commit::BackupKind;
-use crate::model::{Error, RegionName, Result, ResultExt, SystemId, Timeline};
+use crate::model::{Error, RegionName, Result, ResultExt, SystemId};
 use crate::repository::catalog::{self, Backup};
 use crate::repository::handle::Repository;
 pub use crate::repository::restore::Memory;
@@ -32,6 +32,7 @@ mod supply;
 mod target;
 mod words;
 
+pub use crate::jobs::lineage::Follow;
 pub use report::{PhaseTime, Report, Started};
 pub use target::Point;
 pub use words::{Feed, Needs, Plan, Refusal, RegionState, Reuse, WalLeg};
@@ -63,7 +64,7 @@ pub struct Request {
     /// To when.
     pub point: Point,
     /// Follow this timeline instead of the newest.
-    pub timeline: Option<Timeline>,
+    pub timeline: Option<Follow>,
     /// Start PostgreSQL and wait until it is promoted.
     pub start: bool,
     /// How WAL is to reach recovery; `None`: staged, and streamed where there is no room for that.

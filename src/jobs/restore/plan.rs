@@ -7,6 +7,7 @@ use chrono::{DateTime, Utc};
 use sha2::{Digest as _, Sha256};
 
 use crate::jobs::context::Context;
+use crate::jobs::lineage::Follow;
 use crate::jobs::restore::checks::{self, Checked};
 use crate::jobs::restore::contents::Contents;
 use crate::jobs::restore::crossed::Crossed;
@@ -16,7 +17,7 @@ use crate::jobs::restore::target::{Finder, Pin, Point, Unreached};
 use crate::jobs::restore::words::{Feed, Needs, Plan, Refusal, WalLeg};
 use crate::jobs::restore::{Known, Request};
 use crate::model::commit::{Commit, WalNeed};
-use crate::model::{Error, Kind, Lsn, RegionName, Result, ResultExt, Timeline};
+use crate::model::{Error, Kind, Lsn, RegionName, Result, ResultExt};
 use crate::repository::catalog::{self, Backup};
 use crate::repository::handle::Repository;
 use crate::repository::inventory::InventoryLine;
@@ -156,7 +157,7 @@ async fn choose(
     let mut first_problem = None;
     for commit in candidates {
         let need = wal_of(commit)?;
-        let mut route = Route::find(repository, need, request.timeline)
+        let mut route = Route::find(repository, need, request.timeline.as_ref())
             .await
             .during(|| format!("find the WAL of {}", commit.id))?;
         let finder = Finder { context, repository, route: &route, began: commit.started_at };
@@ -185,7 +186,7 @@ async fn choose(
     let problem = first_problem.unwrap_or_else(|| Error::not_found("there is no backup with WAL"));
     let Some(target) = candidates.first().map(|commit| &commit.target) else { return Err(problem) };
     let Ok((backups, _)) = catalog::backups(repository, Some(target)).await else { return Err(problem) };
-    let remaining = remaining(repository, request.timeline, backups.iter().map(|backup| &backup.commit)).await;
+    let remaining = remaining(repository, request.timeline.as_ref(), backups.iter().map(|backup| &backup.commit)).await;
     Err(if remaining.is_empty() {
         problem
     } else {
@@ -199,7 +200,7 @@ const TOLD: usize = 12;
 /// What can be reached from the newest backups, oldest first; backups of one window say it once.
 async fn remaining<'a>(
     repository: &Repository,
-    timeline: Option<Timeline>,
+    timeline: Option<&Follow>,
     backups: impl DoubleEndedIterator<Item = &'a Commit>,
 ) -> Vec<String> {
     let mut windows: Vec<(Lsn, Lsn)> = Vec::new();
@@ -309,7 +310,7 @@ fn command(plan: &Plan, request: &Request) -> String {
     words.extend(["restore".to_owned(), plan.backup.to_string()]);
     words.push(format!("--target-dir {}", quoted(&request.directory.display().to_string())));
     words.push(format!("--to-lsn {}", plan.end_lsn));
-    words.extend(request.timeline.map(|timeline| format!("--timeline {timeline}")));
+    words.extend(request.timeline.as_ref().map(|timeline| format!("--timeline {timeline}")));
     words.extend(request.region.as_ref().map(|region| format!("--region {region}")));
     words.extend(request.tablespaces.iter().map(|(old, new)| {
         let escape = |path: &str| path.replace('=', "\\=");

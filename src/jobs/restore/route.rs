@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use futures::future::join;
 
 use crate::jobs::context::Context;
-use crate::jobs::lineage::{StoredHistory, branch_of, choose, histories};
+use crate::jobs::lineage::{Follow, StoredHistory, branch_of, choose, histories};
 use crate::model::commit::WalNeed;
 use crate::model::{Error, Lsn, Result, ResultExt, Timeline};
 use crate::pg::history::History;
@@ -44,7 +44,7 @@ impl Route {
     ///
     /// # Errors
     /// The WAL that makes the backup consistent is not whole, or two histories claim one timeline.
-    pub(super) async fn find(repository: &Repository, need: &WalNeed, wanted: Option<Timeline>) -> Result<Self> {
+    pub(super) async fn find(repository: &Repository, need: &WalNeed, wanted: Option<&Follow>) -> Result<Self> {
         // Every way begins on the backup's own branch, so its WAL is listed while the histories come.
         let own = BranchId { system_id: need.system_id, timeline: need.timeline, branch: need.branch.clone() };
         let (histories, own) = join(histories(repository, need, &[]), BranchLog::load(repository, own)).await;

@@ -5,12 +5,15 @@
 
 pub mod acceptance;
 mod buffer;
+pub mod bundle;
 pub mod changes;
 mod contradiction;
 pub mod control;
 pub mod fetch;
 mod fill;
+mod give_up;
 pub mod position;
+pub mod pressure;
 mod pulse;
 pub mod push;
 pub mod receiver;
@@ -21,6 +24,7 @@ mod session;
 mod shared;
 mod shipper;
 pub mod slot;
+mod standbys;
 pub mod status;
 pub mod takeover;
 

@@ -22,8 +22,9 @@ use crate::repository::FORMAT;
 use crate::repository::catalog;
 use crate::repository::handle::{Repository, Writer};
 use crate::repository::layout;
+use crate::repository::prune::bundled;
 use crate::repository::prune::facts::{Facts, Inventories};
-use crate::repository::prune::garbage::{Garbage, Item, Search, phase};
+use crate::repository::prune::garbage::{Garbage, Item, Search, Why, phase};
 use crate::repository::prune::locked::{self, Locked};
 use crate::repository::prune::plan::{Plan, enroll};
 use crate::repository::records;
@@ -120,7 +121,8 @@ impl Sweep<'_> {
         let free = self.free(&facts, &begun.backups).intersection(&free).cloned().collect();
         let mut free = self.unlocked(&facts, free, swept).await?;
         swept.backups.retain(|id| free.contains(id));
-        let mut items = self.still_dead(&facts, (&free, &items.0)).await?.0;
+        let items = self.still_dead(&facts, (&free, &items.0)).await?.0;
+        let mut items = self.without_doubt(items).await;
         swept.spared = (wanted - items.len()) as u64;
         let commits = self.commits(&items).await?;
         for step in 0..=4 {
@@ -253,6 +255,16 @@ impl Sweep<'_> {
         let name = |item: &Item| (item.region.clone(), item.key.clone(), item.version.clone());
         let dead: BTreeSet<_> = garbage.items.iter().map(name).collect();
         Ok((items.iter().filter(|item| dead.contains(&name(item))).cloned().collect(), garbage))
+    }
+
+    /// Frames go when each of them was read in its bundle, in every region, a moment before.
+    async fn without_doubt(&self, mut items: Vec<Item>) -> Vec<Item> {
+        let bundles = items.iter().filter(|item| item.why == Why::Bundled).map(|item| item.of.as_str());
+        let whole = bundled::whole(self.repository, bundles).await;
+        let broken: BTreeSet<String> =
+            whole.iter().filter(|(_, whole)| !**whole).map(|(key, _)| (*key).to_owned()).collect();
+        items.retain(|item| item.why != Why::Bundled || !broken.contains(&item.of));
+        items
     }
 
     /// Writes down in every region what goes.

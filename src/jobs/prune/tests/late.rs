@@ -18,7 +18,7 @@ const SEGMENT: u64 = 16 << 20;
 
 impl Scene {
     /// Reads WAL as a restore does, with keys.
-    async fn wal(&self, range: (u64, u64)) -> Result<usize> {
+    pub(super) async fn wal(&self, range: (u64, u64)) -> Result<usize> {
         let (context, log) = (self.context().await, log());
         let branch = BranchId { system_id: log.system_id, timeline: log.timeline, branch: log.branch };
         let (log, mut length) = (BranchLog::load(&context.repository, branch).await, 0);

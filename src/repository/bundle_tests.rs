@@ -216,7 +216,7 @@ async fn every_flipped_bit_and_every_cut_is_told() {
     let place = index.place(index.epochs().keys().next().unwrap(), 1);
     let check = |bytes: Vec<u8>| check_bundle(&Bytes::from(bytes), numbers, &repository, &place);
     check(good.to_vec()).unwrap();
-    let head = 8 * wal_bundle::head_bytes(numbers) as usize;
+    let head = 8 * usize::try_from(wal_bundle::head_bytes(numbers)).unwrap();
     // All of the head, and of each frame enough to meet every part of it.
     for bit in (0..head).chain((head..good.len() * 8).step_by(41)) {
         let mut wrong = good.to_vec();

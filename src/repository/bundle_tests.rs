@@ -83,7 +83,7 @@ async fn read(fixture: &Fixture, repository: &Repository, end: u64) -> crate::mo
 }
 
 fn expected(end: u64) -> Vec<u8> {
-    (START..end).map(|at| at as u8).collect()
+    (START..end).map(|at| at.to_le_bytes()[0]).collect()
 }
 
 #[tokio::test]

@@ -83,7 +83,7 @@ async fn read(fixture: &Fixture, repository: &Repository, end: u64) -> crate::mo
 }
 
 fn expected(end: u64) -> Vec<u8> {
-    (START..end).map(|at| at as u8).collect()
+    (START..end).map(|at| at.to_le_bytes()[0]).collect()
 }
 
 #[tokio::test]
@@ -216,7 +216,7 @@ async fn every_flipped_bit_and_every_cut_is_told() {
     let place = index.place(index.epochs().keys().next().unwrap(), 1);
     let check = |bytes: Vec<u8>| check_bundle(&Bytes::from(bytes), numbers, &repository, &place);
     check(good.to_vec()).unwrap();
-    let head = 8 * wal_bundle::head_bytes(numbers) as usize;
+    let head = 8 * usize::try_from(wal_bundle::head_bytes(numbers)).unwrap();
     // All of the head, and of each frame enough to meet every part of it.
     for bit in (0..head).chain((head..good.len() * 8).step_by(41)) {
         let mut wrong = good.to_vec();

@@ -111,7 +111,8 @@ mod tests {
             prop_assert_eq!(contents.end(), object.len() as u64);
             for (seq, frame) in (first..).zip(&frames) {
                 let range = contents.range(seq).unwrap();
-                prop_assert_eq!(&object[range.start as usize..range.end as usize], &frame[..]);
+                let range = usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap();
+                prop_assert_eq!(&object[range], &frame[..]);
             }
             prop_assert_eq!(contents.range(numbers.1 + 1), None);
             for other in [(numbers.0, numbers.1 + 1), (numbers.0 + 1, numbers.1 + 2), (0, 1 << 40)] {

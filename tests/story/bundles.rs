@@ -59,7 +59,7 @@ async fn what_is_restored_from_bundles_alone_is_what_was_written() {
     let executed = rig.said(&[&words[..], &["--execute"]].concat()).await;
     assert_eq!((&planned["frames"], &planned["bundles"]), (&executed["frames"], &executed["bundles"]));
     let (frames, bundles) = (executed["frames"].as_u64().unwrap(), executed["bundles"].as_u64().unwrap());
-    assert!(frames as usize > COMMITS / 2 && bundles == 1, "{executed}");
+    assert!(frames > COMMITS as u64 / 2 && bundles == 1, "{executed}");
     assert_eq!(rig.said(&words).await["bundles"], 0);
     assert_eq!(rig.wal_objects("a"), before + 1);
 

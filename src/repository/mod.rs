@@ -22,6 +22,7 @@ pub mod identity;
 pub mod inventory;
 pub mod keysets;
 pub mod layout;
+pub mod lock_rule;
 pub mod locks;
 pub mod manifest;
 pub mod mend;

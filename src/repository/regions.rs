@@ -14,7 +14,7 @@ use serde::Serialize;
 use crate::model::{Clock, Error, Kind, RegionName, RepositoryId, Result};
 use crate::repository::bundled::Bundled;
 use crate::repository::layout;
-use crate::repository::locks::Rule;
+use crate::repository::lock_rule::Rule;
 use crate::repository::proven::Proven;
 use crate::store::{Depth, Digest, ListedObject, ObjectStore, Put, PutOptions, StoreError};
 

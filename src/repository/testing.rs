@@ -22,7 +22,7 @@ use crate::repository::backup_writer::{BackupOptions, BackupWriter, Written};
 use crate::repository::fan_out::{FanOut, Patience};
 use crate::repository::handle::{RegionRecord, Repository, Writer};
 use crate::repository::keysets::{Holders, KeyRing};
-use crate::repository::locks::Rule;
+use crate::repository::lock_rule::Rule;
 use crate::repository::manifest::Line;
 use crate::repository::pack::OBJECT_LIMIT;
 use crate::repository::parent::{Basis, choose, state_path};

@@ -5,11 +5,12 @@ use futures::future::join_all;
 use futures::{StreamExt, stream};
 use serde::Serialize;
 
+use super::IN_FLIGHT;
 use super::closure::roots;
-use super::{IN_FLIGHT, Rule};
 use crate::model::{RegionName, SystemId, TargetName};
 use crate::repository::handle::Repository;
 use crate::repository::inventory::InventoryLine;
+use crate::repository::lock_rule::Rule;
 use crate::repository::regions::Region;
 use crate::store::StoreError;
 

@@ -9,14 +9,15 @@ use chrono::{DateTime, Utc};
 use futures::{StreamExt, stream};
 use serde::Serialize;
 
+use super::IN_FLIGHT;
 use super::closure::{self, frames, roots};
 use super::extend::{Extended, in_region};
-use super::{IN_FLIGHT, Rule};
 use crate::model::{BackupId, RegionName, Result, TargetName};
 use crate::observe::progress::Phase;
 use crate::repository::catalog::{self, Backup};
 use crate::repository::handle::Repository;
 use crate::repository::inventory::InventoryLine;
+use crate::repository::lock_rule::Rule;
 use crate::repository::regions::Region;
 use crate::repository::wal_index::{BranchId, WalIndex};
 

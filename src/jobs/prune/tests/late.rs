@@ -132,6 +132,10 @@ async fn a_backup_whose_commit_is_locked_in_one_region_only_stays_whole() {
         for store in &scene.fixture.stores {
             assert!(store.contents().await.iter().any(|(key, _)| *key == commit), "{comes:?}: {}", store.address());
         }
+        // What is known before anything goes is left alone: no tomb was written, and nothing had to be put back.
+        let tomb = format!("pruned/backups/ledger/{}", ids[1]);
+        let buried = scene.fixture.stores[0].contents().await.iter().any(|(key, _)| *key == tomb);
+        assert_eq!(buried, comes == Comes::InTheSweep, "{comes:?}");
         scene.is_whole().await;
         // Nor does a later run take what it needs.
         scene.prune_twice().await;

@@ -26,7 +26,9 @@ pub async fn regions(settings: &Settings, role: Role, world: &World) -> Result<R
     }
     let repository = &settings.repository;
     let regions = Regions::new(list, repository.write_quorum, repository.lowest_quorum())?;
-    Ok(regions.detached_after(repository.detach_after).timed_by(Arc::clone(&world.clock)))
+    let degrade_after = repository.degrade.as_ref().map(|degrade| degrade.after);
+    let regions = regions.detached_after(repository.detach_after).degraded_after(degrade_after);
+    Ok(regions.timed_by(Arc::clone(&world.clock)))
 }
 
 /// One region of `settings`; if it cannot be opened, one stands in its place that says why.

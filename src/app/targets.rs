@@ -109,6 +109,7 @@ pub(super) fn cluster(target: &TargetSettings, pg: &PostgresTarget) -> Result<Ta
         wal_disk_bytes: pg.wal_disk_bytes,
         stream: pg.stream,
         heartbeat: pg.heartbeat,
+        sync: pg.sync,
         control_socket: pg.control_socket.clone(),
         config_files: pg.config_files.clone(),
         heartbeat_database: pg.heartbeat_database.clone(),

@@ -78,6 +78,7 @@ fn postgres(name: &TargetName, section: &Section<'_>, state_dir: &Path) -> Resul
         wal_disk_bytes: section.size("wal_disk_bytes")?,
         stream: section.boolean("stream")?.unwrap_or(true),
         heartbeat: section.boolean("heartbeat")?.unwrap_or(true),
+        sync: section.boolean("sync")?.unwrap_or(false),
         control_socket: section.path("control_socket")?.unwrap_or_else(|| state_dir.join(format!("{name}.sock"))),
         config_files: patterns.into_iter().map(str::to_owned).collect(),
         heartbeat_database: database.to_owned(),

@@ -111,6 +111,8 @@ pub struct Target {
     pub stream: bool,
     /// Whether the heartbeat row is written while WAL is streamed.
     pub heartbeat: bool,
+    /// Whether commits wait for the regions: received WAL is shipped at once.
+    pub sync: bool,
     /// Where the WAL receiver of this target answers.
     pub control_socket: PathBuf,
     /// Further configuration files to capture, as globs.

@@ -376,7 +376,7 @@ impl BackupWriter {
             manifest: self.manifest_parts.finish(),
             inventory,
             page_map: kept.as_ref().map(|kept| kept.digest),
-            quorum: u8::try_from(self.repository.regions.quorum()).unwrap_or(u8::MAX),
+            quorum: u8::try_from(self.out.quorum()).unwrap_or(u8::MAX),
             provenance: self.provenance(),
         };
         let key = layout::commit(&self.options.target, &self.id);

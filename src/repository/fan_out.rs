@@ -2,14 +2,18 @@
 //!
 //! All regions share one buffer. A region that fails or hangs keeps trying for as long as the object needs it to reach
 //! the quorum; once the quorum holds without it, it has [`Patience::laggard`] left and then owes the object: a debt that
-//! `repair` derives from inventories and pays later. Nothing here acknowledges below the quorum.
+//! `repair` derives from inventories and pays later. Nothing here acknowledges below the quorum in force. That is the lower
+//! one only where the configuration allows it, after the full one was out of reach for as long as it says, until enough
+//! regions answer again; both are told.
 
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures::FutureExt as _;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_util::task::TaskTracker;
 
@@ -55,6 +59,9 @@ const TELL_AFTER: Duration = Duration::from_secs(5);
 pub struct FanOut {
     lanes: Vec<Arc<Lane>>,
     quorum: usize,
+    lowest: usize,
+    degrade_after: Option<Duration>,
+    degraded: watch::Sender<bool>,
     patience: Patience,
     tasks: TaskTracker,
     cancelled: watch::Sender<bool>,
@@ -130,6 +137,9 @@ impl FanOut {
         Self {
             lanes,
             quorum: regions.quorum(),
+            lowest: regions.lowest_quorum(),
+            degrade_after: regions.degrade_after(),
+            degraded: watch::channel(false).0,
             patience,
             tasks: TaskTracker::new(),
             cancelled,
@@ -151,6 +161,9 @@ impl FanOut {
     /// # Errors
     /// As [`put`](Self::put).
     pub async fn put_wal(&self, key: String, (body, digest): (Bytes, Digest), wal: u64) -> Result<()> {
+        if self.is_degraded() {
+            self.restore_quorum();
+        }
         let object = Arc::new(Object { key, body, digest, wal });
         for lane in &self.lanes {
             lane.unheld.fetch_add(wal, Ordering::Relaxed);
@@ -181,6 +194,40 @@ impl FanOut {
             reached.send_replace(true);
         }
         outcome
+    }
+
+    /// In how many regions a write must be to be acknowledged now.
+    pub fn quorum(&self) -> usize {
+        if self.is_degraded() { self.lowest } else { self.quorum }
+    }
+
+    /// Whether writes are acknowledged at a lower quorum than the configuration wants.
+    pub fn is_degraded(&self) -> bool {
+        *self.degraded.borrow()
+    }
+
+    /// The full quorum was out of reach for too long.
+    fn degrade(&self, key: &str, stored: &BTreeSet<RegionName>) {
+        let (full, lowest) = (self.quorum, self.lowest);
+        // Only a region that takes a write again counts as one that keeps up.
+        for lane in self.lanes.iter().filter(|lane| !stored.contains(&lane.region.name)) {
+            lane.leave_behind("it did not answer while the write quorum was out of reach", self.patience);
+        }
+        if !self.degraded.send_replace(true) {
+            let reasons = self.no_quorum(key);
+            tracing::error!(quorum = lowest, instead_of = full, %reasons, "the write quorum is lowered: acknowledged writes may be in fewer regions");
+        }
+    }
+
+    /// As many regions keep up as the configuration wants.
+    fn restore_quorum(&self) {
+        let keep_up = self.lanes.iter().filter(|lane| !lane.behind.load(Ordering::Relaxed)).count();
+        if keep_up >= self.quorum && self.degraded.send_replace(false) {
+            tracing::warn!(
+                quorum = self.quorum,
+                "the write quorum is the full one again; `drctl repair` brings what was left out"
+            );
+        }
     }
 
     /// Waits until every region has what it was given or is left behind, and says which owe what.
@@ -238,18 +285,33 @@ impl FanOut {
     }
 
     async fn wait_for_quorum(&self, key: &str, deliveries: &mut mpsc::Receiver<(RegionName, Delivery)>) -> Result<()> {
-        let mut stored = 0;
-        while let Some((region, delivery)) = deliveries.recv().await {
-            match delivery {
-                Delivery::Stored => stored += 1,
-                Delivery::LeftBehind => {}
-                Delivery::Fatal(error) => return Err(error.during(format!("write {key} to {region}"))),
-            }
-            if stored >= self.quorum {
-                return Ok(());
+        let mut stored = BTreeSet::new();
+        let mut degraded = self.degraded.subscribe();
+        let mut late = std::pin::pin!(self.too_long().fuse());
+        // Another write may find out first that the quorum is to be lowered.
+        while stored.len() < self.quorum() {
+            tokio::select! {
+                delivery = deliveries.recv() => match delivery {
+                    Some((region, Delivery::Stored)) => drop(stored.insert(region)),
+                    Some((_, Delivery::LeftBehind)) => {}
+                    Some((region, Delivery::Fatal(error))) => {
+                        return Err(error.during(format!("write {key} to {region}")));
+                    }
+                    None => return Err(self.no_quorum(key)),
+                },
+                () = &mut late, if stored.len() >= self.lowest && !self.is_degraded() => self.degrade(key, &stored),
+                _ = degraded.changed() => {}
             }
         }
-        Err(self.no_quorum(key))
+        Ok(())
+    }
+
+    /// Ends when the full quorum has been out of reach for as long as the configuration bears.
+    async fn too_long(&self) {
+        match self.degrade_after {
+            Some(after) if self.lowest < self.quorum => tokio::time::sleep(after).await,
+            _ => std::future::pending().await,
+        }
     }
 
     fn no_quorum(&self, key: &str) -> Error {

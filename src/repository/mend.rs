@@ -28,7 +28,7 @@ use crate::repository::reports;
 use crate::repository::runs;
 use crate::repository::tombs::Pruned;
 use crate::repository::trust::SignerRecord;
-use crate::repository::wal_frame::{Frame, FramePlace};
+use crate::repository::wal_frame::{Frame, FrameKind, FramePlace};
 use crate::store::{Digest, PutOptions};
 
 /// Objects in hand; each holds two copies at most.
@@ -291,7 +291,7 @@ impl Mender<'_> {
             return (None, Vec::new());
         }
         let mut good: Option<(Bytes, Digest)> = None;
-        let mut seen = Vec::new();
+        let (mut seen, mut seals) = (Vec::new(), Vec::new());
         for region in regions {
             let read = match item.held.contains_key(&region.name) {
                 true => region.store.get(&item.key, None).await.map_err(Error::from),
@@ -299,15 +299,23 @@ impl Mender<'_> {
             };
             let judged = read.and_then(|bytes| self.judge(item, &bytes).map(|()| bytes));
             seen.push((region, judged.as_ref().map(|bytes| Digest::of(bytes)).map_err(Clone::clone)));
-            if let (Ok(bytes), Proof::Listed(_) | Proof::Own, None) = (&judged, &item.proof, &good) {
-                good = Some((bytes.clone(), Digest::of(bytes)));
+            if let (Ok(bytes), Proof::Listed(_) | Proof::Own) = (&judged, &item.proof) {
+                let is_seal = is_seal(&item.key, bytes);
+                seals.extend(is_seal.then_some(&region.name));
+                if good.as_ref().is_none_or(|(first, _)| !is_seal && self::is_seal(&item.key, first)) {
+                    good = Some((bytes.clone(), Digest::of(bytes)));
+                }
             }
         }
         if matches!(item.proof, Proof::Majority) {
             good = self.majority(item, &seen).await;
         }
         let right = good.as_ref().map(|(_, digest)| *digest);
-        let found = |(region, read): (_, Result<Digest>)| (region, stand(read, right, &item.proof));
+        let found = |(region, read): (&Region, Result<Digest>)| match seals.contains(&&region.name) {
+            true => Found::Good,
+            false => stand(read, right, &item.proof),
+        };
+        let found = |(region, read)| (region, found((region, read)));
         let found = seen.into_iter().filter(|(region, _)| wanted.contains(&region.name)).map(found);
         (good.map(|(bytes, _)| bytes), found.collect())
     }
@@ -425,6 +433,12 @@ impl Mender<'_> {
             mended.still_missing.push(StillMissing { key: key.to_owned(), why });
         }
     }
+}
+
+/// A SEAL may stand beside a frame that another region took first, or beside another SEAL. It is right where it is, and the
+/// frame is what other regions need.
+fn is_seal(key: &str, bytes: &[u8]) -> bool {
+    key.starts_with(layout::WAL) && Frame::kind(bytes) == Some(FrameKind::Seal)
 }
 
 fn stand(read: Result<Digest>, right: Option<Digest>, proof: &Proof) -> Found {

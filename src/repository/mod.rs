@@ -62,12 +62,19 @@ pub mod trust;
 mod unread_tests;
 pub mod uploads;
 pub mod wal_adopt;
+pub mod wal_claim;
 pub mod wal_frame;
 mod wal_frames;
 pub mod wal_index;
 pub mod wal_log;
+#[cfg(test)]
+mod wal_model;
 mod wal_overlap;
 pub mod wal_reader;
+#[cfg(test)]
+#[allow(clippy::cast_possible_truncation, reason = "made-up data is small")]
+mod wal_replay;
+pub mod wal_seal;
 pub mod wrap_debts;
 
 /// The version of the repository format that this program writes and reads.

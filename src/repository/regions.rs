@@ -33,6 +33,7 @@ pub struct Regions {
     quorum: usize,
     lowest: usize,
     detach_after: Option<Duration>,
+    degrade_after: Option<Duration>,
     clock: Option<Arc<dyn Clock>>,
     trouble: Arc<Trouble>,
 }
@@ -81,12 +82,23 @@ impl Regions {
             )));
         }
         let bare = list.clone();
-        Ok(Self { list, bare, quorum, lowest, detach_after: None, clock: None, trouble: Arc::default() })
+        let (detach_after, degrade_after, clock) = (None, None, None);
+        Ok(Self { list, bare, quorum, lowest, detach_after, degrade_after, clock, trouble: Arc::default() })
     }
 
     /// The same regions, with the time after which writes go on without one that lags behind the quorum.
     pub fn detached_after(self, detach_after: Option<Duration>) -> Self {
         Self { detach_after, ..self }
+    }
+
+    /// The same regions, with the time after which writes are acknowledged at the lowest quorum while more is out of reach.
+    pub fn degraded_after(self, degrade_after: Option<Duration>) -> Self {
+        Self { degrade_after, ..self }
+    }
+
+    /// How long the full quorum must have been out of reach before a lower one is enough; never without a word.
+    pub const fn degrade_after(&self) -> Option<Duration> {
+        self.degrade_after
     }
 
     /// The same regions, with a clock that tells what is missing from what is still on its way.
@@ -127,6 +139,11 @@ impl Regions {
     /// The lowest quorum that the configuration allows.
     pub const fn lowest_quorum(&self) -> usize {
         self.lowest
+    }
+
+    /// How many regions must be read so that at least one of them holds any write that was ever acknowledged.
+    pub const fn read_quorum(&self) -> usize {
+        self.list.len() + 1 - self.lowest
     }
 
     /// One region by name.
@@ -263,6 +280,15 @@ impl Regions {
             (region.name.clone(), listed)
         });
         join_all(lists).await
+    }
+
+    /// The regions that cannot be listed at present, and why.
+    pub async fn silent(&self) -> BTreeMap<RegionName, Error> {
+        let asked = self.list.iter().map(|region| async {
+            let listed = region.store.list(layout::WAL, Depth::Level, None).await;
+            listed.err().map(|error| (region.name.clone(), Error::from(error)))
+        });
+        join_all(asked).await.into_iter().flatten().collect()
     }
 
     /// The names below `prefix` in any region that answers, sorted.

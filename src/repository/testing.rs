@@ -17,7 +17,7 @@ use crate::codec::sign::Signer;
 use crate::keys::{AgeHolder, AgeOpener, generate_identity};
 use crate::model::commit::WalNeed;
 use crate::model::pages::{BATCH_PAGES, Batch, FileId, PAGE_SIZE, Piece};
-use crate::model::{Branch, Clock, Lsn, SystemId, Timeline, WalSegmentSize};
+use crate::model::{Branch, Clock, Lsn, Result, SystemId, Timeline, WalSegmentSize};
 use crate::repository::backup_writer::{BackupOptions, BackupWriter, Written};
 use crate::repository::fan_out::{FanOut, Patience};
 use crate::repository::handle::{RegionRecord, Repository, Writer};
@@ -26,7 +26,10 @@ use crate::repository::manifest::Line;
 use crate::repository::pack::OBJECT_LIMIT;
 use crate::repository::parent::{Basis, choose, state_path};
 use crate::repository::regions::{Region, Regions};
+use crate::repository::wal_adopt::{Era, Tail, TakeOver, take_over};
+use crate::repository::wal_claim::Known;
 use crate::repository::wal_frame::EpochKind;
+use crate::repository::wal_index::BranchId;
 use crate::repository::wal_log::{Epoch, Log, Marks, store_history};
 use crate::store::dir::DirStore;
 use crate::store::memory::MemoryStore;
@@ -35,6 +38,8 @@ use crate::store::{
     VersionPage,
 };
 
+const FIRST_SECOND: i64 = 1_795_000_000;
+
 /// Time that stands still unless it is moved.
 #[derive(Debug)]
 pub struct TestClock(AtomicI64);
@@ -42,7 +47,7 @@ pub struct TestClock(AtomicI64);
 impl TestClock {
     /// A clock that shows a fixed day.
     pub fn new() -> Arc<Self> {
-        Arc::new(Self(AtomicI64::new(1_795_000_000)))
+        Arc::new(Self(AtomicI64::new(FIRST_SECOND)))
     }
 
     /// Moves it.
@@ -57,7 +62,7 @@ impl Clock for TestClock {
     }
 
     fn monotonic(&self) -> Duration {
-        Duration::ZERO
+        Duration::from_secs(u64::try_from(self.0.load(Ordering::Relaxed) - FIRST_SECOND).unwrap_or_default())
     }
 }
 
@@ -288,7 +293,7 @@ impl Fixture {
     }
 
     /// The same regions opened anew, by a process that remembers nothing.
-    pub async fn reopen(&self) -> crate::model::Result<Repository> {
+    pub async fn reopen(&self) -> Result<Repository> {
         Repository::open(regions_of(&self.stores, self.repository.regions.quorum()), BTreeSet::new()).await
     }
 
@@ -312,6 +317,13 @@ impl Fixture {
         send(&mut writer, files).await;
         writer.flush().await.unwrap();
         writer.commit(Some(need(1000, 1090))).await.unwrap()
+    }
+
+    /// Takes over from every earlier writer.
+    pub async fn take_over(&self, lineage: &[Era], back_to: Option<&BranchId>) -> Result<Option<Tail>> {
+        let (known, repository, writer) = (Known::default(), &self.repository, &self.writer);
+        let owner = TakeOver { repository, writer, own: None, known: &known };
+        take_over(&owner, (lineage, back_to)).await
     }
 
     /// Writes an epoch whose frames hold `lengths` bytes each; END too if `close`.

@@ -1,18 +1,26 @@
 //! Taking over a log: what earlier writers left is brought to the write quorum and its end is found. Needs no key.
 //!
 //! A writer that died may have stored its last frame in fewer regions than the quorum. Nobody was told that it is
-//! durable, but a reader may already have seen it, so it is neither ignored nor written again: it is copied as it is.
+//! durable, but a reader may already have seen it, so it is neither ignored nor written again: it is copied as it is. And
+//! a writer that only seems to be dead is sealed out first (see [`wal_seal`](crate::repository::wal_seal)).
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
-use bytes::Bytes;
+use futures::future::join_all;
+use tokio::time::timeout;
 
-use crate::model::{Error, Kind, Lsn, RegionName, Result, ResultExt};
-use crate::repository::fan_out::FanOut;
-use crate::repository::handle::Repository;
-use crate::repository::wal_frame::{EpochKind, Frame, FrameKind, FramePlace};
+use crate::model::{EpochId, Error, Kind, Lsn, RegionName, Result};
+use crate::repository::handle::{Repository, Writer};
+use crate::repository::wal_claim::{Known, is_stream, must_be_readable};
+use crate::repository::wal_frame::{EpochKind, FrameKind, FramePlace};
+use crate::repository::wal_frames::fetch_object;
 use crate::repository::wal_index::{BranchId, Run, WalIndex, Window, windows};
-use crate::store::Digest;
+use crate::repository::wal_seal::{Closing, Ending};
+use crate::store::{Digest, PutOptions, StoreError};
+
+/// A region that hangs counts as one that is away.
+const ANSWER_TIME: Duration = Duration::from_secs(30);
 
 /// The end of the stored WAL of a history.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,6 +31,8 @@ pub struct Tail {
     pub end: Lsn,
     /// Whether `end` is the end of a complete record, rather than the start of WAL that held none.
     pub at_record: bool,
+    /// Epochs of other writers that were open and were sealed.
+    pub sealed: u64,
     /// Frames that were copied to reach the write quorum.
     pub adopted: u64,
     /// The branches of which stored WAL leads here without a hole, newest first, and where it begins on each.
@@ -61,13 +71,27 @@ impl Stored {
 
     fn joined(mut self, older: Self) -> Self {
         self.tail.adopted += older.tail.adopted;
+        self.tail.sealed += older.tail.sealed;
         self.tail.unbroken.extend(older.tail.unbroken);
         self.streamed |= older.streamed;
         self
     }
 }
 
-/// Finds where the stored WAL of a history ends, and makes all of it durable at the write quorum.
+/// A new owner, and what it may assume.
+#[derive(Debug)]
+pub struct TakeOver<'a> {
+    /// The repository.
+    pub repository: &'a Repository,
+    /// Signs SEALs.
+    pub writer: &'a Writer,
+    /// The new owner's own open epoch, if it has one: it stays open.
+    pub own: Option<&'a EpochId>,
+    /// Epochs that are closed now are added.
+    pub known: &'a Known,
+}
+
+/// Seals every other open stream epoch of a history, finds where its stored WAL ends, and makes all of it durable.
 ///
 /// `lineage` is the history from its newest timeline back. Only branches in it count: another branch may hold WAL that
 /// never happened in this history. Whoever streamed a branch began where the older one ended, or recorded a gap; what was
@@ -77,14 +101,10 @@ impl Stored {
 /// # Errors
 /// `Unavailable` and transient while too few regions answer: an acknowledged frame may be in any quorum of regions, so
 /// all but one less than the lowest quorum must be read.
-pub async fn take_over(
-    repository: &Repository,
-    (lineage, back_to): (&[Era], Option<&BranchId>),
-    out: &FanOut,
-) -> Result<Option<Tail>> {
+pub async fn take_over(owner: &TakeOver<'_>, (lineage, back_to): (&[Era], Option<&BranchId>)) -> Result<Option<Tail>> {
     let mut found: Option<Stored> = None;
     for era in lineage {
-        let Some(older) = stored(repository, &era.branch, out).await? else { continue };
+        let Some(older) = stored(owner, &era.branch).await? else { continue };
         let next = match found.take() {
             None => older,
             Some(newer) if newer.follows(&older, era.end) => newer.joined(older),
@@ -92,7 +112,8 @@ pub async fn take_over(
             Some(newer) => {
                 tracing::warn!(timeline = era.branch.timeline.0, end = %older.window.end, "stored WAL has a hole before the next timeline");
                 let adopted = older.tail.adopted + newer.tail.adopted;
-                Stored { tail: Tail { adopted, ..older.tail }, ..older }
+                let sealed = older.tail.sealed + newer.tail.sealed;
+                Stored { tail: Tail { adopted, sealed, ..older.tail }, ..older }
             }
         };
         let is_far_enough = back_to.is_none_or(|branch| next.tail.unbroken.iter().any(|(known, _)| known == branch));
@@ -105,15 +126,15 @@ pub async fn take_over(
 }
 
 /// What is stored of one branch, brought to the write quorum.
-async fn stored(repository: &Repository, branch: &BranchId, out: &FanOut) -> Result<Option<Stored>> {
-    let index = WalIndex::load(&repository.regions, branch.clone()).await;
-    must_be_readable(repository, index.unreadable())?;
+async fn stored(owner: &TakeOver<'_>, branch: &BranchId) -> Result<Option<Stored>> {
+    let repository = owner.repository;
+    // Signers may have been enrolled since this process began.
+    repository.trust.refresh(&repository.regions).await?;
+    let Closed { index, sealed, unclean } = close_epochs(owner, branch).await?;
     if index.epochs().is_empty() {
         return Ok(None);
     }
-    // Signers may have been enrolled since this process began.
-    repository.trust.refresh(&repository.regions).await?;
-    let adopted = adopt(repository, &index, out).await?;
+    let adopted = adopt(owner, &index, &unclean).await?;
     let (mut runs, errors) = index.runs(repository, None).await;
     // Nobody adopts frames of the other kinds: what fewer regions than the quorum hold of them is not durable, and
     // whoever began behind it would tell the server to forget what a single region has.
@@ -130,26 +151,13 @@ async fn stored(repository: &Repository, branch: &BranchId, out: &FanOut) -> Res
         (Some((window, streamed)), _) => {
             let (end, at_record) = window.last_record_end.map_or((window.start, false), |end| (end, true));
             let unbroken = vec![(branch.clone(), window.start)];
-            let tail = Tail { branch: branch.clone(), end, at_record, adopted, unbroken };
+            let tail = Tail { branch: branch.clone(), end, at_record, sealed, adopted, unbroken };
             Ok(Some(Stored { tail, window, streamed }))
         }
         // Not to be able to read the end is not to have none: a fresh start would be a gap without a word.
         (None, Some(error)) => Err(error.during("find the end of stored WAL")),
         (None, None) => Ok(None),
     }
-}
-
-/// With every write acknowledged by at least W of N regions, N−W+1 of them hold at least one copy of each.
-fn must_be_readable(repository: &Repository, unreadable: &[(RegionName, String)]) -> Result<()> {
-    let regions = &repository.regions;
-    if unreadable.len() < regions.lowest_quorum() {
-        return Ok(());
-    }
-    let (count, needed) = (regions.all().len(), regions.all().len() + 1 - regions.lowest_quorum());
-    let error =
-        Error::new(Kind::Unavailable, format!("the end of stored WAL needs {needed} of {count} regions to be read"));
-    let because = |error: Error, (region, reason): &(RegionName, String)| error.because(format!("{region}: {reason}"));
-    Err(unreadable.iter().fold(error.transient(true), because))
 }
 
 /// The window of the newest stream run, and of whatever continues it without a hole: also of what `archive_command` brought
@@ -166,27 +174,69 @@ fn end_of(runs: &[Run]) -> Option<(Window, bool)> {
     Some((window, streamed.is_some()))
 }
 
-/// Copies frames of open stream epochs that fewer regions than the quorum hold.
-async fn adopt(repository: &Repository, index: &WalIndex, out: &FanOut) -> Result<u64> {
+/// A branch on which no epoch is open but the owner's own.
+struct Closed {
+    index: WalIndex,
+    sealed: u64,
+    /// Epochs that their writers did not end.
+    unclean: Vec<EpochId>,
+}
+
+/// Seals every open stream epoch of a branch but the owner's own. What is read after that is the end: whatever an older
+/// writer still puts is never acknowledged.
+async fn close_epochs(owner: &TakeOver<'_>, branch: &BranchId) -> Result<Closed> {
+    let repository = owner.repository;
+    let index = WalIndex::load(&repository.regions, branch.clone()).await;
+    let needed = owner.known.read_quorum(repository, index.unreadable());
+    must_be_readable(repository, index.unreadable(), needed)?;
+    let (mut sealed, mut unclean) = (0, Vec::new());
+    for epoch in index.epochs().keys().filter(|epoch| Some(*epoch) != owner.own) {
+        match is_stream(repository, &index, epoch).await {
+            Some(true) if !is_ended(repository, &index, epoch).await => unclean.push(epoch.clone()),
+            Some(_) => owner.known.add(epoch.clone()),
+            None => tracing::error!(%epoch, "no frame of a WAL epoch is readable; it is left as it is"),
+        }
+    }
+    for epoch in &unclean {
+        let mut ending = Ending::look(repository, (&index, epoch), needed).await?;
+        if let Closing::Open(at) = ending.closing {
+            ending.seal(repository, owner.writer, (&index, epoch)).await?;
+            tracing::info!(%epoch, at, "the epoch of an earlier writer is sealed");
+            sealed += 1;
+        }
+        owner.known.add(epoch.clone());
+    }
+    let index = if sealed > 0 { WalIndex::load(&repository.regions, branch.clone()).await } else { index };
+    must_be_readable(repository, index.unreadable(), needed)?;
+    Ok(Closed { index, sealed, unclean })
+}
+
+async fn is_ended(repository: &Repository, index: &WalIndex, epoch: &EpochId) -> bool {
+    let last = index.epochs().get(epoch).and_then(BTreeMap::last_key_value);
+    let Some((last, _)) = last else { return false };
+    index.header(repository, epoch, *last).await.is_ok_and(|header| header.kind == FrameKind::End)
+}
+
+/// Copies frames of sealed epochs that fewer regions than the quorum hold. An epoch that was ended by its own writer had
+/// every frame at the quorum before; what it lacks now is a debt for repair.
+async fn adopt(owner: &TakeOver<'_>, index: &WalIndex, unclean: &[EpochId]) -> Result<u64> {
+    let repository = owner.repository;
+    let (quorum, needed) = (enough(owner, index), owner.known.read_quorum(repository, index.unreadable()));
     let mut adopted = 0;
-    for (epoch, seqs) in index.epochs() {
-        let Some((last, _)) = seqs.last_key_value() else { continue };
-        let lacking = seqs.iter().filter(|(_, held)| held.len() < repository.regions.quorum());
-        let lacking: Vec<(u64, &BTreeSet<RegionName>)> = lacking.map(|(seq, held)| (*seq, held)).collect();
-        if lacking.is_empty() {
-            continue;
-        }
-        // An epoch that was closed had every frame at the quorum before; what it lacks now is a debt for repair.
-        match index.header(repository, epoch, *last).await {
-            Ok(header) if header.epoch_kind != EpochKind::Stream || header.kind != FrameKind::Data => continue,
-            Ok(_) => {}
-            Err(error) => tracing::warn!(%error, "the last frame of an epoch is not readable"),
-        }
-        for (seq, held) in lacking {
-            match copy(repository, &index.place(epoch, seq), out).await {
-                Ok(()) => adopted += 1,
+    for epoch in unclean {
+        let Some(seqs) = index.epochs().get(epoch) else { continue };
+        let ending = Ending::look(repository, (index, epoch), needed).await?;
+        let Closing::Sealed(end) = ending.closing else { continue };
+        for (seq, listed) in seqs.range(..end) {
+            // A SEAL is listed like a frame, so of the last ones the list tells too little.
+            let held = ending.holders(*seq).unwrap_or_else(|| listed.clone());
+            if held.len() >= repository.regions.quorum() {
+                continue;
+            }
+            match copy(repository, &index.place(epoch, *seq), held, quorum).await {
+                Ok(copied) => adopted += u64::from(copied),
                 Err(error) if error.kind() == Kind::Damaged => {
-                    tracing::error!(%error, regions = held.len(), "a frame of an earlier writer is damaged");
+                    tracing::error!(%error, "a frame of an earlier writer is damaged");
                 }
                 Err(error) => return Err(error),
             }
@@ -195,12 +245,49 @@ async fn adopt(repository: &Repository, index: &WalIndex, out: &FanOut) -> Resul
     Ok(adopted)
 }
 
-async fn copy(repository: &Repository, place: &FramePlace, out: &FanOut) -> Result<()> {
+/// In how many regions an adopted frame must be. While regions are away it is as many as the configuration allows a write
+/// to be acknowledged with.
+fn enough(owner: &TakeOver<'_>, index: &WalIndex) -> usize {
+    let regions = &owner.repository.regions;
+    if index.unreadable().is_empty() { regions.quorum() } else { regions.lowest_quorum() }
+}
+
+/// Copies a frame as it is to the regions that lack it, and says whether any took it.
+async fn copy(
+    repository: &Repository,
+    place: &FramePlace,
+    mut held: BTreeSet<RegionName>,
+    quorum: usize,
+) -> Result<bool> {
     let key = place.key();
-    let check = |bytes: Bytes| Frame::decode(&bytes, &repository.id, place, &repository.trust).map(|_| bytes);
-    let (bytes, _) = repository.regions.read(&key, None, check).await?;
-    let digest = Digest::of(&bytes);
-    out.put(key.clone(), bytes, digest).await.during(|| format!("adopt {key}"))
+    let frame = fetch_object(repository, place).await?;
+    let digest = Digest::of(&frame);
+    let lacking = repository.regions.all().iter().filter(|region| !held.contains(&region.name));
+    let options = PutOptions::default();
+    let puts = lacking.map(|region| async {
+        let put = region.store.put(&key, frame.clone(), digest, &options);
+        (region.name.clone(), timeout(ANSWER_TIME, put).await)
+    });
+    let puts = join_all(puts).await;
+    let before = held.len();
+    let mut reasons = Vec::new();
+    for (region, put) in puts {
+        match put {
+            Ok(Ok(_)) => {
+                held.insert(region);
+            }
+            // A SEAL was tried under this name before the frame was seen.
+            Ok(Err(StoreError::Conflict { .. })) => reasons.push((region, "a SEAL has its name".to_owned())),
+            Ok(Err(error)) => reasons.push((region, error.to_string())),
+            Err(_) => reasons.push((region, "no answer in time".to_owned())),
+        }
+    }
+    if held.len() >= quorum {
+        return Ok(held.len() > before);
+    }
+    let error = Error::new(Kind::Unavailable, format!("{key} is in {} of {quorum} regions", held.len()));
+    let because = |error: Error, (region, why): &(RegionName, String)| error.because(format!("{region}: {why}"));
+    Err(reasons.iter().fold(error.transient(true), because).during("adopt a frame of an earlier writer"))
 }
 
 #[cfg(test)]
@@ -209,7 +296,7 @@ mod tests {
 
     use super::*;
     use crate::model::Timeline;
-    use crate::repository::fan_out::Patience;
+    use crate::repository::fan_out::{FanOut, Patience};
     use crate::repository::testing::{Fixture, HISTORY, log};
     use crate::repository::wal_log::{Epoch, Log, Marks, branch_of};
 
@@ -219,11 +306,8 @@ mod tests {
     }
 
     async fn end(fixture: &Fixture) -> Tail {
-        let out = Arc::new(FanOut::new(&fixture.repository.regions, Patience::WAL));
         let lineage = [Era { branch: branch(), end: None }];
-        let tail = take_over(&fixture.repository, (&lineage[..], None), &out).await.unwrap().unwrap();
-        Arc::into_inner(out).unwrap().drain().await;
-        tail
+        fixture.take_over(&lineage, None).await.unwrap().unwrap()
     }
 
     /// Whoever streams on tells the server to forget what lies before: what one region alone holds does not count.
@@ -259,10 +343,10 @@ mod tests {
         let marks = Marks { first_record: Some(Lsn(1100)), last_record: Some((Lsn(1100), Lsn(1150))), commits: None };
         epoch.append(Lsn(1100), vec![1; 50], marks).await.unwrap();
         epoch.close().await.unwrap();
-        let told = take_over(&fixture.repository, (&lineage[..], None), &out).await.unwrap().unwrap();
+        let told = fixture.take_over(&lineage, None).await.unwrap().unwrap();
         assert_eq!((told.branch, told.end), (branch(), Lsn(1040)), "the way to the newer timeline is missing");
         fixture.epoch_of(&fixture.writer, (EpochKind::Push, 1040), &[60], true).await;
-        let told = take_over(&fixture.repository, (&lineage[..], Some(&branch())), &out).await.unwrap().unwrap();
+        let told = fixture.take_over(&lineage, Some(&branch())).await.unwrap().unwrap();
         assert_eq!((&told.branch, told.end), (&newest, Lsn(1150)));
         assert!(told.is_reached_from(&branch(), Lsn(1040)) && !told.is_reached_from(&branch(), Lsn(900)));
         Arc::into_inner(out).unwrap().drain().await;

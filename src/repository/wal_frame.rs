@@ -62,6 +62,8 @@ pub enum EpochKind {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FrameKind {
+    /// The writer of a stream epoch shows itself before it acknowledges anything; no body.
+    Begin,
     /// WAL bytes.
     Data,
     /// The writer closed its epoch; no body.
@@ -129,6 +131,11 @@ const MAGIC: &[u8; 8] = b"DRCTLW1\n";
 const SIGNATURE_BYTES: usize = 64;
 /// More than any header needs, and what a reader fetches to see one.
 pub const HEADER_LIMIT: u64 = 4096;
+/// More than any frame without a body has.
+pub const BARE_LIMIT: u64 = 2048;
+/// A writer never has more frames on their way than this: when a frame exists anywhere, all but the last of so many were
+/// acknowledged. Only among them can holes be that somebody still may fill.
+pub const IN_FLIGHT: u64 = 8;
 
 /// Writes the frames of one epoch.
 #[derive(Debug)]
@@ -146,19 +153,37 @@ impl FrameSealer<'_> {
     ///
     /// # Errors
     /// No randomness for the seal.
-    pub fn encode(&self, mut header: FrameHeader, wal: &[u8]) -> Result<Vec<u8>> {
+    pub fn encode(&self, header: FrameHeader, wal: &[u8]) -> Result<Vec<u8>> {
         let id = header.place.logical_id();
         let body = match header.kind {
             FrameKind::Data => seal(self.key, &body_aad(&header, &id), &pack_payload(self.level, wal)?)?,
-            FrameKind::End | FrameKind::Seal => Vec::new(),
+            FrameKind::Begin | FrameKind::End | FrameKind::Seal => Vec::new(),
         };
-        header.signer = self.signer.id().clone();
+        header.sign(self.signer, body)
+    }
+}
+
+impl FrameHeader {
+    /// The object of a frame without WAL, for which no key is needed.
+    ///
+    /// # Errors
+    /// It is a frame with WAL.
+    pub fn encode_bare(self, signer: &Signer) -> Result<Vec<u8>> {
+        match self.kind {
+            FrameKind::Data => Err(Error::failed("a WAL frame without its WAL")),
+            FrameKind::Begin | FrameKind::End | FrameKind::Seal => self.sign(signer, Vec::new()),
+        }
+    }
+
+    fn sign(mut self, signer: &Signer, body: Vec<u8>) -> Result<Vec<u8>> {
+        let header = &mut self;
+        header.signer = signer.id().clone();
         header.body_bytes = body.len() as u64;
         header.body_sha256 = Digest::of(&body).0;
         let head =
-            serde_json::to_vec(&header).map_err(|error| Error::failed("a WAL header is not JSON").because(error))?;
+            serde_json::to_vec(header).map_err(|error| Error::failed("a WAL header is not JSON").because(error))?;
         let length = u32::try_from(head.len()).unwrap_or(u32::MAX);
-        let signature = self.signer.sign_bytes(&context(&header), &head)?;
+        let signature = signer.sign_bytes(&context(header), &head)?;
         Ok([MAGIC.as_slice(), &length.to_le_bytes(), &head, &signature, &body].concat())
     }
 }
@@ -186,6 +211,12 @@ impl Frame {
     /// It is not a frame of this repository at `place`, or not signed by a trusted signer.
     pub fn header(bytes: &[u8], repository: &RepositoryId, place: &FramePlace, trust: &Trust) -> Result<FrameHeader> {
         Self::split(bytes, repository, place, trust).map(|(header, _)| header)
+    }
+
+    /// What the header says that these bytes are; whether it may say so is not looked at.
+    pub fn kind(bytes: &[u8]) -> Option<FrameKind> {
+        let (head, _) = split_head(bytes)?;
+        serde_json::from_slice::<FrameHeader>(head).ok().map(|header| header.kind)
     }
 
     /// Reads a whole object; the body's digest is checked, no key is needed.

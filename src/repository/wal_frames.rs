@@ -101,7 +101,37 @@ pub(super) async fn fetch_frame(
         let wal = open(&frame)?;
         Ok((frame.header, wal))
     };
-    repository.regions.read(&place.key(), None, check).await.map(|(frame, _)| frame)
+    fetch(repository, place, check, |frame: &(FrameHeader, Vec<u8>)| frame.0.kind).await
+}
+
+/// The same as it is stored, for which no key is needed.
+pub(super) async fn fetch_object(repository: &Repository, place: &FramePlace) -> Result<Bytes> {
+    let check = |bytes: Bytes| {
+        let frame = Frame::decode(&bytes, &repository.id, place, &repository.trust)?;
+        Ok((frame.header.kind, bytes))
+    };
+    fetch(repository, place, check, |frame| frame.0).await.map(|(_, bytes)| bytes)
+}
+
+/// A SEAL in one region does not hide the frame that another region took before under the same name.
+async fn fetch<T>(
+    repository: &Repository,
+    place: &FramePlace,
+    check: impl Fn(Bytes) -> Result<T>,
+    kind: impl Fn(&T) -> FrameKind,
+) -> Result<T> {
+    let (frame, _) = repository.regions.read(&place.key(), None, &check).await?;
+    if kind(&frame) != FrameKind::Seal {
+        return Ok(frame);
+    }
+    for region in repository.regions.all() {
+        let Ok(bytes) = region.store.get(&place.key(), None).await else { continue };
+        match check(bytes) {
+            Ok(other) if kind(&other) != FrameKind::Seal => return Ok(other),
+            _ => {}
+        }
+    }
+    Ok(frame)
 }
 
 /// The bytes of a frame that begins at `start` which lie in `[from, to)`.

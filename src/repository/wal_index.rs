@@ -17,7 +17,7 @@ use crate::model::{Branch, EpochId, Error, Lsn, RegionName, Result, SystemId, Ti
 use crate::repository::handle::Repository;
 use crate::repository::layout;
 use crate::repository::regions::{Regions, list_all};
-use crate::repository::wal_frame::{Frame, FrameHeader, FrameKind, FramePlace, HEADER_LIMIT};
+use crate::repository::wal_frame::{BARE_LIMIT, Frame, FrameHeader, FrameKind, FramePlace, HEADER_LIMIT, IN_FLIGHT};
 
 /// One branch of one timeline of one cluster.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -182,9 +182,45 @@ impl WalIndex {
             // The region that lists the largest size may be the damaged one.
             Err(_) => repository.regions.read(&place.key(), None, check).await?.0,
         };
+        let header = self.rather_wal(repository, header).await;
         let mut headers = self.headers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         headers.insert((epoch.clone(), seq), header.clone());
         Ok(header)
+    }
+
+    /// A frame that was on its way when another owner sealed its epoch may be in one region and the SEAL in another, both
+    /// under one name: the frame counts.
+    async fn rather_wal(&self, repository: &Repository, header: FrameHeader) -> FrameHeader {
+        let FramePlace { epoch, seq, .. } = &header.place;
+        let held = self.frames.get(epoch).and_then(|seqs| seqs.get(seq));
+        let others = held.filter(|_| header.kind == FrameKind::Seal).into_iter().flatten();
+        for region in others {
+            let Ok(region) = repository.regions.named(region) else { continue };
+            let Ok(bytes) = region.store.get(&header.place.key(), None).await else { continue };
+            match Frame::header(&bytes, &repository.id, &header.place, &repository.trust) {
+                Ok(other) if other.kind != FrameKind::Seal => return other,
+                _ => {}
+            }
+        }
+        header
+    }
+
+    /// The largest size that a region lists for a frame.
+    pub(super) fn size(&self, epoch: &EpochId, seq: u64) -> u64 {
+        self.sizes.get(&(epoch.clone(), seq)).copied().unwrap_or_default()
+    }
+
+    /// Where another owner sealed an epoch, if it did. What its writer may still have put behind that was never
+    /// acknowledged, and between it and the rest there may be a hole that the SEAL hides.
+    async fn sealed_at(&self, repository: &Repository, epoch: &EpochId) -> Option<u64> {
+        let seqs = self.frames.get(epoch)?;
+        let (last, _) = seqs.last_key_value()?;
+        let small = |seq: &&u64| self.size(epoch, **seq) <= BARE_LIMIT;
+        let near: Vec<u64> =
+            seqs.range(last.saturating_sub(IN_FLIGHT - 1)..).map(|(seq, _)| seq).filter(small).copied().collect();
+        let headers = join_all(near.iter().map(|seq| self.header(repository, epoch, *seq))).await;
+        let sealed = headers.into_iter().flatten().filter(|header| header.kind == FrameKind::Seal);
+        sealed.map(|header| header.place.seq).min()
     }
 
     /// The unbroken runs in one region, or (`None`) in all of them together, ascending by start. A frame whose header is
@@ -222,9 +258,12 @@ impl WalIndex {
         repository: &Repository,
         counts: impl Fn(&BTreeSet<RegionName>) -> bool,
     ) -> (Vec<Run>, Vec<Error>) {
+        let seals = self.frames.keys().map(|epoch| self.sealed_at(repository, epoch)).collect::<Vec<_>>();
+        let seals: Vec<_> = stream::iter(seals).buffered(READS).collect().await;
         let mut ends = Vec::new();
-        for (epoch, seqs) in &self.frames {
-            let held = seqs.iter().filter(|(_, held)| counts(held));
+        for ((epoch, seqs), sealed_at) in self.frames.iter().zip(seals) {
+            let sealed_at = sealed_at.unwrap_or(u64::MAX);
+            let held = seqs.range(..sealed_at).filter(|(_, held)| counts(held));
             ends.extend(unbroken(held.map(|(seq, _)| *seq)).into_iter().map(|ends| (epoch, ends)));
         }
         let reads = ends.into_iter().map(|(epoch, ends)| self.span(repository, epoch, ends)).collect::<Vec<_>>();
@@ -240,16 +279,12 @@ impl WalIndex {
     }
 
     async fn span(&self, repository: &Repository, epoch: &EpochId, (first, last): (u64, u64)) -> Result<Run> {
-        let (first, mut last) = if first == last {
+        let (first, last) = if first == last {
             let only = self.header(repository, epoch, first).await?;
             (only.clone(), only)
         } else {
             try_join(self.header(repository, epoch, first), self.header(repository, epoch, last)).await?
         };
-        if last.kind == FrameKind::Seal && last.place.seq > first.place.seq {
-            // A SEAL was written by another owner and says nothing of the WAL before it.
-            last = self.header(repository, epoch, last.place.seq - 1).await?;
-        }
         Ok(Run { first, last, last_commit: None })
     }
 
@@ -261,6 +296,7 @@ impl WalIndex {
         let reach = first.max(last.seq.saturating_sub(COMMIT_REACH))..last.seq;
         self.newest_commit(repository, &last.epoch, reach).await
     }
+
     /// The newest commit time in these frames, looked for from their end, more of them at a time the longer it takes.
     async fn newest_commit(
         &self,

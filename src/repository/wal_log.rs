@@ -1,20 +1,28 @@
 //! Writing the WAL log: one epoch is one connection of one writer, with a keyset of its own and frames numbered from 0.
 //!
-//! An epoch's frames follow each other without a hole, and [`Epoch::append`] returns only when the frame is durable at
-//! the write quorum. So the end of the last appended frame is a position that may be reported to PostgreSQL as flushed.
+//! An epoch's frames follow each other without a hole. Several may be on their way at once, up to
+//! [`IN_FLIGHT`](crate::repository::wal_frame::IN_FLIGHT); a frame
+//! counts as durable when it and all before it are at the write quorum. The end of the last frame of that unbroken prefix
+//! is a position that may be reported to PostgreSQL as flushed.
 
 use std::sync::Arc;
 
 use bytes::Bytes;
+use futures::future::BoxFuture;
 
 use crate::keys::keyset::Keyset;
-use crate::model::{Branch, EpochId, Error, Lsn, Result, ResultExt, SystemId, TargetName, Timeline, WalSegmentSize};
+use crate::model::{
+    Branch, EpochId, Error, Kind, Lsn, Result, ResultExt, SystemId, TargetName, Timeline, WalSegmentSize,
+};
 use crate::repository::FORMAT;
 use crate::repository::fan_out::FanOut;
 use crate::repository::handle::{Repository, Writer};
 use crate::repository::keysets;
 use crate::repository::layout;
+use crate::repository::wal_claim::{Known, must_be_alone};
 use crate::repository::wal_frame::{EpochKind, FrameHeader, FrameKind, FramePlace, FrameSealer, WalSpan};
+use crate::repository::wal_index::BranchId;
+use crate::repository::wal_seal::sealed_by;
 use crate::repository::wrap_debts::WrapDebts;
 use crate::store::Digest;
 
@@ -62,7 +70,6 @@ pub struct Epoch {
     next_seq: u64,
     position: Lsn,
     last_record: Option<(Lsn, Lsn)>,
-    stored_bytes: u64,
 }
 
 impl Epoch {
@@ -94,16 +101,15 @@ impl Epoch {
             next_seq: 0,
             position: start,
             last_record: None,
-            stored_bytes: 0,
         })
     }
 
-    /// The end of what is durable at the write quorum.
-    pub const fn durable(&self) -> Lsn {
+    /// The end of the WAL that it was given.
+    pub const fn position(&self) -> Lsn {
         self.position
     }
 
-    /// Start and end of the last complete record that is durable.
+    /// Start and end of the last complete record that it was given.
     pub const fn last_record(&self) -> Option<(Lsn, Lsn)> {
         self.last_record
     }
@@ -118,17 +124,36 @@ impl Epoch {
         &self.id
     }
 
-    /// Bytes that each region was given so far.
-    pub const fn stored_bytes(&self) -> u64 {
-        self.stored_bytes
+    /// Makes this the only open stream epoch of its branch. Nothing of it may be acknowledged before.
+    ///
+    /// # Errors
+    /// `Failed`: another writer has one that is not closed. Otherwise as [`append`](Self::append); it may be tried again.
+    pub async fn claim(&mut self, known: &Known) -> Result<()> {
+        if self.next_seq == 0 {
+            self.put(FrameKind::Begin, self.bare_span(), Vec::new()).await?;
+        }
+        let Log { system_id, timeline, branch, .. } = self.log.clone();
+        known.add(self.id.clone());
+        must_be_alone(&self.repository, &BranchId { system_id, timeline, branch }, known).await
     }
 
     /// Stores the next WAL bytes as one frame; returns once they are durable at the write quorum.
     ///
     /// # Errors
-    /// `start` is not where the last frame ended, or the quorum was not reached within the fan-out's patience. The epoch
-    /// must not be used after an error: whether the frame exists is unknown.
+    /// `start` is not where the last frame ended; the quorum was not reached within the fan-out's patience; or another
+    /// owner sealed the epoch (`Refused`). The epoch must not be used after an error: whether the frame exists is unknown.
     pub async fn append(&mut self, start: Lsn, wal: Vec<u8>, marks: Marks) -> Result<Lsn> {
+        let sent = self.send(start, wal, marks)?.await?;
+        self.pay_wraps().await;
+        Ok(sent)
+    }
+
+    /// Sends the next WAL bytes as one frame on their way. The result is their end, once they are at the write quorum;
+    /// they are durable when all frames before them are, too.
+    ///
+    /// # Errors
+    /// `start` is not where the last frame ended. The frame's own errors are those of [`append`](Self::append).
+    pub fn send(&mut self, start: Lsn, wal: Vec<u8>, marks: Marks) -> Result<Sending> {
         if start != self.position {
             let text = format!("WAL is not contiguous: expected {}, got {start}", self.position);
             return Err(Error::failed(text));
@@ -140,24 +165,32 @@ impl Epoch {
             start,
             end,
             first_record: marks.first_record,
-            last_record: self.last_record.map(|(start, _)| start),
-            last_record_end: self.last_record.map(|(_, end)| end),
             first_commit: marks.commits.map(|(first, _)| first),
             last_commit: marks.commits.map(|(_, last)| last),
+            ..self.bare_span()
         };
-        self.put(FrameKind::Data, span, wal).await?;
+        let put = self.put(FrameKind::Data, span, wal);
         self.position = end;
-        self.wrap_debts.pay(&self.out).await;
-        Ok(end)
+        Ok(Box::pin(async move { put.await.map(|()| end) }))
     }
 
-    /// Closes the epoch: nobody needs to take it over.
+    /// Stores wraps that have come meanwhile, and asks again for those that are owed.
+    pub async fn pay_wraps(&mut self) {
+        self.wrap_debts.pay(&self.out).await;
+    }
+
+    /// Closes the epoch: nobody needs to take it over. Only when everything that was sent is at the quorum.
     ///
     /// # Errors
     /// The quorum was not reached; the frames before are durable all the same.
     pub async fn close(mut self) -> Result<()> {
         self.wrap_debts.settle(&self.out).await;
-        let span = WalSpan {
+        self.put(FrameKind::End, self.bare_span(), Vec::new()).await
+    }
+
+    /// The span of a frame without WAL that comes next.
+    fn bare_span(&self) -> WalSpan {
+        WalSpan {
             start: self.position,
             end: self.position,
             first_record: None,
@@ -165,27 +198,29 @@ impl Epoch {
             last_record_end: self.last_record.map(|(_, end)| end),
             first_commit: None,
             last_commit: None,
-        };
-        self.put(FrameKind::End, span, Vec::new()).await
+        }
     }
 
-    async fn put(&mut self, kind: FrameKind, span: WalSpan, wal: Vec<u8>) -> Result<()> {
-        let header = self.header(kind, span);
-        let key = header.place.key();
-        let weight = wal.len() as u64;
-        let (signer, keyset, level) = (Arc::clone(&self.writer.signer), Arc::clone(&self.keyset), self.level);
-        // Compressing 15 MiB takes tens of milliseconds: not on a thread that also answers the server.
-        let encoded = tokio::task::spawn_blocking(move || {
-            let key = keyset.data().ok_or_else(|| Error::failed("the epoch's keyset lacks its data secret"))?;
-            let object = FrameSealer { signer: &signer, key, level }.encode(header, &wal)?;
-            let digest = Digest::of(&object);
-            Ok::<_, Error>((Bytes::from(object), digest))
-        });
-        let (object, digest) = encoded.await.map_err(|error| Error::failed("sealing died").because(error))??;
-        self.stored_bytes += object.len() as u64;
-        self.out.put_wal(key, (object, digest), weight).await?;
+    fn put(&mut self, kind: FrameKind, span: WalSpan, wal: Vec<u8>) -> BoxFuture<'static, Result<()>> {
+        let (header, weight) = (self.header(kind, span), wal.len() as u64);
         self.next_seq += 1;
-        Ok(())
+        let (signer, keyset, level) = (Arc::clone(&self.writer.signer), Arc::clone(&self.keyset), self.level);
+        let (repository, out) = (self.repository.clone(), Arc::clone(&self.out));
+        Box::pin(async move {
+            let place = header.place.clone();
+            // Compressing 15 MiB takes tens of milliseconds: not on a thread that also answers the server.
+            let encoded = tokio::task::spawn_blocking(move || {
+                let key = keyset.data().ok_or_else(|| Error::failed("the epoch's keyset lacks its data secret"))?;
+                let object = FrameSealer { signer: &signer, key, level }.encode(header, &wal)?;
+                let digest = Digest::of(&object);
+                Ok::<_, Error>((Bytes::from(object), digest))
+            });
+            let (object, digest) = encoded.await.map_err(|error| Error::failed("sealing died").because(error))??;
+            match out.put_wal(place.key(), (object, digest), weight).await {
+                Err(error) if error.kind() == Kind::Damaged => Err(displaced(&repository, &place, error).await),
+                put => put,
+            }
+        })
     }
 
     fn header(&self, kind: FrameKind, span: WalSpan) -> FrameHeader {
@@ -207,13 +242,26 @@ impl Epoch {
             keyset: self.keyset.id().clone(),
             wal_segment_size: log.wal_segment_size,
             span,
-            quorum: u8::try_from(self.repository.regions.quorum()).unwrap_or(u8::MAX),
+            quorum: u8::try_from(self.out.quorum()).unwrap_or(u8::MAX),
             written_at: self.writer.clock.now(),
             signer: self.writer.signer.id().clone(),
             body_bytes: 0,
             body_sha256: [0; 32],
         }
     }
+}
+
+/// A frame on its way.
+pub type Sending = BoxFuture<'static, Result<Lsn>>;
+
+/// What it means that other bytes have a frame's name.
+async fn displaced(repository: &Repository, place: &FramePlace, error: Error) -> Error {
+    let Some(seal) = sealed_by(repository, place).await else { return error };
+    let (epoch, at, signer) = (&place.epoch, seal.written_at.format("%Y-%m-%d %H:%M:%S"), &seal.signer);
+    let text = format!("the WAL of {} was taken over by another writer", seal.target);
+    let because = format!("epoch {epoch} was sealed at frame {} on {at} UTC, signed by {signer}", place.seq);
+    let hint = "one receiver per target: if this is the one to go on, stop the other and start this one again";
+    Error::refused(text).because(because).hint(hint)
 }
 
 /// The branch that a history file names.

@@ -14,6 +14,7 @@ use drctl::keys::generate_identity;
 use drctl::model::{Lsn, SegmentName, Timeline, WalSegmentSize};
 use drctl::repository::wal_frame::{Frame, FrameKind};
 use drctl::repository::wal_index::{WalIndex, branches};
+use drctl::repository::wal_reader::BranchLog;
 
 use crate::support::dirs::Scratch;
 use crate::support::drctl::{Background, Drctl};
@@ -42,7 +43,7 @@ impl Rig {
         Self::with_regions(conninfo, DIRECTORIES).await
     }
 
-    async fn with_regions(conninfo: &str, regions: &str) -> Self {
+    pub async fn with_regions(conninfo: &str, regions: &str) -> Self {
         Self::with_more(conninfo, regions, "").await
     }
 
@@ -142,16 +143,40 @@ impl Rig {
         }
     }
 
+    /// How many objects a directory region has. What is still being written is none.
     pub fn objects(&self, region: &str) -> usize {
         fn count(path: &std::path::Path) -> usize {
+            if path.ends_with("+tmp") {
+                return 0;
+            }
             let Ok(entries) = std::fs::read_dir(path) else { return 1 };
             entries.map(|entry| count(&entry.unwrap().path())).sum()
         }
         count(&self.scratch.join(region))
     }
 
+    /// What the regions hold of timeline 1, read as a restore reads it.
+    pub async fn stored_wal(&self, cluster: &Cluster, range: (Lsn, Lsn)) -> Vec<u8> {
+        let context = self.context().await;
+        let system = cluster.query("SELECT system_identifier FROM pg_control_system()").await.parse().unwrap();
+        let branch = branches(&context.repository.regions, system).await.unwrap().remove(0);
+        let log = BranchLog::load(&context.repository, branch).await;
+        let mut wal = Vec::new();
+        let mut sink = |_, bytes: &[u8]| {
+            wal.extend_from_slice(bytes);
+            Ok(std::ops::ControlFlow::Continue(()))
+        };
+        log.read(&context.repository, &context.ring, range, &mut sink).await.unwrap();
+        wal
+    }
+
+    /// The same bytes in the server's own files.
+    pub fn server_wal(&self, cluster: &Cluster, (from, to): (Lsn, Lsn)) -> Vec<u8> {
+        pg_wal(cluster, Timeline(1), from, to, WalSegmentSize::DEFAULT)
+    }
+
     /// Every stored byte is the byte that the server wrote there, frames end with records, and closed epochs are closed.
-    async fn assert_equals_pg_wal(&self, cluster: &Cluster) -> u64 {
+    pub async fn assert_equals_pg_wal(&self, cluster: &Cluster) -> u64 {
         let context = self.context().await;
         let system = cluster.query("SELECT system_identifier FROM pg_control_system()").await.parse().unwrap();
         let mut compared = 0;

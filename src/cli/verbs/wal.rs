@@ -1,5 +1,6 @@
 //! `drctl wal`.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -13,10 +14,13 @@ use crate::cli::render::Output;
 use crate::cli::verbs::wal_text::{self, status_line};
 use crate::config::Source;
 use crate::daemon::control::socket_path;
+use crate::jobs::wal::acceptance::{Acceptance, leave};
 use crate::jobs::wal::fetch::borrow::borrow;
 use crate::jobs::wal::fetch::{Asker, Fetched, Request, fetch};
+use crate::jobs::wal::takeover::{TakenOver, take_over_once};
 use crate::jobs::wal::{Position, State, Stream, control, wal_status};
-use crate::model::{Error, Kind, Result, TargetName};
+use crate::jobs::{Context, Target};
+use crate::model::{Error, Kind, RegionName, Result, TargetName};
 
 /// Arguments.
 #[derive(Debug, clap::Args)]
@@ -63,11 +67,11 @@ enum Action {
         #[arg(long, value_name = "PATH", conflicts_with = "target")]
         socket: Option<PathBuf>,
     },
-    /// Take a target's WAL over from another writer
+    /// Seal out whoever streamed a target's WAL before, and bring what it left to the write quorum
     Takeover {
         /// The target
         target: TargetName,
-        /// Go on although regions that may hold acknowledged WAL cannot be read; it is recorded
+        /// Go on although regions that may hold acknowledged WAL cannot be read; it is logged, and holds for an hour
         #[arg(long)]
         accept_loss: bool,
     },
@@ -84,12 +88,45 @@ pub async fn run(args: Args, session: &Session) -> Result<Exit> {
         Action::Fetch { file, path, socket: Some(socket), .. } => borrowed(&socket, &file, &path).await,
         Action::Fetch { file, path, target, socket: None } => fetched(file, path, target.as_ref(), session).await,
         Action::Push { path, target, socket } => push(&path, target, socket, session).await,
-        Action::Takeover { target, .. } => {
-            session.settings()?.target(&target)?;
-            let error = Error::refused("taking WAL over from a writer that may be alive is not there yet");
-            Err(error.hint("stop the other receiver; `drctl wal stream` continues where its WAL ends"))
-        }
+        Action::Takeover { target, accept_loss } => take_over(&target, accept_loss, session).await,
     }
+}
+
+async fn take_over(target: &TargetName, accept_loss: bool, session: &Session) -> Result<Exit> {
+    let settings = session.settings()?;
+    settings.target(target)?;
+    let context = app::context(&settings, Role::Write, &World::real()).await?;
+    let target = context.target(target)?;
+    if accept_loss {
+        accept_what_is_away(&context, target, session).await?;
+    }
+    let taken = take_over_once(&context, target).await?;
+    if session.output.json {
+        session.output.print_json_line(&taken)?;
+        return Ok(Exit::Ok);
+    }
+    let TakenOver { target, sealed, adopted, .. } = &taken;
+    let end = match (taken.end, taken.timeline) {
+        (Some(end), Some(timeline)) => format!("its WAL ends at {end} on timeline {timeline}"),
+        _ => "no WAL of it is stored".to_owned(),
+    };
+    let text = format!("{target} is taken over: {end}, {sealed} epochs sealed, {adopted} frames adopted");
+    session.output.print(&format!("{text}\n  next: drctl wal stream {target}, or the daemon"))?;
+    Ok(Exit::Ok)
+}
+
+/// The word is good for the regions that are away now, for an hour, for whoever takes over with this state directory.
+async fn accept_what_is_away(context: &Context, target: &Target, session: &Session) -> Result<()> {
+    let away: BTreeSet<RegionName> = context.repository.regions.silent().await.into_keys().collect();
+    if away.is_empty() {
+        session.output.note("every region answers: there is no loss to accept");
+        return Ok(());
+    }
+    let names = away.iter().map(RegionName::as_str).collect::<Vec<_>>().join(", ");
+    let by = std::env::var("SUDO_USER").or_else(|_| std::env::var("USER")).unwrap_or_else(|_| app::host_name());
+    leave(context, &target.name, &Acceptance { regions: away, by, at: session.clock.now() })?;
+    session.output.note(&format!("acknowledged WAL that only {names} holds is given up, for takeovers within an hour"));
+    Ok(())
 }
 
 const ARCHIVE_HELP: &str = "In postgresql.conf:

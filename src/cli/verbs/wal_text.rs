@@ -20,6 +20,9 @@ pub(super) fn status_line(position: &Position) -> String {
         Some(exposure) => write!(line, "  {exposure} exposed"),
         None => write!(line, "  exposure unknown"),
     };
+    if let Some(quorum) = position.degraded_to {
+        let _ = write!(line, "  DEGRADED: acknowledged at {quorum} region");
+    }
     for region in position.regions.iter().filter(|region| region.missing_objects > 0) {
         let _ = write!(line, "  {} owes {}", region.name, figures::count(region.missing_objects));
     }

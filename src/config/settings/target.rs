@@ -161,6 +161,8 @@ pub struct PostgresTarget {
     pub stream: bool,
     /// Whether the heartbeat row is written while WAL is streamed.
     pub heartbeat: bool,
+    /// Whether commits wait for the regions.
+    pub sync: bool,
     /// The socket on which the WAL receiver of this target answers.
     pub control_socket: PathBuf,
     /// Further configuration files to capture, as glob patterns on the server's machine.

@@ -14,6 +14,7 @@ mod finding;
 mod keys;
 mod machine;
 mod postgres;
+mod price;
 mod regions;
 mod rules;
 mod streams;
@@ -63,6 +64,7 @@ pub async fn run(subject: &Subject, target: Option<&TargetName>) -> Result<Repor
     checks.extend(keys::check(subject, holders?));
     checks.extend(servers.into_iter().chain(others).flatten());
     checks.extend(machine::check(subject, &targets));
+    checks.extend(price::check(subject, &targets));
     if !targets.is_empty() {
         checks.extend(machine::scratch(subject).await);
     }

@@ -29,6 +29,7 @@ pub(super) async fn check(target: &Target, deadline: Duration) -> Vec<Finding> {
                 method: target.method,
                 slot: &target.slot,
                 receiver: &target.receiver_name(),
+                sync: target.sync,
                 on_pressure: target.on_pressure.as_deref(),
                 free_bytes: local.free_bytes,
                 wal_disk_bytes: target.wal_disk_bytes,

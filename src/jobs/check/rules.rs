@@ -11,6 +11,8 @@ pub(super) struct Setup<'a> {
     pub(super) slot: &'a str,
     /// Our receiver's name in synchronous_standby_names.
     pub(super) receiver: &'a str,
+    /// Whether commits are meant to wait for the regions.
+    pub(super) sync: bool,
     pub(super) on_pressure: Option<&'a str>,
     /// Free bytes beside pg_wal, if it is on this machine.
     pub(super) free_bytes: Option<u64>,
@@ -218,6 +220,13 @@ fn suggested_gigabytes(room: Option<u64>) -> u64 {
 fn synchronous(findings: &mut Findings, facts: &Facts, setup: &Setup<'_>) {
     let names = facts.setting("synchronous_standby_names");
     if !names_us(names, setup.receiver) {
+        if setup.sync {
+            let what = format!(
+                "sync = true, and synchronous_standby_names = '{names}' does not count our receiver: no commit waits"
+            );
+            let fix = format!("ALTER SYSTEM SET synchronous_standby_names = 'FIRST 1 (\"{}\")';", setup.receiver);
+            findings.fail(what, fix);
+        }
         return;
     }
     if facts.setting("synchronous_commit") == "remote_apply" || facts.remote_apply_elsewhere {
@@ -301,6 +310,7 @@ mod tests {
             method: Method::Local,
             slot: "drctl_ledger",
             receiver: "drctl wal ledger",
+            sync: false,
             on_pressure: None,
             free_bytes: Some(41_000_000_000),
             wal_disk_bytes: None,
@@ -345,6 +355,14 @@ mod tests {
         ] {
             only(&with(name, value), &setup(), level, "", fix);
         }
+    }
+
+    #[test]
+    fn a_server_that_lets_no_commit_wait_is_not_synchronous() {
+        let sync = Setup { sync: true, ..setup() };
+        let fix = "FIRST 1 (\"drctl wal ledger\")";
+        only(&with("synchronous_standby_names", "other"), &sync, Level::Fail, "no commit waits", fix);
+        assert_eq!(worst(&with("synchronous_standby_names", "\"drctl wal ledger\""), &sync), []);
     }
 
     #[test]

@@ -10,18 +10,23 @@ use crate::jobs::show::run as show_backup;
 use crate::jobs::verify::{self, Level};
 use crate::jobs::{Context, Levels, ScratchPlace, list, repair};
 use crate::model::retention::{Keep, Rules, Verdict};
-use crate::model::{BackupId, Kind, Result, SystemId};
+use crate::model::{BackupId, Kind, Lsn, Result, SystemId};
 use crate::notify::Courier;
 use crate::observe::progress::Progress;
 use crate::repository::backup_writer::{BackupOptions, BackupWriter};
 use crate::repository::catalog;
+use crate::repository::fan_out::{FanOut, Patience};
 use crate::repository::handle::Writer;
 use crate::repository::mend::Scope;
 use crate::repository::parent::{Basis, choose, state_path};
 use crate::repository::prune::Limits;
 use crate::repository::reports::{ReportBody, ReportHead, seal_report, spread};
 use crate::repository::scrub;
-use crate::repository::testing::{Fault, Fixture, Made, need, options, send};
+use crate::repository::testing::{Fault, Fixture, Made, log, need, options, send};
+use crate::repository::wal_adopt::Era;
+use crate::repository::wal_frame::EpochKind;
+use crate::repository::wal_index::BranchId;
+use crate::repository::wal_log::{Epoch, Log, Marks};
 
 mod late;
 
@@ -457,6 +462,46 @@ async fn wal_goes_up_to_the_oldest_backup_that_stays() {
     assert_eq!(keysets().await, keys - 4 - 3);
     scene.is_whole().await;
     assert_eq!(scene.prune(Consent::None).await.planned.amount.objects, 0);
+}
+
+/// The SEAL is what stops a writer that was only asleep, however long.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_writer_that_was_sealed_out_stays_so_when_its_wal_is_gone() {
+    const SEGMENT: u64 = 16 << 20;
+    let mut scene = Scene::new(1).await;
+    let start = 10 * SEGMENT;
+    let out = Arc::new(FanOut::new(&scene.fixture.repository.regions, Patience::WAL));
+    let opening = (log(), EpochKind::Stream, Lsn(start));
+    let (repository, writer) = (&scene.fixture.repository, &scene.fixture.writer);
+    let mut asleep = Epoch::open(repository, writer, opening, 1, out).await.unwrap();
+    for at in [start, start + 40] {
+        let marks = Marks { first_record: Some(Lsn(at)), last_record: Some((Lsn(at), Lsn(at + 40))), commits: None };
+        asleep.append(Lsn(at), vec![1; 40], marks).await.unwrap();
+    }
+    let Log { system_id, timeline, branch, .. } = log();
+    let eras = [Era { branch: BranchId { system_id, timeline, branch }, end: None }];
+    assert_eq!(scene.fixture.take_over(&eras, None).await.unwrap().unwrap().sealed, 1);
+    // Its WAL leads to the first backup alone; the two that stay are far behind.
+    for at in [start, 100 * SEGMENT, 200 * SEGMENT] {
+        scene.fixture.clock.advance(DAY);
+        if at > start {
+            scene.fixture.epoch(at, &[200], true).await;
+        }
+        let files = scene.files();
+        let id = scene.fixture.backup(&files, Some(need(at + 5, at + 50))).await.commit.id;
+        scene.drill(&id).await;
+    }
+    let prefix = format!("{}/", asleep.id());
+    let frames = async || {
+        scene.names(0).await.into_iter().filter(|key| key.starts_with("wal/") && key.contains(&prefix)).count()
+    };
+    assert_eq!(frames().await, 3);
+    assert!(scene.prune_twice().await.swept.is_some());
+    assert_eq!(frames().await, 1, "the SEAL");
+    let error = asleep.append(Lsn(start + 80), vec![1; 40], Marks::default()).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Refused);
+    assert_eq!(scene.fixture.take_over(&eras, None).await.unwrap().unwrap().sealed, 0);
+    scene.is_whole().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

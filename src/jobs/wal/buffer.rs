@@ -87,6 +87,11 @@ impl Buffer {
         usize::try_from(end.bytes_since(self.start)).unwrap_or(usize::MAX).min(self.wal.len())
     }
 
+    /// How many bytes [`take`](Self::take) would give.
+    pub(super) fn frame_size(&self) -> usize {
+        if self.found.last.is_some() { self.complete() } else { self.wal.len() }
+    }
+
     /// Where to stream again after the connection was lost: behind the last complete record, if there was one.
     pub(super) fn resume_at(&self) -> Option<Lsn> {
         self.walker.last_complete().map(|(_, end)| end)

@@ -1,8 +1,9 @@
 //! The WAL of a target: received, taken from `archive_command` ([`push`]), stored, and told about.
 //!
 //! The reading side ([`receiver`], `session`) never waits for a region, the storing side (`shipper`) never for the
-//! server; between them is one frame on its way and one that grows.
+//! server; between them are a few frames on their way and one that grows. `takeover` makes a receiver the one owner.
 
+pub mod acceptance;
 mod buffer;
 pub mod changes;
 mod contradiction;
@@ -21,6 +22,7 @@ mod shared;
 mod shipper;
 pub mod slot;
 pub mod status;
+pub mod takeover;
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;

@@ -79,6 +79,9 @@ pub struct Position {
     pub epoch: Option<EpochId>,
     /// What went wrong last.
     pub last_error: Option<String>,
+    /// The write quorum in force, while it is lower than the configuration wants.
+    #[serde(default)]
+    pub degraded_to: Option<usize>,
     /// What `archive_command` handed over.
     #[serde(default)]
     pub pushes: Pushes,

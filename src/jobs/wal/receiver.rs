@@ -24,7 +24,7 @@ use crate::jobs::wal::segments::SharedBook;
 use crate::jobs::wal::server::{self, Server, Start};
 use crate::jobs::wal::session::Session;
 use crate::jobs::wal::shared::Shared;
-use crate::jobs::wal::shipper::{self};
+use crate::jobs::wal::shipper::{self, Means};
 use crate::jobs::wal::slot::keep_looking;
 use crate::model::{Error, Kind, Lsn, Result, ResultExt};
 use crate::observe::task;
@@ -33,16 +33,12 @@ use crate::pg::replication::ReplicationClient;
 use crate::repository::fan_out::{FanOut, LaneOutcome, Patience};
 use crate::repository::gaps::{self, Gap};
 use crate::repository::parent::state_path;
-use crate::repository::wal_adopt::{Era, Tail, take_over};
 use crate::repository::wal_frame::EpochKind;
-use crate::repository::wal_index::BranchId;
 
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// How long a stop waits for regions. What could not be shipped stays on the server.
 const STOP_LIMIT: Duration = Duration::from_secs(60);
-/// A takeover that takes longer than this waits for regions.
-const SLOW_TAKEOVER: Duration = Duration::from_secs(5);
 
 /// A running receiver. Dropping it stops it without shipping the rest; the server keeps that.
 #[derive(Debug)]
@@ -89,17 +85,19 @@ impl Receiver {
         shared.beats = kind == EpochKind::Stream && target.heartbeat;
         let shared = Arc::new(shared);
         let stop = CancellationToken::new();
+        let shipped = Arc::clone(&shared.shipped);
+        let means = Means { out, shipped, book, known: Arc::default() };
         let tracker = (kind == EpochKind::Stream && target.detection.reads_wal()).then(|| {
             let (journal, pages) =
                 (journal_path(&context.state_dir, &target.name), state_path(&context.state_dir, &target.name));
             Tracker::open(journal, pages, Arc::clone(&context.clock))
         });
         let run = Run {
-            shipper: shipper::start(context, kind, &out, (&shared.shipped, book.as_ref()))?,
+            shipper: shipper::start(context, kind, means.clone())?,
             context: context.clone(),
             target: target.clone(),
             kind,
-            out,
+            means,
             shared: Arc::clone(&shared),
             stop: stop.clone(),
             pending: VecDeque::new(),
@@ -108,7 +106,6 @@ impl Receiver {
             sessions: 0,
             slot: SlotCare::Trust,
             stored_histories: BTreeSet::new(),
-            book,
             tracker,
             filler,
             _lock: lock,
@@ -288,7 +285,8 @@ impl Run {
         if let Some(tracker) = &mut self.tracker {
             tracker.begin(&log, start.lsn);
         }
-        Ok(Session::new((self.sessions, log), start, stream, Buffer::new(walker), durable))
+        let session = Session::new((self.sessions, log), start, stream, Buffer::new(walker), durable);
+        Ok(session.synchronous(self.target.sync && self.kind == EpochKind::Stream))
     }
 
     async fn prepare_slot(&mut self, client: &mut ReplicationClient) -> Result<String, Trouble> {
@@ -317,17 +315,6 @@ impl Run {
         Err(Error::refused(text).hint("if this is meant, start the receiver again"))
     }
 
-    /// Adoption writes at the quorum, for which it waits as long as it takes: what takes long is told.
-    async fn take_over(&self, lineage: &[Era], back_to: Option<&BranchId>) -> Result<Option<Tail>> {
-        let taken = take_over(&self.context.repository, (lineage, back_to), &self.out);
-        let mut taken = std::pin::pin!(taken);
-        if let Ok(tail) = timeout(SLOW_TAKEOVER, &mut taken).await {
-            return tail;
-        }
-        self.shared.trouble(State::WaitingForRegions, &"stored WAL is brought to the write quorum first");
-        taken.await
-    }
-
     /// Where to begin, and why there.
     async fn place(
         &mut self,
@@ -340,8 +327,7 @@ impl Run {
         let cursor = match &self.cursor {
             Some(cursor) => Some(cursor.clone()),
             None => {
-                let tail = self.take_over(&server.eras(), None).await;
-                let tail = tail.inspect_err(|error| self.shared.trouble(State::WaitingForRegions, error))?;
+                let tail = self.take_over_alone(server).await?;
                 tail.map(|tail| Start { branch: tail.branch, lsn: tail.end, at_record: tail.at_record })
             }
         };
@@ -382,7 +368,7 @@ impl Run {
 
     async fn ship_pending(&mut self) -> Result<()> {
         while let Some(frame) = self.pending.pop_front() {
-            let permit = self.shipper.idle().await?;
+            let permit = self.shipper.room(frame.chunk.wal.len()).await?;
             self.shipper.ship(frame, permit);
         }
         self.shipper.idle().await.map(drop)
@@ -410,6 +396,10 @@ impl Run {
                 return Ok(true);
             }
             Trouble::Server(error) if self.sessions == 0 && is_hopeless(&error) => return Err(error.into()),
+            Trouble::Server(error @ PgError::SlotInUse(_)) => {
+                self.tell(&error.to_string());
+                self.settle_with_successor().await?;
+            }
             Trouble::ShipperGone => self.restart_shipper().await?,
             trouble => self.tell(&trouble_text(&trouble)),
         }
@@ -423,10 +413,12 @@ impl Run {
     }
 
     /// What was on its way may be stored or not: the regions are asked, as after a crash.
-    async fn restart_shipper(&mut self) -> Result<()> {
-        let fresh = shipper::start(&self.context, self.kind, &self.out, (&self.shared.shipped, self.book.as_ref()))?;
+    pub(super) async fn restart_shipper(&mut self) -> Result<()> {
+        let fresh = shipper::start(&self.context, self.kind, self.means.clone())?;
         let error = match std::mem::replace(&mut self.shipper, fresh).finish().await {
             Ok(()) => Error::failed("the WAL shipper has ended"),
+            // Sealed out. To take over in turn would be a fight: whoever runs this decides who goes on.
+            Err(error) if error.kind() == Kind::Refused => return Err(error),
             Err(error) => error,
         };
         tracing::error!(%error, "the epoch cannot be continued; another one is begun");
@@ -434,6 +426,7 @@ impl Run {
         self.shared.shipped.send_modify(|shipped| (shipped.busy_since, shipped.epoch) = (None, None));
         self.pending.clear();
         self.stored_histories.clear();
+        self.means.known.clear();
         self.cursor = None;
         Ok(())
     }
@@ -461,7 +454,7 @@ impl Run {
         let now = self.context.clock.now();
         let gap = Gap::new(&self.target.name, &cursor.branch, (cursor.lsn, next.lsn), reason, now);
         tracing::error!(target = %self.target.name, from = %gap.from, to = %gap.to, reason, "WAL is missing: a new base backup is needed");
-        gaps::record(&self.context.repository, self.context.writer()?, &gap, &self.out).await?;
+        gaps::record(&self.context.repository, self.context.writer()?, &gap, &self.means.out).await?;
         let text = format!("gap from {} to {}: {reason}", gap.from, gap.to);
         self.shared.view.send_modify(|view| (view.gap, view.last_error) = (true, Some(text)));
         self.shared.shipped.send_modify(|shipped| shipped.durable = next.lsn);
@@ -488,10 +481,10 @@ impl Run {
 
     async fn finish(mut self) -> Result<Vec<LaneOutcome>> {
         self.ship_pending().await?;
-        let Self { shipper, out, shared, .. } = self;
+        let Self { shipper, means, shared, .. } = self;
         shipper.finish().await.during(|| "close the epoch")?;
         shared.enter(State::Stopped);
-        Ok(match Arc::into_inner(out) {
+        Ok(match Arc::into_inner(means.out) {
             Some(out) => out.drain().await,
             None => Vec::new(),
         })

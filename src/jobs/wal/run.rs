@@ -9,13 +9,11 @@ use crate::disk::lock::Lock;
 use crate::jobs::context::{Context, Target};
 use crate::jobs::wal::changes::Tracker;
 use crate::jobs::wal::fill::Filler;
-use crate::jobs::wal::segments::SharedBook;
 use crate::jobs::wal::server::Start;
 use crate::jobs::wal::shared::Shared;
-use crate::jobs::wal::shipper::{Frame, ShipperHandle};
+use crate::jobs::wal::shipper::{Frame, Means, ShipperHandle};
 use crate::model::{Error, SystemId};
 use crate::pg::PgError;
-use crate::repository::fan_out::FanOut;
 use crate::repository::wal_frame::EpochKind;
 use crate::repository::wal_index::BranchId;
 
@@ -75,7 +73,6 @@ pub(super) struct Run {
     pub(super) context: Context,
     pub(super) target: Target,
     pub(super) kind: EpochKind,
-    pub(super) out: Arc<FanOut>,
     pub(super) shared: Arc<Shared>,
     pub(super) stop: CancellationToken,
     pub(super) shipper: ShipperHandle,
@@ -87,7 +84,7 @@ pub(super) struct Run {
     pub(super) sessions: u64,
     pub(super) slot: SlotCare,
     pub(super) stored_histories: BTreeSet<BranchId>,
-    pub(super) book: Option<SharedBook>,
+    pub(super) means: Means,
     /// Notes which pages change, where base backups are to know.
     pub(super) tracker: Option<Tracker>,
     /// Takes segments that the server still has and does not stream.

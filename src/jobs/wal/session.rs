@@ -18,8 +18,10 @@ use crate::repository::wal_log::{FRAME_LIMIT, Log};
 /// The server hears from us this often whatever happens, and answers with the end of its WAL, which is what exposure is
 /// measured against.
 const STATUS: Duration = Duration::from_secs(1);
-/// With this much, a frame does not wait for its time.
+/// With this much, a frame does not wait for its time: alone, and while others are on their way. When WAL comes faster
+/// than regions take it in small pieces, the pieces grow.
 const EARLY_FRAME: usize = 1024 * 1024;
+const EARLY_BESIDE_OTHERS: usize = 4 * 1024 * 1024;
 /// A server that does not listen cannot hold up the end.
 const GOODBYE: Duration = Duration::from_secs(2);
 
@@ -37,6 +39,8 @@ pub(super) struct Session {
     /// When the first byte in the buffer arrived.
     since: Option<Instant>,
     durable: Lsn,
+    /// Whether commits wait for what this stream reports.
+    sync: bool,
 }
 
 impl Session {
@@ -48,7 +52,12 @@ impl Session {
         buffer: Buffer,
         durable: Lsn,
     ) -> Self {
-        Self { number, log, start, stream, buffer, since: None, durable }
+        Self { number, log, start, stream, buffer, since: None, durable, sync: false }
+    }
+
+    /// The same, for a server that lets commits wait.
+    pub(super) fn synchronous(self, sync: bool) -> Self {
+        Self { sync, ..self }
     }
 
     /// Where to go on when this session is over.
@@ -90,7 +99,8 @@ impl Session {
 
     async fn send_status(&mut self, now: chrono::DateTime<chrono::Utc>) -> Result<(), Trouble> {
         let status = StandbyStatus {
-            write: self.buffer.end(),
+            // A server that waits with remote_write takes this for the operating system's hands, and here is only memory.
+            write: if self.sync { self.durable } else { self.buffer.end() },
             // Never behind the last complete record: the server may remove what lies before, and an unfinished record
             // is streamed again from its start.
             flush: self.durable,
@@ -121,7 +131,9 @@ impl Run {
     }
 
     async fn pump(&mut self, session: &mut Session) -> Result<Ended, Trouble> {
-        let (clock, ship_interval) = (self.context.clock.clone(), self.target.ship_interval);
+        let clock = self.context.clock.clone();
+        // A commit that waits must not wait for others to share its frame; those that come while frames are on their way do.
+        let ship_interval = if self.target.sync { Duration::ZERO } else { self.target.ship_interval };
         let mut shipped = self.shared.shipped.subscribe();
         let mut ticks = interval(STATUS);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
@@ -132,6 +144,8 @@ impl Run {
             }
             let stopping = stop.is_cancelled();
             let due_at = session.due_at(ship_interval);
+            let next = self.pending.front().map(|frame| frame.chunk.wal.len());
+            let next = next.or_else(|| session.buffer.has_frame().then(|| session.buffer.frame_size()));
             let due = stopping || !self.pending.is_empty() || self.is_due(session, due_at);
             let may_read = !stopping && !is_full(&self.pending, &session.buffer);
             tokio::select! {
@@ -140,15 +154,16 @@ impl Run {
                         return Ok(ended);
                     }
                 }
-                permit = self.shipper.idle(), if due => {
+                permit = self.shipper.room(next.unwrap_or_default()), if due && next.is_some() => {
                     let permit = permit?;
                     self.save_changes();
-                    let frame = self.pending.pop_front().or_else(|| session.frame(Buffer::take));
-                    match frame {
-                        Some(frame) => self.shipper.ship(frame, permit),
-                        None if stopping => return self.say_goodbye(session).await,
-                        None => {}
+                    if let Some(frame) = self.pending.pop_front().or_else(|| session.frame(Buffer::take)) {
+                        self.shipper.ship(frame, permit);
                     }
+                }
+                all = self.shipper.idle(), if stopping && next.is_none() => {
+                    drop(all?);
+                    return self.say_goodbye(session).await;
                 }
                 () = sleep_until(due_at.unwrap_or_else(Instant::now)), if due_at.is_some() && !due => {}
                 _ = ticks.tick() => {
@@ -176,7 +191,8 @@ impl Run {
 
     fn is_due(&self, session: &Session, due_at: Option<Instant>) -> bool {
         let full = session.buffer.has_frame() && session.buffer.is_full();
-        full || session.buffer.complete() >= EARLY_FRAME || due_at.is_some_and(|at| Instant::now() >= at)
+        let early = if self.shipper.is_busy() { EARLY_BESIDE_OTHERS } else { EARLY_FRAME };
+        full || session.buffer.complete() >= early || due_at.is_some_and(|at| Instant::now() >= at)
     }
 
     async fn on_event(&mut self, session: &mut Session, event: WalEvent) -> Result<Option<Ended>, Trouble> {

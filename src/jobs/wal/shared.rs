@@ -101,7 +101,9 @@ impl Shared {
             other => other,
         };
         let buffered = view.received.0.saturating_sub(shipped.begun.0);
-        let lanes = self.out.upgrade().map(|out| (out.outcomes(), out.unheld())).unwrap_or_default();
+        let out = self.out.upgrade();
+        let degraded_to = out.as_ref().filter(|out| out.is_degraded()).map(|out| out.quorum());
+        let lanes = out.map(|out| (out.outcomes(), out.unheld())).unwrap_or_default();
         let regions = lanes.0.into_iter().zip(lanes.1).map(|(lane, unheld)| RegionPosition {
             name: lane.region,
             missing_objects: lane.missing_objects,
@@ -125,6 +127,7 @@ impl Shared {
             regions: regions.collect(),
             epoch: shipped.epoch,
             last_error: shipped.trouble.or(shipped.contradiction).or(view.last_error),
+            degraded_to,
             pushes: Pushes::default(),
             slot: self.slot.held(),
             heartbeat: self.beats.then(|| self.pulse.heartbeat(shipped.durable)),

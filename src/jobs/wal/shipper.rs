@@ -1,11 +1,15 @@
-//! The part of a receiver that waits for regions: one frame at a time, in order, each durable before the next.
+//! The part of a receiver that waits for regions: several frames on their way, acknowledged in order.
 //!
 //! It runs beside the part that talks to the server, so that no region can keep the server waiting for an answer.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
+use futures::StreamExt as _;
+use futures::future::BoxFuture;
+use futures::stream::FuturesOrdered;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
 
@@ -13,17 +17,23 @@ use crate::jobs::context::Context;
 use crate::jobs::wal::buffer::Chunk;
 use crate::jobs::wal::contradiction;
 use crate::jobs::wal::segments::{self, PassingSegments, SegmentDigest, SegmentKey, SharedBook};
-use crate::model::{EpochId, Error, Lsn, Result, SystemId, Timeline};
+use crate::model::{EpochId, Error, Kind, Lsn, Result, SystemId, Timeline};
 use crate::observe::task;
 use crate::repository::fan_out::FanOut;
 use crate::repository::handle::{Repository, Writer};
-use crate::repository::wal_frame::EpochKind;
-use crate::repository::wal_log::{Epoch, Log, store_history};
+use crate::repository::wal_claim::Known;
+use crate::repository::wal_frame::{EpochKind, IN_FLIGHT};
+use crate::repository::wal_log::{Epoch, Log, Marks, store_history};
 
 /// A keyset seals no more than a day of WAL.
 const KEYSET_LIFE: Duration = Duration::from_secs(24 * 3600);
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// Frames on their way hold no more WAL than this together, in MiB.
+const ROOM: u32 = 32;
+/// What a frame takes of it at least, so that there are never more than four.
+const SMALLEST_SHARE: u32 = 8;
+const _: () = assert!((ROOM / SMALLEST_SHARE) as u64 <= IN_FLIGHT, "readers reckon with no more frames on their way");
 
 /// A frame to be shipped.
 #[derive(Debug)]
@@ -67,8 +77,21 @@ pub(super) struct Shipped {
 #[derive(Debug)]
 pub(super) struct ShipperHandle {
     commands: mpsc::UnboundedSender<Command>,
-    idle: Arc<Semaphore>,
+    room: Arc<Semaphore>,
     task: JoinHandle<Result<()>>,
+}
+
+/// What a shipper works with.
+#[derive(Debug, Clone)]
+pub(super) struct Means {
+    /// To every region.
+    pub(super) out: Arc<FanOut>,
+    /// Where it tells its progress.
+    pub(super) shipped: Arc<watch::Sender<Shipped>>,
+    /// Where digests of whole segments are kept, by which `archive_command` is answered.
+    pub(super) book: Option<SharedBook>,
+    /// Epochs that are no rivals.
+    pub(super) known: Arc<Known>,
 }
 
 struct Shipper {
@@ -76,12 +99,12 @@ struct Shipper {
     writer: Writer,
     level: i32,
     kind: EpochKind,
-    out: Arc<FanOut>,
+    means: Means,
     open: Option<Open>,
-    shipped: Arc<watch::Sender<Shipped>>,
+    flying: FuturesOrdered<BoxFuture<'static, Result<Landed>>>,
+    /// Since when each of them has been on its way.
+    since: VecDeque<Duration>,
     passing: PassingSegments,
-    /// Where digests of whole segments are kept, by which `archive_command` is answered.
-    book: Option<SharedBook>,
 }
 
 struct Open {
@@ -90,37 +113,44 @@ struct Open {
     since: Duration,
 }
 
-/// Starts a shipper that tells its progress to `shipped`.
-pub(super) fn start(
-    context: &Context,
-    kind: EpochKind,
-    out: &Arc<FanOut>,
-    (shipped, book): (&Arc<watch::Sender<Shipped>>, Option<&SharedBook>),
-) -> Result<ShipperHandle> {
-    let (commands, queue) = mpsc::unbounded_channel();
-    let shipper = Shipper {
-        repository: context.repository.clone(),
-        writer: context.writer()?.clone(),
-        level: context.levels.wal,
-        kind,
-        out: Arc::clone(out),
-        open: None,
-        shipped: Arc::clone(shipped),
-        passing: PassingSegments::default(),
-        book: book.cloned(),
-    };
-    let task = task::spawn("wal-shipper", shipper.run(queue));
-    Ok(ShipperHandle { commands, idle: Arc::new(Semaphore::new(1)), task })
+/// A frame that the quorum holds.
+struct Landed {
+    log: Log,
+    marks: Marks,
+    complete: Vec<(SegmentKey, SegmentDigest)>,
+    epoch: EpochId,
+    _room: OwnedSemaphorePermit,
+}
+
+/// Starts a shipper.
+pub(super) fn start(context: &Context, kind: EpochKind, means: Means) -> Result<ShipperHandle> {
+    let writer = context.writer()?.clone();
+    Ok(Shipper::new(context.repository.clone(), writer, (kind, context.levels.wal), means).start())
 }
 
 impl ShipperHandle {
+    /// Waits until there is room for a frame of so many bytes beside those that are on their way.
+    pub(super) async fn room(&self, bytes: usize) -> Result<OwnedSemaphorePermit> {
+        let share = u32::try_from(bytes.div_ceil(1024 * 1024)).unwrap_or(ROOM).clamp(SMALLEST_SHARE, ROOM);
+        self.acquire(share).await
+    }
+
     /// Waits until nothing is on its way.
     pub(super) async fn idle(&self) -> Result<OwnedSemaphorePermit> {
-        let permit = Arc::clone(&self.idle).acquire_owned().await;
+        self.acquire(ROOM).await
+    }
+
+    async fn acquire(&self, share: u32) -> Result<OwnedSemaphorePermit> {
+        let permit = Arc::clone(&self.room).acquire_many_owned(share).await;
         permit.map_err(|error| Error::failed("the WAL shipper is gone").because(error))
     }
 
-    /// Ships a frame, which the permit of [`idle`](Self::idle) allows. Returns at once.
+    /// Whether frames are on their way.
+    pub(super) fn is_busy(&self) -> bool {
+        self.room.available_permits() < ROOM as usize
+    }
+
+    /// Ships a frame, which the permit of [`room`](Self::room) allows. Returns at once.
     pub(super) fn ship(&self, frame: Frame, permit: OwnedSemaphorePermit) {
         // A shipper that is gone is noticed by its task: see `is_gone`.
         let _ = self.commands.send(Command::Frame(frame, permit));
@@ -143,63 +173,104 @@ impl ShipperHandle {
     }
 }
 
+impl Means {
+    /// Both versions are stored when the second one is found. Which one a restore would take is chance, so it is known
+    /// everywhere before the server may forget its own.
+    async fn note(
+        &self,
+        place: (&Repository, &Writer),
+        log: &Log,
+        complete: Vec<(SegmentKey, SegmentDigest)>,
+    ) -> Result<()> {
+        let Some(book) = &self.book else { return Ok(()) };
+        for found in segments::note(book, complete).await {
+            let told = contradiction::record(place, log, &found, "streaming brought", &self.out).await?;
+            self.shipped.send_modify(|shipped| shipped.contradiction = Some(told));
+        }
+        Ok(())
+    }
+}
+
 impl Shipper {
+    fn new(repository: Repository, writer: Writer, (kind, level): (EpochKind, i32), means: Means) -> Self {
+        let (flying, since, passing) = (FuturesOrdered::new(), VecDeque::new(), PassingSegments::default());
+        Self { repository, writer, level, kind, means, open: None, flying, since, passing }
+    }
+
+    fn start(self) -> ShipperHandle {
+        let (commands, queue) = mpsc::unbounded_channel();
+        let task = task::spawn("wal-shipper", self.run(queue));
+        ShipperHandle { commands, room: Arc::new(Semaphore::new(ROOM as usize)), task }
+    }
+
     async fn run(mut self, mut queue: mpsc::UnboundedReceiver<Command>) -> Result<()> {
-        while let Some(command) = queue.recv().await {
-            match command {
-                Command::Frame(frame, permit) => {
-                    self.ship(frame).await?;
-                    drop(permit);
-                }
-                Command::History(system_id, timeline, content) => {
-                    store_history(&self.repository, (system_id, timeline), &content, &self.out).await?;
-                }
+        loop {
+            tokio::select! {
+                // What has landed is told before anything else is begun.
+                biased;
+                Some(landed) = self.flying.next() => self.landed(landed?).await?,
+                command = queue.recv() => match command {
+                    Some(Command::Frame(frame, room)) => self.ship(frame, room).await?,
+                    Some(Command::History(system_id, timeline, content)) => {
+                        store_history(&self.repository, (system_id, timeline), &content, &self.means.out).await?;
+                    }
+                    None => break,
+                },
             }
         }
         self.close().await
     }
 
-    async fn ship(&mut self, frame: Frame) -> Result<()> {
-        let since = self.writer.clock.monotonic();
-        self.shipped.send_modify(|shipped| shipped.busy_since = Some(since));
+    async fn ship(&mut self, frame: Frame, room: OwnedSemaphorePermit) -> Result<()> {
         if !self.fits(&frame) {
             self.close().await?;
         }
+        self.since.push_back(self.writer.clock.monotonic());
+        self.tell_busy();
         let mut open = match self.open.take() {
             Some(open) => open,
-            None => self.open_epoch(&frame).await,
+            None => self.open_epoch(&frame).await?,
         };
         let Chunk { start, wal, marks, .. } = frame.chunk;
         let complete = self.passing.pass(&frame.log, start, &wal);
-        self.shipped.send_modify(|shipped| shipped.begun = Lsn(start.0 + wal.len() as u64));
-        open.epoch.append(start, wal, marks).await?;
-        self.note(&frame.log, complete).await?;
-        let now = self.writer.clock.now();
-        self.shipped.send_modify(|shipped| {
-            // A record that is not complete yet does not count: it may be streamed again.
-            if let Some((_, end)) = marks.last_record {
-                shipped.durable = end;
-            }
-            shipped.at = Some(now);
-            shipped.last_commit = shipped.last_commit.max(marks.commits.map(|(_, last)| last));
-            shipped.epoch = Some(open.epoch.id().clone());
-            shipped.busy_since = None;
-            shipped.trouble = None;
-        });
+        let end = Lsn(start.0 + wal.len() as u64);
+        let (sending, epoch) = (open.epoch.send(start, wal, marks)?, open.epoch.id().clone());
+        self.means.shipped.send_modify(|shipped| shipped.begun = end);
+        let log = frame.log;
+        self.flying.push_back(Box::pin(async move {
+            sending.await?;
+            Ok(Landed { log, marks, complete, epoch, _room: room })
+        }));
         self.open = Some(open);
         Ok(())
     }
 
-    /// Both versions are stored when the second one is found. Which one a restore would take is chance, so it is known
-    /// everywhere before the server may forget its own.
-    async fn note(&self, log: &Log, complete: Vec<(SegmentKey, SegmentDigest)>) -> Result<()> {
-        let Some(book) = &self.book else { return Ok(()) };
-        for found in segments::note(book, complete).await {
-            let place = (&self.repository, &self.writer);
-            let told = contradiction::record(place, log, &found, "streaming brought", &self.out).await?;
-            self.shipped.send_modify(|shipped| shipped.contradiction = Some(told));
+    /// A frame is durable, for all before it have landed, too.
+    async fn landed(&mut self, mut landed: Landed) -> Result<()> {
+        self.since.pop_front();
+        let place = (&self.repository, &self.writer);
+        self.means.note(place, &landed.log, std::mem::take(&mut landed.complete)).await?;
+        let now = self.writer.clock.now();
+        self.means.shipped.send_modify(|shipped| {
+            // A record that is not complete yet does not count: it may be streamed again.
+            if let Some((_, end)) = landed.marks.last_record {
+                shipped.durable = end;
+            }
+            shipped.at = Some(now);
+            shipped.last_commit = shipped.last_commit.max(landed.marks.commits.map(|(_, last)| last));
+            shipped.epoch = Some(landed.epoch);
+            shipped.trouble = None;
+        });
+        self.tell_busy();
+        if let Some(open) = &mut self.open {
+            open.epoch.pay_wraps().await;
         }
         Ok(())
+    }
+
+    fn tell_busy(&self) {
+        let since = self.since.front().copied();
+        self.means.shipped.send_modify(|shipped| shipped.busy_since = since);
     }
 
     /// Whether the open epoch can hold the frame.
@@ -208,33 +279,116 @@ impl Shipper {
             let age = self.writer.clock.monotonic().saturating_sub(open.since);
             // A record that is cut stays within one epoch.
             let fresh = age < KEYSET_LIFE || !frame.chunk.at_boundary;
-            let follows = open.epoch.durable() == frame.chunk.start && *open.epoch.log() == frame.log;
+            let follows = open.epoch.position() == frame.chunk.start && *open.epoch.log() == frame.log;
             fresh && follows && open.session == frame.session
         })
     }
 
     /// Opens an epoch for the frame, as often as it takes: key services and regions come back, and until then the server
     /// keeps its WAL.
-    async fn open_epoch(&self, frame: &Frame) -> Open {
+    async fn open_epoch(&mut self, frame: &Frame) -> Result<Open> {
         let mut pause = FIRST_PAUSE;
         loop {
             let place = (frame.log.clone(), self.kind, frame.chunk.start);
-            match Epoch::open(&self.repository, &self.writer, place, self.level, Arc::clone(&self.out)).await {
-                Ok(epoch) => return Open { epoch, session: frame.session, since: self.writer.clock.monotonic() },
-                Err(error) => {
-                    tracing::warn!(%error, "an epoch cannot be opened; it is tried again");
-                    self.shipped.send_modify(|shipped| shipped.trouble = Some(error.to_string()));
+            let out = Arc::clone(&self.means.out);
+            match Epoch::open(&self.repository, &self.writer, place, self.level, out).await {
+                Ok(mut epoch) => {
+                    self.claim(&mut epoch).await?;
+                    return Ok(Open { epoch, session: frame.session, since: self.writer.clock.monotonic() });
                 }
+                Err(error) => self.tell_closed(&error),
             }
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(LONGEST_PAUSE);
         }
     }
 
+    /// Only stream epochs have one owner at a time.
+    async fn claim(&mut self, epoch: &mut Epoch) -> Result<()> {
+        let mut pause = FIRST_PAUSE;
+        if self.kind != EpochKind::Stream {
+            return Ok(());
+        }
+        loop {
+            match epoch.claim(&self.means.known).await {
+                Ok(()) => return Ok(()),
+                Err(error) if error.kind() == Kind::Unavailable => self.tell_closed(&error),
+                Err(error) => return Err(error),
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    fn tell_closed(&self, error: &Error) {
+        tracing::warn!(%error, "an epoch cannot be opened; it is tried again");
+        self.means.shipped.send_modify(|shipped| shipped.trouble = Some(error.to_string()));
+    }
+
+    /// Waits for what is on its way, and ends the epoch behind it.
     async fn close(&mut self) -> Result<()> {
+        while let Some(landed) = self.flying.next().await {
+            self.landed(landed?).await?;
+        }
         match self.open.take() {
             Some(open) => open.epoch.close().await,
             None => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::repository::fan_out::Patience;
+    use crate::repository::testing::{Fixture, log};
+    use crate::repository::wal_index::BranchId;
+    use crate::repository::wal_reader::BranchLog;
+
+    fn frame(start: u64, end: u64, at_boundary: bool) -> Frame {
+        let marks = Marks { first_record: Some(Lsn(start)), last_record: Some((Lsn(start), Lsn(end))), commits: None };
+        let wal = (start..end).map(|at| at.to_le_bytes()[0]).collect();
+        Frame { log: log(), session: 1, chunk: Chunk { start: Lsn(start), wal, marks, at_boundary } }
+    }
+
+    async fn shipped(handle: &ShipperHandle, means: &Means, frame: Frame) -> EpochId {
+        let end = frame.chunk.marks.last_record.unwrap().1;
+        let room = handle.room(frame.chunk.wal.len()).await.unwrap();
+        handle.ship(frame, room);
+        let mut shipped = means.shipped.subscribe();
+        shipped.wait_for(|shipped| shipped.durable == end).await.unwrap().epoch.clone().unwrap()
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_keyset_is_renewed_after_a_day_and_never_within_a_record() {
+        let fixture = Fixture::memory(3, 2).await;
+        let out = Arc::new(FanOut::new(&fixture.repository.regions, Patience::WAL));
+        let shipped_so_far = Arc::new(watch::channel(Shipped::default()).0);
+        let means = Means { out, shipped: shipped_so_far, book: None, known: Arc::default() };
+        let (repository, writer) = (fixture.repository.clone(), fixture.writer.clone());
+        let handle = Shipper::new(repository, writer, (EpochKind::Stream, 1), means.clone()).start();
+        let first = shipped(&handle, &means, frame(1000, 1040, true)).await;
+        fixture.clock.advance(23 * 3600);
+        assert_eq!(shipped(&handle, &means, frame(1040, 1080, true)).await, first);
+        fixture.clock.advance(2 * 3600);
+        assert_eq!(shipped(&handle, &means, frame(1080, 1120, false)).await, first, "a record is not torn apart");
+        let second = shipped(&handle, &means, frame(1120, 1160, true)).await;
+        assert_ne!(second, first);
+        handle.finish().await.unwrap();
+
+        let branch = BranchId { system_id: log().system_id, timeline: log().timeline, branch: log().branch };
+        let stored = BranchLog::load(&fixture.repository, branch).await;
+        let keysets: BTreeSet<_> = stored.runs.iter().map(|run| run.first.keyset.clone()).collect();
+        assert_eq!((stored.runs.len(), keysets.len()), (2, 2));
+        let mut read = Vec::new();
+        let mut sink = |_, wal: &[u8]| {
+            read.extend_from_slice(wal);
+            Ok(std::ops::ControlFlow::Continue(()))
+        };
+        let range = (Lsn(1000), Lsn(1160));
+        stored.read(&fixture.repository, &fixture.ring, range, &mut sink).await.unwrap();
+        assert_eq!(read, (1000..1160_u64).map(|at| at.to_le_bytes()[0]).collect::<Vec<_>>());
     }
 }

@@ -1,7 +1,8 @@
 //! WAL that leads to no backup that stays.
 //!
 //! WAL goes by whole epochs, which last a day: a hole inside of one would look like damage to every reader. An epoch that
-//! its writer never closed keeps its last frame and its keyset, because whoever wakes up may still append to it.
+//! its writer never closed keeps its last frame and its keyset, because whoever wakes up may still append to it. One that
+//! another owner sealed keeps the SEAL and what is behind it, for the SEAL is all that stops a writer that wakes up.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -13,8 +14,10 @@ use crate::model::{EpochId, Error, KeysetId, Kind, Lsn, Result, SystemId, Target
 use crate::repository::handle::Repository;
 use crate::repository::layout;
 use crate::repository::prune::facts::Facts;
+use crate::repository::tombs;
 use crate::repository::wal_frame::{FrameHeader, FrameKind};
 use crate::repository::wal_index::{BranchId, WalIndex, branches};
+use crate::repository::wal_seal::{Closing, Ending};
 
 /// An epoch of which nobody needs anything any more.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -94,11 +97,14 @@ impl Look<'_> {
                 let error = Error::new(Kind::Unavailable, format!("the WAL of region {region} is not readable"));
                 return Err(error.because(why));
             }
+            let cuts = tombs::cuts(repository, (branch.system_id, branch.timeline, &branch.branch)).await?;
             for (epoch, seqs) in index.epochs() {
+                // Half of an epoch that a sweep left behind looks like one with a hole.
+                let cut = cuts.get(epoch).copied().unwrap_or_default();
                 let (Some((first, _)), Some((last, _))) = (seqs.first_key_value(), seqs.last_key_value()) else {
                     continue;
                 };
-                match self.epoch(repository, &index, (epoch, *first, *last)).await {
+                match self.epoch(repository, &index, (epoch, (*first, *last), cut)).await {
                     Ok((dead, keyset)) => {
                         if dead.as_ref().is_none_or(|dead| dead.keyset.is_none()) {
                             found.alive.insert(keyset);
@@ -136,9 +142,9 @@ impl Look<'_> {
         &self,
         repository: &Repository,
         index: &WalIndex,
-        seqs: (&EpochId, u64, u64),
+        seqs: (&EpochId, (u64, u64), u64),
     ) -> Result<(Option<DeadEpoch>, (TargetName, KeysetId))> {
-        let head = index.header(repository, seqs.0, seqs.1).await?;
+        let head = index.header(repository, seqs.0, seqs.1.0).await?;
         let keyset = (head.target.clone(), head.keyset.clone());
         Ok((self.judge(repository, index, (head, seqs)).await?, keyset))
     }
@@ -147,16 +153,16 @@ impl Look<'_> {
         &self,
         repository: &Repository,
         index: &WalIndex,
-        (head, (epoch, first, last)): (FrameHeader, (&EpochId, u64, u64)),
+        (head, (epoch, (first, last), cut)): (FrameHeader, (&EpochId, (u64, u64), u64)),
     ) -> Result<Option<DeadEpoch>> {
         let mut tail = index.header(repository, epoch, last).await?;
-        let closed = tail.kind != FrameKind::Data;
         if tail.written_at > self.written_before {
             return Ok(None);
         }
-        if tail.kind == FrameKind::Seal && last > first {
+        let earlier = index.epochs().get(epoch).and_then(|seqs| seqs.range(..last).next_back());
+        if let (FrameKind::Seal, Some((seq, _))) = (tail.kind, earlier) {
             // A SEAL was written by another owner and says nothing of the WAL before it.
-            tail = index.header(repository, epoch, last - 1).await?;
+            tail = index.header(repository, epoch, *seq).await?;
         }
         let ruled = self.rules.get(&head.target).filter(|rules| !rules.keep_everything());
         if ruled.is_none() || self.facts.is_held(&head.target) {
@@ -165,7 +171,14 @@ impl Look<'_> {
         if tail.written_at > self.written_before || !self.is_behind((&head, &tail)) {
             return Ok(None);
         }
-        let before = if closed { last + 1 } else { last };
+        let ending = Ending::look(repository, (index, epoch), repository.regions.read_quorum()).await?;
+        let before = match ending.closing {
+            Closing::Ended => last + 1,
+            Closing::Sealed(at) => at,
+            // A SEAL that too few regions hold closes nothing, and the frame before it is the last of the log.
+            Closing::Open(at) => at.saturating_sub(1).min(last),
+        };
+        let before = before.max(cut);
         let branch = index.branch().clone();
         let prefix = layout::wal_epoch(branch.system_id, branch.timeline, &branch.branch, epoch);
         let dead = DeadEpoch {
@@ -174,7 +187,7 @@ impl Look<'_> {
             target: head.target,
             prefix,
             before,
-            keyset: closed.then_some(head.keyset),
+            keyset: (before > last).then_some(head.keyset),
         };
         Ok((before > first).then_some(dead))
     }

@@ -275,7 +275,7 @@ fn another_one(key: &SegmentKey) -> Error {
 
 fn fits(open: &Open, log: &Log, start: Lsn, now: Duration) -> bool {
     let fresh = now.saturating_sub(open.since) < KEYSET_LIFE;
-    fresh && open.epoch.durable() == start && open.epoch.log() == log
+    fresh && open.epoch.position() == start && open.epoch.log() == log
 }
 
 /// What a segment says of itself.

@@ -247,6 +247,7 @@ impl PushDesk {
             regions: Vec::new(),
             epoch: None,
             last_error: None,
+            degraded_to: None,
             pushes: told.pushes,
             heartbeat: None,
             slot: None,

@@ -1,0 +1,142 @@
+//! One owner of a target's WAL at a time, whoever sleeps and wakes; and records that no frame can hold.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use drctl::jobs::wal::{Position, State, control};
+use rustix::process::Signal;
+
+use crate::support::drctl::Drctl;
+use crate::support::ledger::Ledger;
+use crate::support::pg::{Builder, Cluster};
+use crate::support::process;
+use crate::wal::{DIRECTORIES, Rig};
+
+const SOON: Duration = Duration::from_secs(20);
+
+/// Another host: the same regions and server, a state directory of its own.
+struct Elsewhere {
+    config: PathBuf,
+    socket: PathBuf,
+}
+
+impl Elsewhere {
+    fn of(rig: &Rig) -> Self {
+        let config = rig.scratch.join("elsewhere.toml");
+        let text = std::fs::read_to_string(&rig.config).unwrap();
+        std::fs::write(&config, text.replace("state_dir = \"state\"", "state_dir = \"elsewhere\"")).unwrap();
+        Self { config, socket: rig.scratch.join("elsewhere/ledger.sock") }
+    }
+
+    fn stream(&self) -> Drctl {
+        Drctl::new(["wal", "stream", "ledger"]).config(&self.config).expect_log("config file overridden")
+    }
+
+    async fn wait(&self, what: &str, reached: impl Fn(&Position) -> bool) -> Position {
+        let deadline = Instant::now() + SOON;
+        loop {
+            let position = control::position(&self.socket, &"ledger".parse().unwrap()).await.unwrap();
+            match position {
+                Some(position) if reached(&position) => return position,
+                last => assert!(Instant::now() < deadline, "{what}: not within {SOON:?}: {last:?}"),
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
+
+fn quiet(major: u32) -> Builder {
+    Cluster::builder(major).setting("autovacuum", "off").setting("wal_keep_size", "2GB")
+}
+
+#[tokio::test]
+async fn a_receiver_that_slept_is_sealed_out_and_loses_nothing() {
+    let cluster = quiet(17).setting("wal_sender_timeout", "3s").start().await;
+    let rig = Rig::new(&cluster.conninfo()).await;
+    let other = Elsewhere::of(&rig);
+    let ledger = Ledger::start(&cluster, 2).await;
+    let first = rig.stream().expect_log("region").spawn();
+    rig.wait("streaming", SOON, |position| position.state == State::Streaming).await;
+    // A second one stands by: it seals nobody as long as the slot is in use.
+    let second = other.stream().expect_log("region").spawn();
+    other.wait("standing by", |position| position.last_error.as_ref().is_some_and(|why| why.contains("in use"))).await;
+    ledger.wait_for(50).await;
+    let held = rig.wait_durable(cluster.flush_lsn().await).await.durable_lsn;
+
+    // Frames are on their way, in one region each, when the first falls asleep.
+    rig.take_away(&["b", "c"]);
+    let before = rig.objects("a");
+    process::eventually("frames are on their way", SOON, async || rig.objects("a") > before).await;
+    ledger.wait_for(100).await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    process::signal(first.pid(), Signal::STOP);
+    rig.give_back(&["b", "c"]);
+    let position = other.wait("the second streams", |position| position.state == State::Streaming).await;
+    assert!(position.start_lsn.unwrap() > held, "it goes on behind the frames that it adopted: {position:?}");
+    ledger.wait_for(50).await;
+
+    process::signal(first.pid(), Signal::CONT);
+    let finished = first.wait().await.code(5);
+    assert!(finished.stderr.contains("the WAL of ledger was taken over by another writer"), "{finished}");
+    assert!(finished.stderr.contains("one receiver per target"), "{finished}");
+    ledger.wait_for(20).await;
+    ledger.stop().await;
+    let flushed = cluster.flush_lsn().await;
+    other.wait("everything is durable", |position| position.reaches(flushed)).await;
+    second.terminate().await.ok();
+    rig.assert_one_window(flushed).await;
+    assert!(rig.assert_equals_pg_wal(&cluster).await > 10_000);
+    // Started again, the first one goes on where the second ended.
+    let first = rig.stream().spawn();
+    let position = rig.wait("streaming", SOON, |position| position.state == State::Streaming).await;
+    assert!(position.start_lsn.unwrap() >= flushed, "{position:?}");
+    cluster.execute("CREATE TABLE after (n int)").await;
+    let flushed = cluster.flush_lsn().await;
+    rig.wait_durable(flushed).await;
+    first.terminate().await.ok();
+    rig.assert_one_window(flushed).await;
+}
+
+#[tokio::test]
+async fn what_an_absent_region_may_hold_is_given_up_only_by_word() {
+    let cluster = quiet(15).start().await;
+    let regions = format!("degrade = {{ to = 1, after = \"1h\" }}\n{DIRECTORIES}");
+    let rig = Rig::with_regions(&cluster.conninfo(), &regions).await;
+    let stream = rig.stream().spawn();
+    rig.wait("streaming", SOON, |position| position.state == State::Streaming).await;
+    rig.wait_durable(cluster.flush_lsn().await).await;
+    stream.kill9();
+    // One region alone may have been enough for an acknowledgement.
+    let (region, away) = (rig.scratch.join("c"), rig.scratch.join("c.away"));
+    std::fs::rename(&region, &away).unwrap();
+    let refused = rig.drctl(&["wal", "takeover", "ledger"]).expect_log("region").run().await.code(1);
+    assert!(refused.stderr.contains("needs 3 of 3 regions"), "{refused}");
+    let takeover = ["wal", "takeover", "ledger", "--accept-loss", "--json"];
+    let taken = rig.drctl(&takeover).expect_log("region").expect_log("given up").run().await.ok().json();
+    assert_eq!((&taken["sealed"], &taken["given_up"]), (&1.into(), &serde_json::json!(["c"])), "{taken}");
+    let stream = rig.stream().expect_log("region").expect_log("given up").spawn();
+    rig.wait("streaming", SOON, |position| position.state == State::Streaming).await;
+    cluster.execute("CREATE TABLE after (n int)").await;
+    rig.wait_durable(cluster.flush_lsn().await).await;
+    let finished = stream.terminate().await;
+    assert!(matches!(finished.code, Some(0 | 4)), "{finished}");
+    std::fs::rename(&away, &region).unwrap();
+}
+
+/// One record of 40 MiB: three frames, none of which but the last ends with a record.
+#[tokio::test]
+async fn a_record_larger_than_a_frame_is_cut_and_comes_back_whole() {
+    let cluster = quiet(16).start().await;
+    let rig = Rig::new(&cluster.conninfo()).await;
+    let stream = rig.stream().spawn();
+    rig.wait("streaming", SOON, |position| position.state == State::Streaming).await;
+    let before = rig.wait_durable(cluster.flush_lsn().await).await.durable_lsn;
+    cluster.execute("SELECT pg_logical_emit_message(false, 'giant', repeat('x', 40 * 1024 * 1024))").await;
+    cluster.execute("CREATE TABLE behind (n int)").await;
+    let flushed = cluster.flush_lsn().await;
+    assert!(flushed.0 - before.0 > 40 << 20);
+    rig.wait_durable(flushed).await;
+    stream.kill9();
+    rig.assert_one_window(flushed).await;
+    assert_eq!(rig.stored_wal(&cluster, (before, flushed)).await, rig.server_wal(&cluster, (before, flushed)));
+}

@@ -232,6 +232,9 @@ fn distinct(copies: &[(RegionName, Wrap)]) -> Vec<Wrap> {
     wraps
 }
 
+/// A keyset's secrets, and by whom they were opened.
+type OpenedBy = (Arc<Keyset>, String);
+
 /// Opens keysets once and keeps them for the job.
 #[derive(Debug)]
 pub struct KeyRing {
@@ -240,7 +243,7 @@ pub struct KeyRing {
     openers: Vec<Arc<dyn KeyOpener>>,
     /// Holders whose wraps are not used.
     lost: BTreeSet<HolderId>,
-    opened: Mutex<BTreeMap<KeysetId, Arc<OnceCell<(Arc<Keyset>, String)>>>>,
+    opened: Mutex<BTreeMap<KeysetId, Arc<OnceCell<OpenedBy>>>>,
 }
 
 /// Keysets that are opened at the same time.
@@ -281,7 +284,7 @@ impl KeyRing {
     ///
     /// # Errors
     /// As [`open`](Self::open).
-    pub async fn open_by(&self, target: &TargetName, id: &KeysetId) -> Result<(Arc<Keyset>, String)> {
+    pub async fn open_by(&self, target: &TargetName, id: &KeysetId) -> Result<OpenedBy> {
         let cell = {
             let mut opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
             Arc::clone(opened.entry(id.clone()).or_default())
@@ -302,7 +305,7 @@ impl KeyRing {
     ///
     /// # Errors
     /// As [`open`](Self::open).
-    pub async fn try_open(&self, target: &TargetName, id: &KeysetId) -> Result<(Arc<Keyset>, String)> {
+    pub async fn try_open(&self, target: &TargetName, id: &KeysetId) -> Result<OpenedBy> {
         let (context, mut wraps) = wraps(&self.regions, &self.repository, target, id).await?;
         wraps.retain(|wrap| !self.lost.contains(&wrap.holder));
         let mut opened = open_any(&self.openers, &context, &wraps, HOLDER_DEADLINE).await;

@@ -273,6 +273,20 @@ impl Regions {
         join_all(puts).await.into_iter().collect()
     }
 
+    /// Makes connections to every region, for whoever is about to ask for much at the same time: over a long way each new one
+    /// costs two or three requests' time.
+    pub async fn connect(&self, connections: usize) {
+        let heads = |region: &Region| {
+            let store = Arc::clone(&region.store);
+            (0..connections).map(move |_| {
+                let store = Arc::clone(&store);
+                async move { store.head(layout::REPOSITORY).await.is_ok() }
+            })
+        };
+        let answered = join_all(self.list.iter().flat_map(heads)).await;
+        tracing::debug!(answered = answered.into_iter().filter(|answered| *answered).count(), "connected");
+    }
+
     /// Asks every region what it can, so that the first put does not wait for it. One that does not answer is asked again then.
     pub async fn probe(&self) {
         let probes = self.list.iter().map(|region| region.store.probe());

@@ -134,7 +134,7 @@ impl FromStr for TablespaceMove {
 pub async fn run(args: Args, session: &Session) -> Result<Exit> {
     let (settings, world) = (session.settings()?, World::real());
     world.courier.serve(app::willing_notifiers(&settings));
-    let mut context = app::context(&settings, Role::Restore, &world).await?;
+    let mut context = app::restore_context(&settings, &world).await?;
     // The regions are asked only if the configuration does not say it already: one that hangs would be paid for twice.
     let (is_of_streams, known) = match jobs::restore_streams::is_one(&context, &args.what) {
         Some(is_of_streams) => (is_of_streams, None),

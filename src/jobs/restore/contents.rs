@@ -43,33 +43,37 @@ impl Contents {
         repository: &Repository,
         (commit, request): (&Commit, &Request),
     ) -> Result<Self> {
-        let (inventory, held, opened) = tokio::join!(
-            catalog::inventory(repository, commit),
-            catalog::held_everywhere(repository, &commit.target),
-            context.ring.open_by(&commit.target, &commit.keyset)
-        );
-        let (inventory, opened_by) = (inventory?, opened.map(|(_, by)| by));
-        let state = |(name, held): (_, Held)| {
-            let debt = held.debt(commit, &inventory);
-            RegionState { name, missing: debt.missing.len() + debt.damaged.len(), unreadable: debt.unreadable }
-        };
-        let regions = held.into_iter().map(state).collect();
         let mut survey = Survey::new(request);
         let look = |line: &Line| {
             if request.delta {
                 survey.see(line)
             }
         };
-        let others = catalog::keysets(commit, &inventory).into_iter().filter(|keyset| *keyset != commit.keyset);
-        let others = others.map(|keyset| (commit.target.clone(), keyset)).collect();
-        let outline = async {
-            match &opened_by {
-                Ok(_) => read_outline(repository, &context.ring, (commit, &inventory), look).await.map(Some),
-                Err(error) if matches!(error.kind(), Kind::NoKey | Kind::Unavailable) => Ok(None),
-                Err(error) => Err(Error::damaged(format!("no key opens {}", commit.id)).because(error)),
-            }
+        let contents = async {
+            let inventory = catalog::inventory(repository, commit).await?;
+            let others = catalog::keysets(commit, &inventory).into_iter().filter(|keyset| *keyset != commit.keyset);
+            let others = others.map(|keyset| (commit.target.clone(), keyset)).collect();
+            let (outline, others) = tokio::join!(
+                read_outline(repository, &context.ring, (commit, &inventory), look),
+                context.ring.open_all(others)
+            );
+            Ok::<_, Error>((inventory, outline, others))
         };
-        let (outline, others) = tokio::join!(outline, context.ring.open_all(others));
+        let (contents, held, opened) = tokio::join!(
+            contents,
+            catalog::held_everywhere(repository, &commit.target),
+            context.ring.open_by(&commit.target, &commit.keyset)
+        );
+        let ((inventory, outline, others), opened_by) = (contents?, opened.map(|(_, by)| by));
+        let state = |(name, held): (_, Held)| {
+            let debt = held.debt(commit, &inventory);
+            RegionState { name, missing: debt.missing.len() + debt.damaged.len(), unreadable: debt.unreadable }
+        };
+        let regions = held.into_iter().map(state).collect();
+        let outline = match outline {
+            Err(error) if opened_by.is_err() && matches!(error.kind(), Kind::NoKey | Kind::Unavailable) => Ok(None),
+            outline => outline.map(Some),
+        };
         let (outline, parts) = outline?.unzip();
         let unopened = others.into_iter().filter_map(|(_, opened)| opened.err()).collect();
         let parts = parts.unwrap_or_default();

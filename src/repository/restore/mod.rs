@@ -31,6 +31,7 @@ mod parts;
 mod places;
 mod reuse;
 pub mod streams;
+mod sums;
 mod window;
 
 pub use file::WrittenFile;

@@ -288,7 +288,7 @@ mod tests {
 
     /// A copy of one of them.
     fn copy(of: &Candidate, number: usize, proven: bool) -> Candidate {
-        let copy = Some(CopyOf { backup: of.id.clone(), at: of.at + TimeDelta::days(number as i64) });
+        let copy = Some(CopyOf { backup: of.id.clone(), at: of.at + TimeDelta::days(i64::try_from(number).unwrap()) });
         Candidate { copy, ..candidate(number, of.at, proven, false) }
     }
 

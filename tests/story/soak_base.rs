@@ -169,7 +169,11 @@ impl Soak {
         }
     }
 
+    /// There are few of them at a time: each costs every restore a check of its catalogs.
     async fn create_database(&mut self) {
+        if self.databases.len() >= 3 {
+            self.drop_database().await;
+        }
         let name = self.name("d");
         let strategy = if self.chance.random_bool(0.5) { "file_copy" } else { "wal_log" };
         self.sql(&format!("CREATE DATABASE {name} STRATEGY {strategy}")).await;

@@ -202,6 +202,19 @@ async fn killed_anywhere_it_leaves_what_was_there() {
     assert!(kills > 2, "{kills}");
 }
 
+/// Whoever may write could say of any backup that it is a copy; what contradicts its original takes nobody's place.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_copy_is_of_the_moment_of_its_original_or_of_its_own() {
+    let (mut scene, kept) = fragmented().await;
+    scene.compact().await;
+    let commits = scene.commits().await;
+    let all: Vec<_> = commits.iter().collect();
+    let copy = commits.iter().find(|commit| commit.copy.is_some()).unwrap();
+    assert_eq!(catalog::copy_among(copy, &all).map(|copy| copy.backup), Some(kept));
+    let forged = Commit { size_bytes: copy.size_bytes + 1, ..copy.clone() };
+    assert_eq!(catalog::copy_among(&forged, &all), None);
+}
+
 /// A pack that no region holds as it was is not copied: what would be copied could be anything.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_rotten_is_not_copied() {

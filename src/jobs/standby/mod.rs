@@ -1,5 +1,5 @@
 //! A standby that recovers all the time from what the regions hold: its data directory is restored from a backup, and a
-//! [feed](crate::jobs::feed) of this process gives its server WAL as it is stored. Whoever kills that process stops nothing
+//! [feed] of this process gives its server WAL as it is stored. Whoever kills that process stops nothing
 //! but the feed: the server waits, and the next `start` goes on.
 
 use std::collections::BTreeMap;

@@ -38,7 +38,7 @@ async fn what_is_restored_from_bundles_alone_is_what_was_written() {
     const COMMITS: usize = 40;
     let cluster = Cluster::builder(MAJOR).setting("autovacuum", "off").start().await;
     let more = "heartbeat = false\nship_interval = \"20ms\"\n[targets.ledger.retention]\nkeep_last = 5\n\
-                [prune]\ngrace = \"1s\"\n";
+                [prune]\ngrace = \"1s\"\nshort_grace = true\n";
     let rig = Rig::with_more(&cluster.conninfo(), DIRECTORIES, more).await;
     let stream = rig.stream().spawn();
     rig.wait("streaming", SOON, |position| position.state == State::Streaming).await;

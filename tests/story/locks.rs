@@ -46,7 +46,7 @@ impl Locked {
         ];
         let regions: String = ["alpha", "beta"].into_iter().zip(&locked.buckets).zip(more).map(region).collect();
         let text = format!(
-            "[repository]\nstate_dir = \"{}\"\nmin_wraps = 1\n[prune]\ngrace = \"1s\"\n{regions}\
+            "[repository]\nstate_dir = \"{}\"\nmin_wraps = 1\n[prune]\ngrace = \"1s\"\nshort_grace = true\n{regions}\
              [keys.recovery]\nage = \"{recipient}\"\n{}",
             locked.scratch.join("state").display(),
             target(&locked.scratch)

@@ -118,7 +118,8 @@ impl Status {
             () if why.is_some() => State::InDoubt,
             () if position.replayed.is_none() => State::Starting,
             () if lag_seconds.is_some_and(|seconds| seconds > BEHIND) => State::CatchingUp,
-            () if position.connected => State::Following,
+            // It may be connected before its pid is known.
+            () if position.connected && server.pid.is_some() => State::Following,
             () => State::Starting,
         };
         Self {

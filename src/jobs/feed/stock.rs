@@ -63,7 +63,9 @@ pub struct End {
 impl Shelf {
     pub(super) async fn load(context: &Context, branch: BranchId) -> Result<Self> {
         let contradictions = contradictions(context, &branch).await?;
-        let log = BranchLog::load(&context.repository, branch).await;
+        let mut log = BranchLog::load(&context.repository, branch).await;
+        // With commit times, which nobody needs who only reads: the end tells its last commit.
+        (log.runs, log.damaged) = log.index.runs(&context.repository, None).await;
         Ok(Self { log, contradictions })
     }
 

@@ -350,16 +350,18 @@ impl Lane {
     ) -> Delivery {
         let seen = at_quorum.clone();
         let work = self.until_stored(object, &seen, patience);
-        // Left behind: the quorum holds the object, and this region has had its extra time. When the put itself is
-        // given up, the sender is dropped and the error of `changed` ends the wait just as well.
+        // Left behind: the quorum holds the object, and this region has had its extra time. When the put itself is given
+        // up, its sender is dropped: nobody waits for the object any more, and no region is to blame.
         let laggard = async {
-            if at_quorum.wait_for(|reached| *reached).await.is_ok() {
+            let held = at_quorum.wait_for(|reached| *reached).await.is_ok();
+            if held {
                 tokio::time::sleep(extra).await;
             }
+            held
         };
         tokio::select! {
             delivery = work => delivery,
-            () = laggard => self.owe("it lags behind the others", patience),
+            held = laggard => if held { self.owe("it lags behind the others", patience) } else { self.miss() },
             _ = cancelled.wait_for(|cancelled| *cancelled) => self.owe("the job ended first", patience),
         }
     }
@@ -381,9 +383,7 @@ impl Lane {
                 StoreError::Conflict { .. } => return Delivery::Fatal(error.into()),
                 // A job that ends does not wait until somebody frees space.
                 ref error if (!error.is_transient() || error.is_full()) && patience.quorum.is_some() => {
-                    self.leave_behind(&error.to_string(), patience);
-                    self.missing.fetch_add(1, Ordering::Relaxed);
-                    return Delivery::LeftBehind;
+                    return self.owe(&error.to_string(), patience);
                 }
                 ref error if *at_quorum.borrow() && self.behind.load(Ordering::Relaxed) => {
                     return self.owe(&error.to_string(), patience);
@@ -421,6 +421,10 @@ impl Lane {
 
     fn owe(&self, reason: &str, patience: Patience) -> Delivery {
         self.leave_behind(reason, patience);
+        self.miss()
+    }
+
+    fn miss(&self) -> Delivery {
         self.missing.fetch_add(1, Ordering::Relaxed);
         Delivery::LeftBehind
     }

@@ -195,6 +195,22 @@ async fn nothing_is_acknowledged_below_the_quorum() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_write_that_is_given_up_leaves_no_region_behind() {
+    let fixture = Fixture::memory(2, 2).await;
+    fixture.stores[1].set(Fault::Slow(Duration::from_secs(5)));
+    let out = FanOut::new(&fixture.repository.regions, Patience::BACKUP);
+    let (body, digest) = object(b"given up");
+    let given_up = tokio::time::timeout(Duration::from_secs(1), out.put("packs/1".into(), body, digest)).await;
+    assert!(given_up.is_err(), "{given_up:?}");
+    fixture.stores[1].set(Fault::Slow(Duration::from_secs(20)));
+    let (body, digest) = object(b"pack");
+    out.put("packs/2".into(), body, digest).await.unwrap();
+    let outcomes = out.drain().await;
+    assert!(outcomes.iter().all(|region| region.last_error.is_none()), "{outcomes:?}");
+    assert_eq!(outcomes[1].missing_objects, 1);
+}
+
+#[tokio::test(start_paused = true)]
 async fn other_bytes_under_a_name_stop_the_writer() {
     let fixture = Fixture::memory(3, 2).await;
     fixture.stores[2].damage("packs/1", b"another".to_vec()).await;

@@ -3,7 +3,10 @@
 
 use std::ffi::OsString;
 use std::path::Path;
+use std::pin::pin;
 use std::sync::Arc;
+
+use futures::future::{Either, select};
 
 use crate::codec::random::SystemRng;
 use crate::config::{Drill, Settings};
@@ -18,6 +21,7 @@ use crate::observe::progress::Progress;
 use crate::pg::instance::beside;
 use crate::repository::handle::{Repository, Writer};
 use crate::repository::keysets::KeyRing;
+use crate::repository::regions::Regions;
 
 mod away;
 mod keys;
@@ -78,6 +82,10 @@ impl World {
 /// The settings do not fit together, or no region answers. A region or key holder that is down is not an error here.
 pub async fn context(settings: &Settings, role: Role, world: &World) -> Result<Context> {
     let regions = regions(settings, role, world).await?;
+    open(settings, regions, role, world).await
+}
+
+async fn open(settings: &Settings, regions: Regions, role: Role, world: &World) -> Result<Context> {
     let listed = settings.repository.signers.iter().cloned().collect();
     let repository = Repository::open(regions, listed).await.during(|| "open the repository")?;
     away::remember(&settings.repository.state_dir, &repository.id);
@@ -86,6 +94,24 @@ pub async fn context(settings: &Settings, role: Role, world: &World) -> Result<C
         Role::Restore => None,
     };
     assemble(settings, repository, writer, world)
+}
+
+/// Connections that a restore makes while the repository is opened.
+const CONNECTIONS: usize = 8;
+
+/// The same for a restore, which is going to ask every region for much at the same time.
+///
+/// # Errors
+/// As [`context`].
+pub async fn restore_context(settings: &Settings, world: &World) -> Result<Context> {
+    let regions = regions(settings, Role::Restore, world).await?;
+    let connecting = regions.clone();
+    let opening = pin!(open(settings, regions, Role::Restore, world));
+    // What is opened does not wait for connections.
+    match select(opening, pin!(connecting.connect(CONNECTIONS))).await {
+        Either::Left((opened, _)) => opened,
+        Either::Right(((), opening)) => opening.await,
+    }
 }
 
 fn assemble(settings: &Settings, repository: Repository, writer: Option<Writer>, world: &World) -> Result<Context> {
@@ -137,8 +163,10 @@ pub async fn subject(settings: &Settings, world: &World) -> Result<Subject> {
         secret_files: settings.secrets().filter_map(|secret| secret.file()).map(Path::to_owned).collect(),
         targets: targets(settings)?,
         streamed: streamed(settings)?,
+        retention: settings.targets.iter().filter_map(rules).collect(),
         state_dir: settings.repository.state_dir.clone(),
         scratch: scratch_place(settings),
+        progress: Progress::new(Arc::clone(&world.clock)),
         clock: Arc::clone(&world.clock),
         rng: Arc::clone(&world.rng),
     })

@@ -397,21 +397,28 @@ class Wal:
         self.region, self.prefix = region, "wal/%s/%s" % (system, branch)
         self.logical = "%s/%s" % (system, branch)
         self.timeline = int(branch[:8], 16)
-        self.runs = []
+        self.runs, self.bundles, self.bundle = [], {}, (None, b"")
         for epoch in region.names(self.prefix):
             self.read_epoch(epoch)
 
     def read_epoch(self, epoch):
-        run = []
+        run, numbers = [], set()
         for name in self.region.names("%s/%s" % (self.prefix, epoch)):
+            first, _, last = name.partition("-")
+            if not (first + last).isdigit():
+                continue
+            if last:
+                self.bundles.setdefault(epoch, []).append((int(first), int(last)))
+            numbers.update(range(int(first), int(last or first) + 1))
+        for number in sorted(numbers):
             try:
-                header = self.frame(epoch, int(name))[0]
-            except (Damaged, OSError, ValueError) as error:
-                say("left out: WAL frame %s/%s: %s" % (epoch, name, error))
+                header = self.frame(epoch, number)[0]
+            except (Damaged, OSError, ValueError, struct.error) as error:
+                say("left out: WAL frame %s/%010d: %s" % (epoch, number, error))
                 continue
             if header["kind"] != "data":
                 continue
-            if run and int(name) != run[-1]["place"]["seq"] + 1:
+            if run and number != run[-1]["place"]["seq"] + 1:
                 self.runs.append(run)
                 run = []
             run.append(header)
@@ -420,7 +427,25 @@ class Wal:
 
     def frame(self, epoch, seq):
         """The header and the sealed body; the body's digest stands in the signed header."""
-        data = self.region.read("%s/%s/%010d" % (self.prefix, epoch, seq))
+        try:
+            return self.check(self.region.read("%s/%s/%010d" % (self.prefix, epoch, seq)), epoch, seq)
+        except (Damaged, OSError, ValueError, struct.error):
+            for first, last in self.bundles.get(epoch, []):
+                if first <= seq <= last:
+                    return self.check(self.bundled(epoch, first, last, seq), epoch, seq)
+            raise
+
+    def bundled(self, epoch, first, last, seq):
+        """A frame out of a bundle, which is frames back to back behind the list of their lengths."""
+        name = "%s/%s/%010d-%010d" % (self.prefix, epoch, first, last)
+        if self.bundle[0] != name:
+            self.bundle = (name, self.region.read(name))
+        data, count = self.bundle[1], last - first + 1
+        lengths = struct.unpack_from("<%dI" % count, data, 12)
+        start = 12 + 4 * count + sum(lengths[: seq - first])
+        return data[start : start + lengths[seq - first]]
+
+    def check(self, data, epoch, seq):
         (length,) = struct.unpack("<I", data[8:12])
         head, signature, body = data[12 : 12 + length], data[12 + length : 76 + length], data[76 + length :]
         header = json.loads(head)

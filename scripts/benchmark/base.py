@@ -70,10 +70,11 @@ class Bench:
             all_of_them["WAL-RUS one"] = WalRus(self.place("walrus"), self.cluster, on("a"))
         return all_of_them
 
-    def fulls(self):
-        """Costs of full backups by contestant, and the contestants of the last round with their backups."""
+    def fulls(self, counts):
+        """Costs of full backups by contestant, and the contestants of the last round with their backups. Where they do not
+        count, one round makes what is restored."""
         costs, who = {}, {}
-        for turn in range(self.options.rounds + 1):
+        for turn in range(self.options.rounds + 1 if counts else 1):
             say(f"full backups, round {turn} of {self.options.rounds}" if turn else "full backups, warming the cache")
             for side in "ab":
                 shutil.rmtree(self.scratch / f"region-{side}", ignore_errors=True)
@@ -104,18 +105,30 @@ class Bench:
         return costs
 
 
+# The parts that `--only` chooses from, in their order.
+PARTS = ("full", "restore", "far", "incremental", "wal", "growth")
+
+
 def base(scratch, binary, options):
-    """All rows."""
+    """All rows, or those of the parts that were asked for."""
+    wanted = options.only or PARTS
     with Bench(scratch, binary, options) as bench:
-        backups, who = bench.fulls()
-        yield from full_rows(bench, backups)
-        # Restores of the peers to a bucket and of drctl to two are the same work as to one.
-        who.pop("drctl two")
-        restores = bench.restores(who, max(options.rounds, RESTORE_ROUNDS))
-        yield from restore_rows(bench, restores)
-        yield from far_away(bench, who["drctl one"])
-        yield from incrementals(bench)
-        yield from growth.rows(bench)
+        if {"full", "restore", "far"} & set(wanted):
+            backups, who = bench.fulls("full" in wanted)
+            if "full" in wanted:
+                yield from full_rows(bench, backups)
+            # Restores of the peers to a bucket and of drctl to two are the same work as to one.
+            who.pop("drctl two", None)
+            if "restore" in wanted:
+                yield from restore_rows(bench, bench.restores(who, max(options.rounds, RESTORE_ROUNDS)))
+            if "far" in wanted:
+                yield from far_away(bench, who["drctl one"])
+        if "incremental" in wanted:
+            yield from incrementals(bench)
+        if "wal" in wanted:
+            yield from by_wal(bench)
+        if "growth" in wanted:
+            yield from growth.rows(bench)
 
 
 def full_rows(bench, costs):
@@ -189,6 +202,33 @@ def incrementals(bench):
     total = lambda costs: sum(cost.stored_bytes for cost in costs) if costs else None
     work = bench.work(f"{count} incrementals, each after {TRANSACTIONS} transactions")
     yield row(work, "stored_bytes", total(mine), ("pgBackRest", total(theirs)), 0.5)
+
+
+def by_wal(bench):
+    """The same with the changed pages known from the WAL that a running receiver saw."""
+    ours = Drctl(bench.binary, bench.place("drctl-w"), bench.cluster, {"a": bench.place("wal-region")}, "wal")
+    peer = None
+    if PgBackRest.NAME not in bench.absent:
+        peer = PgBackRest(bench.place("pgbr-w"), bench.cluster, bench.place("pgbr-w-repo"))
+        bench.settle()
+        peer.backup()
+    mine, theirs, reads = [], [], []
+    with ours.streaming():
+        ours.backup()
+        for turn in range(max(3, bench.options.rounds)):
+            say(f"incremental by WAL {turn + 1}")
+            bench.cluster.transactions(TRANSACTIONS, seed=2000 + turn)
+            mine.append(ours.backup())
+            report = json.loads(mine[-1].output)
+            if report["detection"]["by"] != "wal":
+                raise SystemExit(f"scripts/bench: changes were not found by WAL: {report['detection']['because']}")
+            reads.append((report["pages"]["read"], report["pages"]["changed"] + bench.cluster.always_whole()))
+            if peer:
+                theirs.append(peer.backup("incr"))
+    work = bench.work(f"incremental after {TRANSACTIONS} transactions, changes known from WAL")
+    yield from compare(work, mine, ("pgBackRest", theirs), {"wall_seconds": 0.5, "cpu_seconds": 0.5})
+    read, least = sorted(reads, key=lambda one: one[0] / one[1])[len(reads) // 2]
+    yield row(work, "pages_read", read, ("changed, always whole", least), 1.2)
 
 
 def middle_of(reports, figure):

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import pwd
+import re
 import shutil
 import signal
 import subprocess
@@ -89,6 +90,15 @@ class Cluster:
         """Uniform pgbench transactions, the same ones for the same seed."""
         self.pgbench("-c", "1", "-t", str(count), f"--random-seed={seed}")
         self.sql("CHECKPOINT")
+
+    def always_whole(self):
+        """Pages of the files that every backup reads from end to end: all but the main forks of relations."""
+        main = re.compile(r"(base/\d+|global|pg_tblspc/.*)/\d+(\.\d+)?")
+        left_out = re.compile(r"(log|pg_dynshmem|pg_notify|pg_replslot|pg_serial|pg_snapshots|pg_stat_tmp|pg_subtrans|pg_wal)/"
+                              r"|postmaster\.(pid|opts)$|.*pg_internal\.init$")
+        names = ((path.relative_to(self.data).as_posix(), path) for path in self.data.rglob("*") if path.is_file())
+        sizes = (path.stat().st_size for name, path in names if not main.fullmatch(name) and not left_out.match(name))
+        return sum(-(-size // 8192) for size in sizes)
 
     def close(self):
         # The server is the leader of its session; runuser between us and it passes no signal on.

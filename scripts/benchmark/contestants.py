@@ -1,5 +1,6 @@
 """drctl and its peers: how each of them backs up and restores the same cluster."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -7,6 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import time
 
 from . import bed as servers
 from .cluster import PG_BIN
@@ -16,8 +18,8 @@ from .run import bare_environment, measured, run, size_below
 class Drctl:
     """One repository in the given regions, each a directory or a side of the bed."""
 
-    def __init__(self, binary, place, cluster, regions):
-        """`regions`: name → a directory, or (bed, side)."""
+    def __init__(self, binary, place, cluster, regions, detection="read"):
+        """`regions`: name → a directory, or (bed, side). `detection`: how changed pages are found."""
         self.binary, self.place, self.cluster, self.regions, self.buckets = binary, place, cluster, regions, {}
         place.mkdir()
         keys = run([binary, "init", "--recovery-key", place / "recovery.age"])
@@ -25,6 +27,7 @@ class Drctl:
         text += "".join(self.region(name, at) for name, at in regions.items())
         text += f'[keys.recovery]\nage = "{re.search("age1[0-9a-z]+", keys)[0]}"\nidentity = "file:recovery.age"\n'
         text += f'[targets.bench]\nsource = "postgres"\nmethod = "local"\nconninfo = "{cluster.conninfo}"\n'
+        text += f'detection = "{detection}"\n'
         (place / "drctl.toml").write_text(text, encoding="utf-8")
         beds = [at[0] for at in regions.values() if isinstance(at, tuple)]
         self.environment = bare_environment(**(beds[0].credentials() if beds else {}),
@@ -54,6 +57,24 @@ class Drctl:
         cost = measured(self.command("backup", "bench", "--fast", "--json", *options), self.environment)
         cost.stored_bytes = self.stored() - before
         return cost
+
+    @contextlib.contextmanager
+    def streaming(self):
+        """A receiver of the cluster's WAL runs beside what is done in the block."""
+        receiver = subprocess.Popen([str(word) for word in self.command("wal", "stream", "bench")], cwd="/",
+                                    env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            deadline = time.monotonic() + 30
+            while not self.cluster.sql("SELECT 1 FROM pg_stat_replication WHERE state = 'streaming'"):
+                if receiver.poll() is not None or time.monotonic() > deadline:
+                    raise SystemExit("scripts/bench: drctl wal stream does not stream")
+                time.sleep(0.1)
+            yield
+        finally:
+            receiver.terminate()
+            receiver.wait(30)
+            # The slot that it leaves would keep all WAL from here on.
+            self.cluster.sql("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE NOT active")
 
     def restore(self, directory):
         """Exactly the command that the plan prints, as a person would run it; it plans once more."""

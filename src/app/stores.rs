@@ -3,14 +3,17 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use chrono::TimeDelta;
+
 use crate::app::{Role, World};
-use crate::config::{AwsAccess, Checksum, Region as RegionSettings, S3Settings, Settings, Store};
+use crate::config::{AwsAccess, Checksum, LockMode, Region as RegionSettings, S3Settings, Settings, Store};
 use crate::model::{Error, RegionName, Result, ResultExt};
 use crate::repository::handle::RegionRecord;
+use crate::repository::lock_rule::Rule;
 use crate::repository::regions::{Region, Regions};
 use crate::store::absent::AbsentStore;
 use crate::store::dir::DirStore;
-use crate::store::s3::{S3Checksum, S3Credentials, S3Options, S3Store};
+use crate::store::s3::{S3Checksum, S3Credentials, S3LockMode, S3Options, S3Store};
 use crate::store::wrap::meter::Meter;
 use crate::store::wrap::retry::{Retry, RetryPolicy};
 use crate::store::{ObjectStore, StoreError};
@@ -40,7 +43,14 @@ pub async fn region(settings: &Settings, region: &RegionSettings, role: Role, wo
         Ok(store) => stacked(store, (&region.name, settings.regions.len()), world),
         Err(error) => Arc::new(AbsentStore::new(region.place().to_string(), &error)),
     };
-    Ok(Region { name: region.name.clone(), store })
+    Ok(Region { name: region.name.clone(), store, lock: lock(region, world) })
+}
+
+/// How long a region locks what is written to it.
+pub(super) fn lock(region: &RegionSettings, world: &World) -> Option<Rule> {
+    let Store::S3(s3) = &region.store else { return None };
+    let keep = TimeDelta::from_std(s3.lock?.keep).unwrap_or(TimeDelta::MAX);
+    Some(Rule { keep, clock: Arc::clone(&world.clock) })
 }
 
 /// The wrappers around a store, in their order.
@@ -124,6 +134,10 @@ pub(super) fn s3_options(s3: &S3Settings, role: Role) -> Result<S3Options> {
         checksum,
         attempt_timeout: s3.timeout,
         single_writer: s3.single_writer,
+        lock_mode: match s3.lock.map(|lock| lock.mode) {
+            None | Some(LockMode::Compliance) => S3LockMode::Compliance,
+            Some(LockMode::Governance) => S3LockMode::Governance,
+        },
         ..S3Options::new(s3.bucket.bucket.clone())
     })
 }

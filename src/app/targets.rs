@@ -90,8 +90,8 @@ pub(super) fn cluster(target: &TargetSettings, pg: &PostgresTarget) -> Result<Ta
         }),
     };
     let on_pressure = pg.on_pressure.as_ref().map(|policy| match policy {
-        OnPressure::Keep => "keep".to_owned(),
-        OnPressure::DropSlot => "drop-slot".to_owned(),
+        OnPressure::Keep => jobs::OnPressure::Keep,
+        OnPressure::DropSlot => jobs::OnPressure::DropSlot,
     });
     Ok(Target {
         name: target.name.clone(),
@@ -106,7 +106,9 @@ pub(super) fn cluster(target: &TargetSettings, pg: &PostgresTarget) -> Result<Ta
         ship_interval: pg.ship_interval,
         max_read_rate: pg.max_read_rate,
         on_pressure,
+        pressure_percent: pg.pressure_percent,
         wal_disk_bytes: pg.wal_disk_bytes,
+        standby_slots: pg.standby_slots,
         stream: pg.stream,
         heartbeat: pg.heartbeat,
         sync: pg.sync,

@@ -36,8 +36,8 @@ pub use schedules::{Mistake, Mistakes, load_schedules};
 pub use secret::{Secret, SecretText};
 pub use settings::{
     AwsAccess, Checksum, CompressionLevels, Credentials, Degrade, Detection, DumpTarget, FilesTarget, KmsEndpoint,
-    KmsKey, Method, Objectives, OfflineKey, OnPressure, Openers, PostgresTarget, Region, Repository, S3Settings,
-    Schedules, Settings, Source, Store, Target,
+    KmsKey, LockMode, Method, ObjectLock, Objectives, OfflineKey, OnPressure, Openers, PostgresTarget, Region,
+    Repository, S3Settings, Schedules, Settings, Source, Store, Target,
 };
 
 #[cfg(test)]
@@ -112,6 +112,7 @@ mod tests {
             "repository.degrade",
             "repository.compression_level",
             "regions.NAME",
+            "regions.NAME.lock",
             "regions.NAME.kms",
             "regions.NAME.credentials",
             "regions.NAME.credentials.write",

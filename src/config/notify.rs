@@ -111,6 +111,8 @@ pub enum Occasion {
     Drills,
     /// WAL is missing.
     Gaps,
+    /// The replication slot fills the server's disk.
+    Slots,
     /// A region does not answer for long.
     Regions,
     /// The state directory cannot be written.
@@ -118,13 +120,14 @@ pub enum Occasion {
 }
 
 impl Occasion {
-    const ALL: [Self; 5] = [Self::Runs, Self::Drills, Self::Gaps, Self::Regions, Self::State];
+    const ALL: [Self; 6] = [Self::Runs, Self::Drills, Self::Gaps, Self::Slots, Self::Regions, Self::State];
 
     const fn word(self) -> &'static str {
         match self {
             Self::Runs => "runs",
             Self::Drills => "drills",
             Self::Gaps => "gaps",
+            Self::Slots => "slots",
             Self::Regions => "regions",
             Self::State => "state",
         }

@@ -5,7 +5,10 @@ use std::time::Duration;
 
 use crate::config::file::Section;
 use crate::config::place::Place;
-use crate::config::settings::{AwsAccess, Checksum, Credentials, KmsKey, Region, S3Settings, Store};
+use crate::config::settings::{
+    AwsAccess, Checksum, Credentials, KmsKey, LockMode, ObjectLock, Region, S3Settings, Store,
+};
+use crate::config::units;
 use crate::model::{Error, RegionName, Result};
 
 /// An object of 16 MiB passes within it at 7 Mbit/s.
@@ -23,6 +26,8 @@ pub(super) fn region(name: &str, section: &Section<'_>, directory: &Path) -> Res
         &[("when-supported", Checksum::WhenSupported), ("when-required", Checksum::WhenRequired)],
     )?;
     let timeout = section.interval("timeout")?;
+    let locks = section.section("lock")?;
+    let lock = object_lock(&locks)?;
     let roles = section.section("credentials")?;
     let credentials = credentials(&roles)?;
     let kms = kms(&section.section("kms")?, aws_region.as_deref())?;
@@ -37,9 +42,15 @@ pub(super) fn region(name: &str, section: &Section<'_>, directory: &Path) -> Res
             single_writer: single_writer.unwrap_or(false),
             checksum: checksum.unwrap_or(Checksum::WhenSupported),
             timeout: timeout.unwrap_or(DEFAULT_TIMEOUT),
+            lock,
             credentials,
         })),
         Place::Directory(path) => {
+            if locks.is_present() {
+                let error = Error::usage("a directory locks nothing: whoever may write to it may delete in it");
+                let hint = "lock a region in a bucket with Object Lock; see docs/retention.md";
+                return Err(section.wrong("lock", &error.hint(hint)));
+            }
             let meaningless = [
                 ("endpoint", endpoint.is_some()),
                 ("aws_region", aws_region.is_some()),
@@ -56,6 +67,27 @@ pub(super) fn region(name: &str, section: &Section<'_>, directory: &Path) -> Res
         }
     };
     Ok(Region { name, store, kms })
+}
+
+/// S3 locks no object for longer than a hundred years.
+const LONGEST_LOCK: Duration = Duration::from_secs(36_500 * 24 * 3600);
+
+/// Neither key has a default: a lock in compliance mode cannot be taken back, by nobody.
+fn object_lock(section: &Section<'_>) -> Result<Option<ObjectLock>> {
+    let modes = [("compliance", LockMode::Compliance), ("governance", LockMode::Governance)];
+    let mode = section.choice("mode", &modes)?;
+    let keep = section.converted("for", |text| match units::parse_duration(text)? {
+        keep if keep < Duration::from_secs(1) => Err(Error::usage("S3 locks for whole seconds")),
+        keep if keep > LONGEST_LOCK => Err(Error::usage("S3 locks for a hundred years at most: 36500d")),
+        keep => Ok(keep),
+    })?;
+    section.finish()?;
+    if !section.is_present() {
+        return Ok(None);
+    }
+    let mode = mode.ok_or_else(|| section.missing("mode"))?;
+    let keep = keep.ok_or_else(|| section.missing("for"))?;
+    Ok(Some(ObjectLock { mode, keep }))
 }
 
 /// A server's URL. One with a user part would carry a password into every log line.

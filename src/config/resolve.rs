@@ -153,6 +153,7 @@ fn adhoc_region(number: usize, repo: &RepoArg, directory: &Path) -> Result<Regio
             single_writer: false,
             checksum: Checksum::WhenSupported,
             timeout: DEFAULT_TIMEOUT,
+            lock: None,
             credentials: chain_for_all(),
         })),
         Place::Directory(_) if endpoint.is_some() || aws_region.is_some() || *path_style => {

@@ -105,7 +105,7 @@ pub struct Prune {
     /// How long what nobody needs stays nevertheless.
     #[serde(serialize_with = "show::duration")]
     pub grace: Duration,
-    /// Whether it may be shorter than [`LEAST_GRACE`]: where nothing is protected in earnest.
+    /// Whether it may be shorter than the least that is safe: where nothing is protected in earnest.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub short_grace: bool,
     /// Objects of all regions together that one run removes at most.

@@ -20,7 +20,8 @@ mod region;
 mod target;
 
 pub use region::{
-    AwsAccess, Checksum, Credentials, KmsEndpoint, KmsKey, OfflineKey, Openers, Region, S3Settings, Store,
+    AwsAccess, Checksum, Credentials, KmsEndpoint, KmsKey, LockMode, ObjectLock, OfflineKey, Openers, Region,
+    S3Settings, Store,
 };
 pub use target::{Detection, DumpTarget, FilesTarget, Method, Objectives, OnPressure, PostgresTarget, Source, Target};
 

@@ -76,6 +76,7 @@ fn postgres(name: &TargetName, section: &Section<'_>, state_dir: &Path) -> Resul
         on_pressure: on_pressure?,
         pressure_percent: u8::try_from(percent).unwrap_or(90),
         wal_disk_bytes: section.size("wal_disk_bytes")?,
+        standby_slots: section.boolean("standby_slots")?.unwrap_or(false),
         stream: section.boolean("stream")?.unwrap_or(true),
         heartbeat: section.boolean("heartbeat")?.unwrap_or(true),
         sync: section.boolean("sync")?.unwrap_or(false),

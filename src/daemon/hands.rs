@@ -249,9 +249,12 @@ impl Drop for Hands {
 async fn attempt(settings: &Settings, world: &World, work: &Work, going: impl FnOnce(Progress) + Send) -> Result<Done> {
     let context = match work {
         // A region that is gone is not made anew here: only somebody who looks can tell it from one that is not mounted.
-        Work::Backup { .. } | Work::Dump { .. } | Work::Files { .. } | Work::Repair { .. } | Work::Compact { .. } => {
-            app::context(settings, Role::Write, world).await?
-        }
+        Work::Backup { .. }
+        | Work::Dump { .. }
+        | Work::Files { .. }
+        | Work::Repair { .. }
+        | Work::Compact { .. }
+        | Work::Bundle { .. } => app::context(settings, Role::Write, world).await?,
         Work::Verify { .. } => app::context(settings, Role::Restore, world).await?,
         Work::Drill { .. } => app::drill_context(settings, world).await?,
         Work::Prune => app::context(settings, Role::Prune, world).await?,

@@ -84,7 +84,7 @@ impl Options {
 
     /// On whose behalf regions are asked how they are.
     fn role(&self) -> Role {
-        let writes = [Job::Wal, Job::Backup, Job::Repair].into_iter().any(|job| self.wants(job));
+        let writes = [Job::Wal, Job::Backup, Job::Repair, Job::Bundle].into_iter().any(|job| self.wants(job));
         if writes { Role::Write } else { Role::Restore }
     }
 }

@@ -11,7 +11,8 @@ use crate::daemon::standing::Answer;
 use crate::jobs::metrics::receivers::Positions;
 use crate::jobs::problems::Problems;
 use crate::jobs::verdict;
-use crate::jobs::wal::State;
+use crate::jobs::wal::pressure::TOLD_AT;
+use crate::jobs::wal::{Position, State};
 use crate::model::RegionName;
 use crate::model::run::{Outcome, Run};
 use crate::model::schedule::Job;
@@ -76,6 +77,9 @@ impl Pager {
                 Some(_) => {}
             }
         }
+        for (target, position) in positions {
+            self.slot(target.as_str(), position);
+        }
         // A receiver remembers a gap for as long as it lives; the regions know when a backup has begun behind it.
         let whole = self.whole.lock().unwrap_or_else(PoisonError::into_inner).clone();
         for (target, position) in positions.iter().filter(|(target, _)| !whole.contains(target.as_str())) {
@@ -100,6 +104,31 @@ impl Pager {
                     self.resolve(&format!("gap/{target}"), "a backup was begun behind it");
                 }
             }
+        }
+    }
+
+    fn slot(&self, target: &str, position: &Position) {
+        let [_, urgent] = TOLD_AT;
+        let filled =
+            position.slot.as_ref().map(|slot| slot.filled_percent().max(slot.disk_percent()).unwrap_or_default());
+        let (filling, dropped) = (format!("slot/{target}"), format!("dropped/{target}"));
+        match filled {
+            Some(percent) if percent >= urgent => {
+                let title = format!("the slot of {target} takes {percent} % of the server's space for WAL");
+                let text = position.last_error.as_deref().unwrap_or("let WAL flow: drctl wal status");
+                self.raise(Occasion::Slots, &filling, &title, text);
+            }
+            Some(_) => self.resolve(&filling, "there is room again"),
+            None => {}
+        }
+        match position.state {
+            State::GivenUp => {
+                let title = format!("the slot of {target} was dropped: it filled the server's disk");
+                let text = "until regions take WAL again, what is committed is on the server alone";
+                self.raise(Occasion::Slots, &dropped, &title, text);
+            }
+            State::Streaming | State::Gap => self.resolve(&dropped, "WAL flows again; a gap is told by itself"),
+            _ => {}
         }
     }
 
@@ -135,7 +164,6 @@ impl Pager {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::jobs::wal::Position;
 
     #[test]
     fn a_full_state_directory_is_one_problem_until_it_is_written_again() {
@@ -149,6 +177,30 @@ mod tests {
         assert_eq!(since(), told, "the same problem, told once");
         pager.state_dir(None);
         assert_eq!(since(), None);
+    }
+
+    #[test]
+    fn a_slot_is_told_at_three_quarters_and_when_it_goes_until_it_is_over() {
+        let state = tempfile::tempdir().unwrap();
+        let pager = Pager::new(BTreeSet::from([Occasion::Slots]), state.path(), World::real());
+        let look = |state: &str, slot: Option<(u64, u64)>| {
+            let slot = slot.map(|(retained, room)| {
+                serde_json::json!({ "name": "s", "active": true, "wal_status": null, "retained_bytes": retained, "room_bytes": room })
+            });
+            let position: Position = serde_json::from_value(serde_json::json!({
+                "target": "ledger", "state": state, "received_lsn": "0/3000000", "durable_lsn": "0/3000000",
+                "regions": [], "slot": slot,
+            }))
+            .unwrap();
+            pager.look(&BTreeMap::new(), &Positions::from([(position.target.clone(), position)]), Duration::ZERO);
+            let problems = pager.problems.lock().unwrap();
+            (problems.since("slot/ledger").is_some(), problems.since("dropped/ledger").is_some())
+        };
+        assert_eq!(look("streaming", Some((74, 26))), (false, false));
+        assert_eq!(look("waiting_for_regions", Some((75, 25))), (true, false));
+        assert_eq!(look("given_up", None), (true, true));
+        assert_eq!(look("reconnecting", None), (true, true), "a moment without an answer ends nothing");
+        assert_eq!(look("streaming", Some((1, 99))), (false, false));
     }
 
     /// The receiver goes on telling of a gap that it met; a backup behind it ends the matter all the same, once.

@@ -4,6 +4,7 @@ use std::fs::{File, OpenOptions, Permissions};
 use std::io::{BufWriter, ErrorKind, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use tempfile::NamedTempFile;
 
@@ -117,6 +118,40 @@ pub fn sync_dir(path: &Path) -> Result<(), DiskError> {
 pub fn sync_filesystem(path: &Path) -> Result<(), DiskError> {
     let handle = File::open(path).at("open", path)?;
     rustix::fs::syncfs(&handle).at("sync the file system of", path)
+}
+
+/// A file system that is written to for a while. From here on no failed write on it goes unseen, whoever else flushes.
+#[derive(Debug)]
+pub struct Flushed {
+    handle: File,
+    path: PathBuf,
+    /// The kernel tells a handle of each failed write once; whoever asks later must learn of it, too.
+    lost: Mutex<bool>,
+}
+
+impl Flushed {
+    /// The file system that holds `path`.
+    ///
+    /// # Errors
+    /// `path` cannot be opened.
+    pub fn holding(path: &Path) -> Result<Self, DiskError> {
+        Ok(Self { handle: File::open(path).at("open", path)?, path: path.to_owned(), lost: Mutex::new(false) })
+    }
+
+    /// Makes everything durable that was written so far.
+    ///
+    /// # Errors
+    /// The file system has reported a failed write, perhaps of somebody else's file: nothing written there may be trusted.
+    pub fn sync(&self) -> Result<(), DiskError> {
+        const STEP: &str = "sync the file system of";
+        let mut lost = self.lost.lock().unwrap_or_else(PoisonError::into_inner);
+        if *lost {
+            return Err(DiskError::new(STEP, &self.path, std::io::Error::other("a write was lost before")));
+        }
+        let synced = rustix::fs::syncfs(&self.handle).at(STEP, &self.path);
+        *lost = synced.is_err();
+        synced
+    }
 }
 
 fn write_beside(path: &Path, bytes: &[u8], mode: u32) -> Result<NamedTempFile, DiskError> {

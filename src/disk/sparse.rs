@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fs::{File, OpenOptions, Permissions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use rustix::fs::{FallocateFlags, OFlags, fallocate};
 
@@ -15,6 +15,29 @@ use super::{At, DiskError};
 pub struct TargetFile {
     file: File,
     path: PathBuf,
+    /// The same file past the page cache, once that was asked for; `None` where its file system cannot do that.
+    direct: OnceLock<Option<File>>,
+}
+
+/// Writes past the page cache want places, lengths and memory that begin at such a multiple: that of the largest sectors.
+const ALIGNMENT: usize = 4096;
+/// Smaller writes go through the page cache, which puts neighbours together.
+const DIRECT_FROM: usize = 64 * 1024;
+
+/// Memory in which writes past the page cache begin where the disk wants it.
+#[derive(Debug, Default)]
+pub struct Staging(Vec<u8>);
+
+impl Staging {
+    fn copy(&mut self, bytes: &[u8]) -> &[u8] {
+        if self.0.len() < bytes.len() + ALIGNMENT {
+            self.0 = vec![0; bytes.len() + ALIGNMENT];
+        }
+        let start = self.0.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
+        let staged = &mut self.0[start..start + bytes.len()];
+        staged.copy_from_slice(bytes);
+        staged
+    }
 }
 
 impl TargetFile {
@@ -29,7 +52,7 @@ impl TargetFile {
         let file = options.open(path).at("create", path)?;
         // After the fact: the umask must not decide whether PostgreSQL can read its files.
         file.set_permissions(Permissions::from_mode(mode)).at("chmod", path)?;
-        Ok(Self { file, path: path.to_owned() })
+        Ok(Self { file, path: path.to_owned(), direct: OnceLock::new() })
     }
 
     /// Opens an existing regular file for reading and writing; a link is an error.
@@ -40,7 +63,7 @@ impl TargetFile {
         let mut options = OpenOptions::new();
         options.read(true).write(true).custom_flags(OFlags::NOFOLLOW.bits().cast_signed());
         let file = options.open(path).at("open", path)?;
-        Ok(Self { file, path: path.to_owned() })
+        Ok(Self { file, path: path.to_owned(), direct: OnceLock::new() })
     }
 
     /// Sets the permission bits.
@@ -73,6 +96,31 @@ impl TargetFile {
     /// [`DiskError::Full`] and others; some of the bytes may have been written.
     pub fn write_all_at(&self, bytes: &[u8], offset: u64) -> Result<(), DiskError> {
         self.file.write_all_at(bytes, offset).at("write", &self.path)
+    }
+
+    /// As [`write_all_at`](Self::write_all_at), past the page cache where that can be done: what is written once and not
+    /// read soon would push out of it what is, and putting it there costs more than unpacking it.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn write_past_cache(&self, bytes: &[u8], offset: u64, staging: &mut Staging) -> Result<(), DiskError> {
+        let fits = bytes.len() >= DIRECT_FROM && bytes.len().is_multiple_of(ALIGNMENT);
+        if let Some(direct) = self.direct().filter(|_| fits && offset.is_multiple_of(ALIGNMENT as u64)) {
+            match direct.write_all_at(staging.copy(bytes), offset) {
+                // The file system wants it otherwise.
+                Err(error) if error.kind() == std::io::ErrorKind::InvalidInput => {}
+                written => return written.at("write", &self.path),
+            }
+        }
+        self.write_all_at(bytes, offset)
+    }
+
+    fn direct(&self) -> Option<&File> {
+        let open = || {
+            let flags = OFlags::NOFOLLOW.union(OFlags::DIRECT).bits().cast_signed();
+            OpenOptions::new().write(true).custom_flags(flags).open(&self.path).ok()
+        };
+        self.direct.get_or_init(open).as_ref()
     }
 
     /// Fills the whole buffer from an offset.
@@ -205,6 +253,28 @@ mod tests {
         assert_eq!(&read, b"\0\0page");
         assert!(file.read_exact_at(&mut read, (1 << 20) - 3).is_err());
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o640);
+        assert_eq!(file.size().unwrap(), 1 << 20);
+    }
+
+    #[test]
+    fn what_goes_past_the_cache_and_what_cannot_stand_side_by_side() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("16384");
+        let file = TargetFile::create(&path, 0o600).unwrap();
+        file.set_len(1 << 20).unwrap();
+        let mut staging = Staging::default();
+        let mut expected = vec![0; 1 << 20];
+        for (number, (offset, length)) in
+            (1..).zip([(131_072, 131_072), (0, 65_536), (65_536, 8192), (300_000, 131_072), (1_040_384, 8192)])
+        {
+            let bytes: Vec<u8> = (0..length).map(|at: u32| number ^ u8::try_from(at % 251).unwrap()).collect();
+            file.write_past_cache(&bytes, offset, &mut staging).unwrap();
+            let start = usize::try_from(offset).unwrap();
+            expected[start..start + bytes.len()].copy_from_slice(&bytes);
+        }
+        let mut read = vec![0; 1 << 20];
+        file.read_exact_at(&mut read, 0).unwrap();
+        assert!(read == expected);
         assert_eq!(file.size().unwrap(), 1 << 20);
     }
 

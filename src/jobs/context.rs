@@ -103,10 +103,14 @@ pub struct Target {
     pub ship_interval: Duration,
     /// Bytes per second that base backups may read.
     pub max_read_rate: Option<u64>,
-    /// Whether something is to happen when the slot fills the server's disk: `keep` or `drop-slot`.
-    pub on_pressure: Option<String>,
+    /// What is to happen when the slot fills the server's disk; `None` = nobody decided.
+    pub on_pressure: Option<OnPressure>,
+    /// At which share of the space for WAL, in percent.
+    pub pressure_percent: u8,
     /// The size of the server's WAL disk, if it cannot be asked.
     pub wal_disk_bytes: Option<u64>,
+    /// Whether the slot is kept on the standbys among the servers of `conninfo`, too.
+    pub standby_slots: bool,
     /// Whether its WAL is streamed; else `archive_command` alone brings it.
     pub stream: bool,
     /// Whether the heartbeat row is written while WAL is streamed.
@@ -121,6 +125,25 @@ pub struct Target {
     pub heartbeat_database: String,
     /// What holds in every good copy of it.
     pub assertions: Vec<Assertion>,
+}
+
+/// What is done when the slot fills the server's disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnPressure {
+    /// Nothing but alarms.
+    Keep,
+    /// The slot goes.
+    DropSlot,
+}
+
+impl OnPressure {
+    /// As it is configured.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Keep => "keep",
+            Self::DropSlot => "drop-slot",
+        }
+    }
 }
 
 /// How a base backup finds the pages that changed since its parent.

@@ -8,8 +8,10 @@ pub mod check;
 pub mod compact;
 pub mod context;
 pub mod drill;
+pub mod feed;
 pub mod init;
 pub mod keys;
+pub mod lineage;
 pub mod list;
 pub mod metrics;
 pub mod pin;
@@ -23,6 +25,7 @@ pub mod restore_streams;
 pub mod runs;
 pub mod show;
 pub mod socket;
+pub mod standby;
 pub mod status;
 pub mod verdict;
 pub mod verify;
@@ -32,4 +35,6 @@ pub mod work;
 #[cfg(test)]
 mod tests;
 
-pub use context::{Assertion, Context, Detection, Levels, Objectives, ScratchPlace, Streamed, Target, What};
+pub use context::{
+    Assertion, Context, Detection, Levels, Objectives, OnPressure, ScratchPlace, Streamed, Target, What,
+};

@@ -1,6 +1,7 @@
 //! The one door for whoever runs jobs without being asked by a person: a job with its parameters in, what it came to out.
 
 use crate::jobs::context::Context;
+use crate::jobs::wal::bundle;
 use crate::jobs::{backup, compact, drill, prune, repair, verify};
 use crate::model::run::Outcome;
 use crate::model::schedule::{Depth, Work};
@@ -74,6 +75,16 @@ pub async fn run(context: &Context, work: &Work) -> Result<Done> {
             let (packs, told) = (report.plan.packs.len(), copies.join(", "));
             let waiting = if copies.is_empty() { String::new() } else { format!(", to be drilled: {told}") };
             Ok(done(report.has_debts(), format!("{packs} packs left by {} copies{waiting}", copies.len())))
+        }
+        Work::Bundle { target, older_than } => {
+            let older_than = older_than.unwrap_or(bundle::OLDER_THAN);
+            let options = bundle::Options { target: target.clone(), older_than, execute: true };
+            let report = bundle::run(context, &options).await?;
+            for note in &report.notes {
+                tracing::warn!(note, "WAL is not bundled");
+            }
+            let detail = format!("{} frames in {} bundles", report.frames, report.bundles);
+            Ok(done(report.owed > 0 || !report.notes.is_empty(), detail))
         }
     }
 }

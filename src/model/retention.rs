@@ -15,8 +15,8 @@ use chrono::{DateTime, Datelike, TimeDelta, Utc};
 use chrono_tz::Tz;
 use serde::Serialize;
 
-use crate::model::BackupId;
 use crate::model::commit::CopyOf;
+use crate::model::{BackupId, RegionName};
 
 /// How many proven backups stay, whatever the rules say: one that turns out to be bad leaves another.
 pub const ALWAYS_PROVEN: usize = 2;
@@ -140,12 +140,19 @@ pub enum Verdict {
     Replaced,
     /// No drill ever proved it, and it is older than every proven one that stays.
     NeverProven,
+    /// The rules let it go, and a lock keeps it.
+    Retained {
+        /// Where the lock ends last.
+        region: RegionName,
+        /// When.
+        until: DateTime<Utc>,
+    },
 }
 
 impl Verdict {
     /// Whether it stays.
     pub const fn keeps(&self) -> bool {
-        matches!(self, Self::Keep(_))
+        matches!(self, Self::Keep(_) | Self::Retained { .. })
     }
 }
 
@@ -281,7 +288,7 @@ mod tests {
 
     /// A copy of one of them.
     fn copy(of: &Candidate, number: usize, proven: bool) -> Candidate {
-        let copy = Some(CopyOf { backup: of.id.clone(), at: of.at + TimeDelta::days(number as i64) });
+        let copy = Some(CopyOf { backup: of.id.clone(), at: of.at + TimeDelta::days(i64::try_from(number).unwrap()) });
         Candidate { copy, ..candidate(number, of.at, proven, false) }
     }
 

@@ -16,6 +16,7 @@ pub mod replication;
 pub mod sql;
 pub mod tls;
 pub mod wal;
+pub mod walsender;
 
 #[cfg(test)]
 mod testing;

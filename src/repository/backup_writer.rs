@@ -25,6 +25,7 @@ use crate::repository::handle::{Repository, Writer};
 use crate::repository::inventory::{self, InventoryLine};
 use crate::repository::keysets;
 use crate::repository::layout;
+use crate::repository::locks::{self, extend::Extended};
 use crate::repository::manifest::{self, ChunkUse, Line, ManifestSeal, ManifestWriter, PartsSummary};
 use crate::repository::pack::FrameSeal;
 use crate::repository::packer::{PackSettings, Packer, Placed, Work};
@@ -132,6 +133,8 @@ pub struct Written {
     pub regions: Vec<LaneOutcome>,
     /// Key holders that could not wrap the keyset.
     pub wrap_debts: Vec<(HolderId, String)>,
+    /// What it shares with earlier ones, locked anew in each region that locks.
+    pub locks: Vec<Extended>,
     /// Why it shares no pages with an earlier one; `None` if it does.
     pub full_because: Option<String>,
     /// What was looked at.
@@ -162,8 +165,8 @@ impl BackupWriter {
     /// # Errors
     /// Intent or keyset did not reach the quorum; too few key holders answered.
     pub async fn begin(repository: &Repository, writer: &Writer, options: BackupOptions, basis: Basis) -> Result<Self> {
-        let out = Arc::new(FanOut::new(&repository.regions, Patience::BACKUP));
         let started_at = writer.clock.now();
+        let out = Arc::new(FanOut::new(&repository.regions, Patience::BACKUP).locked_since(started_at));
         let id = BackupId::new(&options.target, started_at, writer.rng.as_ref())?;
         repository.enroll(writer, &out).await.during(|| "enrol the signer")?;
         let expires_at = started_at + TimeDelta::days(INTENT_DAYS);
@@ -357,6 +360,9 @@ impl BackupWriter {
         let carried = self.carried()?;
         let closure = self.inventory.iter().chain(&carried).filter(|line| !line.key.starts_with("manifests/"));
         let (kept, not_remembered) = self.keeper.finish(closure);
+        let cluster = (&self.options.target, wal.as_ref().map(|need| need.system_id));
+        // Before COMMIT: what a backup needs is never locked shorter than the backup itself, wherever this process dies.
+        let locks = locks::extend::extend(&self.repository, cluster, (&carried, self.started_at)).await;
         self.inventory.extend(carried);
         let inventory = self.put_inventory().await?;
         let now = self.writer.clock.now();
@@ -415,6 +421,7 @@ impl BackupWriter {
             full_because: self.basis.full_because().map(str::to_owned),
             pages,
             moved: self.moved,
+            locks,
             not_remembered: not_remembered.or(placed.err()),
         })
     }

@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
-use futures::{StreamExt, stream};
+use futures::future::join;
+use futures::{StreamExt, TryStreamExt, stream};
 
 use crate::model::commit::{Commit, CopyOf};
 use crate::model::{BackupId, Error, KeysetId, RegionName, RepositoryId, Result, TargetName};
@@ -63,6 +64,24 @@ pub async fn backups(repository: &Repository, target: Option<&TargetName>) -> Re
     }
     backups.sort_by(|a, b| (a.commit.started_at, &a.commit.id).cmp(&(b.commit.started_at, &b.commit.id)));
     Ok((backups, errors))
+}
+
+/// The backups that `what` may name, as [`backups`] gives them: where it is the whole id of one, that one alone.
+///
+/// # Errors
+/// No region answers.
+pub async fn named(repository: &Repository, what: &str) -> Result<(Vec<Backup>, Vec<Error>)> {
+    if let Ok(id) = what.parse::<BackupId>()
+        && let Ok(target) = id.target()
+    {
+        let key = layout::commit(&target, &id);
+        let (lists, commit) = join(repository.regions.list_each(&key), read_commit(repository, &key)).await;
+        let keys = without_pruned(repository, Some(&target), lists).await?;
+        if let (Ok(commit), true) = (commit, keys.contains(&key)) {
+            return Ok((vec![Backup { commit }], Vec::new()));
+        }
+    }
+    backups(repository, None).await
 }
 
 /// The names of COMMITs in any region that answers, except of backups that a sweep has begun to remove.
@@ -172,13 +191,16 @@ pub fn select<'a>(backups: &'a [Backup], text: &str) -> Result<&'a Backup> {
 /// A part is in no region intact, or the parts are not those that COMMIT signed.
 pub async fn inventory(repository: &Repository, commit: &Commit) -> Result<Vec<InventoryLine>> {
     let (mut lines, mut summary) = (Vec::new(), PartsSummary::default());
-    for part in 0..commit.inventory.count {
+    let reads = stream::iter(0..commit.inventory.count).map(|part| async move {
         let key = layout::inventory(&commit.target, &commit.id, part);
         let parse = |bytes: Bytes| {
             let lines = inventory::decode_part(&bytes, &repository.id, (&commit.id, part), &repository.trust)?;
             Ok((lines, bytes.len() as u64, Digest::of(&bytes)))
         };
-        let ((part, size, digest), _) = repository.regions.read(&key, None, parse).await?;
+        repository.regions.read(&key, None, parse).await
+    });
+    let mut reads = std::pin::pin!(reads.buffered(READS));
+    while let Some(((part, size, digest), _)) = reads.try_next().await? {
         summary.add(size, digest);
         lines.extend(part);
     }

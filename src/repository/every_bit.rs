@@ -21,7 +21,7 @@ use crate::repository::inventory::InventoryLine;
 use crate::repository::keysets::KeyRing;
 use crate::repository::layout;
 use crate::repository::mend::{Scope, mend};
-use crate::repository::restore::{CONTROL_FILE, Destination, ManifestParts, check_files, restore_files};
+use crate::repository::restore::{CONTROL_FILE, Destination, KeptParts, ManifestParts, check_files, restore_files};
 use crate::repository::scrub;
 use crate::repository::testing::{Fixture, HISTORY, Made, log, need, regions_of, send};
 use crate::repository::trust::Trust;
@@ -239,7 +239,8 @@ async fn restore_one(
         names.push(file.path);
         Ok(())
     };
-    restore_files(repository, ring, (commit, &inventory), &destination, (&phase(), &mut tell)).await?;
+    restore_files(repository, ring, (commit, &inventory, KeptParts::default()), &destination, (&phase(), &mut tell))
+        .await?;
     let read = |name: String| {
         let path = if name == CONTROL_FILE { format!("{name}.drctl-pending") } else { name.clone() };
         (format!("{} {name}", commit.id), std::fs::read(directory.join(path)).unwrap())

@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
+use chrono::{DateTime, Utc};
 use futures::FutureExt as _;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_util::task::TaskTracker;
@@ -20,7 +21,7 @@ use tokio_util::task::TaskTracker;
 use crate::model::{Error, Kind, RegionName, Result};
 use crate::repository::layout;
 use crate::repository::regions::{Region, Regions};
-use crate::store::{Digest, Put, PutOptions, StoreError};
+use crate::store::{Digest, Put, StoreError};
 
 /// How long the parties wait for each other.
 #[derive(Debug, Clone, Copy)]
@@ -67,6 +68,8 @@ pub struct FanOut {
     cancelled: watch::Sender<bool>,
     /// Whether it was told that this waits.
     told: AtomicBool,
+    /// From when on its objects are locked; `None` = each from its own put.
+    since: Option<DateTime<Utc>>,
 }
 
 #[derive(Debug)]
@@ -105,6 +108,8 @@ struct Object {
     digest: Digest,
     /// Bytes of WAL in it.
     wal: u64,
+    /// When what it belongs to began; `None` = now.
+    since: Option<DateTime<Utc>>,
 }
 
 enum Delivery {
@@ -144,7 +149,14 @@ impl FanOut {
             tasks: TaskTracker::new(),
             cancelled,
             told: AtomicBool::new(false),
+            since: None,
         }
+    }
+
+    /// The same, of objects that are one thing which began at `since`: all of them are locked until the same moment.
+    pub fn locked_since(mut self, since: DateTime<Utc>) -> Self {
+        self.since = Some(since);
+        self
     }
 
     /// Stores `body` under `key`; returns once the write quorum holds it. The other regions go on in the background.
@@ -164,7 +176,7 @@ impl FanOut {
         if self.is_degraded() {
             self.restore_quorum();
         }
-        let object = Arc::new(Object { key, body, digest, wal });
+        let object = Arc::new(Object { key, body, digest, wal, since: self.since });
         for lane in &self.lanes {
             lane.unheld.fetch_add(wal, Ordering::Relaxed);
         }
@@ -393,8 +405,7 @@ impl Lane {
             }
         }
         drop(turn);
-        let options = PutOptions::default();
-        self.region.store.put(&object.key, object.body.clone(), object.digest, &options).await
+        self.region.put(&object.key, (object.body.clone(), object.digest), object.since).await
     }
 
     /// A lane that is behind is not tried before its pause is over.

@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
+use futures::{StreamExt, stream};
 use serde::{Deserialize, Serialize};
 
 use crate::codec::sign::sign_text;
@@ -17,6 +18,9 @@ use crate::repository::handle::{Repository, Writer};
 use crate::repository::layout;
 use crate::repository::wal_index::BranchId;
 use crate::store::{Digest, StoreError};
+
+/// Records that are read at the same time.
+const READS: usize = 16;
 
 /// A gap `[from, to)` in the WAL of one branch.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -154,8 +158,11 @@ pub async fn read(repository: &Repository, branch: &BranchId) -> Result<(Vec<Gap
     let prefix = layout::gaps(branch.system_id, branch.timeline, &branch.branch);
     let keys: BTreeSet<String> = repository.regions.list_union(&prefix).await?;
     let (mut gaps, mut errors) = (Vec::new(), Vec::new());
-    for key in keys {
-        match repository.regions.read(&key, None, |bytes| Gap::decode(repository, &key, &bytes)).await {
+    let read = |key: String| async move {
+        repository.regions.read(&key, None, |bytes| Gap::decode(repository, &key, &bytes)).await
+    };
+    for read in stream::iter(keys).map(read).buffered(READS).collect::<Vec<_>>().await {
+        match read {
             Ok((gap, _)) => gaps.push(gap),
             Err(error) => errors.push(error),
         }

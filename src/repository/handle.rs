@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use futures::future::join_all;
+use futures::future::{join, join_all};
 use serde::{Deserialize, Serialize};
 
 use crate::codec::sign::Signer;
@@ -15,7 +15,7 @@ use crate::repository::keysets::Holders;
 use crate::repository::layout;
 use crate::repository::regions::{Region, Regions};
 use crate::repository::trust::{SignerRecord, Trust};
-use crate::store::{Digest, PutOptions};
+use crate::store::Digest;
 
 /// Where one region is, for a machine that knows only a sibling.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -65,8 +65,9 @@ impl Repository {
     /// # Errors
     /// No region answers; none holds a repository; two hold different ones; or its format is newer than this program.
     pub async fn open(regions: Regions, listed_signers: BTreeSet<SignerId>) -> Result<Self> {
-        let (RepositoryRecord { repository: id, .. }, shown) = Self::identify(&regions).await?;
-        let trust = Trust::load(&regions, listed_signers).await.during(|| "read the signers' public keys")?;
+        let (record, trust) = join(Self::identify(&regions), Trust::load(&regions, listed_signers)).await;
+        let (RepositoryRecord { repository: id, .. }, shown) = record?;
+        let trust = trust.during(|| "read the signers' public keys")?;
         let regions = regions.proven(&id, &shown);
         Ok(Self { id, regions, trust: Arc::new(trust) })
     }
@@ -223,7 +224,7 @@ async fn put_json<T: Serialize>(region: &Region, key: &str, value: &T) -> Result
 
 /// For records that say the same whoever writes them: one that is there already stays.
 async fn put_unless_there(region: &Region, key: &str, body: &[u8]) -> Result<()> {
-    let put = region.store.put(key, Bytes::copy_from_slice(body), Digest::of(body), &PutOptions::default()).await;
+    let put = region.put(key, (Bytes::copy_from_slice(body), Digest::of(body)), None).await;
     match put {
         Ok(_) | Err(crate::store::StoreError::Conflict { .. }) => Ok(()),
         Err(error) => Err(Error::from(error).during(format!("write {key} to {}", region.name))),

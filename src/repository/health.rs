@@ -30,6 +30,8 @@ pub struct RegionHealth {
 pub struct Answers {
     /// Whether the server itself refuses a second put of one name; false where one writer is configured to be alone.
     pub create_only: Result<bool>,
+    /// Whether it can lock objects, as far as these credentials may know.
+    pub can_lock: bool,
     /// How far the server's clock is ahead of ours (negative: behind), beyond what the measurement cannot tell. `None` if
     /// the store has no clock of its own.
     pub skew: Result<Option<TimeDelta>>,
@@ -66,7 +68,9 @@ async fn ask(region: &Region, clock: &dyn Clock) -> Result<Answers> {
     let store = region.store.as_ref();
     // A listing tells a bucket that does not exist from one that is empty.
     list_all(store, layout::REPOSITORY).await?;
-    let create_only = store.probe().await.map(|found| found.create_only).map_err(Error::from);
+    let proven = store.probe().await.map_err(Error::from);
+    let can_lock = proven.as_ref().is_ok_and(|found| found.retention);
+    let create_only = proven.map(|found| found.create_only);
     let skew = skew(region, clock).await;
     let repository = match handle::read_record(region).await.1 {
         Ok(record) => Ok(Some(record.repository)),
@@ -76,7 +80,7 @@ async fn ask(region: &Region, clock: &dyn Clock) -> Result<Answers> {
     let siblings = list_all(store, layout::REGIONS).await?.into_iter().map(|object| object.key).collect();
     let signers = list_all(store, layout::SIGNERS).await?;
     let signers = signers.iter().filter_map(|object| object.key.strip_prefix(layout::SIGNERS)?.parse().ok()).collect();
-    Ok(Answers { create_only, skew, repository, siblings, signers })
+    Ok(Answers { create_only, can_lock, skew, repository, siblings, signers })
 }
 
 async fn skew(region: &Region, clock: &dyn Clock) -> Result<Option<TimeDelta>> {

@@ -1,11 +1,13 @@
 //! Keysets in the repository: drawn, wrapped by every holder, stored everywhere, opened again by any one of them.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::sync::Mutex;
+use futures::future::join_all;
+use futures::{StreamExt, stream};
+use tokio::sync::OnceCell;
 
 use crate::keys::keyset::Keyset;
 use crate::keys::{KeyError, KeyHolder, KeyOpener, Opened, Wrap, WrapContext, open_any, wrap_everywhere};
@@ -187,19 +189,22 @@ pub async fn wraps(
     id: &KeysetId,
 ) -> Result<(WrapContext, Vec<Wrap>)> {
     let context = WrapContext { repository: repository.clone(), target: target.clone(), keyset: id.clone() };
-    let mut wraps = Vec::new();
-    for key in regions.list_union(&layout::keyset(target, id)).await? {
-        let Some(holder) = key.rsplit('/').next().and_then(|holder| holder.parse::<HolderId>().ok()) else { continue };
-        let parse = |bytes: Bytes| {
-            let wrap = Wrap::from_bytes(&holder, &bytes)?;
-            if wrap.context == context { Ok(wrap) } else { Err(Error::damaged("the wrap belongs to another keyset")) }
-        };
-        match regions.read(&key, None, parse).await {
-            Ok((wrap, _)) => wraps.push(wrap),
+    let read = |key: String| {
+        let context = &context;
+        async move {
+            let holder = key.rsplit('/').next().and_then(|holder| holder.parse::<HolderId>().ok())?;
+            let parse = |bytes: Bytes| {
+                let wrap = Wrap::from_bytes(&holder, &bytes)?;
+                let own = wrap.context == *context;
+                if own { Ok(wrap) } else { Err(Error::damaged("the wrap belongs to another keyset")) }
+            };
+            let read = regions.read(&key, None, parse).await;
             // Another wrap may still open; if none does, the reader says which are missing.
-            Err(error) => tracing::warn!(%error, "key wrap is not readable"),
+            read.map(|(wrap, _)| wrap).inspect_err(|error| tracing::warn!(%error, "key wrap is not readable")).ok()
         }
-    }
+    };
+    let keys = regions.list_union(&layout::keyset(target, id)).await?;
+    let wraps = join_all(keys.into_iter().map(read)).await.into_iter().flatten().collect();
     Ok((context, wraps))
 }
 
@@ -227,6 +232,9 @@ fn distinct(copies: &[(RegionName, Wrap)]) -> Vec<Wrap> {
     wraps
 }
 
+/// A keyset's secrets, and by whom they were opened.
+type OpenedBy = (Arc<Keyset>, String);
+
 /// Opens keysets once and keeps them for the job.
 #[derive(Debug)]
 pub struct KeyRing {
@@ -235,8 +243,11 @@ pub struct KeyRing {
     openers: Vec<Arc<dyn KeyOpener>>,
     /// Holders whose wraps are not used.
     lost: BTreeSet<HolderId>,
-    opened: Mutex<BTreeMap<KeysetId, Arc<Keyset>>>,
+    opened: Mutex<BTreeMap<KeysetId, Arc<OnceCell<OpenedBy>>>>,
 }
+
+/// Keysets that are opened at the same time.
+const OPENED_AT_ONCE: usize = 16;
 
 impl KeyRing {
     /// A ring that asks `openers`.
@@ -266,20 +277,35 @@ impl KeyRing {
     /// # Errors
     /// No opener could open any of its wraps; the error says what each said.
     pub async fn open(&self, target: &TargetName, id: &KeysetId) -> Result<Arc<Keyset>> {
-        let mut opened = self.opened.lock().await;
-        if let Some(keyset) = opened.get(id) {
-            return Ok(Arc::clone(keyset));
-        }
-        let (keyset, _) = self.try_open(target, id).await?;
-        opened.insert(id.clone(), Arc::clone(&keyset));
-        Ok(keyset)
+        self.open_by(target, id).await.map(|(keyset, _)| keyset)
+    }
+
+    /// A keyset's secrets, and by whom they were opened for this job.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub async fn open_by(&self, target: &TargetName, id: &KeysetId) -> Result<OpenedBy> {
+        let cell = {
+            let mut opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
+            Arc::clone(opened.entry(id.clone()).or_default())
+        };
+        cell.get_or_try_init(|| self.try_open(target, id)).await.cloned()
+    }
+
+    /// Opens many keysets, several at the same time; what each came to, in their order.
+    pub async fn open_all(&self, wanted: Vec<(TargetName, KeysetId)>) -> Vec<(KeysetId, Result<Arc<Keyset>>)> {
+        let open = |(target, id): (TargetName, KeysetId)| async move {
+            let opened = self.open(&target, &id).await;
+            (id, opened)
+        };
+        stream::iter(wanted).map(open).buffered(OPENED_AT_ONCE).collect().await
     }
 
     /// Opens a keyset and says by whom; the plan of a restore prints it.
     ///
     /// # Errors
     /// As [`open`](Self::open).
-    pub async fn try_open(&self, target: &TargetName, id: &KeysetId) -> Result<(Arc<Keyset>, String)> {
+    pub async fn try_open(&self, target: &TargetName, id: &KeysetId) -> Result<OpenedBy> {
         let (context, mut wraps) = wraps(&self.regions, &self.repository, target, id).await?;
         wraps.retain(|wrap| !self.lost.contains(&wrap.holder));
         let mut opened = open_any(&self.openers, &context, &wraps, HOLDER_DEADLINE).await;

@@ -52,6 +52,9 @@ pub const REPORTS: &str = "reports/";
 /// What became of every slot of every schedule.
 pub const RUNS: &str = "runs/";
 
+/// What stores write to prove themselves.
+const PROBES: &str = ".probe/";
+
 /// Backups in progress.
 pub const INTENTS: &str = "intents/";
 
@@ -98,6 +101,12 @@ pub const REPAIR_ORDER: [&str; 18] = [
 /// found through its COMMIT alone, which comes after them.
 pub fn may_be_read_on_its_way(key: &str) -> bool {
     ![PACKS, MANIFESTS, INVENTORIES].iter().any(|prefix| key.starts_with(prefix))
+}
+
+/// Whether a lock on an object serves anything. What a store writes to prove itself, an intent and a plan of prune are worth
+/// nothing when they are over, and would pile up.
+pub fn is_locked(key: &str) -> bool {
+    ![INTENTS, PRUNES, PROBES].iter().any(|prefix| key.starts_with(prefix))
 }
 
 /// One sibling's address; `digest` tells its successive addresses apart.
@@ -261,6 +270,21 @@ pub fn wal_frame(epoch_prefix: &str, seq: u64) -> String {
     format!("{epoch_prefix}{seq:010}")
 }
 
+/// More frames than a bundle has room for: a name that promises more is none of ours.
+pub const MOST_FRAMES: u64 = 40_000;
+
+/// A bundle of the frames `first` to `last` of an epoch.
+pub fn wal_bundle(epoch_prefix: &str, first: u64, last: u64) -> String {
+    format!("{epoch_prefix}{first:010}-{last:010}")
+}
+
+/// Reads the last part of [`wal_bundle`].
+pub fn parse_bundle(part: &str) -> Option<(u64, u64)> {
+    let (first, last) = part.split_once('-')?;
+    let (first, last) = (parse_seq(first)?, parse_seq(last)?);
+    (first < last && last - first < MOST_FRAMES).then_some((first, last))
+}
+
 /// Reads the last part of [`wal_frame`].
 pub fn parse_seq(part: &str) -> Option<u64> {
     let digits = part.len() == 10 && part.bytes().all(|byte| byte.is_ascii_digit());
@@ -302,6 +326,10 @@ mod tests {
             prop_assert_eq!(parse_branch(part), Some((Timeline(timeline), branch)));
             let frame = wal_frame("e/", seq);
             prop_assert_eq!(parse_seq(frame.strip_prefix("e/").unwrap()), Some(seq));
+            prop_assert_eq!(parse_bundle(frame.strip_prefix("e/").unwrap()), None);
+            let bundle = wal_bundle("e/", seq, seq + 7);
+            prop_assert_eq!(parse_bundle(bundle.strip_prefix("e/").unwrap()), Some((seq, seq + 7)).filter(|_| seq + 7 < 10_000_000_000));
+            prop_assert_eq!(parse_seq(bundle.strip_prefix("e/").unwrap()), None);
         }
 
         #[test]

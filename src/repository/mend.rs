@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
 
 use bytes::Bytes;
+use chrono::{DateTime, Utc};
 use futures::{StreamExt, stream};
 use serde::Serialize;
 
@@ -28,8 +29,9 @@ use crate::repository::reports;
 use crate::repository::runs;
 use crate::repository::tombs::Pruned;
 use crate::repository::trust::SignerRecord;
+use crate::repository::wal_bundling::check_bundle;
 use crate::repository::wal_frame::{Frame, FrameKind, FramePlace};
-use crate::store::{Digest, PutOptions};
+use crate::store::Digest;
 
 /// Objects in hand; each holds two copies at most.
 const OBJECTS: usize = 8;
@@ -90,6 +92,8 @@ struct Item {
     proof: Proof,
     /// Region → listed size.
     held: BTreeMap<RegionName, u64>,
+    /// Regions that hold it in a bundle, and need it nowhere else.
+    bundled: BTreeSet<RegionName>,
 }
 
 /// Mends the regions of `scope`.
@@ -133,6 +137,8 @@ fn start(repository: &Repository, scope: &Scope) -> BTreeMap<RegionName, Mended>
 struct Closure {
     lines: BTreeMap<String, InventoryLine>,
     needs: BTreeMap<String, Vec<String>>,
+    /// When the youngest backup began that needs an object: its lock counts from there, also where it is brought later.
+    since: BTreeMap<String, DateTime<Utc>>,
 }
 
 impl Closure {
@@ -157,6 +163,10 @@ async fn closure(repository: &Repository, backups: &[Backup]) -> Closure {
                 closure.lines.extend(lines.into_iter().map(|line| (line.key.clone(), line)));
             }
             Err(error) => tracing::warn!(%error, backup = %commit.id, "its objects cannot be compared"),
+        }
+        for needed in needs.iter().chain([&key]) {
+            let since = closure.since.entry(needed.clone()).or_insert(commit.started_at);
+            *since = commit.started_at.max(*since);
         }
         closure.needs.insert(key, needs);
     }
@@ -193,7 +203,7 @@ impl Mender<'_> {
                     answered = true;
                     for object in list {
                         let Some(proof) = self.proof(&object.key) else { continue };
-                        let item = |key: String| Item { key, proof, held: BTreeMap::new() };
+                        let item = |key: String| Item { key, proof, held: BTreeMap::new(), bundled: BTreeSet::new() };
                         let item = items.entry(object.key.clone()).or_insert_with(|| item(object.key));
                         item.held.insert(region.clone(), object.size);
                     }
@@ -208,9 +218,15 @@ impl Mender<'_> {
             return Err(error);
         }
         for (key, line) in self.closure.lines.range(prefix.clone()..).take_while(|(key, _)| key.starts_with(&prefix)) {
-            let new = || Item { key: key.clone(), proof: Proof::Listed(line.clone()), held: BTreeMap::new() };
+            let new = || Item {
+                key: key.clone(),
+                proof: Proof::Listed(line.clone()),
+                held: BTreeMap::new(),
+                bundled: BTreeSet::new(),
+            };
             items.entry(key.clone()).or_insert_with(new);
         }
+        note_bundled(&mut items);
         Ok(items.into_values().collect())
     }
 
@@ -285,7 +301,9 @@ impl Mender<'_> {
     /// The right bytes, and how each region of the scope stands to them.
     async fn compare(&self, item: &Item, wanted: &[RegionName]) -> (Option<Bytes>, Vec<(&Region, Found)>) {
         let regions = self.repository.regions.all();
-        let whole = |region: &&Region| self.scope.quick && self.has_listed_size(item, &region.name);
+        let is_bundled = |region: &Region| item.bundled.contains(&region.name) && !item.held.contains_key(&region.name);
+        let whole =
+            |region: &&Region| is_bundled(region) || self.scope.quick && self.has_listed_size(item, &region.name);
         // With names and sizes alone nothing is read as long as every region agrees.
         if regions.iter().filter(|region| wanted.contains(&region.name)).all(|region| whole(&region)) {
             return (None, Vec::new());
@@ -311,10 +329,11 @@ impl Mender<'_> {
             good = self.majority(item, &seen).await;
         }
         let right = good.as_ref().map(|(_, digest)| *digest);
-        let found = |(region, read): (&Region, Result<Digest>)| match seals.contains(&&region.name) {
-            true => Found::Good,
-            false => stand(read, right, &item.proof),
-        };
+        let found =
+            |(region, read): (&Region, Result<Digest>)| match is_bundled(region) || seals.contains(&&region.name) {
+                true => Found::Good,
+                false => stand(read, right, &item.proof),
+            };
         let found = |(region, read)| (region, found((region, read)));
         let found = seen.into_iter().filter(|(region, _)| wanted.contains(&region.name)).map(found);
         (good.map(|(bytes, _)| bytes), found.collect())
@@ -384,8 +403,12 @@ impl Mender<'_> {
             }
             ["wal", system, branch, epoch, seq] => {
                 let (timeline, branch) = layout::parse_branch(branch)?;
-                let (epoch, seq) = (epoch.parse().ok()?, layout::parse_seq(seq)?);
+                let (epoch, bundle) = (epoch.parse().ok()?, layout::parse_bundle(seq));
+                let seq = bundle.map(|(first, _)| first).or_else(|| layout::parse_seq(seq))?;
                 let place = FramePlace { system_id: system.parse().ok()?, timeline, branch, epoch, seq };
+                if let Some(numbers) = bundle {
+                    return Some(check_bundle(bytes, numbers, repository, &place));
+                }
                 Frame::decode(bytes, &repository.id, &place, &repository.trust).map(|_| ())
             }
             ["inventories", _, id, part] => {
@@ -417,7 +440,7 @@ impl Mender<'_> {
         if wrong {
             remove_wrong_copy(region, key, Digest::of(good)).await?;
         }
-        region.store.put(key, good.clone(), Digest::of(good), &PutOptions::default()).await?;
+        region.put(key, (good.clone(), Digest::of(good)), self.closure.since.get(key).copied()).await?;
         Ok(())
     }
 
@@ -469,6 +492,28 @@ async fn remove_wrong_copy(region: &Region, key: &str, right: Digest) -> Result<
         Err(error) => return Err(error.into()),
     }
     Ok(region.store.delete(key).await?)
+}
+
+/// Branches have a `-` in their names, too.
+fn is_frame(key: &str) -> bool {
+    key.rsplit('/').next().and_then(layout::parse_seq).is_some()
+}
+
+/// What prune took out of one region because it lies there in a bundle is not lacking.
+fn note_bundled(items: &mut BTreeMap<String, Item>) {
+    let bundle = |key: &String, item: &Item| {
+        let (prefix, numbers) = key.split_at_checked(key.rfind('/')? + 1)?;
+        let (first, last) = layout::parse_bundle(numbers)?;
+        key.starts_with(layout::WAL).then(|| (prefix.to_owned(), first, last, item.held.keys().cloned().collect()))
+    };
+    let bundles: Vec<(_, _, _, BTreeSet<_>)> = items.iter().filter_map(|(key, item)| bundle(key, item)).collect();
+    for (prefix, first, last, held) in bundles {
+        let frames = layout::wal_frame(&prefix, first)..=layout::wal_frame(&prefix, last);
+        // The bundles' own names sort among those of their frames.
+        for (_, item) in items.range_mut(frames).filter(|(key, _)| is_frame(key)) {
+            item.bundled.extend(held.iter().cloned());
+        }
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

@@ -4,6 +4,9 @@
 //! positions in its WAL, and nothing decides when to run: jobs do.
 
 pub mod backup_writer;
+#[cfg(test)]
+mod bundle_tests;
+mod bundled;
 pub mod catalog;
 pub mod compact;
 pub mod compare;
@@ -19,8 +22,11 @@ pub mod identity;
 pub mod inventory;
 pub mod keysets;
 pub mod layout;
+pub mod lock_rule;
+pub mod locks;
 pub mod manifest;
 pub mod mend;
+pub mod nearest;
 #[cfg(test)]
 #[allow(clippy::cast_possible_truncation, reason = "made-up data is small")]
 mod overlap_tests;
@@ -63,6 +69,8 @@ pub mod trust;
 mod unread_tests;
 pub mod uploads;
 pub mod wal_adopt;
+pub mod wal_bundle;
+pub mod wal_bundling;
 pub mod wal_claim;
 pub mod wal_frame;
 mod wal_frames;

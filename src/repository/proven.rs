@@ -124,6 +124,16 @@ impl ObjectStore for Proven {
         self.inner.list_versions(prefix, after).await
     }
 
+    async fn extend(&self, key: &str, until: DateTime<Utc>) -> Result<(), StoreError> {
+        self.prove().await?;
+        self.inner.extend(key, until).await
+    }
+
+    async fn locked_until(&self, key: &str, version: Option<&VersionId>) -> Result<Option<DateTime<Utc>>, StoreError> {
+        self.prove().await?;
+        self.inner.locked_until(key, version).await
+    }
+
     async fn delete_version(&self, key: &str, version: &VersionId) -> Result<(), StoreError> {
         self.prove().await?;
         self.inner.delete_version(key, version).await

@@ -7,13 +7,16 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
+use chrono::{DateTime, Utc};
 use futures::future::join_all;
 use serde::Serialize;
 
 use crate::model::{Clock, Error, Kind, RegionName, RepositoryId, Result};
+use crate::repository::bundled::Bundled;
 use crate::repository::layout;
+use crate::repository::lock_rule::Rule;
 use crate::repository::proven::Proven;
-use crate::store::{Depth, Digest, ListedObject, ObjectStore, PutOptions, StoreError};
+use crate::store::{Depth, Digest, ListedObject, ObjectStore, Put, PutOptions, StoreError};
 
 /// One independent copy of the repository.
 #[derive(Debug, Clone)]
@@ -22,6 +25,24 @@ pub struct Region {
     pub name: RegionName,
     /// Its bytes.
     pub store: Arc<dyn ObjectStore>,
+    /// How long it locks what is written; `None` if it locks nothing.
+    pub lock: Option<Rule>,
+}
+
+impl Region {
+    /// Stores an object, locked as the region locks. `since` is when what it belongs to began, if not now.
+    ///
+    /// # Errors
+    /// As [`ObjectStore::put`].
+    pub async fn put(
+        &self,
+        key: &str,
+        (body, digest): (Bytes, Digest),
+        since: Option<DateTime<Utc>>,
+    ) -> std::result::Result<Put, StoreError> {
+        let retain_until = self.lock.as_ref().and_then(|rule| rule.until(key, since));
+        self.store.put(key, body, digest, &PutOptions { retain_until }).await
+    }
 }
 
 /// All regions, in the order of the configuration: restores prefer the first, drills the last.
@@ -82,6 +103,8 @@ impl Regions {
             )));
         }
         let bare = list.clone();
+        let unbundled = |region: Region| Region { store: Arc::new(Bundled::new(region.store)), ..region };
+        let list = list.into_iter().map(unbundled).collect();
         let (detach_after, degrade_after, clock) = (None, None, None);
         Ok(Self { list, bare, quorum, lowest, detach_after, degrade_after, clock, trouble: Arc::default() })
     }
@@ -239,16 +262,37 @@ impl Regions {
     /// # Errors
     /// A region does not take it. Others may have.
     pub async fn put_everywhere(&self, key: &str, body: Bytes) -> Result<()> {
-        let (digest, options) = (Digest::of(&body), PutOptions::default());
-        let options = &options;
+        let digest = Digest::of(&body);
         let puts = self.list.iter().map(|region| {
             let body = body.clone();
             async move {
-                let put = region.store.put(key, body, digest, options).await;
+                let put = region.put(key, (body, digest), None).await;
                 put.map(drop).map_err(|error| Error::from(error).during(format!("write {key} to {}", region.name)))
             }
         });
         join_all(puts).await.into_iter().collect()
+    }
+
+    /// Makes connections to every region, for whoever is about to ask for much at the same time: over a long way each new one
+    /// costs two or three requests' time.
+    pub async fn connect(&self, connections: usize) {
+        let heads = |region: &Region| {
+            let store = Arc::clone(&region.store);
+            (0..connections).map(move |_| {
+                let store = Arc::clone(&store);
+                async move { store.head(layout::REPOSITORY).await.is_ok() }
+            })
+        };
+        let answered = join_all(self.list.iter().flat_map(heads)).await;
+        tracing::debug!(answered = answered.into_iter().filter(|answered| *answered).count(), "connected");
+    }
+
+    /// Asks every region what it can, so that the first put does not wait for it. One that does not answer is asked again then.
+    pub async fn probe(&self) {
+        let probes = self.list.iter().map(|region| region.store.probe());
+        for error in join_all(probes).await.into_iter().filter_map(Result::err) {
+            tracing::debug!(%error, "a region was not probed");
+        }
     }
 
     /// Everything below `prefix` in each region; a region that does not answer is an error in its place.
@@ -434,6 +478,7 @@ mod tests {
         let named = |(name, store): (&str, &Arc<MemoryStore>)| Region {
             name: name.parse().unwrap(),
             store: Arc::clone(store) as Arc<dyn ObjectStore>,
+            lock: None,
         };
         let regions = Regions::new(["a", "b"].into_iter().zip(&stores).map(named).collect(), 1, 1).unwrap();
         let regions = regions.timed_by(Arc::clone(&clock) as Arc<dyn Clock>);

@@ -26,7 +26,7 @@ use crate::repository::handle::{Repository, Writer, signer_record};
 use crate::repository::keysets::{self, KeyRing};
 use crate::repository::layout;
 use crate::repository::regions::Region;
-use crate::store::{Digest, PutOptions, StoreError};
+use crate::store::{Digest, StoreError};
 
 /// A report is small and about the past: nobody waits for a region long.
 const REGION_PATIENCE: Duration = Duration::from_secs(10);
@@ -179,7 +179,6 @@ pub async fn seal_report(
     let (keyset, wraps) = drawn.during(|| "draw a keyset for the report")?;
     let bytes = encode(&repository.id, writer, &keyset, (head, body))?;
     let signer = (layout::signer(writer.signer.id()), signer_record(writer)?);
-    // The report last: what is there can be read.
     let objects = [(signer.0, Bytes::from(signer.1))].into_iter().chain(wraps);
     let objects = objects.chain([(layout::report(&head.target, &head.id), bytes)]);
     let objects = objects.map(|(key, body)| SealedObject { key, body: STANDARD.encode(body) }).collect();
@@ -192,10 +191,15 @@ pub async fn spread(repository: &Repository, sealed: &Sealed) -> Vec<LaneOutcome
     let puts = repository.regions.all().iter().map(|region| async move {
         let mut held = 0;
         let put = async {
-            for object in &sealed.objects {
-                put_object(region, object).await?;
+            // The report last: what is there can be read.
+            let Some((report, needed)) = sealed.objects.split_last() else { return Ok(()) };
+            let puts = needed.iter().map(|object| put_object(region, object));
+            for put in join_all(puts).await {
+                put?;
                 held += 1;
             }
+            put_object(region, report).await?;
+            held += 1;
             Ok::<_, Error>(())
         };
         let put = tokio::time::timeout(REGION_PATIENCE, put).await;
@@ -220,10 +224,15 @@ async fn put_object(region: &Region, SealedObject { key, body }: &SealedObject) 
     let damaged = |error| Error::damaged("a report in the state directory is not readable").because(error);
     let body = Bytes::from(STANDARD.decode(body).map_err(damaged)?);
     let digest = Digest::of(&body);
-    match region.store.put(key, body, digest, &PutOptions::default()).await {
+    // Another host's record of the same signer says the same, and it is there most often: a put that meets it would ask
+    // twice more.
+    let is_signer = key.starts_with(layout::SIGNERS);
+    if is_signer && region.store.head(key).await.is_ok() {
+        return Ok(());
+    }
+    match region.put(key, (body, digest), None).await {
         Ok(_) => Ok(()),
-        // Another host's record of the same signer says the same.
-        Err(StoreError::Conflict { .. }) if key.starts_with(layout::SIGNERS) => Ok(()),
+        Err(StoreError::Conflict { .. }) if is_signer => Ok(()),
         Err(error) => Err(error.into()),
     }
 }

@@ -12,7 +12,7 @@ use crate::model::run::{FORMAT, Run, parse_slot};
 use crate::model::{Error, RegionName, RepositoryId, Result, ScheduleName};
 use crate::repository::handle::{Repository, Writer, enroll_at};
 use crate::repository::layout;
-use crate::store::{Digest, PutOptions, StoreError};
+use crate::store::{Digest, StoreError};
 
 fn context(repository: &RepositoryId, key: &str) -> String {
     format!("run {repository} {key}")
@@ -64,7 +64,7 @@ pub async fn spread(repository: &Repository, writer: &Writer, run: &Run) -> Resu
             let put = async {
                 // A record that nobody can verify would be worth nothing.
                 enroll_at(region, writer).await?;
-                match region.store.put(key, body, digest, &PutOptions::default()).await {
+                match region.put(key, (body, digest), None).await {
                     Ok(_) => Ok(Spread::Held),
                     Err(StoreError::Conflict { .. }) => Ok(Spread::Other),
                     Err(error) => Err(Error::from(error)),

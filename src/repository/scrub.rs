@@ -27,6 +27,7 @@ use crate::repository::restore::check_files;
 use crate::repository::restore::streams::StoredStreams;
 use crate::repository::tombs;
 use crate::repository::trust::Trust;
+use crate::repository::wal_bundling::check_bundle;
 use crate::repository::wal_frame::{Frame, FramePlace};
 use crate::repository::wal_index::{BranchId, WalIndex, cover, windows};
 use crate::store::Digest;
@@ -203,7 +204,7 @@ pub async fn scrub_objects(
     lines.iter().filter_map(|line| seen.get(&line.key).cloned().flatten()).collect()
 }
 
-/// Compares every WAL frame that a region lists with its signed header and the digest in it.
+/// Compares every WAL frame that a region lists with its signed header and the digest in it, in bundles and outside of them.
 pub async fn scrub_wal(repository: &Repository, index: &WalIndex, region: &Region) -> (u64, Vec<Problem>) {
     let places: Vec<_> =
         index.frames().filter(|(_, held)| held.contains(&region.name)).map(|(place, _)| place).collect();
@@ -212,7 +213,15 @@ pub async fn scrub_wal(repository: &Repository, index: &WalIndex, region: &Regio
         let error = read_frame(repository, region, &place).await.err()?;
         Some(Problem::of(region, place.key(), &error))
     });
-    (frames, reads.buffer_unordered(READS).filter_map(|found| async { found }).collect().await)
+    let mut problems: Vec<_> = reads.buffer_unordered(READS).filter_map(|found| async { found }).collect().await;
+    let held = index.bundles().iter().filter(|(_, held)| held.contains_key(&region.name));
+    for ((epoch, numbers), _) in held {
+        let place = index.place(epoch, numbers.0);
+        let key = layout::wal_bundle(&place.epoch_prefix(), numbers.0, numbers.1);
+        let good = get(region, &key).await.and_then(|bytes| check_bundle(&bytes, *numbers, repository, &place));
+        problems.extend(good.err().map(|error| Problem::of(region, key, &error)));
+    }
+    (frames, problems)
 }
 
 /// One frame from one region.

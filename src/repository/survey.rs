@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use chrono::{DateTime, Utc};
 
 use crate::model::commit::{Commit, WalNeed};
-use crate::model::{BackupId, Error, RegionName, Result, TargetName};
+use crate::model::{BackupId, Branch, Error, RegionName, Result, TargetName, Timeline};
 use crate::repository::catalog::{self, Backup, Debt, Held, held_everywhere};
 use crate::repository::handle::Repository;
 use crate::repository::inventory::InventoryLine;
@@ -198,6 +198,20 @@ impl Survey {
         let regions = self.branches.iter().flat_map(|branch| &branch.regions);
         let windows = regions.filter(|(name, _)| name == region).filter_map(|(_, reach)| reach.as_ref().ok()).flatten();
         windows.copied().max_by_key(|reach| reach.window.written_at)
+    }
+
+    /// Timelines that two servers chose, with their branches: a restore across has to be told which one counts. Once the
+    /// newest backup is of one of them, or of a later one, nobody needs to be asked any more.
+    pub fn conflicts(&self) -> Vec<(Timeline, Vec<Branch>)> {
+        let newest = self.backups.iter().rev().find_map(|(backup, _)| backup.commit.wal.as_ref());
+        let Some(newest) = newest else { return Vec::new() };
+        let mut of: BTreeMap<Timeline, Vec<Branch>> = BTreeMap::new();
+        let own =
+            self.branches.iter().map(|survey| &survey.branch).filter(|branch| branch.system_id == newest.system_id);
+        for branch in own.filter(|branch| branch.timeline > newest.timeline) {
+            of.entry(branch.timeline).or_default().push(branch.branch.clone());
+        }
+        of.into_iter().filter(|(_, branches)| branches.len() > 1).collect()
     }
 
     /// Objects that each region lacks, over all backups, each once.

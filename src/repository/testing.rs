@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::io::Write as _;
 use std::ops::Range;
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -22,6 +22,7 @@ use crate::repository::backup_writer::{BackupOptions, BackupWriter, Written};
 use crate::repository::fan_out::{FanOut, Patience};
 use crate::repository::handle::{RegionRecord, Repository, Writer};
 use crate::repository::keysets::{Holders, KeyRing};
+use crate::repository::lock_rule::Rule;
 use crate::repository::manifest::Line;
 use crate::repository::pack::OBJECT_LIMIT;
 use crate::repository::parent::{Basis, choose, state_path};
@@ -86,14 +87,29 @@ pub enum Fault {
 pub struct FaultyStore {
     inner: Arc<dyn ObjectStore>,
     fault: Mutex<Fault>,
+    /// Whether locks may be made longer.
+    locks: AtomicBool,
+    /// Whether locks may not be known.
+    hidden: AtomicBool,
     /// Versions that may still be deleted before the process dies.
     deletes: AtomicI64,
+    held: Mutex<BTreeSet<String>>,
 }
 
 impl FaultyStore {
     /// Switches the fault.
     pub fn set(&self, fault: Fault) {
         *self.fault.lock().unwrap() = fault;
+    }
+
+    /// Allows or forbids to make locks longer.
+    pub fn allow_locks(&self, allowed: bool) {
+        self.locks.store(allowed, Ordering::Relaxed);
+    }
+
+    /// Hides locks from whoever asks, or shows them.
+    pub fn hide_locks(&self, hidden: bool) {
+        self.hidden.store(hidden, Ordering::Relaxed);
     }
 
     /// Lets so many versions be deleted, and refuses all that follow, as if the pruner had been killed then.
@@ -119,6 +135,11 @@ impl FaultyStore {
         self.inner.delete(key).await.unwrap();
         let options = PutOptions { retain_until: Some(until) };
         self.inner.put(key, bytes.clone(), Digest::of(&bytes), &options).await.unwrap();
+    }
+
+    /// Holds an object without an end, of which nothing is known before it is to be deleted: a legal hold.
+    pub fn hold(&self, key: &str) {
+        self.held.lock().unwrap().insert(key.to_owned());
     }
 
     /// All names, with their bytes.
@@ -189,8 +210,29 @@ impl ObjectStore for FaultyStore {
         self.inner.list_versions(prefix, after).await
     }
 
+    async fn extend(&self, key: &str, until: DateTime<Utc>) -> Result<(), StoreError> {
+        self.pass("lock", key).await?;
+        if !self.locks.load(Ordering::Relaxed) {
+            let (key, address, reason) = (key.to_owned(), self.address(), "no permission".to_owned());
+            return Err(StoreError::Denied { operation: "lock", key, address, reason });
+        }
+        self.inner.extend(key, until).await
+    }
+
+    async fn locked_until(&self, key: &str, version: Option<&VersionId>) -> Result<Option<DateTime<Utc>>, StoreError> {
+        self.pass("lock", key).await?;
+        if self.hidden.load(Ordering::Relaxed) {
+            let (key, address, reason) = (key.to_owned(), self.address(), "no permission".to_owned());
+            return Err(StoreError::Denied { operation: "read the lock", key, address, reason });
+        }
+        self.inner.locked_until(key, version).await
+    }
+
     async fn delete_version(&self, key: &str, version: &VersionId) -> Result<(), StoreError> {
         self.pass("delete", key).await?;
+        if self.held.lock().unwrap().contains(key) {
+            return Err(StoreError::Retained { key: key.to_owned(), address: self.address(), until: None });
+        }
         if self.deletes.fetch_sub(1, Ordering::Relaxed) <= 0 {
             let (key, address, reason) = (key.to_owned(), self.address(), "killed".to_owned());
             return Err(StoreError::Denied { operation: "delete", key, address, reason });
@@ -215,6 +257,8 @@ pub struct Fixture {
     pub writer: Writer,
     /// Opens what the writer sealed.
     pub ring: Arc<KeyRing>,
+    /// How long its regions lock, if they do.
+    pub lock: Option<TimeDelta>,
     /// The writer's clock.
     pub clock: Arc<TestClock>,
     /// The holder's identity, and directories.
@@ -263,8 +307,11 @@ impl Fixture {
         clock: Arc<TestClock>,
         files: tempfile::TempDir,
     ) -> Self {
-        let wrap =
-            |inner| Arc::new(FaultyStore { inner, fault: Mutex::new(Fault::None), deletes: AtomicI64::new(i64::MAX) });
+        let wrap = |inner| {
+            let (fault, deletes) = (Mutex::new(Fault::None), AtomicI64::new(i64::MAX));
+            let (locks, hidden) = (AtomicBool::new(true), AtomicBool::new(false));
+            Arc::new(FaultyStore { inner, fault, locks, hidden, deletes, held: Mutex::default() })
+        };
         let stores: Vec<_> = inner.into_iter().map(wrap).collect();
         let (identity, recipient) = generate_identity(clock.now());
         let path = files.path().join("age.txt");
@@ -289,12 +336,22 @@ impl Fixture {
         let repository = Repository::open(regions, BTreeSet::new()).await.unwrap();
         let opener = Arc::new(AgeOpener::from_files(&[path]).unwrap());
         let ring = KeyRing::new(repository.id.clone(), repository.regions.clone(), vec![opener]);
-        Self { stores, repository, writer, ring: Arc::new(ring), clock, files }
+        Self { stores, repository, writer, ring: Arc::new(ring), lock: None, clock, files }
     }
 
     /// The same regions opened anew, by a process that remembers nothing.
     pub async fn reopen(&self) -> Result<Repository> {
-        Repository::open(regions_of(&self.stores, self.repository.regions.quorum()), BTreeSet::new()).await
+        let rule = self.lock.map(|keep| Rule { keep, clock: Arc::clone(&self.writer.clock) });
+        let regions = regions_of(&self.stores, 1);
+        let regions = regions.all().iter().map(|region| Region { lock: rule.clone(), ..region.clone() });
+        let quorum = self.repository.regions.quorum();
+        Repository::open(Regions::new(regions.collect(), quorum, quorum)?, BTreeSet::new()).await
+    }
+
+    /// From now on its regions lock what is written, for so long.
+    pub async fn lock_for(&mut self, keep: TimeDelta) {
+        self.lock = Some(keep);
+        self.repository = self.reopen().await.unwrap();
     }
 
     /// Writes a backup of made-up files.
@@ -377,7 +434,7 @@ impl Fixture {
 pub fn regions_of(stores: &[Arc<FaultyStore>], quorum: usize) -> Regions {
     let region = |(at, store): (usize, &Arc<FaultyStore>)| {
         let name = char::from(b'a' + at as u8).to_string().parse().unwrap();
-        Region { name, store: Arc::clone(store) as Arc<dyn ObjectStore> }
+        Region { name, store: Arc::clone(store) as Arc<dyn ObjectStore>, lock: None }
     };
     Regions::new(stores.iter().enumerate().map(region).collect(), quorum, quorum).unwrap()
 }

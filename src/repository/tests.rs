@@ -18,7 +18,7 @@ use crate::repository::fan_out::{FanOut, Patience};
 use crate::repository::handle::Repository;
 use crate::repository::keysets::KeyRing;
 use crate::repository::parent::Basis;
-use crate::repository::restore::{CONTROL_FILE, CONTROL_FILE_PENDING, Destination, restore_files};
+use crate::repository::restore::{CONTROL_FILE, CONTROL_FILE_PENDING, Destination, KeptParts, restore_files};
 use crate::repository::testing::{Fault, Fixture, HISTORY, Made, log, options, send, tiny};
 use crate::repository::wal_index::{BranchId, Stretch, WalIndex, cover, windows};
 use crate::repository::wal_log::read_history;
@@ -50,7 +50,9 @@ pub(super) async fn read_back(
         written.push(file);
         Ok(())
     };
-    let restored = restore_files(repository, ring, (commit, &inventory), &destination, (&phase, &mut tell)).await?;
+    let restored =
+        restore_files(repository, ring, (commit, &inventory, KeptParts::default()), &destination, (&phase, &mut tell))
+            .await?;
     assert_eq!(restored.files, written.len() as u64);
     let mut files = BTreeMap::new();
     for file in written {
@@ -269,6 +271,35 @@ async fn a_lost_frame_is_a_hole_in_that_region_only() {
     };
     assert_eq!(seen("a").await, [(1000, 1010), (1020, 1040)]);
     assert_eq!(seen("b").await, [(1000, 1040)]);
+}
+
+/// Whatever a search asks for at once, it finds the frame that one by one would find, around one that is damaged.
+#[tokio::test]
+async fn the_frame_of_every_byte_is_found() {
+    let fixture = Fixture::memory(1, 1).await;
+    let lengths: Vec<usize> = (0..70).map(|number| 1 + number * 7 % 5).collect();
+    fixture.epoch(1000, &lengths, true).await;
+    let located = async |index: &WalIndex| {
+        let (runs, errors) = index.spans(&fixture.repository).await;
+        assert!(errors.is_empty() && runs.len() == 1, "{errors:?}");
+        let mut found = Vec::new();
+        for at in runs[0].start().0..runs[0].end().0 {
+            found.push(index.locate(&fixture.repository, &runs[0], Lsn(at)).await);
+        }
+        found
+    };
+    let expected: Vec<u64> = (0..).zip(&lengths).flat_map(|(seq, length)| std::iter::repeat_n(seq, *length)).collect();
+    let found: Vec<_> = located(&index(&fixture.repository).await).await.into_iter().map(Result::unwrap).collect();
+    assert_eq!(found, expected);
+    let place = index(&fixture.repository).await.frames().nth(40).unwrap().0;
+    fixture.stores[0].damage(&place.key(), b"another".to_vec()).await;
+    for (found, expected) in located(&index(&fixture.repository).await).await.into_iter().zip(expected) {
+        match found {
+            Ok(found) => assert_eq!(found, expected),
+            // Only who wants the damaged frame or the one behind it cannot know which of the two it is.
+            Err(_) => assert!((40..=41).contains(&expected), "{expected}"),
+        }
+    }
 }
 
 #[tokio::test]

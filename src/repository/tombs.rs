@@ -197,7 +197,8 @@ impl Pruned {
             (Some("wal"), ..) => {
                 let Some((prefix, seq)) = key.rsplit_once('/') else { return false };
                 let before = self.epochs.get(&format!("{prefix}/"));
-                before.zip(layout::parse_seq(seq)).is_some_and(|(before, seq)| seq < *before)
+                let last = layout::parse_seq(seq).or_else(|| layout::parse_bundle(seq).map(|(_, last)| last));
+                before.zip(last).is_some_and(|(before, last)| last < *before)
             }
             _ => false,
         }

@@ -7,6 +7,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, PoisonError};
 
+use bytes::Bytes;
+use futures::future::join_all;
 use serde::{Deserialize, Serialize};
 
 use crate::codec::sign::{PublicKey, Signature, Signer, sign_text, split_text};
@@ -87,19 +89,21 @@ impl Trust {
     /// # Errors
     /// No region answers.
     pub async fn refresh(&self, regions: &Regions) -> Result<()> {
-        for key in regions.list_union(layout::SIGNERS).await? {
-            let Some(id) = key.strip_prefix(layout::SIGNERS).and_then(|id| id.parse::<SignerId>().ok()) else {
-                continue;
-            };
-            if self.lock().contains_key(&id) {
-                continue;
+        let unknown = |key: String| {
+            let id = key.strip_prefix(layout::SIGNERS)?.parse::<SignerId>().ok()?;
+            (!self.knows(&id)).then_some((key, id))
+        };
+        let reads = regions.list_union(layout::SIGNERS).await?.into_iter().filter_map(unknown).map(|(key, id)| {
+            async move {
+                // The name is the hash of the key: a damaged or forged record fails here and is taken from another region.
+                let decode = |bytes: Bytes| SignerRecord::decode(&id, &bytes).map(|(_, key)| key);
+                let read = regions.read(&key, None, decode).await;
+                read.map(|(public, _)| (id, public))
             }
-            // The name is the hash of the key: a damaged or forged record fails here and is taken from another region.
-            let read = regions.read(&key, None, |bytes| SignerRecord::decode(&id, &bytes).map(|(_, key)| key)).await;
+        });
+        for read in join_all(reads).await {
             match read {
-                Ok((public, _)) => {
-                    self.lock().insert(id, public);
-                }
+                Ok((id, public)) => drop(self.lock().insert(id, public)),
                 Err(error) => tracing::warn!(%error, "signer is not readable"),
             }
         }

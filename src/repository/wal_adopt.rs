@@ -17,7 +17,7 @@ use crate::repository::wal_frame::{EpochKind, FrameKind, FramePlace};
 use crate::repository::wal_frames::fetch_object;
 use crate::repository::wal_index::{BranchId, Run, WalIndex, Window, windows};
 use crate::repository::wal_seal::{Closing, Ending};
-use crate::store::{Digest, PutOptions, StoreError};
+use crate::store::{Digest, StoreError};
 
 /// A region that hangs counts as one that is away.
 const ANSWER_TIME: Duration = Duration::from_secs(30);
@@ -130,11 +130,11 @@ async fn stored(owner: &TakeOver<'_>, branch: &BranchId) -> Result<Option<Stored
     let repository = owner.repository;
     // Signers may have been enrolled since this process began.
     repository.trust.refresh(&repository.regions).await?;
-    let Closed { index, sealed, unclean } = close_epochs(owner, branch).await?;
+    let Closed { mut index, sealed, unclean } = close_epochs(owner, branch).await?;
     if index.epochs().is_empty() {
         return Ok(None);
     }
-    let adopted = adopt(owner, &index, &unclean).await?;
+    let adopted = adopt(owner, &mut index, &unclean).await?;
     let (mut runs, errors) = index.runs(repository, None).await;
     // Nobody adopts frames of the other kinds: what fewer regions than the quorum hold of them is not durable, and
     // whoever began behind it would tell the server to forget what a single region has.
@@ -219,9 +219,9 @@ async fn is_ended(repository: &Repository, index: &WalIndex, epoch: &EpochId) ->
 
 /// Copies frames of sealed epochs that fewer regions than the quorum hold. An epoch that was ended by its own writer had
 /// every frame at the quorum before; what it lacks now is a debt for repair.
-async fn adopt(owner: &TakeOver<'_>, index: &WalIndex, unclean: &[EpochId]) -> Result<u64> {
+async fn adopt(owner: &TakeOver<'_>, index: &mut WalIndex, unclean: &[EpochId]) -> Result<u64> {
     let repository = owner.repository;
-    let (quorum, needed) = (enough(owner, index), owner.known.read_quorum(repository, index.unreadable()));
+    let needed = owner.known.read_quorum(repository, index.unreadable());
     let mut adopted = 0;
     for epoch in unclean {
         let Some(seqs) = index.epochs().get(epoch) else { continue };
@@ -233,7 +233,7 @@ async fn adopt(owner: &TakeOver<'_>, index: &WalIndex, unclean: &[EpochId]) -> R
             if held.len() >= repository.regions.quorum() {
                 continue;
             }
-            match copy(repository, &index.place(epoch, *seq), held, quorum).await {
+            match copy(repository, &index.place(epoch, *seq), held, enough(owner, index, ending.seals(*seq))).await {
                 Ok(copied) => adopted += u64::from(copied),
                 Err(error) if error.kind() == Kind::Damaged => {
                     tracing::error!(%error, "a frame of an earlier writer is damaged");
@@ -241,15 +241,20 @@ async fn adopt(owner: &TakeOver<'_>, index: &WalIndex, unclean: &[EpochId]) -> R
                 Err(error) => return Err(error),
             }
         }
+        // A frame that lost against the SEAL may still be in a region, and nobody brings it to more.
+        index.cut(epoch, end);
     }
     Ok(adopted)
 }
 
 /// In how many regions an adopted frame must be. While regions are away it is as many as the configuration allows a write
-/// to be acknowledged with.
-fn enough(owner: &TakeOver<'_>, index: &WalIndex) -> usize {
+/// to be acknowledged with. A region with a SEAL under the frame's name never takes the frame; of these there are too few
+/// to keep it from having been acknowledged, so enough others are left.
+fn enough(owner: &TakeOver<'_>, index: &WalIndex, seals: usize) -> usize {
     let regions = &owner.repository.regions;
-    if index.unreadable().is_empty() { regions.quorum() } else { regions.lowest_quorum() }
+    let usual = if index.unreadable().is_empty() { regions.quorum() } else { regions.lowest_quorum() };
+    let able = regions.all().len().saturating_sub(seals + owner.known.given_up(index.unreadable()));
+    usual.min(able).max(1)
 }
 
 /// Copies a frame as it is to the regions that lack it, and says whether any took it.
@@ -263,9 +268,8 @@ async fn copy(
     let frame = fetch_object(repository, place).await?;
     let digest = Digest::of(&frame);
     let lacking = repository.regions.all().iter().filter(|region| !held.contains(&region.name));
-    let options = PutOptions::default();
     let puts = lacking.map(|region| async {
-        let put = region.store.put(&key, frame.clone(), digest, &options);
+        let put = region.put(&key, (frame.clone(), digest), None);
         (region.name.clone(), timeout(ANSWER_TIME, put).await)
     });
     let puts = join_all(puts).await;

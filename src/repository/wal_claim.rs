@@ -55,9 +55,13 @@ impl Known {
     /// How many regions must answer, and hold a SEAL: as many as share one with every write quorum, less those that do
     /// not answer and were given up.
     pub(super) fn read_quorum(&self, repository: &Repository, unreadable: &[(RegionName, String)]) -> usize {
+        repository.regions.read_quorum().saturating_sub(self.given_up(unreadable)).max(1)
+    }
+
+    /// How many of the regions that do not answer were given up.
+    pub(super) fn given_up(&self, unreadable: &[(RegionName, String)]) -> usize {
         let lost = self.lost.lock().unwrap_or_else(PoisonError::into_inner);
-        let given_up = unreadable.iter().filter(|(region, _)| lost.contains(region)).count();
-        repository.regions.read_quorum().saturating_sub(given_up).max(1)
+        unreadable.iter().filter(|(region, _)| lost.contains(region)).count()
     }
 }
 

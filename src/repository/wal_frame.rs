@@ -38,7 +38,12 @@ pub struct FramePlace {
 impl FramePlace {
     /// The object's name.
     pub fn key(&self) -> String {
-        layout::wal_frame(&layout::wal_epoch(self.system_id, self.timeline, &self.branch, &self.epoch), self.seq)
+        layout::wal_frame(&self.epoch_prefix(), self.seq)
+    }
+
+    /// What the names of all frames of its epoch begin with.
+    pub fn epoch_prefix(&self) -> String {
+        layout::wal_epoch(self.system_id, self.timeline, &self.branch, &self.epoch)
     }
 
     fn logical_id(&self) -> String {

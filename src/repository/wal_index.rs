@@ -4,11 +4,13 @@
 //! its WAL range, and two header reads describe thousands of frames.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::sync::Mutex;
 
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
-use futures::future::join_all;
+use futures::future::{join_all, try_join};
+use futures::{StreamExt, stream};
 use serde::Serialize;
 
 use crate::model::{Branch, EpochId, Error, Lsn, RegionName, Result, SystemId, Timeline};
@@ -16,6 +18,10 @@ use crate::repository::handle::Repository;
 use crate::repository::layout;
 use crate::repository::regions::{Regions, list_all};
 use crate::repository::wal_frame::{BARE_LIMIT, Frame, FrameHeader, FrameKind, FramePlace, HEADER_LIMIT, IN_FLIGHT};
+
+mod growth;
+
+pub use growth::Arrival;
 
 /// One branch of one timeline of one cluster.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -35,13 +41,18 @@ pub struct Run {
     pub first: FrameHeader,
     /// The last frame; END counts.
     pub last: FrameHeader,
-    /// The newest commit time near its end. Older than `COMMIT_REACH` frames nothing is looked for.
+    /// The newest commit time near its end, if it was looked for. Older than `COMMIT_REACH` frames nothing is looked for.
     pub last_commit: Option<DateTime<Utc>>,
 }
 
 /// How many frames are looked at for a commit time: END holds none, and neither do the records that an idle server
 /// writes for its standbys.
 const COMMIT_REACH: u64 = 32;
+/// Runs whose ends are read at the same time.
+const READS: usize = 32;
+/// Headers that one step of a search reads at the same time: where every request waits for a long way, a step costs as much
+/// as one.
+const PROBES: u64 = 7;
 
 impl Run {
     /// Position of its first byte.
@@ -80,6 +91,8 @@ pub struct WalIndex {
     frames: BTreeMap<EpochId, BTreeMap<u64, BTreeSet<RegionName>>>,
     /// The largest size that a region lists: what a header read may ask for.
     sizes: BTreeMap<(EpochId, u64), u64>,
+    /// Epoch and numbers of its bundles → region → size. Their frames are among the others.
+    bundles: BTreeMap<Bundle, BTreeMap<RegionName, u64>>,
     unreadable: Vec<(RegionName, String)>,
     headers: Mutex<BTreeMap<(EpochId, u64), FrameHeader>>,
 }
@@ -106,15 +119,23 @@ impl WalIndex {
             .all()
             .iter()
             .map(|region| async { (region.name.clone(), list_all(region.store.as_ref(), &prefix).await) });
-        let (frames, sizes, unreadable) = (BTreeMap::new(), BTreeMap::new(), Vec::new());
-        let mut index = Self { branch, frames, sizes, unreadable, headers: Mutex::default() };
+        let mut index = Self {
+            branch,
+            frames: BTreeMap::new(),
+            sizes: BTreeMap::new(),
+            bundles: BTreeMap::new(),
+            unreadable: Vec::new(),
+            headers: Mutex::default(),
+        };
         for (region, list) in join_all(lists).await {
             match list {
                 Ok(objects) => {
                     for object in objects {
-                        let Some((epoch, seq)) = object.key.strip_prefix(&prefix).and_then(parse_frame) else {
-                            continue;
-                        };
+                        let Some(name) = object.key.strip_prefix(&prefix) else { continue };
+                        if let Some(bundle) = parse_bundle(name) {
+                            index.add_bundle(bundle, &region, object.size);
+                        }
+                        let Some((epoch, seq)) = parse_frame(name) else { continue };
                         let size = index.sizes.entry((epoch.clone(), seq)).or_default();
                         *size = object.size.max(*size);
                         let seqs = index.frames.entry(epoch).or_default();
@@ -125,6 +146,19 @@ impl WalIndex {
             }
         }
         index
+    }
+
+    fn add_bundle(&mut self, bundle: Bundle, region: &RegionName, size: u64) {
+        let seqs = self.frames.entry(bundle.0.clone()).or_default();
+        for seq in bundle.1.0..=bundle.1.1 {
+            seqs.entry(seq).or_default().insert(region.clone());
+        }
+        self.bundles.entry(bundle).or_default().insert(region.clone(), size);
+    }
+
+    /// The bundles that any region lists, with their sizes.
+    pub const fn bundles(&self) -> &BTreeMap<Bundle, BTreeMap<RegionName, u64>> {
+        &self.bundles
     }
 
     /// The branch.
@@ -146,6 +180,13 @@ impl WalIndex {
     /// The epochs and their sequence numbers.
     pub const fn epochs(&self) -> &BTreeMap<EpochId, BTreeMap<u64, BTreeSet<RegionName>>> {
         &self.frames
+    }
+
+    /// Forgets the frames of an epoch from a number on.
+    pub(super) fn cut(&mut self, epoch: &EpochId, from: u64) {
+        if let Some(seqs) = self.frames.get_mut(epoch) {
+            seqs.split_off(&from);
+        }
     }
 
     /// Where a frame stands.
@@ -205,12 +246,17 @@ impl WalIndex {
 
     /// Where another owner sealed an epoch, if it did. What its writer may still have put behind that was never
     /// acknowledged, and between it and the rest there may be a hole that the SEAL hides.
-    async fn sealed_at(&self, repository: &Repository, epoch: &EpochId) -> Option<u64> {
-        let seqs = self.frames.get(epoch)?;
-        let (last, _) = seqs.last_key_value()?;
+    async fn sealed_at(
+        &self,
+        repository: &Repository,
+        epoch: &EpochId,
+        seqs: &BTreeMap<u64, BTreeSet<RegionName>>,
+    ) -> Option<u64> {
+        let ((first, _), (last, _)) = (seqs.first_key_value()?, seqs.last_key_value()?);
         let small = |seq: &&u64| self.size(epoch, **seq) <= BARE_LIMIT;
-        let near: Vec<u64> =
-            seqs.range(last.saturating_sub(IN_FLIGHT - 1)..).map(|(seq, _)| seq).filter(small).copied().collect();
+        let near = seqs.range(last.saturating_sub(IN_FLIGHT - 1)..).map(|(seq, _)| seq).filter(small);
+        // The first one is asked for next.
+        let near: BTreeSet<u64> = near.chain([first]).copied().collect();
         let headers = join_all(near.iter().map(|seq| self.header(repository, epoch, *seq))).await;
         let sealed = headers.into_iter().flatten().filter(|header| header.kind == FrameKind::Seal);
         sealed.map(|header| header.place.seq).min()
@@ -228,40 +274,93 @@ impl WalIndex {
         repository: &Repository,
         counts: impl Fn(&BTreeSet<RegionName>) -> bool,
     ) -> (Vec<Run>, Vec<Error>) {
+        let (mut runs, errors) = self.spans_of(repository, counts).await;
+        let found = runs.iter().map(|run| self.last_commit(repository, run)).collect::<Vec<_>>();
+        let found: Vec<_> = stream::iter(found).buffered(READS).collect().await;
+        let (mut errors, mut whole) = (errors, Vec::with_capacity(runs.len()));
+        for (run, found) in runs.drain(..).zip(found) {
+            match found {
+                Ok(last_commit) => whole.push(Run { last_commit, ..run }),
+                Err(error) => errors.push(error),
+            }
+        }
+        (whole, errors)
+    }
+
+    /// As [`runs`](Self::runs) in all regions together, without looking for commit times.
+    pub async fn spans(&self, repository: &Repository) -> (Vec<Run>, Vec<Error>) {
+        self.spans_of(repository, |_| true).await
+    }
+
+    async fn spans_of(
+        &self,
+        repository: &Repository,
+        counts: impl Fn(&BTreeSet<RegionName>) -> bool,
+    ) -> (Vec<Run>, Vec<Error>) {
+        let seals = self.frames.iter().map(|(epoch, seqs)| self.sealed_at(repository, epoch, seqs)).collect::<Vec<_>>();
+        let seals: Vec<_> = stream::iter(seals).buffered(READS).collect().await;
+        let mut ends = Vec::new();
+        for ((epoch, seqs), sealed_at) in self.frames.iter().zip(seals) {
+            let held = seqs.range(..sealed_at.unwrap_or(u64::MAX)).filter(|(_, held)| counts(held));
+            ends.extend(unbroken(held.map(|(seq, _)| *seq)).into_iter().map(|ends| (epoch, ends)));
+        }
+        let reads = ends.into_iter().map(|(epoch, ends)| self.span(repository, epoch, ends)).collect::<Vec<_>>();
         let (mut runs, mut errors) = (Vec::new(), Vec::new());
-        for (epoch, seqs) in &self.frames {
-            let sealed_at = self.sealed_at(repository, epoch).await.unwrap_or(u64::MAX);
-            let held = seqs.range(..sealed_at).filter(|(_, held)| counts(held));
-            for (first, last) in unbroken(held.map(|(seq, _)| *seq)) {
-                match self.run(repository, epoch, (first, last)).await {
-                    Ok(run) => runs.push(run),
-                    Err(error) => errors.push(error),
-                }
+        for read in stream::iter(reads).buffered(READS).collect::<Vec<_>>().await {
+            match read {
+                Ok(run) => runs.push(run),
+                Err(error) => errors.push(error),
             }
         }
         runs.sort_by_key(|run| (run.start(), run.end()));
         (runs, errors)
     }
 
-    async fn run(&self, repository: &Repository, epoch: &EpochId, (first, last): (u64, u64)) -> Result<Run> {
-        let first = self.header(repository, epoch, first).await?;
-        let last = self.header(repository, epoch, last).await?;
-        let last_commit = self.last_commit(repository, &first, &last).await?;
-        Ok(Run { first, last, last_commit })
+    async fn span(&self, repository: &Repository, epoch: &EpochId, (first, last): (u64, u64)) -> Result<Run> {
+        let (first, last) = if first == last {
+            let only = self.header(repository, epoch, first).await?;
+            (only.clone(), only)
+        } else {
+            try_join(self.header(repository, epoch, first), self.header(repository, epoch, last)).await?
+        };
+        Ok(Run { first, last, last_commit: None })
     }
 
-    async fn last_commit(
+    async fn last_commit(&self, repository: &Repository, run: &Run) -> Result<Option<DateTime<Utc>>> {
+        let (first, last) = (run.first.place.seq, &run.last.place);
+        if run.last.span.last_commit.is_some() {
+            return Ok(run.last.span.last_commit);
+        }
+        let reach = first.max(last.seq.saturating_sub(COMMIT_REACH))..last.seq;
+        self.newest_commit(repository, &last.epoch, reach).await
+    }
+
+    /// The newest commit time in these frames, looked for from their end, more of them at a time the longer it takes.
+    async fn newest_commit(
         &self,
         repository: &Repository,
-        first: &FrameHeader,
-        last: &FrameHeader,
+        epoch: &EpochId,
+        seqs: Range<u64>,
     ) -> Result<Option<DateTime<Utc>>> {
-        let (mut at, mut seq) = (last.span.last_commit, last.place.seq);
-        while at.is_none() && seq > first.place.seq && last.place.seq - seq < COMMIT_REACH {
-            seq -= 1;
-            at = self.header(repository, &first.place.epoch, seq).await?.span.last_commit;
+        let (mut end, mut step) = (seqs.end, 4);
+        while end > seqs.start {
+            let from = seqs.start.max(end.saturating_sub(step));
+            let headers = join_all((from..end).map(|seq| self.header(repository, epoch, seq))).await;
+            for header in headers.into_iter().rev() {
+                if let Some(time) = header?.span.last_commit {
+                    return Ok(Some(time));
+                }
+            }
+            (end, step) = (from, step * 2);
         }
-        Ok(at)
+        Ok(None)
+    }
+
+    /// Reads headers at the same time, for whoever is going to ask for them one after the other. What cannot be read fails
+    /// when it is asked for.
+    pub async fn read_ahead(&self, repository: &Repository, epoch: &EpochId, seqs: Range<u64>) {
+        let reads = seqs.map(|seq| self.header(repository, epoch, seq)).collect::<Vec<_>>();
+        stream::iter(reads).buffer_unordered(READS).for_each(|_| std::future::ready(())).await;
     }
 
     /// The frame of a run that holds the byte at `at`.
@@ -271,13 +370,39 @@ impl WalIndex {
     pub async fn locate(&self, repository: &Repository, run: &Run, at: Lsn) -> Result<u64> {
         let epoch = &run.first.place.epoch;
         let (mut low, mut high) = (run.first.place.seq, run.last.place.seq);
+        if run.first.span.end > at {
+            return Ok(low);
+        }
+        if run.last.span.start <= at {
+            return Ok(high);
+        }
         while low < high {
-            let middle = low + (high - low) / 2;
-            let header = self.header(repository, epoch, middle).await?;
-            if header.span.end <= at { low = middle + 1 } else { high = middle }
+            let mut probes: Vec<_> = (1..=PROBES).map(|nth| low + (high - low) * nth / (PROBES + 1)).collect();
+            probes.dedup();
+            let headers = join_all(probes.into_iter().map(|seq| self.header(repository, epoch, seq))).await;
+            let (headers, errors): (Vec<_>, Vec<_>) = headers.into_iter().partition(Result::is_ok);
+            // One that is damaged is searched around as long as another tells the way.
+            if let (true, Some(error)) = (headers.is_empty(), errors.into_iter().find_map(Result::err)) {
+                return Err(error);
+            }
+            for header in headers.into_iter().flatten() {
+                if header.span.end > at {
+                    high = header.place.seq;
+                    break;
+                }
+                low = header.place.seq + 1;
+            }
         }
         Ok(low)
     }
+}
+
+/// An epoch, and the first and last number of the frames in a bundle of it.
+pub type Bundle = (EpochId, (u64, u64));
+
+fn parse_bundle(key: &str) -> Option<Bundle> {
+    let (epoch, numbers) = key.split_once('/')?;
+    Some((epoch.parse().ok()?, layout::parse_bundle(numbers)?))
 }
 
 fn parse_frame(key: &str) -> Option<(EpochId, u64)> {

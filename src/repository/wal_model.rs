@@ -289,7 +289,9 @@ impl State {
             return self.show_up(rules);
         }
         let all_tried = self.new.done.count() == rules.regions;
-        match (closing(&holdings, rules.read_quorum()), self.new.phase) {
+        // Nobody gives regions up here.
+        let enough = (rules.read_quorum(), rules.read_quorum());
+        match (closing(&holdings, enough), self.new.phase) {
             (Closing::Open(at), _) if !rules.seals => self.enter(Phase::Adopt(number(at))),
             (Closing::Open(at), phase) => {
                 let behind = (0..NUMBERS).rev().find(|number| Self::holders(&self.new.view, *number) > 0);
@@ -365,19 +367,42 @@ fn explore(rules: &Rules) -> Result<usize, Box<State>> {
 pub fn walk(rules: &Rules, seed: u64) -> (Vec<Action>, State) {
     let mut random = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
     let (mut state, mut trace) = (State::first(rules), Vec::new());
+    let mut draw = move || {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        number(random >> 33)
+    };
     while trace.len() < 400 && !state.is_lossy() {
         let actions = state.actions(rules);
         if actions.is_empty() {
             break;
         }
-        random ^= random << 13;
-        random ^= random >> 7;
-        random ^= random << 17;
-        let action = actions[number(random >> 33) % actions.len()];
+        let action = actions[draw() % actions.len()];
         trace.push(action);
         state = state.step(rules, action);
     }
     (trace, state)
+}
+
+/// Whether the new owner comes to stream from here if the old one never wakes up again: it does whatever it can do, and
+/// begins again only where nothing else is left.
+fn gets_on(mut state: State, rules: &Rules) -> bool {
+    for _ in 0..60 {
+        if state.new.phase == Phase::Streams {
+            return true;
+        }
+        let of_old = |action: &Action| {
+            matches!(action, Action::Send | Action::Arrive(..) | Action::Acknowledge | Action::OldLooks(_))
+        };
+        let actions: Vec<_> = state.actions(rules).into_iter().filter(|action| !of_old(action)).collect();
+        let works =
+            |action: &&Action| !matches!(action, Action::Again | Action::Judge) && state.step(rules, **action) != state;
+        let Some(action) = actions.iter().find(works).or_else(|| actions.first()) else { return false };
+        let next = state.step(rules, *action);
+        state = if next == state { state.step(rules, Action::Again) } else { next };
+    }
+    false
 }
 
 fn assert_sound(rules: &Rules) {
@@ -418,5 +443,19 @@ fn long_walks_lose_nothing() {
         let rules = Rules::of(3, 1 + number(seed % 3), 4, 5);
         let (trace, state) = walk(&rules, seed);
         assert!(!state.is_lossy(), "seed {seed} of {rules:?} loses: {trace:?}");
+    }
+}
+
+/// Nothing that a sleeper leaves behind keeps its successor from streaming for ever.
+#[test]
+fn wherever_the_old_owner_falls_asleep_the_new_one_gets_on() {
+    for seed in 0..3_000 {
+        let (regions, quorum) = [(2, 2), (2, 1), (3, 2), (3, 1), (3, 3)][number(seed % 5)];
+        let rules = Rules::of(regions, quorum, 3, 4);
+        let mut state = State::first(&rules);
+        for action in walk(&rules, seed).0 {
+            assert!(gets_on(state, &rules), "seed {seed} of {rules:?} is stuck at {state:?}");
+            state = state.step(&rules, action);
+        }
     }
 }

@@ -2,6 +2,8 @@
 
 use std::ops::ControlFlow;
 
+use futures::{StreamExt, stream};
+
 use crate::model::{EpochId, Error, Lsn, Result};
 use crate::repository::handle::Repository;
 use crate::repository::keysets::KeyRing;
@@ -10,6 +12,9 @@ use crate::repository::wal_frames::{Frames, Means};
 use crate::repository::wal_index::{BranchId, Run, Stretch, WalIndex, Window, cover, windows};
 pub use crate::repository::wal_overlap::Contradiction;
 use crate::repository::wal_overlap::{Look, Overlap, Witness, comparable, overlaps};
+
+/// Overlaps that are compared at the same time; each holds a few frames of two epochs.
+const COMPARED_AT_ONCE: usize = 4;
 
 /// Takes WAL in order; [`ControlFlow::Break`] ends the reading.
 pub type Sink<'a> = dyn FnMut(Lsn, &[u8]) -> Result<ControlFlow<()>> + Send + 'a;
@@ -29,7 +34,7 @@ impl BranchLog {
     /// Lists a branch and reads the headers at the ends of its runs.
     pub async fn load(repository: &Repository, branch: BranchId) -> Self {
         let index = WalIndex::load(&repository.regions, branch).await;
-        let (runs, damaged) = index.runs(repository, None).await;
+        let (runs, damaged) = index.spans(repository).await;
         Self { index, runs, damaged }
     }
 
@@ -131,8 +136,10 @@ impl BranchLog {
         };
         let ranges: Vec<_> = self.runs.iter().map(within).collect();
         let (mut contradictions, mut unread) = (Vec::new(), Vec::new());
-        for overlap in overlaps(&ranges) {
-            match self.compare_one(means, overlap).await {
+        let compared = overlaps(&ranges).into_iter().map(|overlap| self.compare_one(means, overlap));
+        let compared = stream::iter(compared.collect::<Vec<_>>()).buffered(COMPARED_AT_ONCE);
+        for look in compared.collect::<Vec<_>>().await {
+            match look {
                 Look::Same => {}
                 Look::Differs(contradiction) => contradictions.push(*contradiction),
                 Look::Unread(error) => unread.push(error),

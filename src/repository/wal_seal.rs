@@ -5,8 +5,9 @@
 //! number on will ever be acknowledged, however long its writer was asleep and whatever its clock says. W is the lowest
 //! quorum that the configuration allows.
 //!
-//! The number is the lowest one of which no WAL is seen. One that is higher would leave the writer a hole to fill. Where
-//! the writer wins a name in the meantime its frame is taken over with the others, and the next number is tried.
+//! The number is the lowest one of which no WAL is seen. One that is higher would leave the writer a hole to fill. The
+//! writer may win the name in some regions in the meantime. While W regions can still hold its frame, that frame is taken
+//! over with the others, and the next number is tried; if they cannot, the SEAL stands, and the frame counts for nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -20,7 +21,7 @@ use crate::repository::handle::{Repository, Writer};
 use crate::repository::regions::Region;
 use crate::repository::wal_frame::{Frame, FrameHeader, FrameKind, FramePlace, HEADER_LIMIT, IN_FLIGHT, WalSpan};
 use crate::repository::wal_index::WalIndex;
-use crate::store::{Digest, PutOptions, StoreError};
+use crate::store::{Digest, StoreError};
 
 /// A region that hangs counts as one that is away.
 const ANSWER_TIME: Duration = Duration::from_secs(20);
@@ -52,25 +53,30 @@ pub enum Closing {
     Open(u64),
 }
 
-/// Judges an epoch by what `N−W+1` regions or more hold of its last frames.
-pub fn closing<R: Ord>(holdings: &Holdings<R>, read_quorum: usize) -> Closing {
+/// Judges an epoch by what the regions hold of its last frames. `needed` of them were read at least. As many SEALs as
+/// `barrier`, which is N−W+1, leave no W regions for a frame, whoever else has it.
+///
+/// The two differ where somebody gave regions up: what these may hold is lost, but a frame that a region is seen to have
+/// may have been acknowledged with them.
+pub fn closing<R: Ord>(holdings: &Holdings<R>, (needed, barrier): (usize, usize)) -> Closing {
     if holdings.values().flat_map(BTreeMap::values).any(|holding| *holding == Holding::End) {
         return Closing::Ended;
     }
     let mut at = holdings.keys().next().copied().unwrap_or_default();
-    let is_taken = |held: &BTreeMap<R, Holding>| held.values().any(|holding| *holding != Holding::Seal);
+    let seals = |held: &BTreeMap<R, Holding>| held.values().filter(|holding| **holding == Holding::Seal).count();
+    let is_taken = |held: &BTreeMap<R, Holding>| seals(held) < held.len() && seals(held) < barrier;
     while holdings.get(&at).is_some_and(is_taken) {
         at += 1;
     }
-    let seals = holdings.get(&at).map_or(0, BTreeMap::len);
-    if seals >= read_quorum { Closing::Sealed(at) } else { Closing::Open(at) }
+    if holdings.get(&at).map_or(0, seals) >= needed { Closing::Sealed(at) } else { Closing::Open(at) }
 }
 
 /// The end of one epoch, as the regions that answer show it.
 #[derive(Debug)]
 pub struct Ending {
     holdings: Holdings<RegionName>,
-    read_quorum: usize,
+    /// How many regions were read at least, and how many SEALs keep a frame from ever being acknowledged.
+    enough: (usize, usize),
     /// How it stands.
     pub closing: Closing,
 }
@@ -80,10 +86,11 @@ impl Ending {
     ///
     /// # Errors
     /// A region listed a frame and does not give it.
-    pub async fn look(repository: &Repository, (index, epoch): Sealed<'_>, read_quorum: usize) -> Result<Self> {
+    pub async fn look(repository: &Repository, (index, epoch): Sealed<'_>, needed: usize) -> Result<Self> {
+        let enough = (needed, repository.regions.read_quorum());
         let mut holdings = Holdings::new();
         let Some(seqs) = index.epochs().get(epoch) else {
-            return Ok(Self { holdings, read_quorum, closing: Closing::Open(0) });
+            return Ok(Self { holdings, enough, closing: Closing::Open(0) });
         };
         let mut lowest = seqs.last_key_value().map_or(0, |(last, _)| *last);
         for (seq, held) in seqs.iter().rev() {
@@ -107,8 +114,8 @@ impl Ending {
                 break;
             }
         }
-        let closing = closing(&holdings, read_quorum);
-        Ok(Self { holdings, read_quorum, closing })
+        let closing = closing(&holdings, enough);
+        Ok(Self { holdings, enough, closing })
     }
 
     /// Closes the epoch unless it is closed.
@@ -133,7 +140,7 @@ impl Ending {
                     Err(error) => away.push((region, error)),
                 }
             }
-            self.closing = closing(&self.holdings, self.read_quorum);
+            self.closing = closing(&self.holdings, self.enough);
             if self.closing == Closing::Open(at) {
                 return Err(self.not_sealed(repository, sealed.1, &away));
             }
@@ -184,8 +191,14 @@ impl Ending {
         Some(good.map(|(region, _)| region.clone()).collect())
     }
 
+    /// In how many regions a SEAL has the name of a frame.
+    pub fn seals(&self, seq: u64) -> usize {
+        let held = self.holdings.get(&seq).into_iter().flat_map(BTreeMap::values);
+        held.filter(|holding| **holding == Holding::Seal).count()
+    }
+
     fn not_sealed(&self, repository: &Repository, epoch: &EpochId, away: &[(RegionName, Error)]) -> Error {
-        let (needed, count) = (self.read_quorum, repository.regions.all().len());
+        let (needed, count) = (self.enough.0, repository.regions.all().len());
         let text = format!("sealing WAL epoch {epoch} needs {needed} of {count} regions");
         let error = Error::new(Kind::Unavailable, text).transient(true);
         away.iter().fold(error, |error, (region, why)| error.because(format!("{region}: {why}")))
@@ -202,7 +215,7 @@ async fn put_seal(
     (object, digest): (Bytes, Digest),
 ) -> Result<Holding> {
     let size = object.len() as u64;
-    match region.store.put(&place.key(), object, digest, &PutOptions::default()).await {
+    match region.put(&place.key(), (object, digest), None).await {
         Ok(_) => Ok(Holding::Seal),
         Err(StoreError::Conflict { .. }) => {
             let there = holding(repository, region, place, size).await?;
@@ -272,6 +285,7 @@ mod tests {
     use crate::repository::wal_index::BranchId;
     use crate::repository::wal_log::{Epoch, Marks};
     use crate::repository::wal_reader::BranchLog;
+    use crate::store::{ObjectStore as _, PutOptions};
 
     fn branch() -> BranchId {
         let log = log();
@@ -335,6 +349,10 @@ mod tests {
         // Frame 3 reached nobody, frames 2 and 4 one region each.
         for (region, lost) in [(0, vec![3]), (1, vec![2, 3, 4]), (2, vec![2, 3, 4])] {
             for seq in lost {
+                // Acknowledged by two regions, it may still be on its way to the third.
+                while fixture.stores[region].head(&key(seq)).await.is_err() {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
                 fixture.stores[region].lose(&key(seq)).await;
             }
         }
@@ -344,5 +362,33 @@ mod tests {
         assert_eq!(log.runs.iter().map(|run| (run.start(), run.end())).collect::<Vec<_>>(), [(Lsn(1000), Lsn(1080))]);
         let error = epoch.append(Lsn(1160), vec![1; 40], marks(1160, 1200)).await;
         assert!(error.is_ok(), "its names behind the SEAL are free, and it is never acknowledged: 3 is missing");
+    }
+
+    /// The writer may win a name in one region after another region gave it to the SEAL. Whoever takes over must get on.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_frame_that_won_one_region_counts_if_the_others_can_still_take_it() {
+        for (regions, adopted, end) in [(2, 0, 1080), (3, 1, 1120)] {
+            let fixture = Fixture::memory(regions, 2).await;
+            let mut epoch = claimed(&fixture, 1000, &Known::default()).await;
+            for at in [1000, 1040, 1080] {
+                epoch.append(Lsn(at), vec![1; 40], marks(at, at + 40)).await.unwrap();
+            }
+            let BranchId { system_id, timeline, branch: name } = branch();
+            let place = FramePlace { system_id, timeline, branch: name, epoch: epoch.id().clone(), seq: 3 };
+            let frame = fixture.stores[0].get(&place.key(), None).await.unwrap();
+            for store in &fixture.stores {
+                store.lose(&place.key()).await;
+            }
+            let eras = [Era { branch: branch(), end: None }];
+            assert_eq!(fixture.take_over(&eras, None).await.unwrap().unwrap().end, Lsn(1080));
+            // As it would be had the frame come to one region first and the SEAL to another, and to no third one yet.
+            for store in fixture.stores.iter().skip(1) {
+                store.lose(&place.key()).await;
+            }
+            let digest = Digest::of(&frame);
+            fixture.stores[1].put(&place.key(), frame, digest, &PutOptions::default()).await.unwrap();
+            let tail = fixture.take_over(&eras, None).await.unwrap().unwrap();
+            assert_eq!((tail.end, tail.adopted), (Lsn(end), adopted), "{regions} regions");
+        }
     }
 }

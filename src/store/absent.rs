@@ -69,6 +69,14 @@ impl ObjectStore for AbsentStore {
         Err(self.unavailable("list", prefix))
     }
 
+    async fn extend(&self, key: &str, _: DateTime<Utc>) -> Result<(), StoreError> {
+        Err(self.unavailable("lock", key))
+    }
+
+    async fn locked_until(&self, key: &str, _: Option<&VersionId>) -> Result<Option<DateTime<Utc>>, StoreError> {
+        Err(self.unavailable("lock", key))
+    }
+
     async fn delete_version(&self, key: &str, _: &VersionId) -> Result<(), StoreError> {
         Err(self.unavailable("delete", key))
     }

@@ -87,8 +87,9 @@ impl ObjectStore for MemoryStore {
             return Err(self.invalid(format!("{key} was given a digest of other bytes")));
         }
         let mut objects = self.objects();
-        if let Some(stored) = objects.get(key) {
+        if let Some(stored) = objects.get_mut(key) {
             return if stored.digest == digest {
+                stored.retain_until = stored.retain_until.max(options.retain_until);
                 Ok(Put::AlreadyThere)
             } else {
                 Err(StoreError::Conflict { key: key.to_owned(), address: self.address.clone() })
@@ -168,6 +169,21 @@ impl ObjectStore for MemoryStore {
         Ok(VersionPage { versions: page.objects.into_iter().filter_map(version).collect(), next: page.next })
     }
 
+    async fn extend(&self, key: &str, until: DateTime<Utc>) -> Result<(), StoreError> {
+        name::check(&self.address, key)?;
+        let mut objects = self.objects();
+        let stored = objects.get_mut(key).ok_or_else(|| self.not_found(key))?;
+        stored.retain_until = stored.retain_until.max(Some(until));
+        Ok(())
+    }
+
+    async fn locked_until(&self, key: &str, version: Option<&VersionId>) -> Result<Option<DateTime<Utc>>, StoreError> {
+        name::check(&self.address, key)?;
+        let objects = self.objects();
+        let stored = objects.get(key).filter(|stored| version.is_none_or(|version| stored.version() == *version));
+        Ok(stored.ok_or_else(|| self.not_found(key))?.retain_until)
+    }
+
     async fn delete_version(&self, key: &str, version: &VersionId) -> Result<(), StoreError> {
         name::check(&self.address, key)?;
         let same = self.objects().get(key).is_some_and(|stored| stored.version() == *version);
@@ -181,8 +197,12 @@ impl ObjectStore for MemoryStore {
         name::check(&self.address, key)?;
         let mut objects = self.objects();
         let stored = objects.get(key).ok_or_else(|| self.not_found(key))?;
-        if stored.retain_until.is_some_and(|until| until > self.clock.now()) {
-            return Err(StoreError::Retained { key: key.to_owned(), address: self.address.clone() });
+        if let Some(until) = stored.retain_until.filter(|until| *until > self.clock.now()) {
+            return Err(StoreError::Retained {
+                key: key.to_owned(),
+                address: self.address.clone(),
+                until: Some(until),
+            });
         }
         objects.remove(key);
         Ok(())

@@ -76,7 +76,8 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
     /// [`StoreError::Invalid`] if a second put of a name would replace the first; whatever stopped the proof.
     async fn probe(&self) -> Result<Capabilities, StoreError>;
 
-    /// Stores `body`, whose SHA-256 is `digest`, under a name that does not exist yet.
+    /// Stores `body`, whose SHA-256 is `digest`, under a name that does not exist yet. Where a lock is asked for, it holds
+    /// when this returns, also on bytes that were there already ([`extend`](Self::extend)).
     ///
     /// # Errors
     /// [`StoreError::Conflict`] if the name exists with other bytes; any other error leaves the outcome unknown.
@@ -115,6 +116,21 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
     /// # Errors
     /// Only failures to answer, and servers that cannot tell.
     async fn list_versions(&self, prefix: &str, after: Option<&ListToken>) -> Result<VersionPage, StoreError>;
+
+    /// Locks what a name holds, at least until then. A lock that is longer or stricter stays as it is, so that two writers
+    /// at once never shorten what the other promised.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`] if there is no such object; [`StoreError::Invalid`] where nothing can be locked.
+    async fn extend(&self, key: &str, until: DateTime<Utc>) -> Result<(), StoreError>;
+
+    /// Until when a lock was put on a name, or on one version of it, whether that time has come or not; `None` without a
+    /// lock, also where nothing can be locked.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`] if there is no such object or version; [`StoreError::Denied`] if these credentials may not
+    /// know, which must never be taken for no lock.
+    async fn locked_until(&self, key: &str, version: Option<&VersionId>) -> Result<Option<DateTime<Utc>>, StoreError>;
 
     /// Removes exactly this version for good and leaves no delete marker. If it is gone, or the name holds another one by
     /// now, nothing happens: what the caller wanted gone is gone. Only the two-phase prune calls this.
@@ -263,12 +279,14 @@ pub enum StoreError {
         reason: String,
     },
     /// An object lock holds.
-    #[error("{key} in {address} is locked")]
+    #[error("{key} in {address} is locked{}", until.map_or_else(String::new, |until| format!(" until {until}")))]
     Retained {
         /// The name.
         key: String,
         /// The store.
         address: String,
+        /// Until when; `None` for a hold without an end, or where the store does not tell.
+        until: Option<DateTime<Utc>>,
     },
     /// Fewer bytes came than the object or the range holds.
     #[error("{key} from {address} ends after {got} of {expected} bytes")]

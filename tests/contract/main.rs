@@ -11,6 +11,7 @@
 mod support;
 
 mod floe;
+mod iam;
 mod keys;
 mod pg_source;
 mod pg_wire;

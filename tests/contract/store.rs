@@ -12,6 +12,7 @@ use drctl::store::memory::MemoryStore;
 mod faulty_store;
 
 mod faults;
+mod locks;
 mod promises;
 mod s3;
 mod servers;
@@ -42,15 +43,23 @@ async fn rgw() -> Subject {
     Subject { store: Arc::new(Server::rgw().store().await), _directory: None }
 }
 
+async fn localstack_with_locks() -> Subject {
+    Subject { store: Arc::new(Server::localstack().locked_store().await), _directory: None }
+}
+
+async fn rgw_with_locks() -> Subject {
+    Subject { store: Arc::new(Server::rgw().locked_store().await), _directory: None }
+}
+
 /// Every promise as a test of its own, for every store.
 macro_rules! promises {
-    ($($store:ident: $($promise:ident)*;)*) => { $(
+    ($($store:ident: $suite:ident: $($promise:ident)*;)*) => { $(
         mod $store {
             $(
                 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
                 async fn $promise() {
                     let subject = super::$store().await;
-                    let kept = super::promises::$promise(Arc::clone(&subject.store));
+                    let kept = super::$suite::$promise(Arc::clone(&subject.store));
                     tokio::time::timeout(super::PATIENCE, kept).await.expect("the promise takes too long");
                 }
             )*
@@ -64,7 +73,7 @@ const PATIENCE: Duration = Duration::from_secs(120);
 macro_rules! for_every_store {
     ($($promise:ident)*) => { for_every_store!(@ [memory dir localstack rgw] [$($promise)*]); };
     (@ [$($store:ident)*] $all:tt) => { $( for_every_store!(@one $store $all); )* };
-    (@one $store:ident [$($promise:ident)*]) => { promises!($store: $($promise)*;); };
+    (@one $store:ident [$($promise:ident)*]) => { promises!($store: promises: $($promise)*;); };
 }
 
 for_every_store! {
@@ -89,4 +98,25 @@ for_every_store! {
     names_come_in_byte_order
     a_prefix_may_end_inside_of_a_name
     the_clock_is_told_or_unknown
+}
+
+/// Memory locks always; its promises have a name of their own here.
+async fn memory_with_locks() -> Subject {
+    memory().await
+}
+
+macro_rules! for_every_store_with_locks {
+    ($($promise:ident)*) => {
+        for_every_store_with_locks!(@ [memory_with_locks localstack_with_locks rgw_with_locks] [$($promise)*]);
+    };
+    (@ [$($store:ident)*] $all:tt) => { $( for_every_store_with_locks!(@one $store $all); )* };
+    (@one $store:ident [$($promise:ident)*]) => { promises!($store: locks: $($promise)*;); };
+}
+
+for_every_store_with_locks! {
+    a_lock_holds_from_the_put_on
+    a_lock_is_made_longer_and_never_shorter
+    the_same_bytes_again_get_the_lock_that_was_asked_for
+    what_has_no_lock_has_none
+    when_a_lock_is_over_the_object_goes
 }

@@ -25,11 +25,13 @@ async fn detecting(builder: Builder, how: &str) -> Protected {
     protected
 }
 
+/// Without a heartbeat, which would be written between a backup and the dump that it is compared with.
 fn detect_by(protected: &Protected, how: &str) {
     let path = protected.home().join("drctl.toml");
     let text = fs::read_to_string(&path).unwrap();
-    let mut lines: String = text.lines().filter(|l| !l.starts_with("detection")).map(|l| format!("{l}\n")).collect();
-    lines.push_str(&format!("detection = \"{how}\"\n"));
+    let stays = |line: &&str| !line.starts_with("detection") && !line.starts_with("heartbeat");
+    let mut lines: String = text.lines().filter(stays).map(|l| format!("{l}\n")).collect();
+    lines.push_str(&format!("detection = \"{how}\"\nheartbeat = false\n"));
     let whole = path.with_extension("new");
     fs::write(&whole, lines).unwrap();
     fs::rename(whole, path).unwrap();

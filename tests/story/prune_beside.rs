@@ -117,5 +117,4 @@ async fn restores_and_backups_beside_a_sweep_are_right_or_refused() {
     assert!(ids.contains(&beside) && !ids.contains(&backups[1].0), "{ids:?}");
     restore(&protected, &beside, &protected.scratch.join("beside")).await.unwrap();
     protected.drctl(&["verify", "--scrub"]).run().await.ok();
-    println!("{pinned:?}\n{stays:?}\n{doomed:?}\n{doomed_too:?}");
 }

@@ -63,7 +63,7 @@ impl Protected {
     }
 
     /// With the configuration and PostgreSQL of this cluster.
-    fn here(&self, drctl: Drctl) -> Drctl {
+    pub fn here(&self, drctl: Drctl) -> Drctl {
         let bin = self.cluster.bin_dir();
         let drctl = drctl.config(&self.home().join("drctl.toml"));
         // While WAL streams beside it, a frame on its way is in one region before it is in the other.

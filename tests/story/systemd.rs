@@ -13,7 +13,8 @@ use crate::support::drctl::Drctl;
 use crate::support::pg::Cluster;
 use crate::support::process::signal;
 
-const UNITS: [&str; 2] = ["drctl.service", "drctl-drill.service"];
+const DAEMONS: [&str; 2] = ["drctl.service", "drctl-drill.service"];
+const STANDBY: &str = "drctl-standby.service";
 
 fn unit(name: &str) -> String {
     std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/systemd").join(name)).unwrap()
@@ -26,8 +27,9 @@ fn value<'u>(unit: &'u str, key: &str) -> &'u str {
 #[test]
 fn systemd_accepts_the_units_and_finds_them_closed() {
     let scratch = Scratch::new();
-    let installed: Vec<PathBuf> = UNITS
+    let installed: Vec<PathBuf> = DAEMONS
         .iter()
+        .chain([&STANDBY])
         .map(|name| {
             let path = scratch.join(name);
             std::fs::write(&path, unit(name).replace("/usr/local/bin/drctl", env!("CARGO_BIN_EXE_drctl"))).unwrap();
@@ -43,6 +45,20 @@ fn systemd_accepts_the_units_and_finds_them_closed() {
     assert_eq!(analyze(&["verify", "--man=no"]), "");
     // 10 is a service that may do everything.
     analyze(&["security", "--offline=true", "--threshold=30", "--no-pager"]);
+}
+
+#[test]
+fn the_standby_s_unit_says_what_drctl_understands_and_leaves_its_server_alone() {
+    let unit = unit(STANDBY);
+    let variables: Vec<(&str, &str)> =
+        value(&unit, "Environment").split(' ').map(|variable| variable.split_once('=').unwrap()).collect();
+    let line = value(&unit, "ExecStart").to_owned();
+    let line = variables.iter().fold(line, |line, (name, value)| line.replace(&format!("${{{name}}}"), value));
+    assert!(!line.contains('$'), "{line}");
+    let words: Vec<std::ffi::OsString> = line.split(' ').map(Into::into).collect();
+    assert_eq!(drctl::cli::check_line(&words), Ok(()), "{line}");
+    // Anything else kills the server that was just promoted when drctl ends.
+    assert_eq!(value(&unit, "KillMode"), "process");
 }
 
 /// A service manager's end of the notify protocol.
@@ -66,7 +82,7 @@ async fn the_daemon_tells_the_service_manager_where_it_is() {
     let (scratch, cluster) = (Scratch::new(), Cluster::start_new(15).await);
     let config = first_configuration(&scratch, &cluster, "").await;
     Drctl::new(["init"]).config(&config).run().await.ok();
-    for name in UNITS {
+    for name in DAEMONS {
         let socket = scratch.join("notify");
         let manager = Manager(UnixDatagram::bind(&socket).unwrap());
         manager.0.set_read_timeout(Some(Duration::from_secs(30))).unwrap();

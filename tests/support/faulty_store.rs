@@ -22,6 +22,7 @@ pub enum Call {
     Get,
     List,
     Time,
+    Lock,
     Delete,
 }
 
@@ -75,7 +76,7 @@ impl FaultyStore {
 
     /// Hits every call of every kind from now on: a region that is gone (`Fail`) or dead (`Hang`).
     pub fn everywhere(&self, fault: Fault) -> &Self {
-        for call in [Call::Put, Call::Head, Call::Get, Call::List, Call::Time, Call::Delete] {
+        for call in [Call::Put, Call::Head, Call::Get, Call::List, Call::Time, Call::Lock, Call::Delete] {
             self.always(call, fault);
         }
         self
@@ -197,6 +198,16 @@ impl ObjectStore for FaultyStore {
     async fn list_versions(&self, prefix: &str, after: Option<&ListToken>) -> Result<VersionPage, StoreError> {
         let fault = self.next_fault(Call::List);
         self.around(("list", prefix), fault, self.inner.list_versions(prefix, after)).await
+    }
+
+    async fn extend(&self, key: &str, until: DateTime<Utc>) -> Result<(), StoreError> {
+        let fault = self.next_fault(Call::Lock);
+        self.around(("lock", key), fault, self.inner.extend(key, until)).await
+    }
+
+    async fn locked_until(&self, key: &str, version: Option<&VersionId>) -> Result<Option<DateTime<Utc>>, StoreError> {
+        let fault = self.next_fault(Call::Lock);
+        self.around(("lock", key), fault, self.inner.locked_until(key, version)).await
     }
 
     async fn delete_version(&self, key: &str, version: &VersionId) -> Result<(), StoreError> {

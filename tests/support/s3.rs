@@ -5,7 +5,9 @@ use std::process::Command;
 
 use aws_sdk_s3::Client;
 use aws_sdk_s3::config::{BehaviorVersion, Credentials, Region, RequestChecksumCalculation};
-use aws_sdk_s3::types::{BucketLocationConstraint, CreateBucketConfiguration};
+use aws_sdk_s3::types::{
+    BucketLocationConstraint, CreateBucketConfiguration, ObjectLockRetention, ObjectLockRetentionMode,
+};
 use bytes::Bytes;
 use rustix::process::{Pid, Signal, kill_process_group};
 
@@ -134,6 +136,49 @@ impl Bucket {
             key = page.next_key_marker().map(str::to_owned);
             version = page.next_version_id_marker().map(str::to_owned);
         }
+    }
+
+    /// Everything that stands below `prefix`: name, version, whether it is a delete marker; of each name the newest first.
+    pub async fn all_versions(&self, prefix: &str) -> Vec<(String, String, bool)> {
+        let (mut all, mut key, mut version) = (Vec::new(), None, None);
+        loop {
+            let request = self.client.list_object_versions().bucket(&self.name).prefix(prefix);
+            let page = request.set_key_marker(key).set_version_id_marker(version).send().await.unwrap();
+            let versions = page.versions().iter().map(|it| (it.key(), it.version_id(), it.last_modified(), false));
+            let markers = page.delete_markers().iter().map(|it| (it.key(), it.version_id(), it.last_modified(), true));
+            all.extend(versions.chain(markers).map(|(key, id, at, marker)| {
+                (key.unwrap().to_owned(), std::cmp::Reverse(at.unwrap().secs()), id.unwrap().to_owned(), marker)
+            }));
+            if page.is_truncated() != Some(true) {
+                break;
+            }
+            key = page.next_key_marker().map(str::to_owned);
+            version = page.next_version_id_marker().map(str::to_owned);
+        }
+        all.sort_by(|a, b| (&a.0, a.1).cmp(&(&b.0, b.1)));
+        all.into_iter().map(|(key, _, id, marker)| (key, id, marker)).collect()
+    }
+
+    /// Removes one version for good; what the server says if it refuses.
+    pub async fn delete_version(&self, key: &str, version: &str) -> Result<(), String> {
+        let request = self.client.delete_object().bucket(&self.name).key(key).version_id(version);
+        let refused = |error| format!("{:?}", aws_sdk_s3::error::DisplayErrorContext(error));
+        request.send().await.map(drop).map_err(refused)
+    }
+
+    /// Until when an object is locked.
+    pub async fn locked_until(&self, key: &str) -> Option<i64> {
+        let reply = self.client.get_object_retention().bucket(&self.name).key(key).send().await.ok()?;
+        Some(reply.retention()?.retain_until_date()?.secs())
+    }
+
+    /// Locks an object until then, in governance mode with the right to bypass it: also for less than it was.
+    pub async fn lock(&self, key: &str, mode: ObjectLockRetentionMode, until: i64) -> Result<(), String> {
+        let date = aws_sdk_s3::primitives::DateTime::from_secs(until);
+        let lock = ObjectLockRetention::builder().mode(mode).retain_until_date(date).build();
+        let request = self.client.put_object_retention().bucket(&self.name).key(key).retention(lock);
+        let refused = |error| format!("{:?}", aws_sdk_s3::error::DisplayErrorContext(error));
+        request.bypass_governance_retention(true).send().await.map(drop).map_err(refused)
     }
 
     /// An object, `None` if it is not there.

@@ -97,6 +97,10 @@ fn text(report: &Report, quorum: usize) -> String {
         let reason = region.last_error.as_deref().unwrap_or("unknown");
         lines.push(format!("  debt in {}: {} objects ({reason})", region.region, region.missing_objects));
     }
+    for locks in report.locks.iter().filter(|locks| locks.owed > 0) {
+        let reason = locks.error.as_deref().unwrap_or("unknown");
+        lines.push(format!("  locks owed in {}: {} objects that it shares ({reason})", locks.region, locks.owed));
+    }
     lines.extend(
         report.wrap_debts.iter().map(|(holder, reason)| format!("  key holder {holder} owes a wrap: {reason}")),
     );
@@ -106,7 +110,10 @@ fn text(report: &Report, quorum: usize) -> String {
     if let Some(why) = &report.not_remembered {
         lines.push(format!("  the next backup will be a full one: {why}"));
     }
-    if report.regions.iter().any(|region| region.missing_objects > 0) || !report.wrap_debts.is_empty() {
+    let owed = report.regions.iter().any(|region| region.missing_objects > 0)
+        || report.locks.iter().any(|locks| locks.owed > 0)
+        || !report.wrap_debts.is_empty();
+    if owed {
         lines.push(format!("Next: drctl repair {}", commit.target));
     }
     lines.join("\n")

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use crate::app::{self, World};
 use crate::cli::Session;
 use crate::cli::exit::Exit;
+use crate::cli::progress;
 use crate::cli::render::{Colour, Output};
 use crate::jobs::check::{self, Finding, Level, Report};
 use crate::model::{Result, TargetName};
@@ -17,6 +18,9 @@ pub struct Args {
     /// Show every line, not only what needs attention
     #[arg(long)]
     pub all: bool,
+    /// Do not ask regions that lock for the lock of every object: one small request for each
+    #[arg(long)]
+    pub no_locks: bool,
 }
 
 /// Runs the verb.
@@ -29,7 +33,10 @@ pub async fn run(args: Args, session: &Session) -> Result<Exit> {
         settings.target(target)?;
     }
     let subject = app::subject(&settings, &World::real()).await?;
-    let report = check::run(&subject, args.target.as_ref()).await?;
+    let shown = progress::show(subject.progress.clone(), &session.output);
+    let report = check::run(&subject, args.target.as_ref(), !args.no_locks).await;
+    shown.end().await;
+    let report = report?;
     match session.output.json {
         true => session.output.print_json(&report)?,
         false => session.output.print(&text(&report, args.all, &session.output))?,
@@ -86,6 +93,7 @@ mod tests {
                 finding(Level::Ok, "region", "eu-west-1", "can be reached", None),
                 finding(Level::Ok, "keys", "all", "enough", None),
             ],
+            locks: Vec::new(),
         };
         let golden = "\
 FAIL  postgres ledger   our slot can fill pg_wal

@@ -22,7 +22,7 @@ pub const LOG_LEVEL: &str = "info";
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Only these jobs, so that roles can live on different hosts: wal, backup, dump, files, verify, drill,
-    /// repair, prune [default: all]
+    /// repair, prune, bundle [default: all]
     #[arg(long, value_name = "JOBS", value_delimiter = ',', value_parser = job)]
     only: Vec<Job>,
     /// How long running jobs may go on after SIGTERM

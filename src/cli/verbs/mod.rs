@@ -32,6 +32,8 @@ pub mod runs;
 pub mod schedule;
 mod schedule_dry_run;
 pub mod show;
+pub mod standby;
+mod standby_text;
 pub mod status;
 pub mod verify;
 pub mod wal;
@@ -56,6 +58,8 @@ pub enum Verb {
     Status(status::Args),
     /// Plan a restore, and run it with --execute
     Restore(Box<restore::Args>),
+    /// Keep a standby that recovers all the time from the regions, and promote it
+    Standby(standby::Args),
     /// Restore a target into a scratch cluster, start it, check it, and measure RPO and recovery time
     Drill(drill::Args),
     /// Look at the reports that drills left in the regions
@@ -127,6 +131,7 @@ pub async fn run(verb: Verb, session: &Session) -> Result<Exit> {
         Verb::Show(args) => show::run(args, session).await,
         Verb::Status(args) => status::run(args, session).await,
         Verb::Restore(args) => restore::run(*args, session).await,
+        Verb::Standby(args) => standby::run(args, session).await,
         Verb::Drill(args) => drill::run(args, session).await,
         Verb::Report(args) => report::run(&args, session).await,
         Verb::Verify(args) => verify::run(args, session).await,

@@ -121,8 +121,14 @@ fn next(report: &Report, grace: &str) -> String {
             let (objects, bytes) = (figures::count(swept.objects), figures::bytes(swept.bytes));
             let _ = writeln!(text, "Removed: {} backups, {objects} objects, {bytes}", swept.backups.len());
             if swept.retained > 0 {
-                let _ =
-                    writeln!(text, "Retained: {} objects are locked and stay until their lock ends", swept.retained);
+                let until = swept
+                    .retained_until
+                    .map_or_else(String::new, |until| format!(", the last {}", figures::utc(until)));
+                let _ = writeln!(
+                    text,
+                    "Retained: {} objects are locked and stay until their lock ends{until}",
+                    figures::count(swept.retained)
+                );
             }
             if swept.spared > 0 {
                 let _ = writeln!(text, "Spared: {} objects that somebody needs by now", swept.spared);

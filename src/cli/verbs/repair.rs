@@ -72,6 +72,14 @@ fn text(report: &Report) -> String {
             let _ = writeln!(text, "  and {hidden} more   (--json shows them all)");
         }
     }
+    for locks in report.locks.iter().filter(|locks| locks.objects + locks.owed > 0) {
+        let (done, owed) = (figures::count(locks.objects), figures::count(locks.owed));
+        let _ = match (report.dry_run, &locks.error) {
+            (true, _) => writeln!(text, "{}: {owed} locks end too early and would be made longer", locks.region),
+            (false, None) => writeln!(text, "{}: {done} locks made longer", locks.region),
+            (false, Some(why)) => writeln!(text, "{}: {done} locks made longer, {owed} OWED: {why}", locks.region),
+        };
+    }
     text.push_str(match (report.has_debts(), report.dry_run) {
         (true, _) => "Some regions still lack something; run it again once they answer",
         (false, true) => "Nothing was changed. Run it without --dry-run",

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
 
@@ -14,8 +15,8 @@ use crate::cli::verbs::drill::told;
 use crate::cli::verbs::restore_streams::{self, Asked, StreamArgs, confirm, directory};
 use crate::cli::verbs::restore_text::{plan_text, report_text};
 use crate::jobs;
-use crate::jobs::restore::{self, Memory, Plan, Point, Request};
-use crate::model::{Error, Lsn, RegionName, Result, Timeline};
+use crate::jobs::restore::{self, Follow, Known, Memory, Plan, Point, Request};
+use crate::model::{Error, Lsn, RegionName, Result};
 
 /// Arguments.
 #[derive(Debug, clap::Args)]
@@ -36,9 +37,10 @@ pub struct Args {
     /// The point in time.
     #[command(flatten)]
     pub point: PointArgs,
-    /// Follow this timeline [default: the newest that descends from the backup]
-    #[arg(long, value_name = "N")]
-    pub timeline: Option<u32>,
+    /// Follow this timeline [default: the newest that descends from the backup]; where two servers chose one number, with
+    /// its branch: 2-5f0c11aa
+    #[arg(long, value_name = "N[-BRANCH]")]
+    pub timeline: Option<Follow>,
     /// Reuse the data directory that stands there: pages that are those of the backup stay, the others are fetched, and
     /// what the backup does not have is removed
     #[arg(long)]
@@ -55,6 +57,10 @@ pub struct Args {
     /// Start PostgreSQL, replay, promote, and print the phases
     #[arg(long, help_heading = "Doing it")]
     pub start: bool,
+    /// How WAL reaches PostgreSQL with --start: `stage` writes all of it beside the data directory first, `stream` serves it
+    /// as a primary would and needs little room [default: stage, and stream where there is no room for that]
+    #[arg(long, value_name = "HOW", value_parser = feed, help_heading = "Doing it")]
+    pub feed: Option<restore::Feed>,
     /// The account that is to own the files and run PostgreSQL, when drctl is root
     #[arg(long, value_name = "USER", help_heading = "Doing it")]
     pub run_as: Option<String>,
@@ -128,13 +134,22 @@ impl FromStr for TablespaceMove {
 pub async fn run(args: Args, session: &Session) -> Result<Exit> {
     let (settings, world) = (session.settings()?, World::real());
     world.courier.serve(app::willing_notifiers(&settings));
-    let mut context = app::context(&settings, Role::Restore, &world).await?;
-    if jobs::restore_streams::is_one(&context, &args.what).await? {
+    let mut context = app::restore_context(&settings, &world).await?;
+    // The regions are asked only if the configuration does not say it already: one that hangs would be paid for twice.
+    let (is_of_streams, known) = match jobs::restore_streams::is_one(&context, &args.what) {
+        Some(is_of_streams) => (is_of_streams, None),
+        None => {
+            let known = Known::load(&context, &context.repository, &args.what).await?;
+            (known.is_of_streams(&args.what)?, Some(Arc::new(known)))
+        }
+    };
+    if is_of_streams {
         let clusters_only = args.point.point() != Point::End
             || args.timeline.is_some()
             || args.start
             || args.run_as.is_some()
             || args.delta
+            || args.feed.is_some()
             || !args.tablespace.is_empty();
         let Args { what, target_dir, region, execute, plan, streams, .. } = args;
         let asked = Asked { what, target_dir, region, doing: (execute, plan), streams, clusters_only };
@@ -145,7 +160,7 @@ pub async fn run(args: Args, session: &Session) -> Result<Exit> {
         // Without a signer the record of it lies beside the directory.
         context.writer = app::writer(&settings, Role::Restore, &world).await.ok();
     }
-    let request = request(&args, session)?;
+    let mut request = Request { known, ..request(&args, session)? };
     let digest = match (args.execute, args.plan) {
         (true, Some(digest)) => digest,
         (execute, None) => {
@@ -155,6 +170,8 @@ pub async fn run(args: Args, session: &Session) -> Result<Exit> {
             }
             plan.refuse()?;
             confirm((&plan.target, &plan.command), session, || plan_text(&plan, session.clock.now()))?;
+            // Whoever was asked may have taken his time.
+            request.known = None;
             plan.digest
         }
         (false, Some(_)) => return Err(Error::usage("--plan names what --execute is to do").hint("add --execute")),
@@ -172,7 +189,15 @@ pub async fn run(args: Args, session: &Session) -> Result<Exit> {
     Ok(Exit::Ok)
 }
 
-fn memory(text: &str) -> Result<Memory> {
+fn feed(text: &str) -> Result<restore::Feed> {
+    match text {
+        "stage" => Ok(restore::Feed::Staged),
+        "stream" => Ok(restore::Feed::Streamed),
+        _ => Err(Error::usage("stage or stream")),
+    }
+}
+
+pub(super) fn memory(text: &str) -> Result<Memory> {
     Memory::of(crate::config::units::parse_size(text)?)
 }
 
@@ -186,12 +211,15 @@ fn request(args: &Args, session: &Session) -> Result<Request> {
         tablespaces,
         region: args.region.clone(),
         point: args.point.point(),
-        timeline: args.timeline.map(Timeline),
+        timeline: args.timeline.clone(),
         start: args.start,
         run_as: args.run_as.clone(),
+        feed: args.feed,
+        standby: false,
         delta: args.delta,
         memory: args.memory,
         invocation: session.invocation(),
+        known: None,
     })
 }
 

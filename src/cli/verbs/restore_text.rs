@@ -5,7 +5,7 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 
 use crate::cli::figures;
-use crate::jobs::restore::{Plan, Point, Report, Reuse};
+use crate::jobs::restore::{Feed, Plan, Point, Report, Reuse};
 
 /// The plan.
 pub(super) fn plan_text(plan: &Plan, now: DateTime<Utc>) -> String {
@@ -19,10 +19,14 @@ pub(super) fn plan_text(plan: &Plan, now: DateTime<Utc>) -> String {
     let free = plan.free_bytes.map_or_else(|| "unknown".to_owned(), figures::bytes);
     let (data, wal) = plan.write_bytes;
     line("fetch", format!("at most {} and the WAL", figures::bytes(plan.fetch_bytes)));
+    let how = match plan.feed {
+        Feed::Staged => "WAL staging",
+        Feed::Streamed => "for WAL, which is streamed",
+    };
     line(
         "write",
         format!(
-            "{} + {} WAL staging, {free} free at {}",
+            "{} + {} {how}, {free} free at {}",
             figures::bytes(data),
             figures::bytes(wal),
             plan.directory.display()

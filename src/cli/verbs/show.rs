@@ -8,7 +8,7 @@ use crate::app::{self, Role, World};
 use crate::cli::Session;
 use crate::cli::exit::Exit;
 use crate::cli::figures;
-use crate::jobs::show::{self, Report};
+use crate::jobs::show::{self, HeldShown, Report};
 use crate::model::Result;
 use crate::repository::shares::Generation;
 
@@ -116,17 +116,19 @@ fn text(report: &Report, now: DateTime<Utc>) -> String {
         line("opens with", "NOTHING: no region holds a wrap of its keyset".to_owned());
     }
     line("objects", format!("{}, {}", figures::count(report.objects), figures::bytes(report.object_bytes)));
-    for (name, held) in &report.held {
-        let trouble = match held {
-            held if held.unreadable.is_some() => {
-                format!("UNREACHABLE: {}", held.unreadable.as_deref().unwrap_or_default())
-            }
-            held if held.damaged + held.missing > 0 => {
-                format!("{} objects, {} missing, {} damaged", held.objects, held.missing, held.damaged)
-            }
-            held => format!("all {} objects, {}", held.objects, figures::bytes(held.bytes)),
-        };
-        line(name.as_str(), trouble);
-    }
+    report.held.iter().for_each(|(name, held)| line(name.as_str(), in_region(held)));
     text
+}
+
+/// What a region holds of it.
+fn in_region(held: &HeldShown) -> String {
+    let what = match held {
+        held if held.unreadable.is_some() => format!("UNREACHABLE: {}", held.unreadable.as_deref().unwrap_or_default()),
+        held if held.damaged + held.missing > 0 => {
+            format!("{} objects, {} missing, {} damaged", held.objects, held.missing, held.damaged)
+        }
+        held => format!("all {} objects, {}", held.objects, figures::bytes(held.bytes)),
+    };
+    let locked = held.locked_until.map_or_else(String::new, |until| format!(", locked until {}", figures::utc(until)));
+    what + &locked
 }

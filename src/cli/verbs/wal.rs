@@ -12,9 +12,10 @@ use crate::cli::Session;
 use crate::cli::exit::Exit;
 use crate::cli::render::Output;
 use crate::cli::verbs::wal_text::{self, status_line};
-use crate::config::Source;
+use crate::config::{Source, units};
 use crate::daemon::control::socket_path;
 use crate::jobs::wal::acceptance::{Acceptance, leave};
+use crate::jobs::wal::bundle;
 use crate::jobs::wal::fetch::borrow::borrow;
 use crate::jobs::wal::fetch::{Asker, Fetched, Request, fetch};
 use crate::jobs::wal::takeover::{TakenOver, take_over_once};
@@ -67,6 +68,17 @@ enum Action {
         #[arg(long, value_name = "PATH", conflicts_with = "target")]
         socket: Option<PathBuf>,
     },
+    /// Put the frames of old WAL together into few objects; the frames go with a later prune
+    Bundle {
+        /// Only this target
+        target: Option<TargetName>,
+        /// WAL that was written so long ago
+        #[arg(long, value_name = "DURATION", default_value = "2d", value_parser = units::parse_duration)]
+        older_than: Duration,
+        /// Do it, rather than say what would be done
+        #[arg(long)]
+        execute: bool,
+    },
     /// Seal out whoever streamed a target's WAL before, and bring what it left to the write quorum
     Takeover {
         /// The target
@@ -88,8 +100,27 @@ pub async fn run(args: Args, session: &Session) -> Result<Exit> {
         Action::Fetch { file, path, socket: Some(socket), .. } => borrowed(&socket, &file, &path).await,
         Action::Fetch { file, path, target, socket: None } => fetched(file, path, target.as_ref(), session).await,
         Action::Push { path, target, socket } => push(&path, target, socket, session).await,
+        Action::Bundle { target, older_than, execute } => {
+            bundle_old(bundle::Options { target, older_than, execute }, session).await
+        }
         Action::Takeover { target, accept_loss } => take_over(&target, accept_loss, session).await,
     }
+}
+
+async fn bundle_old(options: bundle::Options, session: &Session) -> Result<Exit> {
+    let settings = session.settings()?;
+    if let Some(target) = &options.target {
+        settings.target(target)?;
+    }
+    let context = app::context(&settings, Role::Write, &World::real()).await?;
+    let report = bundle::run(&context, &options).await?;
+    let exit = if report.owed > 0 { Exit::Debts } else { Exit::Ok };
+    if session.output.json {
+        session.output.print_json_line(&report)?;
+    } else {
+        session.output.print(&wal_text::bundled(&report))?;
+    }
+    Ok(exit)
 }
 
 async fn take_over(target: &TargetName, accept_loss: bool, session: &Session) -> Result<Exit> {

@@ -7,6 +7,7 @@ use chrono::{DateTime, Utc};
 
 use crate::cli::figures;
 use crate::cli::render::{Colour, Output};
+use crate::jobs::wal::bundle::Report;
 use crate::jobs::wal::status::{BranchWal, RegionWal, TargetWal};
 use crate::jobs::wal::{Position, WalStatus};
 use crate::model::{Lsn, TargetName};
@@ -27,6 +28,26 @@ pub(super) fn status_line(position: &Position) -> String {
         let _ = write!(line, "  {} owes {}", region.name, figures::count(region.missing_objects));
     }
     line
+}
+
+/// What was bundled, or would be.
+pub(super) fn bundled(report: &Report) -> String {
+    let mut text = String::new();
+    for epoch in &report.epochs {
+        let (frames, bundles) = (figures::count(epoch.frames), figures::count(epoch.bundles));
+        let bytes = figures::bytes(epoch.bytes);
+        let _ = writeln!(text, "{}  {}  {frames} frames, {bytes} → {bundles} bundles", epoch.target, epoch.epoch);
+    }
+    for note in &report.notes {
+        let _ = writeln!(text, "{note}");
+    }
+    let (frames, bundles) = (figures::count(report.frames), figures::count(report.bundles));
+    text.push_str(&match (report.bundles, report.executed) {
+        (0, _) => "nothing is to be bundled".to_owned(),
+        (_, false) => format!("{frames} frames would be in {bundles} bundles\n  next: drctl wal bundle --execute"),
+        (_, true) => format!("{frames} frames are in {bundles} bundles\n  next: drctl prune, which takes the frames"),
+    });
+    text
 }
 
 /// Everything, for people.

@@ -87,7 +87,7 @@ impl<'f, 'd> Reader<'f, 'd> {
     /// A job that makes or rehearses backups is of one kind of target.
     fn fits(&mut self, job: Option<Job>, target: &TargetName, settings: &Settings) -> bool {
         let wanted = match job {
-            Some(Job::Backup | Job::Drill | Job::Compact) => "postgres",
+            Some(Job::Backup | Job::Drill | Job::Compact | Job::Bundle) => "postgres",
             Some(Job::Dump) => "dump",
             Some(Job::Files) => "files",
             _ => return true,
@@ -156,6 +156,10 @@ impl<'f, 'd> Reader<'f, 'd> {
                     self.wrong("target", &error.hint("leave it out"));
                 }
                 Some(Work::Prune)
+            }
+            Some(Job::Bundle) => {
+                let older_than = params.take("older_than", Section::interval);
+                Some(Work::Bundle { target, older_than })
             }
             // What its parameters mean is not known, so they are not looked at.
             _ => return None,

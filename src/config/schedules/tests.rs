@@ -178,7 +178,7 @@ fn the_shipped_examples_are_good() {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("schedules");
     let schedules = load_schedules(&settings(&dir)).unwrap_or_else(|mistakes| panic!("{mistakes:#?}"));
     let jobs: BTreeSet<_> = schedules.iter().map(|schedule| schedule.work.job().as_str()).collect();
-    assert_eq!(jobs, BTreeSet::from(["backup", "drill", "dump", "files", "prune", "repair", "verify"]));
+    assert_eq!(jobs, BTreeSet::from(["backup", "bundle", "drill", "dump", "files", "prune", "repair", "verify"]));
     assert!(schedules.iter().all(|schedule| schedule.enabled && schedule.description.is_some()));
 }
 

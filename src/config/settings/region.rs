@@ -81,9 +81,32 @@ pub struct S3Settings {
     /// The longest that one request may take, its body included.
     #[serde(serialize_with = "show::duration")]
     pub timeout: Duration,
+    /// How objects are locked; `None` if they are not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lock: Option<ObjectLock>,
     /// Who we are, per role.
     #[serde(skip_serializing_if = "Credentials::is_chain")]
     pub credentials: Credentials,
+}
+
+/// How a bucket locks what is written to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct ObjectLock {
+    /// Who may take a lock away before its time.
+    pub mode: LockMode,
+    /// How long a backup stays locked, from when it began.
+    #[serde(rename = "for", serialize_with = "show::duration")]
+    pub keep: Duration,
+}
+
+/// Who may take a lock away before its time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LockMode {
+    /// Nobody.
+    Compliance,
+    /// Whoever is given `s3:BypassGovernanceRetention`.
+    Governance,
 }
 
 /// When request checksums are sent to an S3 server.

@@ -157,6 +157,8 @@ pub struct PostgresTarget {
     /// The space for WAL on the server, where it cannot be measured.
     #[serde(serialize_with = "show::optional_size", skip_serializing_if = "Option::is_none")]
     pub wal_disk_bytes: Option<u64>,
+    /// Whether the slot is kept on the standbys among the servers of `conninfo`, too.
+    pub standby_slots: bool,
     /// Whether its WAL is streamed; else `archive_command` alone brings it.
     pub stream: bool,
     /// Whether the heartbeat row is written while WAL is streamed.

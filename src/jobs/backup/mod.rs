@@ -14,6 +14,7 @@ use crate::model::commit::{Commit, WalNeed};
 use crate::model::{Error, HolderId, Kind, Result, ResultExt, TargetName};
 use crate::repository::backup_writer::{BackupOptions, BackupWriter, PageCounts};
 use crate::repository::fan_out::LaneOutcome;
+use crate::repository::locks::extend::Extended;
 use crate::repository::parent::{self, Basis, Parent, state_path};
 use crate::repository::repack::Moved;
 use crate::repository::stream_writer::StreamLine;
@@ -52,6 +53,8 @@ pub struct Report {
     pub regions: Vec<LaneOutcome>,
     /// Key holders that could not wrap its keyset, and why.
     pub wrap_debts: Vec<(HolderId, String)>,
+    /// What it shares with earlier backups, locked anew in each region that locks.
+    pub locks: Vec<Extended>,
     /// Configuration that could not be captured, and why.
     pub not_captured: Vec<String>,
     /// Who made the WAL durable: `receiver` (a running `drctl wal stream`), `own`, or `none` where there is no WAL.
@@ -80,6 +83,7 @@ impl Report {
         !self.left_out.is_empty()
             || self.detection.unproved
             || !self.wrap_debts.is_empty()
+            || self.locks.iter().any(|locks| locks.owed > 0)
             || self.regions.iter().any(|region| region.missing_objects > 0)
     }
 }
@@ -152,6 +156,7 @@ async fn cluster(context: &Context, target: &Target, options: Options) -> Result
         backup: written.commit,
         regions: together(written.regions, wal.regions),
         wrap_debts: written.wrap_debts,
+        locks: written.locks,
         not_captured,
         wal_by: wal.by,
         streams: Vec::new(),

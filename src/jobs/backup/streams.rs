@@ -68,6 +68,7 @@ pub(super) async fn run(context: &Context, target: &Streamed, options: Options) 
         backup: written.commit,
         regions: written.regions,
         wrap_debts: written.wrap_debts,
+        locks: written.locks,
         not_captured: Vec::new(),
         wal_by: "none",
         streams,

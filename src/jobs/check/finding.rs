@@ -21,7 +21,7 @@ pub enum Level {
 pub struct Finding {
     /// How bad.
     pub level: Level,
-    /// `region`, `keys`, `postgres`, `dump`, `files`, `machine`.
+    /// `region`, `locks`, `keys`, `postgres`, `dump`, `files`, `machine`.
     pub area: &'static str,
     /// Which one.
     pub object: String,

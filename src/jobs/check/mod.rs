@@ -8,10 +8,12 @@ use serde::Serialize;
 
 use crate::model::{Error, Result, TargetName};
 use crate::repository::health;
+use crate::repository::locks::look::BackupLocks;
 
 mod facts;
 mod finding;
 mod keys;
+mod locks;
 mod machine;
 mod postgres;
 mod price;
@@ -31,6 +33,8 @@ const DEADLINE: Duration = Duration::from_secs(15);
 pub struct Report {
     /// The worst first, else in the order in which it was looked at.
     pub checks: Vec<Finding>,
+    /// Until when each backup is locked in each region that locks, oldest first.
+    pub locks: Vec<BackupLocks>,
 }
 
 impl Report {
@@ -40,11 +44,12 @@ impl Report {
     }
 }
 
-/// Examines everything, or of the targets only `target`.
+/// Examines everything, or of the targets only `target`. `with_locks` asks each region that locks for the lock of every
+/// object that a backup needs: one small request for each.
 ///
 /// # Errors
 /// There is no such target, or no randomness. What is wrong with the subject is a finding, not an error.
-pub async fn run(subject: &Subject, target: Option<&TargetName>) -> Result<Report> {
+pub async fn run(subject: &Subject, target: Option<&TargetName>, with_locks: bool) -> Result<Report> {
     let targets: Vec<_> =
         subject.targets.iter().filter(|known| target.is_none_or(|wanted| known.name == *wanted)).collect();
     let streamed: Vec<_> =
@@ -68,6 +73,9 @@ pub async fn run(subject: &Subject, target: Option<&TargetName>) -> Result<Repor
     if !targets.is_empty() {
         checks.extend(machine::scratch(subject).await);
     }
+    checks.extend(locks::promises(subject, &regions));
+    let (found, locks) = if with_locks { locks::backups(subject).await } else { (Vec::new(), Vec::new()) };
+    checks.extend(found);
     checks.sort_by_key(|finding| std::cmp::Reverse(finding.level));
-    Ok(Report { checks })
+    Ok(Report { checks, locks })
 }

@@ -30,7 +30,7 @@ pub(super) async fn check(target: &Target, deadline: Duration) -> Vec<Finding> {
                 slot: &target.slot,
                 receiver: &target.receiver_name(),
                 sync: target.sync,
-                on_pressure: target.on_pressure.as_deref(),
+                on_pressure: target.on_pressure,
                 free_bytes: local.free_bytes,
                 wal_disk_bytes: target.wal_disk_bytes,
             };

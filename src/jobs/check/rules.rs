@@ -2,6 +2,7 @@
 
 use super::facts::Facts;
 use super::finding::{Findings, size};
+use crate::jobs::context::OnPressure;
 use crate::source::postgres::Method;
 
 /// What the configuration and this machine add to the server's facts.
@@ -13,7 +14,7 @@ pub(super) struct Setup<'a> {
     pub(super) receiver: &'a str,
     /// Whether commits are meant to wait for the regions.
     pub(super) sync: bool,
-    pub(super) on_pressure: Option<&'a str>,
+    pub(super) on_pressure: Option<OnPressure>,
     /// Free bytes beside pg_wal, if it is on this machine.
     pub(super) free_bytes: Option<u64>,
     /// The space for WAL, as configured.
@@ -181,7 +182,7 @@ fn pressure(findings: &mut Findings, facts: &Facts, setup: &Setup<'_>) {
     };
     if limit < 0 {
         match setup.on_pressure {
-            Some(policy) => findings.ok(format!("on_pressure is {policy}")),
+            Some(policy) => findings.ok(format!("on_pressure is {}", policy.as_str())),
             None => findings.fail(
                 format!("max_slot_wal_keep_size is -1 and no on_pressure is set: our slot can fill pg_wal ({shown})"),
                 format!(
@@ -205,6 +206,10 @@ fn pressure(findings: &mut Findings, facts: &Facts, setup: &Setup<'_>) {
     }
     match room {
         Some(_) => findings.ok(format!("room for WAL: {shown}")),
+        None if setup.on_pressure == Some(OnPressure::DropSlot) => findings.fail(
+            "the room for WAL on the server is unknown: on_pressure = \"drop-slot\" can never act",
+            "wal_disk_bytes = \"…\" in the target's configuration",
+        ),
         None => findings.warn(
             "the room for WAL on the server is unknown: nobody can warn before it is full",
             "wal_disk_bytes = \"…\" in the target's configuration",
@@ -371,9 +376,11 @@ mod tests {
         let what = "our slot can fill pg_wal (41.0 GB free)";
         only(&unguarded, &setup(), Level::Fail, what, "max_slot_wal_keep_size = '26GB'");
         only(&unguarded, &setup(), Level::Fail, what, "on_pressure = \"drop-slot\"");
-        assert_eq!(worst(&unguarded, &Setup { on_pressure: Some("keep"), ..setup() }), []);
+        assert_eq!(worst(&unguarded, &Setup { on_pressure: Some(OnPressure::Keep), ..setup() }), []);
         let unknown = Setup { free_bytes: None, ..setup() };
         only(&healthy(), &unknown, Level::Warn, "unknown", "wal_disk_bytes");
+        let blind = Setup { on_pressure: Some(OnPressure::DropSlot), ..unknown.clone() };
+        only(&healthy(), &blind, Level::Fail, "can never act", "wal_disk_bytes");
         assert_eq!(worst(&healthy(), &Setup { wal_disk_bytes: Some(1 << 40), ..unknown }), []);
         let small = Setup { free_bytes: Some(5_000_000_000), ..setup() };
         only(&healthy(), &small, Level::Warn, "more than pg_wal has room for", "'3GB'");

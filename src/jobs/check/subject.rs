@@ -1,11 +1,13 @@
 //! What is examined. Nothing here has been opened yet: `check` serves where opening does not work.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::jobs::context::{ScratchPlace, Streamed, Target};
-use crate::model::{Clock, RegionName, Result, Rng, SignerId};
+use crate::model::retention::Rules;
+use crate::model::{Clock, RegionName, Result, Rng, SignerId, TargetName};
+use crate::observe::progress::Progress;
 use crate::repository::handle::{RegionRecord, Writer};
 use crate::repository::regions::Regions;
 
@@ -30,10 +32,14 @@ pub struct Subject {
     pub targets: Vec<Target>,
     /// What else is protected.
     pub streamed: Vec<Streamed>,
+    /// What is kept of each target; absent for those that keep everything.
+    pub retention: BTreeMap<TargetName, Rules>,
     /// Caches, locks, the signing key.
     pub state_dir: PathBuf,
     /// Where drills restore to.
     pub scratch: ScratchPlace,
+    /// Who looks on.
+    pub progress: Progress,
     /// Time.
     pub clock: Arc<dyn Clock>,
     /// Chance.

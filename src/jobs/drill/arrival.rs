@@ -109,8 +109,11 @@ fn request(context: &Context, scratch: &Scratch, (what, point): (String, Point),
         start: true,
         run_as: context.scratch.run_as.clone(),
         delta: false,
+        feed: Some(restore::Feed::Staged),
+        standby: false,
         memory: Memory::default(),
         invocation: vec!["drctl".to_owned()],
+        known: None,
     }
 }
 

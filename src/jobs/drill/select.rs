@@ -49,8 +49,11 @@ async fn newest(context: &Context, what: &str) -> Result<Option<DateTime<Utc>>> 
         start: false,
         run_as: None,
         delta: false,
+        feed: Some(restore::Feed::Staged),
+        standby: false,
         memory: restore::Memory::default(),
         invocation: Vec::new(),
+        known: None,
     };
     Ok(restore::plan(context, &request).await?.newest_commit)
 }

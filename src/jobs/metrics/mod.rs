@@ -39,6 +39,8 @@ pub async fn read(context: &Context, schedules: &[Schedule]) -> Result<Page> {
         self::backups(survey, &mut page);
         exposure(survey, context.clock.now(), &mut page);
         debts(survey, &mut page);
+        let conflicts = (!survey.branches.is_empty()).then(|| to_f64(survey.conflicts().len() as u64));
+        page.set_known(&table::WAL_CONFLICTS, [survey.target.as_str()], conflicts);
         page.set_known(&table::WAL_GAPS, [survey.target.as_str()], open_gaps(repository, survey).await);
         let unproven = prune::alarm::unproven(context, survey, &heads).map(to_f64);
         page.set_known(&table::BACKUPS_UNPROVEN, [survey.target.as_str()], unproven);

@@ -35,6 +35,8 @@ pub fn page(positions: &Positions) -> Page {
     for (target, position) in positions {
         let target = target.as_str();
         page.set(&table::WAL_STREAM_UP, [target], f64::from(u8::from(flows(position))));
+        let given_up = position.state == State::GivenUp;
+        page.set(&table::SLOT_GIVEN_UP, [target], f64::from(u8::from(given_up)));
         if let Some(held) = &position.slot {
             page.set_known(&table::SLOT_RETAINED, [target], held.retained_bytes.map(super::to_f64));
             page.set_known(&table::SLOT_ROOM, [target], held.room_bytes.map(super::to_f64));

@@ -11,6 +11,7 @@ use crate::model::retention::{Rules, Verdict, judge};
 use crate::model::{BackupId, Error, KeysetId, PruneId, Result, SignerId, TargetName};
 use crate::repository::prune::facts::Facts;
 use crate::repository::prune::garbage::{Garbage, Item, Search};
+use crate::repository::prune::locked::{self, Locked};
 use crate::repository::prune::plan::{self, Doomed, Plan};
 use crate::repository::prune::sweep::Sweep;
 use chrono::{DateTime, TimeDelta, Utc};
@@ -90,7 +91,9 @@ pub async fn run(context: &Context, options: &Options) -> Result<Report> {
             keysets: &look.keysets,
         };
         let phase = context.progress.begin("remove", Some(items.iter().map(|item| item.size).sum()));
-        report.swept = Some(sweep.run(items, std::mem::take(&mut look.facts.inventories), &phase).await?);
+        let mut swept = sweep.run(items, std::mem::take(&mut look.facts.inventories), &phase).await?;
+        look.locked.values().for_each(|locked| swept.tell_locked(locked));
+        report.swept = Some(swept);
     }
     Ok(report)
 }
@@ -100,6 +103,8 @@ struct Look {
     facts: Facts,
     garbage: Garbage,
     doomed: Vec<Doomed>,
+    /// What the rules let go as well, and locks keep.
+    locked: BTreeMap<BackupId, Locked>,
     verdicts: BTreeMap<TargetName, BTreeMap<BackupId, Verdict>>,
     keysets: BTreeSet<(TargetName, KeysetId)>,
     newest: Option<Plan>,
@@ -113,8 +118,20 @@ impl Look {
         for (target, rules) in &context.retention {
             verdicts.insert(target.clone(), judge(&facts.candidates(target, rules), rules));
         }
-        let doomed = doomed(&facts, &verdicts);
-        let ids: BTreeSet<_> = doomed.iter().map(|doomed| doomed.id.clone()).collect();
+        let mut doomed = doomed(&facts, &verdicts);
+        let mut ids: BTreeSet<_> = doomed.iter().map(|doomed| doomed.id.clone()).collect();
+        let locked = locked::commits(repository, &facts, &ids).await.unwrap_or_else(|error| {
+            facts.refusals.push(error.to_string());
+            BTreeMap::new()
+        });
+        for (id, Locked { region, until, .. }) in &locked {
+            let verdict = verdicts.values_mut().find_map(|of| of.get_mut(id));
+            verdict.into_iter().for_each(|verdict| {
+                *verdict = Verdict::Retained { region: region.clone(), until: *until };
+            });
+        }
+        doomed.retain(|doomed| !locked.contains_key(&doomed.id));
+        ids.retain(|id| !locked.contains_key(id));
         let survivors = facts.backups.iter().filter(|backup| !ids.contains(&backup.commit.id)).cloned();
         let survivors: Vec<_> = survivors.collect();
         facts.refuse_gaps(repository, &survivors).await?;
@@ -122,7 +139,7 @@ impl Look {
         let keysets = newest.as_ref().map(Plan::keysets).unwrap_or_default();
         let search = Search { rules: &context.retention, doomed: &ids, grace, keysets: &keysets };
         let garbage = search.run(repository, &facts).await?;
-        Ok(Self { facts, garbage, doomed, verdicts, keysets, newest })
+        Ok(Self { facts, garbage, doomed, locked, verdicts, keysets, newest })
     }
 
     async fn ripe(&self, context: &Context) -> Result<Option<Plan>> {

@@ -77,6 +77,9 @@ impl Judged {
             Verdict::Keep(reasons) => reasons.iter().map(Keep::to_string).collect::<Vec<_>>().join(", "),
             Verdict::Expired => "GOES: no rule keeps it".to_owned(),
             Verdict::NeverProven => "GOES, NEVER DRILLED".to_owned(),
+            Verdict::Retained { region, until } => {
+                format!("RETAINED: no rule keeps it, locked in {region} until {}", until.format("%F %T UTC"))
+            }
             Verdict::Replaced => "GOES: a drilled copy took its place".to_owned(),
         }
     }

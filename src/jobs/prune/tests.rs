@@ -28,6 +28,7 @@ use crate::repository::wal_frame::EpochKind;
 use crate::repository::wal_index::BranchId;
 use crate::repository::wal_log::{Epoch, Log, Marks};
 
+mod bundles;
 mod copies;
 mod late;
 

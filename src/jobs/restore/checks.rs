@@ -7,7 +7,7 @@ use crate::disk::empty::{Contents, contents};
 use crate::disk::space::{free_bytes, taken_bytes};
 use crate::jobs::context::{Context, Target};
 use crate::jobs::restore::marker::{is_free, is_unfinished};
-use crate::jobs::restore::words::Plan;
+use crate::jobs::restore::words::{Feed, Plan};
 use crate::jobs::restore::{Request, delta};
 use crate::model::commit::Commit;
 use crate::model::{Result, SystemId};
@@ -43,7 +43,9 @@ pub(super) async fn check(checked: &Checked<'_>, plan: &mut Plan) -> Result<()> 
         }
     }
     programs(request, plan).await;
-    if let (Ok(target), Some(need)) = (context.target(&commit.target), &commit.wal) {
+    if let (Ok(target), Some(need)) = (context.target(&commit.target), &commit.wal)
+        && !request.standby
+    {
         primary(target, need.system_id, plan).await;
     }
     for region in plan.regions.iter().filter(|region| region.missing > 0) {
@@ -129,7 +131,16 @@ fn space(request: &Request, plan: &mut Plan) {
         true => taken_bytes(directory).unwrap_or(0),
         false => 0,
     };
+    feed(request, plan);
     plan.free_bytes = existing.and_then(|path| free_bytes(path).ok()).map(|free| free.saturating_add(left_over));
+    let staged = plan.write_bytes.1;
+    let is_short = |plan: &Plan| plan.free_bytes.is_some_and(|free| free < plan.write_bytes.0 + plan.write_bytes.1);
+    if is_short(plan) && request.start && request.feed.is_none() {
+        plan.stream_wal();
+        if !is_short(plan) {
+            plan.warnings.push(format!("there is no room to stage {staged} bytes of WAL: it is streamed"));
+        }
+    }
     let wanted = plan.write_bytes.0 + plan.write_bytes.1;
     if let Some(free) = plan.free_bytes.filter(|free| *free < wanted) {
         let why = format!("{wanted} bytes are written, {free} are free");
@@ -138,6 +149,17 @@ fn space(request: &Request, plan: &mut Plan) {
             why,
             "free space, or name another directory",
         );
+    }
+}
+
+/// How WAL is asked to reach recovery.
+fn feed(request: &Request, plan: &mut Plan) {
+    if request.standby || request.feed == Some(Feed::Streamed) {
+        plan.stream_wal();
+    }
+    if plan.feed == Feed::Streamed && !request.start {
+        let why = "WAL is streamed while drctl watches the recovery";
+        plan.refuse_because("WAL cannot be streamed to a server that somebody else starts", why, "add --start");
     }
 }
 
@@ -251,6 +273,17 @@ async fn programs(request: &Request, plan: &mut Plan) {
 
 /// A primary that still answers would take writes that nobody restores.
 async fn primary(target: &Target, system: SystemId, plan: &mut Plan) {
+    if primary_answers(target, system).await {
+        let servers = target.conninfo.servers().iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        let warning = format!(
+            "the primary at {servers} still answers with this system identifier: fence it before clients reconnect"
+        );
+        plan.warnings.push(warning);
+    }
+}
+
+/// Whether a primary with this system identifier answers at the target's address.
+pub(super) async fn primary_answers(target: &Target, system: SystemId) -> bool {
     let asked = async {
         let client = sql::connect(&target.conninfo).await.ok()?;
         let row = client
@@ -260,11 +293,5 @@ async fn primary(target: &Target, system: SystemId, plan: &mut Plan) {
         let (id, standby): (String, bool) = (row.get(0), row.get(1));
         (id == system.to_string() && !standby).then_some(())
     };
-    if let Ok(Some(())) = tokio::time::timeout(PRIMARY_DEADLINE, asked).await {
-        let servers = target.conninfo.servers().iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-        let warning = format!(
-            "the primary at {servers} still answers with this system identifier: fence it before clients reconnect"
-        );
-        plan.warnings.push(warning);
-    }
+    matches!(tokio::time::timeout(PRIMARY_DEADLINE, asked).await, Ok(Some(())))
 }

@@ -16,13 +16,20 @@ pub(super) const AUTO_CONF: &str = "postgresql.auto.conf";
 /// What recovery is told.
 #[derive(Debug, Clone)]
 pub(super) struct RecoverySettings<'a> {
-    /// This program.
-    pub(super) drctl: &'a Path,
-    /// Where WAL is staged.
-    pub(super) staging: &'a Path,
+    /// Where WAL comes from.
+    pub(super) supply: Supply<'a>,
     /// Start of the last record wanted.
     pub(super) record: Lsn,
     pub(super) timeline: Timeline,
+}
+
+/// Where recovery finds its WAL.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Supply<'a> {
+    /// In a directory, through this program.
+    Staged { drctl: &'a Path, staging: &'a Path },
+    /// From a walsender.
+    Streamed { conninfo: &'a str },
 }
 
 impl RecoverySettings<'_> {
@@ -31,12 +38,17 @@ impl RecoverySettings<'_> {
     /// # Errors
     /// A path that no shell command can carry.
     pub(super) fn block(&self) -> Result<String> {
-        let command = format!("{} recovery-fetch --dir {} \"%f\" \"%p\"", shell(self.drctl)?, shell(self.staging)?);
+        let command = match self.supply {
+            Supply::Staged { drctl, staging } => {
+                format!("{} recovery-fetch --dir {} \"%f\" \"%p\"", shell(drctl)?, shell(staging)?)
+            }
+            Supply::Streamed { .. } => String::new(),
+        };
         // Two targets are fatal, so others that the cluster's own files may set are emptied. They come first: emptying
         // one resets the choice that was made before it.
         let others = ["recovery_target", "recovery_target_name", "recovery_target_time", "recovery_target_xid"];
-        let mut lines = vec![BEGIN.to_owned()];
-        let mut set = |name: &str, value: &str| lines.push(format!("{name} = '{}'", value.replace('\'', "''")));
+        let mut lines = Vec::new();
+        let mut set = |name: &str, value: &str| lines.push((name.to_owned(), value.to_owned()));
         others.iter().for_each(|other| set(other, ""));
         set("recovery_target_lsn", &self.record.to_string());
         set("recovery_target_timeline", &self.timeline.to_string());
@@ -47,9 +59,21 @@ impl RecoverySettings<'_> {
         set("archive_cleanup_command", "");
         set("recovery_end_command", "");
         set("recovery_min_apply_delay", "0");
-        lines.push(END.to_owned());
-        Ok(lines.join("\n") + "\n")
+        if let Supply::Streamed { conninfo } = self.supply {
+            set("primary_conninfo", conninfo);
+            set("primary_slot_name", "");
+            set("wal_receiver_create_temp_slot", "off");
+            set("wal_retrieve_retry_interval", "1s");
+        }
+        Ok(block_of(&lines))
     }
+}
+
+/// Settings between the markers.
+pub(super) fn block_of(settings: &[(String, String)]) -> String {
+    let set = |(name, value): &(String, String)| format!("{name} = '{}'\n", value.replace('\'', "''"));
+    let lines: String = settings.iter().map(set).collect();
+    format!("{BEGIN}\n{lines}{END}\n")
 }
 
 /// A path as one word of a shell command in which PostgreSQL replaces `%`.
@@ -167,8 +191,7 @@ mod tests {
     #[test]
     fn recovery_has_exactly_one_target_and_it_comes_last() {
         let settings = RecoverySettings {
-            drctl: Path::new("/opt/dr 'x'/drctl"),
-            staging: Path::new("/srv/100%/wal"),
+            supply: Supply::Staged { drctl: Path::new("/opt/dr 'x'/drctl"), staging: Path::new("/srv/100%/wal") },
             record: Lsn(0x12_F811_30D0),
             timeline: Timeline(3),
         };
@@ -179,6 +202,15 @@ mod tests {
             block.contains("''/opt/dr ''\\''''x''\\''''/drctl'' recovery-fetch --dir ''/srv/100%%/wal'' \"%f\" \"%p\""),
             "{block}"
         );
+    }
+
+    #[test]
+    fn a_streamed_recovery_asks_no_command() {
+        let supply = Supply::Streamed { conninfo: "host='/srv/it'" };
+        let settings = RecoverySettings { supply, record: Lsn(1), timeline: Timeline(1) };
+        let block = settings.block().unwrap();
+        assert!(block.contains("restore_command = ''\n"), "{block}");
+        assert!(block.contains("primary_conninfo = 'host=''/srv/it'''\n"), "{block}");
     }
 
     #[test]

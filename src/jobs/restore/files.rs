@@ -7,10 +7,13 @@ use std::fs::File;
 use std::io::{BufWriter, Write as _};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 
 use crate::disk::lock::Lock;
+use crate::disk::place::Flushed;
 use crate::disk::{DiskError, empty, place};
 use crate::jobs::restore::marker::{LOCK, Marker, entries, is_free, is_unfinished};
 use crate::jobs::restore::plan::Prepared;
@@ -22,16 +25,51 @@ use crate::pg::control::ControlFile;
 use crate::pg::instance::{Postmaster, postmaster_of};
 use crate::repository::restore::{CONTROL_FILE, CONTROL_FILE_PENDING, Leftover, WrittenFile};
 
+/// Recovers to its target and opens.
+pub(super) const RECOVERY_SIGNAL: &str = "recovery.signal";
+/// The same, and waits for more where its WAL ends.
+pub(super) const STANDBY_SIGNAL: &str = "standby.signal";
 /// The files that PostgreSQL or `pg_verifybackup` must not find as they were on the source.
 const NOT_RESTORED: [&str; 5] =
-    ["recovery.signal", "standby.signal", "postmaster.pid", "postmaster.opts", "tablespace_map"];
+    [RECOVERY_SIGNAL, STANDBY_SIGNAL, "postmaster.pid", "postmaster.opts", "tablespace_map"];
 
 /// A directory that belongs to this run.
 #[derive(Debug)]
 pub(super) struct Site {
     pub(super) directory: PathBuf,
-    tablespaces: Vec<PathBuf>,
+    filesystems: Filesystems,
     _lock: Lock,
+}
+
+/// The file systems that a restore writes to, the data directory's last.
+#[derive(Debug, Clone)]
+pub(super) struct Filesystems(Arc<Vec<Flushed>>);
+
+/// Often enough that little is left to flush at the end, and seldom enough that a disk has something to order.
+const FLUSH_EVERY: Duration = Duration::from_millis(300);
+
+impl Filesystems {
+    fn of(tablespaces: &[PathBuf], directory: &Path) -> Result<Self> {
+        let places = tablespaces.iter().map(PathBuf::as_path).chain([directory]);
+        Ok(Self(Arc::new(places.map(Flushed::holding).collect::<Result<_, _>>()?)))
+    }
+
+    fn sync(&self) -> Result<()> {
+        Ok(self.0.iter().try_for_each(Flushed::sync)?)
+    }
+
+    /// Flushes now and then, so that the disk works while the rest is fetched. Ends only when that fails.
+    pub(super) async fn flush_meanwhile(&self) -> Error {
+        loop {
+            tokio::time::sleep(FLUSH_EVERY).await;
+            let filesystems = self.clone();
+            match tokio::task::spawn_blocking(move || filesystems.sync()).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => return error,
+                Err(error) => return Error::failed("a restore worker died").because(error),
+            }
+        }
+    }
 }
 
 impl Site {
@@ -77,15 +115,22 @@ impl Site {
         if reused {
             clear(&directory, &tablespaces, &prepared.doomed)?;
         }
-        Ok(Self { directory, tablespaces, _lock: lock })
+        let filesystems = Filesystems::of(&tablespaces, &directory)?;
+        Ok(Self { directory, filesystems, _lock: lock })
     }
 
-    /// Everything but `pg_control`: label, signal file, configuration, manifest.
+    /// What it is written to.
+    pub(super) const fn filesystems(&self) -> &Filesystems {
+        &self.filesystems
+    }
+
+    /// Everything but `pg_control`: label, the file `signal`, configuration, manifest.
     pub(super) fn complete(
         &self,
         leftover: &Leftover,
         mut manifest: Manifest,
         (commit, need): (&Commit, &WalNeed),
+        signal: &str,
     ) -> Result<Vec<String>> {
         let directory = &self.directory;
         let label = leftover.small_files.iter().find(|(path, ..)| path == "backup_label");
@@ -101,7 +146,7 @@ impl Site {
         }
         let notes = self.configure(leftover, &mut manifest)?;
         manifest.finish(need)?;
-        place::place(&directory.join("recovery.signal"), b"", 0o600)?;
+        place::place(&directory.join(signal), b"", 0o600)?;
         self.check_control(need)?;
         Ok(notes)
     }
@@ -141,9 +186,7 @@ impl Site {
 
     /// Makes everything durable, then gives `pg_control` its name: from here on PostgreSQL can start.
     pub(super) fn make_startable(&self) -> Result<()> {
-        for place in self.tablespaces.iter().chain([&self.directory]) {
-            place::sync_filesystem(place)?;
-        }
+        self.filesystems.sync()?;
         Ok(place::rename(&self.directory.join(CONTROL_FILE_PENDING), &self.directory.join(CONTROL_FILE))?)
     }
 

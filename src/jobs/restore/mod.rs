@@ -1,16 +1,22 @@
 //! `restore`: a plan that says everything before anything is touched, and the run of exactly that plan.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
-use crate::jobs::context::Context;
+use crate::jobs::context::{Context, Target};
 use crate::jobs::status::{self, Present};
-use crate::model::{Error, RegionName, Result, Timeline};
+use crate::model::commit::BackupKind;
+use crate::model::{Error, RegionName, Result, ResultExt, SystemId};
+use crate::repository::catalog::{self, Backup};
+use crate::repository::handle::Repository;
 pub use crate::repository::restore::Memory;
 
 mod checks;
 mod conf;
+mod contents;
+mod crossed;
 mod delta;
 pub mod feed;
 mod files;
@@ -22,17 +28,19 @@ mod report;
 mod route;
 mod run;
 mod stage;
+mod supply;
 mod target;
 mod words;
 
+pub use crate::jobs::lineage::Follow;
 pub use report::{PhaseTime, Report, Started};
 pub use target::Point;
-pub use words::{Needs, Plan, Refusal, RegionState, Reuse, WalLeg};
+pub use words::{Feed, Needs, Plan, Refusal, RegionState, Reuse, WalLeg};
 
 pub use plan::{Prepared, quoted};
 use record::Record;
 
-use crate::pg::instance::{Instance, Network};
+use crate::pg::instance::{Instance, Network, User};
 
 /// The marker of a restore that has not ended.
 pub const MARKER: &str = "drctl-restore.json";
@@ -56,9 +64,13 @@ pub struct Request {
     /// To when.
     pub point: Point,
     /// Follow this timeline instead of the newest.
-    pub timeline: Option<Timeline>,
+    pub timeline: Option<Follow>,
     /// Start PostgreSQL and wait until it is promoted.
     pub start: bool,
+    /// How WAL is to reach recovery; `None`: staged, and streamed where there is no room for that.
+    pub feed: Option<Feed>,
+    /// The directory becomes a standby that goes on recovering: nothing in it ends recovery.
+    pub standby: bool,
     /// The account that PostgreSQL runs as, when drctl is root.
     pub run_as: Option<String>,
     /// Whether what stands in the directory is made the backup, page by page, and what the backup does not have is
@@ -68,6 +80,40 @@ pub struct Request {
     pub memory: Memory,
     /// The words before the verb, with which the command that the plan prints finds the same repository.
     pub invocation: Vec<String>,
+    /// The backups that may be meant, if they were looked at just now.
+    pub known: Option<Arc<Known>>,
+}
+
+/// The backups that the words of a request may mean.
+#[derive(Debug)]
+pub struct Known {
+    backups: Vec<Backup>,
+    damaged: Vec<Error>,
+}
+
+impl Known {
+    /// Reads their COMMITs: of a whole id that one alone, of a target that is configured its own, else all.
+    ///
+    /// # Errors
+    /// No region answers.
+    pub async fn load(context: &Context, repository: &Repository, what: &str) -> Result<Self> {
+        let target = context.targets.iter().map(|target| &target.name).find(|name| name.as_str() == what);
+        let backups = match target {
+            Some(target) => catalog::backups(repository, Some(target)).await,
+            None => catalog::named(repository, what).await,
+        };
+        let (backups, damaged) = backups.during(|| "list the backups")?;
+        Ok(Self { backups, damaged })
+    }
+
+    /// Whether they mean a dump or files, which another job restores.
+    ///
+    /// # Errors
+    /// Nothing is named so.
+    pub fn is_of_streams(&self, what: &str) -> Result<bool> {
+        let kind = catalog::select(&self.backups, what)?.commit.kind;
+        Ok(matches!(kind, BackupKind::Dump | BackupKind::Files))
+    }
 }
 
 /// Computes the plan; nothing is touched.
@@ -141,6 +187,52 @@ pub async fn rehearse(
     prepared.plan.refuse()?;
     let (report, server) = run::run(context, request, prepared, Some(scratch)).await?;
     server.map(|server| (report, server)).ok_or_else(|| Error::failed("the rehearsal started no server"))
+}
+
+/// Restores the files of a standby: everything but the server's settings. `document` (name, contents) says what it is, and
+/// lies there before the restore is over.
+///
+/// # Errors
+/// As [`plan()`] and [`run()`].
+pub async fn lay_standby(
+    context: &Context,
+    request: &Request,
+    prepared: Prepared,
+    document: (&str, Vec<u8>),
+) -> Result<Report> {
+    prepared.plan.refuse()?;
+    run::lay(context, request, prepared, document).await
+}
+
+/// Hands a file to the account that PostgreSQL runs as.
+///
+/// # Errors
+/// The disk's.
+pub fn give(path: &Path, owner: Option<User>) -> Result<()> {
+    stage::give(path, owner)
+}
+
+/// Whether the primary of a target still answers as the primary of this cluster.
+pub async fn primary_answers(target: &Target, system_id: SystemId) -> bool {
+    checks::primary_answers(target, system_id).await
+}
+
+/// Writes settings behind all others of a restored cluster, in place of those that drctl wrote there before.
+///
+/// # Errors
+/// The disk's.
+pub fn configure(directory: &Path, settings: &[(String, String)], owner: Option<User>) -> Result<()> {
+    conf::append(directory, &conf::block_of(settings))?;
+    stage::give(&directory.join(conf::AUTO_CONF), owner)
+}
+
+/// Takes those settings out again.
+///
+/// # Errors
+/// The disk's.
+pub fn unconfigure(directory: &Path, owner: Option<User>) -> Result<()> {
+    conf::remove(directory)?;
+    stage::give(&directory.join(conf::AUTO_CONF), owner)
 }
 
 /// Computes a plan that [`rehearse`] runs as it is.

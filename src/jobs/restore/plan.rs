@@ -1,29 +1,33 @@
 //! The plan: which backup, which WAL, to which record, at what cost, and everything that speaks against it.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
 use sha2::{Digest as _, Sha256};
 
 use crate::jobs::context::Context;
-use crate::jobs::restore::Request;
+use crate::jobs::lineage::Follow;
 use crate::jobs::restore::checks::{self, Checked};
-use crate::jobs::restore::delta::Survey;
+use crate::jobs::restore::contents::Contents;
+use crate::jobs::restore::crossed::Crossed;
 use crate::jobs::restore::route::Route;
 use crate::jobs::restore::stage::staged_bytes;
 use crate::jobs::restore::target::{Finder, Pin, Point, Unreached};
-use crate::jobs::restore::words::{Needs, Plan, Refusal, RegionState, WalLeg};
+use crate::jobs::restore::words::{Feed, Needs, Plan, Refusal, WalLeg};
+use crate::jobs::restore::{Known, Request};
 use crate::model::commit::{Commit, WalNeed};
-use crate::model::{Error, Kind, Lsn, RegionName, Result, ResultExt, Timeline};
-use crate::repository::catalog::{self, Backup, Held};
-use crate::repository::gaps::{self, Gap};
+use crate::model::{Error, Kind, Lsn, RegionName, Result, ResultExt};
+use crate::repository::catalog::{self, Backup};
 use crate::repository::handle::Repository;
 use crate::repository::inventory::InventoryLine;
-use crate::repository::manifest::Line;
-use crate::repository::restore::{Leftover, Memory, read_outline};
+use crate::repository::restore::{KeptParts, Memory};
 
 /// What restore and replay are assumed to manage per second before any drill has measured it.
 const ASSUMED_RATE: u64 = 150_000_000;
+
+/// What a server that recovers from a stream keeps in `pg_wal`: about `max_wal_size`, this by default.
+const STREAMED_ROOM: u64 = 1 << 30;
 
 /// The plan, and what its run needs.
 #[derive(Debug)]
@@ -33,6 +37,8 @@ pub struct Prepared {
     pub(super) repository: Repository,
     pub(super) commit: Commit,
     pub(super) inventory: Vec<InventoryLine>,
+    /// Parts of the manifest that were read for the plan.
+    pub(super) parts: KeptParts,
     pub(super) route: Route,
     pub(super) pin: Pin,
     /// Paths that are removed first.
@@ -51,31 +57,32 @@ struct Chosen {
 impl Prepared {
     pub(super) async fn new(context: &Context, request: &Request) -> Result<Self> {
         let repository = preferring(&context.repository, request.region.as_ref())?;
-        let (backups, damaged) = catalog::backups(&repository, None).await.during(|| "list the backups")?;
-        let candidates = candidates(&backups, request)?;
-        let Chosen { commit, route, pin, newest_commit, last_commit } =
-            choose(context, &repository, request, (&candidates, &backups)).await?;
-        let inventory = catalog::inventory(&repository, &commit).await?;
-        let mut survey = Survey::new(request);
-        let look = |line: &Line| {
-            if request.delta {
-                survey.see(line)
-            }
+        let known = match &request.known {
+            Some(known) => Arc::clone(known),
+            None => Arc::new(Known::load(context, &repository, &request.what).await?),
         };
-        let (regions, outline) = tokio::join!(
-            regions(&repository, &commit, &inventory),
-            read_outline(&repository, &context.ring, (&commit, &inventory), look)
+        let candidates = candidates(&known.backups, request)?;
+        // Most often the first one is the one: what it holds is read while its WAL is looked for.
+        let (way, likely) = tokio::join!(
+            Self::way(context, &repository, request, &candidates),
+            Contents::read_first(context, &repository, (&candidates, request))
         );
-        let outline = outline.map(|(_, outline)| outline);
+        let (Chosen { commit, route, pin, newest_commit, last_commit }, crossed) = way?;
+        let contents = match likely {
+            Some((likely, contents)) if likely == commit.id => contents,
+            _ => Contents::read(context, &repository, (&commit, request)).await,
+        };
+        let mut contents = contents?;
         let mut plan = outset(request, (&commit, &route, pin));
-        (plan.last_commit, plan.newest_commit, plan.regions) = (last_commit, newest_commit, regions);
-        plan.fetch_bytes = inventory.iter().map(|line| line.size).sum();
+        (plan.last_commit, plan.newest_commit) = (last_commit, newest_commit);
+        plan.regions = std::mem::take(&mut contents.regions);
+        plan.fetch_bytes = contents.inventory.iter().map(|line| line.size).sum();
         plan.expected_seconds = (commit.size_bytes + plan.wal_bytes) / ASSUMED_RATE + 1;
         plan.digest = digest(&plan, request, &repository)?;
-        plan.warnings.extend(damaged.iter().map(|error| format!("a COMMIT is not readable: {error}")));
-        plan.command = command(&plan, request);
-        let outline = plan.open(context, (&commit, &inventory), outline).await?;
-        plan.cross(context, &repository, &route).await?;
+        plan.warnings.extend(known.damaged.iter().map(|error| format!("a COMMIT is not readable: {error}")));
+        contents.tell(&mut plan);
+        crossed.tell(&mut plan);
+        let Contents { inventory, outline, parts, survey, .. } = contents;
         let mut doomed = Vec::new();
         if request.delta && outline.is_some() {
             let (found, removed) = survey.end(plan.needs.major)?;
@@ -83,13 +90,33 @@ impl Prepared {
         }
         let checked = Checked { context, request, commit: &commit, outline: outline.as_ref() };
         checks::check(&checked, &mut plan).await?;
+        plan.command = command(&plan, request);
         let unlisted = repository.trust.unlisted();
         if !unlisted.is_empty() {
             let names = unlisted.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
             plan.warnings
                 .push(format!("no list of trusted signers: trusting {names} (compare with what init printed)"));
         }
-        Ok(Self { plan, repository, commit, inventory, route, pin, doomed })
+        Ok(Self { plan, repository, commit, inventory, parts, route, pin, doomed })
+    }
+
+    /// The backup that leads to the point, and what its WAL is up against.
+    async fn way(
+        context: &Context,
+        repository: &Repository,
+        request: &Request,
+        candidates: &[Commit],
+    ) -> Result<(Chosen, Crossed)> {
+        let chosen = choose(context, repository, request, candidates).await?;
+        let crossed = Crossed::read(context, repository, &chosen.route).await?;
+        Ok((chosen, crossed))
+    }
+}
+
+impl Prepared {
+    /// The WAL that the backup needs, and where it began.
+    pub fn need(&self) -> &WalNeed {
+        &self.route.need
     }
 }
 
@@ -125,12 +152,12 @@ async fn choose(
     context: &Context,
     repository: &Repository,
     request: &Request,
-    (candidates, backups): (&[Commit], &[Backup]),
+    candidates: &[Commit],
 ) -> Result<Chosen> {
     let mut first_problem = None;
     for commit in candidates {
         let need = wal_of(commit)?;
-        let mut route = Route::find(repository, need, request.timeline)
+        let mut route = Route::find(repository, need, request.timeline.as_ref())
             .await
             .during(|| format!("find the WAL of {}", commit.id))?;
         let finder = Finder { context, repository, route: &route, began: commit.started_at };
@@ -157,9 +184,9 @@ async fn choose(
         }
     }
     let problem = first_problem.unwrap_or_else(|| Error::not_found("there is no backup with WAL"));
-    let target = candidates.first().map(|commit| &commit.target);
-    let of_target = backups.iter().map(|backup| &backup.commit).filter(|commit| Some(&commit.target) == target);
-    let remaining = remaining(repository, request.timeline, of_target).await;
+    let Some(target) = candidates.first().map(|commit| &commit.target) else { return Err(problem) };
+    let Ok((backups, _)) = catalog::backups(repository, Some(target)).await else { return Err(problem) };
+    let remaining = remaining(repository, request.timeline.as_ref(), backups.iter().map(|backup| &backup.commit)).await;
     Err(if remaining.is_empty() {
         problem
     } else {
@@ -173,7 +200,7 @@ const TOLD: usize = 12;
 /// What can be reached from the newest backups, oldest first; backups of one window say it once.
 async fn remaining<'a>(
     repository: &Repository,
-    timeline: Option<Timeline>,
+    timeline: Option<&Follow>,
     backups: impl DoubleEndedIterator<Item = &'a Commit>,
 ) -> Vec<String> {
     let mut windows: Vec<(Lsn, Lsn)> = Vec::new();
@@ -195,15 +222,6 @@ fn too_early(commit: &Commit, why: &str) -> Error {
 
 fn wal_of(commit: &Commit) -> Result<&WalNeed> {
     commit.wal.as_ref().ok_or_else(|| Error::refused(format!("{} is not a physical backup of PostgreSQL", commit.id)))
-}
-
-async fn regions(repository: &Repository, commit: &Commit, inventory: &[InventoryLine]) -> Vec<RegionState> {
-    let states = repository.regions.all().iter().map(|region| async move {
-        let debt = Held::list(region, &commit.target).await.debt(commit, inventory);
-        let missing = debt.missing.len() + debt.damaged.len();
-        RegionState { name: region.name.clone(), missing, unreadable: debt.unreadable }
-    });
-    futures::future::join_all(states).await
 }
 
 /// The plan as far as backup and WAL decide it.
@@ -235,6 +253,7 @@ fn outset(request: &Request, (commit, route, pin): (&Commit, &Route, Pin)) -> Pl
         wal_bytes: wal.iter().map(|leg| leg.bytes).sum(),
         wal,
         write_bytes: (commit.size_bytes, staged_bytes(route)),
+        feed: Feed::Staged,
         reuse: None,
         free_bytes: None,
         expected_seconds: 0,
@@ -258,8 +277,16 @@ fn outset(request: &Request, (commit, route, pin): (&Commit, &Route, Pin)) -> Pl
 /// SHA-256 over everything that decides what ends up on disk; no rates, no times.
 fn digest(plan: &Plan, request: &Request, repository: &Repository) -> Result<String> {
     let regions: Vec<_> = repository.regions.all().iter().map(|region| &region.name).collect();
+    // A standby goes on from wherever WAL ends: what was begun for one end is good for the next.
+    let standby = serde_json::json!({
+        "repository": repository.id,
+        "target": plan.target,
+        "directory": request.directory,
+        "tablespaces": request.tablespaces,
+        "action": "standby",
+    });
     // Keys of a JSON object are sorted, so this is one text for one plan.
-    let canonical = serde_json::json!({
+    let restore = serde_json::json!({
         "repository": repository.id,
         "backup": plan.backup,
         "regions": regions,
@@ -272,7 +299,8 @@ fn digest(plan: &Plan, request: &Request, repository: &Repository) -> Result<Str
         "action": "promote",
         "delta": request.delta,
     });
-    let text = serde_json::to_vec(&canonical).map_err(|error| Error::failed("encode the plan").because(error))?;
+    let canonical = if request.standby { &standby } else { &restore };
+    let text = serde_json::to_vec(canonical).map_err(|error| Error::failed("encode the plan").because(error))?;
     Ok(hex::encode(Sha256::digest(&text)))
 }
 
@@ -282,13 +310,20 @@ fn command(plan: &Plan, request: &Request) -> String {
     words.extend(["restore".to_owned(), plan.backup.to_string()]);
     words.push(format!("--target-dir {}", quoted(&request.directory.display().to_string())));
     words.push(format!("--to-lsn {}", plan.end_lsn));
-    words.extend(request.timeline.map(|timeline| format!("--timeline {timeline}")));
+    words.extend(request.timeline.as_ref().map(|timeline| format!("--timeline {timeline}")));
     words.extend(request.region.as_ref().map(|region| format!("--region {region}")));
     words.extend(request.tablespaces.iter().map(|(old, new)| {
         let escape = |path: &str| path.replace('=', "\\=");
         format!("--tablespace {}", quoted(&format!("{}={}", escape(old), escape(&new.display().to_string()))))
     }));
     words.extend(request.delta.then(|| "--delta".to_owned()));
+    words.extend(
+        match plan.feed {
+            Feed::Streamed => Some("--feed stream"),
+            Feed::Staged => request.feed.map(|_| "--feed stage"),
+        }
+        .map(str::to_owned),
+    );
     if request.memory != Memory::default() {
         words.push(format!("--memory {}", request.memory.bytes()));
     }
@@ -298,10 +333,6 @@ fn command(plan: &Plan, request: &Request) -> String {
     }
     words.extend(request.run_as.as_ref().map(|user| format!("--run-as {user}")));
     words.join(" ")
-}
-
-fn before(at: Lsn) -> String {
-    format!("restore to a point before it (--to-lsn {at}), or from a backup that began behind it: drctl list")
 }
 
 /// A word as a shell reads it.
@@ -327,66 +358,23 @@ impl Plan {
         Err(rest.fold(error, |error, refusal| error.because(refusal)).hint(first.next.clone()))
     }
 
+    /// WAL goes to the server as a primary would send it, and stays there back to the last restartpoint.
+    pub(super) fn stream_wal(&mut self) {
+        self.feed = Feed::Streamed;
+        self.write_bytes.1 = self.write_bytes.1.min(STREAMED_ROOM);
+    }
+
     pub(super) fn refuse_because(&mut self, what: impl Into<String>, why: impl Into<String>, next: impl Into<String>) {
         self.refused.push(Refusal { what: what.into(), why: why.into(), next: next.into(), judges: false });
     }
 
-    /// WAL of which two versions are stored is not crossed. Where no key opens it, the records that its writers left say so.
-    async fn cross(&mut self, context: &Context, repository: &Repository, route: &Route) -> Result<()> {
-        for leg in &route.legs {
-            let (recorded, _) = gaps::read(repository, &leg.branch).await?;
-            let crossed = |gap: &Gap| gap.contradiction && gap.from < leg.to && leg.from < gap.to;
-            for gap in recorded.into_iter().filter(crossed) {
-                let what = format!("the WAL from {} to {} was stored in two versions", gap.from, gap.to);
-                self.refuse_because(what, gap.reason, before(gap.from));
-            }
-            let (found, unread) = leg.log.compare(repository, &context.ring, (leg.from, leg.to)).await;
-            for contradiction in &found {
-                let error = Error::from(contradiction);
-                self.refuse_because(error.message(), error.causes().join("; "), before(contradiction.at));
-            }
-            // A key that is missing is told where the backup is opened.
-            let damage = unread.iter().filter(|error| !matches!(error.kind(), Kind::NoKey | Kind::Unavailable));
-            self.warnings.extend(damage.map(|error| format!("overlapping WAL was not compared: {error}")));
-        }
-        Ok(())
-    }
-
     /// A key holder that is away may open it tomorrow; one that was asked and could not will not.
-    fn refuse_unopened(&mut self, what: &str, error: &Error) {
+    pub(super) fn refuse_unopened(&mut self, what: &str, error: &Error) {
         self.refused.push(Refusal {
             what: what.to_owned(),
             why: error.to_string(),
             next: "pass --age-identity FILE, or credentials for one of the KMS keys".to_owned(),
             judges: error.kind() == Kind::NoKey,
         });
-    }
-
-    /// Tries the keys. A backup that no key opens is a refusal, and the rest of the plan still shows.
-    async fn open(
-        &mut self,
-        context: &Context,
-        (commit, inventory): (&Commit, &[InventoryLine]),
-        outline: Result<Leftover>,
-    ) -> Result<Option<Leftover>> {
-        match context.ring.try_open(&commit.target, &commit.keyset).await {
-            Ok((_, by)) => self.opens_with = Some(by),
-            Err(error) => {
-                self.refuse_unopened("no key opens the backup", &error);
-            }
-        }
-        for keyset in catalog::keysets(commit, inventory).into_iter().filter(|keyset| *keyset != commit.keyset) {
-            if let Err(error) = context.ring.open(&commit.target, &keyset).await {
-                let what = "no key opens pages that the backup shares with an earlier one";
-                self.refuse_unopened(what, &error);
-            }
-        }
-        match outline {
-            Ok(outline) => Ok(Some(outline)),
-            Err(error) if self.opens_with.is_none() && matches!(error.kind(), Kind::NoKey | Kind::Unavailable) => {
-                Ok(None)
-            }
-            Err(error) => Err(error),
-        }
     }
 }

@@ -1,9 +1,9 @@
 //! `--start`: PostgreSQL replays while WAL is still being staged, and is promoted.
 
+use std::io::ErrorKind;
 use std::os::unix::fs::lchown;
 use std::path::Path;
 use std::pin::pin;
-use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::{Either, select};
@@ -14,7 +14,9 @@ use crate::jobs::restore::conf;
 use crate::jobs::restore::files::Site;
 use crate::jobs::restore::plan::Prepared;
 use crate::jobs::restore::report::{PhaseTime, Report, Started};
-use crate::jobs::restore::stage::{Stager, give};
+use crate::jobs::restore::stage::give;
+use crate::jobs::restore::supply::Source;
+use crate::jobs::restore::words::Feed;
 use crate::jobs::restore::{Request, SCRATCH_PORT, STAGING, Scratch};
 use crate::model::{Error, Result, ResultExt};
 use crate::pg::instance::{Instance, InstanceError, InstanceOptions, Network, PgBinaries, Readiness, User};
@@ -27,7 +29,7 @@ const REDO_DONE: &str = "redo done at";
 pub(super) async fn start(
     context: &Context,
     (request, prepared, owner): (&Request, &Prepared, Option<User>),
-    (site, stager): (Site, Stager),
+    (site, source): (Site, Source),
     (scratch, report): (Option<&Scratch>, &mut Report),
 ) -> Result<Instance> {
     let binaries = PgBinaries::find(prepared.plan.needs.major, None).await?;
@@ -37,7 +39,7 @@ pub(super) async fn start(
     let mut instance = Instance::start(&binaries, options).during(|| "start PostgreSQL")?;
     let phase = context.progress.begin("replay", None);
     let times = {
-        let staging = pin!(stage(context, prepared, stager, report));
+        let staging = pin!(source.fill(context, prepared, report));
         let promotion = pin!(promoted(context, &mut instance, &prepared.plan.command));
         match select(staging, promotion).await {
             // The server ends by itself when its restore_command finds nobody staging.
@@ -47,7 +49,9 @@ pub(super) async fn start(
             }
             Either::Right((times, staging)) => {
                 let times = times?;
-                staging.await?;
+                if prepared.plan.feed == Feed::Staged {
+                    staging.await?;
+                }
                 Ok(times)
             }
         }
@@ -89,15 +93,6 @@ fn options(request: &Request, scratch: Option<&Scratch>, owner: Option<User>) ->
     }
 }
 
-/// Writes the WAL of the plan as segments.
-pub(super) async fn stage(context: &Context, prepared: &Prepared, stager: Stager, report: &mut Report) -> Result<()> {
-    let phase = Arc::new(context.progress.begin("stage", Some(prepared.plan.wal_bytes)));
-    let began = context.clock.monotonic();
-    let bytes = stager.fill(context, &prepared.repository, &prepared.route, &phase).await.during(|| "stage WAL")?;
-    report.phases.push(PhaseTime::new("stage", context.clock.monotonic() - began).of(bytes));
-    Ok(())
-}
-
 /// Waits until the server accepts writes. Returns how long replay and opening took.
 async fn promoted(context: &Context, instance: &mut Instance, command: &str) -> Result<(Duration, Duration)> {
     let began = context.clock.monotonic();
@@ -129,7 +124,11 @@ fn tidy(directory: &Path, owner: Option<User>) -> Result<()> {
     conf::remove(directory)?;
     give(&directory.join(conf::AUTO_CONF), owner)?;
     let staging = directory.join(STAGING);
-    Ok(std::fs::remove_dir_all(&staging).map_err(|error| DiskError::new("remove", &staging, error))?)
+    match std::fs::remove_dir_all(&staging) {
+        // What was streamed was not staged.
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(DiskError::new("remove", &staging, error).into()),
+        _ => Ok(()),
+    }
 }
 
 /// Gives a whole tree to the account that PostgreSQL runs as; links are given, never followed.

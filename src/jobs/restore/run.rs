@@ -1,19 +1,22 @@
 //! The run of a plan.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::pin::pin;
 use std::sync::Arc;
 
+use futures::future::{Either, join, select};
+
+use crate::disk::place;
 use crate::jobs::context::Context;
-use crate::jobs::restore::conf::{self, RecoverySettings};
-use crate::jobs::restore::files::{Manifest, Site};
+use crate::jobs::restore::files::{Filesystems, Manifest, RECOVERY_SIGNAL, STANDBY_SIGNAL, Site};
 use crate::jobs::restore::plan::{Prepared, quoted};
-use crate::jobs::restore::recover::{self, stage};
+use crate::jobs::restore::recover;
 use crate::jobs::restore::report::{PhaseTime, Report};
-use crate::jobs::restore::stage::Stager;
-use crate::jobs::restore::words::Plan;
+use crate::jobs::restore::supply::Source;
+use crate::jobs::restore::words::{Feed, Plan};
 use crate::jobs::restore::{Request, STAGING, Scratch};
 use crate::model::commit::WalNeed;
-use crate::model::{Error, Result, ResultExt};
+use crate::model::{Result, ResultExt};
 use crate::pg::instance::{Instance, User};
 use crate::repository::restore::{Destination, Leftover, restore_files};
 
@@ -28,29 +31,25 @@ pub(super) async fn run(
     let owner = request.run_as.as_deref().map(User::named).transpose()?;
     let site = Site::take(request, &prepared, context.clock.now())?;
     let mut report = report(&prepared.plan);
-    let (leftover, manifest) = fetch(context, request, &prepared, &mut report).await?;
+    let (leftover, manifest) = fetch(context, (request, &prepared), site.filesystems(), &mut report).await?;
+    let signal = match prepared.plan.feed {
+        Feed::Staged => RECOVERY_SIGNAL,
+        Feed::Streamed => STANDBY_SIGNAL,
+    };
     let notes = site
-        .complete(&leftover, manifest, (&prepared.commit, &prepared.route.need))
+        .complete(&leftover, manifest, (&prepared.commit, &prepared.route.need), signal)
         .during(|| "complete the data directory")?;
     report.warnings.extend(notes);
-    let staging = site.directory.join(STAGING);
-    let settings = RecoverySettings {
-        drctl: &this_program()?,
-        staging: &staging,
-        record: prepared.pin.record,
-        timeline: prepared.route.timeline(),
-    };
-    conf::append(&site.directory, &settings.block()?)?;
-    let stager = Stager::prepare(&staging, &prepared.route, owner).during(|| "stage WAL")?;
+    let source = Source::prepare(context, &prepared, &site.directory, owner).await?;
     if let Some(owner) = owner {
         recover::hand_over(&site.directory, owner)?;
         request.tablespaces.values().try_for_each(|place| recover::hand_over(place, owner))?;
     }
     let instance = if request.start {
         let subject = (request, &prepared, owner);
-        Some(recover::start(context, subject, (site, stager), (scratch, &mut report)).await?)
+        Some(recover::start(context, subject, (site, source), (scratch, &mut report)).await?)
     } else {
-        stage(context, &prepared, stager, &mut report).await?;
+        source.fill(context, &prepared, &mut report).await?;
         site.make_startable()?;
         site.release()?;
         report.next = by_hand(request, &prepared.plan);
@@ -59,6 +58,34 @@ pub(super) async fn run(
     report.incidents = prepared.repository.regions.incidents();
     report.seconds = (context.clock.monotonic() - begun).as_secs_f64();
     Ok((report, instance))
+}
+
+/// Restores everything of a standby but its server's settings.
+pub(super) async fn lay(
+    context: &Context,
+    request: &Request,
+    prepared: Prepared,
+    (name, document): (&str, Vec<u8>),
+) -> Result<Report> {
+    let begun = context.clock.monotonic();
+    let owner = request.run_as.as_deref().map(User::named).transpose()?;
+    let site = Site::take(request, &prepared, context.clock.now())?;
+    let mut report = report(&prepared.plan);
+    let (leftover, manifest) = fetch(context, (request, &prepared), site.filesystems(), &mut report).await?;
+    let notes = site
+        .complete(&leftover, manifest, (&prepared.commit, &prepared.route.need), STANDBY_SIGNAL)
+        .during(|| "complete the data directory")?;
+    report.warnings.extend(notes);
+    place::place(&site.directory.join(name), &document, 0o600)?;
+    if let Some(owner) = owner {
+        recover::hand_over(&site.directory, owner)?;
+        request.tablespaces.values().try_for_each(|place| recover::hand_over(place, owner))?;
+    }
+    site.make_startable()?;
+    site.release()?;
+    report.incidents = prepared.repository.regions.incidents();
+    report.seconds = (context.clock.monotonic() - begun).as_secs_f64();
+    Ok(report)
 }
 
 fn report(plan: &Plan) -> Report {
@@ -84,11 +111,11 @@ fn report(plan: &Plan) -> Report {
 /// Fetches and writes every file of the backup.
 async fn fetch(
     context: &Context,
-    request: &Request,
-    prepared: &Prepared,
+    (request, prepared): (&Request, &Prepared),
+    filesystems: &Filesystems,
     report: &mut Report,
 ) -> Result<(Leftover, Manifest)> {
-    let Prepared { plan, repository, commit, inventory, route, .. } = prepared;
+    let Prepared { plan, repository, commit, inventory, parts, route, .. } = prepared;
     let need: &WalNeed = &route.need;
     let mut manifest = Manifest::begin(&request.directory, need, context.clock.now())?;
     let phase = Arc::new(context.progress.begin("fetch", Some(commit.size_bytes)));
@@ -99,8 +126,16 @@ async fn fetch(
         ..Destination::empty(request.directory.clone(), request.tablespaces.clone())
     };
     let mut written = |file| manifest.add(&file);
-    let restored =
-        restore_files(repository, &context.ring, (commit, inventory), &destination, (&phase, &mut written)).await;
+    let backup = (commit, inventory.as_slice(), parts.clone());
+    let restored = {
+        let restoring = pin!(restore_files(repository, &context.ring, backup, &destination, (&phase, &mut written)));
+        // What staging and the record of the run need is asked for meanwhile; a region that hangs is not waited for.
+        let meanwhile = pin!(join(filesystems.flush_meanwhile(), prepare_the_end(context, prepared)));
+        match select(restoring, meanwhile).await {
+            Either::Left((restored, _)) => restored,
+            Either::Right(((failed, ()), _)) => Err(failed),
+        }
+    };
     let leftover = restored.during(|| format!("restore {}", plan.backup))?;
     let mut time = PhaseTime::new("fetch", context.clock.monotonic() - began).of(leftover.bytes);
     time.fetched_bytes = Some(leftover.fetched);
@@ -109,9 +144,22 @@ async fn fetch(
     Ok((leftover, manifest))
 }
 
-/// The program that `restore_command` calls: this one, by its absolute path.
-fn this_program() -> Result<PathBuf> {
-    std::env::current_exe().map_err(|error| Error::failed("find the path of this program").because(error))
+/// Opens the keys of the WAL, and lets regions that will take the record prove what they can. What fails here is told where
+/// it is needed.
+async fn prepare_the_end(context: &Context, Prepared { repository, route, .. }: &Prepared) {
+    let stretches = route.legs.iter().flat_map(|leg| leg.stretches.iter().map(move |stretch| (leg, stretch)));
+    let mut keysets = Vec::new();
+    for (leg, stretch) in stretches {
+        if let Ok(header) = leg.log.header(repository, &stretch.epoch, stretch.first_seq).await {
+            keysets.push((header.target, header.keyset));
+        }
+    }
+    let probe = async {
+        if context.writer.is_some() {
+            repository.regions.probe().await;
+        }
+    };
+    tokio::join!(context.ring.open_all(keysets), probe);
 }
 
 fn by_hand(request: &Request, plan: &Plan) -> Vec<String> {

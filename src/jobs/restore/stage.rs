@@ -11,7 +11,7 @@ use crate::disk::lock::Lock;
 use crate::disk::{DiskError, place};
 use crate::jobs::context::Context;
 use crate::jobs::restore::feed::{LOCK_FILE, SegmentRange, Staging};
-use crate::jobs::restore::route::Route;
+use crate::jobs::restore::route::{Leg, Route};
 use crate::model::{Error, Lsn, Result, ResultExt, SegmentName, Timeline, WalSegmentSize};
 use crate::observe::progress::Phase;
 use crate::pg::instance::User;
@@ -32,23 +32,7 @@ impl Stager {
         let io = |error| Error::from(DiskError::new("create", directory, error));
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(io)?;
         let lock = Lock::acquire(&directory.join(LOCK_FILE))?;
-        let mut histories = Vec::new();
-        for stored in &route.histories {
-            let name = stored.timeline.history_file_name();
-            // Of two histories with one number recovery must read the one that leads to the point; the other only keeps
-            // its number from being used again.
-            let on_the_way = route
-                .legs
-                .iter()
-                .any(|leg| leg.branch.timeline == stored.timeline && leg.branch.branch == stored.branch);
-            if on_the_way || !histories.contains(&name) {
-                place::place(&directory.join(&name), &stored.content, 0o600)?;
-                give(&directory.join(&name), owner)?;
-            }
-            if !histories.contains(&name) {
-                histories.push(name);
-            }
-        }
+        let histories = place_histories(directory, route, owner)?;
         let wal_segment_size = route.need.wal_segment_size;
         let staging = Staging { complete: false, wal_segment_size, segments: segments(route), histories };
         let stager = Self { directory: directory.to_owned(), staging, owner, _lock: lock };
@@ -133,6 +117,25 @@ impl Stager {
         give(&temporary, self.owner)?;
         Ok(place::rename(&temporary, &path)?)
     }
+}
+
+/// Writes every history file of the cluster, so that promotion finds their numbers taken. Returns their names.
+pub(super) fn place_histories(directory: &Path, route: &Route, owner: Option<User>) -> Result<Vec<String>> {
+    let mut histories = Vec::new();
+    for stored in &route.histories {
+        let name = stored.timeline.history_file_name();
+        // Of two histories with one number recovery must read the one that leads to the point; the other only keeps its
+        // number from being used again.
+        let leads = |leg: &Leg| leg.branch.timeline == stored.timeline && leg.branch.branch == stored.branch;
+        if route.legs.iter().any(leads) || !histories.contains(&name) {
+            place::place(&directory.join(&name), &stored.content, 0o600)?;
+            give(&directory.join(&name), owner)?;
+        }
+        if !histories.contains(&name) {
+            histories.push(name);
+        }
+    }
+    Ok(histories)
 }
 
 /// The segment being written; it has no name that PostgreSQL could ask for.

@@ -282,6 +282,11 @@ impl Finder<'_> {
                 let last = Lsn(stretch.to.min(at).0.saturating_sub(1));
                 let mut seq = leg.log.locate(self.repository, stretch, last).await?;
                 loop {
+                    if (looked + 1_u64).is_power_of_two() {
+                        // Where nothing is committed the look back is long: twice as far with each request's way.
+                        let next = seq.saturating_sub(looked + 1).max(stretch.first_seq)..seq + 1;
+                        leg.log.index.read_ahead(self.repository, &stretch.epoch, next).await;
+                    }
                     let header = leg.log.header(self.repository, &stretch.epoch, seq).await?;
                     // The frame that is cut may hold commits behind the cut.
                     let is_cut = header.span.end > at && header.span.last_record_end.is_none_or(|end| end > at);

@@ -46,6 +46,8 @@ pub struct Plan {
     pub wal_bytes: u64,
     /// Bytes to write: the data directory, and the staged WAL.
     pub write_bytes: (u64, u64),
+    /// How WAL reaches recovery.
+    pub feed: Feed,
     /// What stands there already, if that is to be reused.
     pub reuse: Option<Reuse>,
     /// Free space where the directory is to stand.
@@ -73,6 +75,17 @@ pub struct Plan {
     /// The command that runs this plan; absent when something stands in the way.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub command: String,
+}
+
+/// How WAL reaches recovery.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Feed {
+    /// All of it is written beside the data directory first, and goes after promotion.
+    #[default]
+    Staged,
+    /// drctl serves it as a primary would, and PostgreSQL keeps what it needs.
+    Streamed,
 }
 
 /// What a restore over an existing data directory finds there.

@@ -4,9 +4,7 @@
 use std::path::PathBuf;
 
 use crate::jobs::context::Context;
-use crate::model::commit::BackupKind;
 use crate::model::{Error, RegionName, Result};
-use crate::repository::catalog;
 
 mod directory;
 mod plan;
@@ -70,21 +68,12 @@ pub struct Options {
     pub many_transactions: bool,
 }
 
-/// Whether `what` names a backup that this job restores; any other is of a cluster. The regions are asked only if the
-/// configuration does not say it already: one that hangs would be paid for twice.
-///
-/// # Errors
-/// Nothing is named so, or no region answers.
-pub async fn is_one(context: &Context, what: &str) -> Result<bool> {
-    if context.targets.iter().any(|target| target.name.as_str() == what) {
-        return Ok(false);
-    }
-    if context.streamed.iter().any(|target| target.name.as_str() == what) {
-        return Ok(true);
-    }
-    let (backups, _) = catalog::backups(&context.repository, None).await?;
-    let kind = catalog::select(&backups, what)?.commit.kind;
-    Ok(matches!(kind, BackupKind::Dump | BackupKind::Files))
+/// Whether the configuration says that `what` is a target whose backups this job restores, or one of a cluster; `None` if it
+/// knows no such target.
+pub fn is_one(context: &Context, what: &str) -> Option<bool> {
+    let cluster = context.targets.iter().any(|target| target.name.as_str() == what);
+    let streamed = context.streamed.iter().any(|target| target.name.as_str() == what);
+    (cluster || streamed).then_some(streamed && !cluster)
 }
 
 /// Computes the plan; nothing is touched.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use chrono::{DateTime, Utc};
 use serde::Serialize;
 
 use crate::jobs::Context;
@@ -9,7 +10,7 @@ use crate::jobs::backup::streams::left_out;
 use crate::jobs::list::{self, Listed};
 use crate::model::commit::{Commit, Provenance, WalNeed};
 use crate::model::{BackupId, Error, HolderId, KeysetId, RegionName, Result};
-use crate::repository::{catalog, keysets, survey};
+use crate::repository::{catalog, keysets, layout, survey};
 
 /// One backup.
 #[derive(Debug, Clone, Serialize)]
@@ -65,6 +66,9 @@ pub struct HeldShown {
     pub damaged: u64,
     /// Why the region could not be read.
     pub unreadable: Option<String>,
+    /// Until when the region locks its COMMIT; `null` without a lock, or where it does not tell. `drctl check` asks for every
+    /// object.
+    pub locked_until: Option<DateTime<Utc>>,
 }
 
 /// Shows the backup that `what` names.
@@ -86,7 +90,13 @@ pub async fn run(context: &Context, what: &str) -> Result<Report> {
     let sizes: BTreeMap<_, _> = lines.iter().map(|line| (line.key.as_str(), line.size)).collect();
     let own = surveys.iter().flat_map(|survey| &survey.backups).filter(|(other, _)| other.commit.id == commit.id);
     let debts = own.flat_map(|(_, debts)| debts);
-    let held = debts.map(|(region, debt)| (region.clone(), held(&sizes, debt))).collect();
+    let mut held: BTreeMap<_, _> = debts.map(|(region, debt)| (region.clone(), held(&sizes, debt))).collect();
+    for region in repository.regions.all().iter().filter(|region| region.lock.is_some()) {
+        if let Some(held) = held.get_mut(&region.name).filter(|held| held.unreadable.is_none()) {
+            let until = region.store.locked_until(&layout::commit(&commit.target, &commit.id), None).await;
+            held.locked_until = until.ok().flatten();
+        }
+    }
     let left_out = left_out(context, &commit).await;
     listed.left_out_count = left_out.as_ref().map(|list| list.len() as u64);
     let Commit { parent, provenance, quorum, wal, keyset, damaged_pages, .. } = commit;
@@ -115,5 +125,5 @@ fn held(sizes: &BTreeMap<&str, u64>, debt: &catalog::Debt) -> HeldShown {
         None => (sizes.len() as u64 - lost().count() as u64, sizes.values().sum::<u64>() - lost().sum::<u64>()),
     };
     let (missing, damaged) = (debt.missing.len() as u64, debt.damaged.len() as u64);
-    HeldShown { objects, bytes, missing, damaged, unreadable: debt.unreadable.clone() }
+    HeldShown { objects, bytes, missing, damaged, unreadable: debt.unreadable.clone(), locked_until: None }
 }

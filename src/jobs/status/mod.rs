@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::jobs::Context;
 use crate::jobs::status::overdue::Otherwise;
-use crate::jobs::wal::{Heartbeat, Position, Pushes, control};
+use crate::jobs::wal::{Heartbeat, Position, Pushes, State as Receiving, control};
 use crate::jobs::{list, prune};
 use crate::model::schedule::Schedule;
 use crate::model::{BackupId, Lsn, RegionName, ReportId, Result, TargetName, Timeline};
@@ -231,6 +231,13 @@ impl TargetStatus {
                 contradiction: gap.contradiction,
             }));
         }
+        for (timeline, branches) in survey.conflicts() {
+            self.violated = true;
+            let names: Vec<_> = branches.iter().map(|branch| format!("{}-{branch}", timeline.0)).collect();
+            let text = format!("servers were promoted independently to timeline {}: {}", timeline.0, names.join(", "));
+            self.problems.insert(0, text + "; a restore must be told which one counts");
+            self.next = Some(format!("drctl backup {}", self.target));
+        }
         if let Some(gap) = self.gaps.last() {
             self.violated = true;
             let what = if gap.contradiction { "is stored in two versions from" } else { "has a gap at" };
@@ -261,7 +268,11 @@ impl TargetStatus {
     }
 
     fn judge_receiver(&mut self, receiver: Option<Position>) {
-        let Some(Position { pushes, heartbeat, .. }) = receiver else { return };
+        let Some(Position { pushes, heartbeat, state, last_error, .. }) = receiver else { return };
+        if state == Receiving::GivenUp {
+            self.violated = true;
+            self.problems.insert(0, last_error.unwrap_or_else(|| state.words().to_owned()));
+        }
         if pushes.is_refusing() {
             self.violated = true;
             let refusal = pushes.last_refusal.as_deref().unwrap_or_default();

@@ -6,6 +6,7 @@ use futures::future::join_all;
 
 use crate::jobs::Context;
 use crate::jobs::context::Target;
+use crate::jobs::wal::pressure::TOLD_AT;
 use crate::jobs::wal::slot;
 use crate::model::TargetName;
 use crate::pg::{PgError, sql};
@@ -15,10 +16,15 @@ use crate::source::postgres::room::{self, Slot};
 const ANSWER_TIME: Duration = Duration::from_secs(2);
 
 /// What somebody must know of it.
-pub(super) fn problem(Slot { name, wal_status, .. }: &Slot) -> Option<String> {
-    match wal_status.as_deref() {
+pub(super) fn problem(slot: &Slot) -> Option<String> {
+    let name = &slot.name;
+    let filled = slot.filled_percent().max(slot.disk_percent()).unwrap_or_default();
+    match slot.wal_status.as_deref() {
         Some("lost") => Some(format!("slot {name} was lost: the server removed WAL that is not stored")),
         Some("unreserved") => Some(format!("slot {name} is about to be lost")),
+        _ if filled >= TOLD_AT.into_iter().min().unwrap_or(u8::MAX) => {
+            Some(format!("slot {name} takes {filled} % of the space for WAL"))
+        }
         _ => None,
     }
 }

@@ -5,12 +5,15 @@
 
 pub mod acceptance;
 mod buffer;
+pub mod bundle;
 pub mod changes;
 mod contradiction;
 pub mod control;
 pub mod fetch;
 mod fill;
+mod give_up;
 pub mod position;
+pub mod pressure;
 mod pulse;
 pub mod push;
 pub mod receiver;
@@ -21,13 +24,14 @@ mod session;
 mod shared;
 mod shipper;
 pub mod slot;
+mod standbys;
 pub mod status;
 pub mod takeover;
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-pub use position::{Heartbeat, Position, Pushes, State};
+pub use position::{Heartbeat, Position, Pushes, State, reaches};
 pub use push::Receipt;
 pub use receiver::Receiver;
 pub use status::{WalStatus, wal_status};

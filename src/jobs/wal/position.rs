@@ -24,6 +24,8 @@ pub enum State {
     Reconnecting,
     /// WAL flows again after a gap: recovery cannot cross it, a new base backup is needed.
     Gap,
+    /// The slot was dropped because it filled the server's disk: nothing is streamed until regions take WAL again.
+    GivenUp,
     /// Nothing is streamed: WAL comes by `archive_command` alone.
     Archiving,
     /// It has ended.
@@ -39,6 +41,7 @@ impl State {
             Self::WaitingForRegions => "waiting for regions",
             Self::Reconnecting => "reconnecting",
             Self::Gap => "gap: take a new base backup",
+            Self::GivenUp => "slot dropped: waiting for regions",
             Self::Archiving => "archive_command only",
             Self::Stopped => "stopped",
         }

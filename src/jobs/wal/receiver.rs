@@ -26,6 +26,7 @@ use crate::jobs::wal::session::Session;
 use crate::jobs::wal::shared::Shared;
 use crate::jobs::wal::shipper::{self, Means};
 use crate::jobs::wal::slot::keep_looking;
+use crate::jobs::wal::standbys::keep_slots;
 use crate::model::{Error, Kind, Lsn, Result, ResultExt};
 use crate::observe::task;
 use crate::pg::PgError;
@@ -105,6 +106,7 @@ impl Receiver {
             system_id: None,
             sessions: 0,
             slot: SlotCare::Trust,
+            given_up: None,
             stored_histories: BTreeSet::new(),
             tracker,
             filler,
@@ -114,7 +116,9 @@ impl Receiver {
             shared.beats.then(|| task::spawn("heartbeat", keep_beating(target.clone(), Arc::clone(&shared.pulse))));
         let looking = (kind == EpochKind::Stream)
             .then(|| task::spawn("slot", keep_looking(target.clone(), Arc::clone(&shared.slot))));
-        let beside = beating.into_iter().chain(looking).map(AbortOnDropHandle::new).collect();
+        let keeping = (kind == EpochKind::Stream && target.standby_slots)
+            .then(|| task::spawn("standby-slots", keep_slots(target.clone(), Arc::clone(&shared))));
+        let beside = beating.into_iter().chain(looking).chain(keeping).map(AbortOnDropHandle::new).collect();
         Ok(Self { shared, stop, task: Some(task::spawn("wal-receiver", run.until_stopped())), beside })
     }
 
@@ -239,7 +243,7 @@ impl Run {
                 Err(trouble) => trouble,
             };
             if self.shared.view.borrow().received > before {
-                pause = FIRST_PAUSE;
+                (pause, self.given_up) = (FIRST_PAUSE, None);
             }
             if self.recover(trouble).await? {
                 let stop = self.stop.clone();
@@ -253,8 +257,12 @@ impl Run {
 
     /// One connection, from its beginning to its end.
     async fn once(&mut self) -> Result<Ended, Trouble> {
-        let stop = self.stop.clone();
-        let Some(session) = stop.run_until_cancelled(self.open()).await else { return Ok(Ended::Stopped) };
+        let (stop, slot) = (self.stop.clone(), Arc::clone(&self.shared.slot));
+        let opened = tokio::select! {
+            opened = stop.run_until_cancelled(self.open()) => opened,
+            share = slot.over() => return Err(Trouble::Pressure(share)),
+        };
+        let Some(session) = opened else { return Ok(Ended::Stopped) };
         let mut session = session?;
         self.shared.enter(State::Streaming);
         self.stream(&mut session).await
@@ -366,10 +374,13 @@ impl Run {
         Ok(durable)
     }
 
-    async fn ship_pending(&mut self) -> Result<()> {
-        while let Some(frame) = self.pending.pop_front() {
+    pub(super) async fn ship_pending(&mut self) -> Result<()> {
+        // A frame leaves the queue when there is room for it: whoever stops waiting loses none.
+        while let Some(frame) = self.pending.front() {
             let permit = self.shipper.room(frame.chunk.wal.len()).await?;
-            self.shipper.ship(frame, permit);
+            if let Some(frame) = self.pending.pop_front() {
+                self.shipper.ship(frame, permit);
+            }
         }
         self.shipper.idle().await.map(drop)
     }
@@ -381,10 +392,15 @@ impl Run {
         }
         match trouble {
             Trouble::Server(PgError::WalRemoved { message, .. }) => {
-                let stop = self.stop.clone();
-                let Some(filled) = stop.run_until_cancelled(self.gap(&message)).await else { return Ok(false) };
+                let (stop, slot) = (self.stop.clone(), Arc::clone(&self.shared.slot));
+                let filled = tokio::select! {
+                    filled = stop.run_until_cancelled(self.gap(&message)) => filled,
+                    share = slot.over() => return self.give_up_slot(share).await,
+                };
+                let Some(filled) = filled else { return Ok(false) };
                 return Ok(filled.inspect_err(|trouble| self.tell(&trouble_text(trouble))).is_err());
             }
+            Trouble::Pressure(share) => return self.give_up_slot(share).await,
             Trouble::Server(error) if server::is_missing_slot(&error) && self.slot == SlotCare::Trust => {
                 tracing::warn!(slot = self.target.slot, "the replication slot is gone; it is made again");
                 self.slot = SlotCare::Ensure;
@@ -406,7 +422,7 @@ impl Run {
         Ok(true)
     }
 
-    fn tell(&self, error: &str) {
+    pub(super) fn tell(&self, error: &str) {
         let waiting = self.shared.view.borrow().state == State::WaitingForRegions;
         self.shared.trouble(if waiting { State::WaitingForRegions } else { State::Reconnecting }, &error);
         tracing::info!(target = %self.target.name, error, "streaming is interrupted");
@@ -452,6 +468,7 @@ impl Run {
             return Ok(());
         }
         let now = self.context.clock.now();
+        let reason = &self.given_up.as_ref().map_or_else(|| reason.to_owned(), |why| format!("{why}; {reason}"));
         let gap = Gap::new(&self.target.name, &cursor.branch, (cursor.lsn, next.lsn), reason, now);
         tracing::error!(target = %self.target.name, from = %gap.from, to = %gap.to, reason, "WAL is missing: a new base backup is needed");
         gaps::record(&self.context.repository, self.context.writer()?, &gap, &self.means.out).await?;
@@ -494,6 +511,7 @@ impl Run {
 fn trouble_text(trouble: &Trouble) -> String {
     match trouble {
         Trouble::Server(error) => error.to_string(),
+        Trouble::Pressure(_) => "the replication slot fills the server's disk".to_owned(),
         Trouble::ShipperGone => "the epoch cannot be continued".to_owned(),
         Trouble::Other(error) => error.to_string(),
     }

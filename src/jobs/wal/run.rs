@@ -31,6 +31,8 @@ pub(super) enum Ended {
 pub(super) enum Trouble {
     /// The server or the connection.
     Server(PgError),
+    /// The slot fills the server's disk, to this share, and is to go.
+    Pressure(u8),
     /// The shipper met something that waiting does not mend.
     ShipperGone,
     /// Anything else.
@@ -53,6 +55,7 @@ impl From<Trouble> for Error {
     fn from(trouble: Trouble) -> Self {
         match trouble {
             Trouble::Server(error) => error.into(),
+            Trouble::Pressure(_) => Self::failed("the replication slot fills the server's disk"),
             Trouble::ShipperGone => Self::failed("the epoch cannot be continued"),
             Trouble::Other(error) => error,
         }
@@ -83,6 +86,8 @@ pub(super) struct Run {
     pub(super) system_id: Option<SystemId>,
     pub(super) sessions: u64,
     pub(super) slot: SlotCare,
+    /// Why the slot was dropped, until WAL flows again.
+    pub(super) given_up: Option<String>,
     pub(super) stored_histories: BTreeSet<BranchId>,
     pub(super) means: Means,
     /// Notes which pages change, where base backups are to know.

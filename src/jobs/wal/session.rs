@@ -1,6 +1,7 @@
 //! One connection: WAL in, status out, and never a wait for a region in between.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
@@ -137,7 +138,7 @@ impl Run {
         let mut shipped = self.shared.shipped.subscribe();
         let mut ticks = interval(STATUS);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
-        let stop = self.stop.clone();
+        let (stop, slot) = (self.stop.clone(), Arc::clone(&self.shared.slot));
         loop {
             if self.shipper.is_gone() {
                 return Err(Trouble::ShipperGone);
@@ -177,6 +178,7 @@ impl Run {
                         session.send_status(clock.now()).await?;
                     }
                 }
+                share = slot.over() => return Err(Trouble::Pressure(share)),
                 () = stop.cancelled(), if !stopping => {}
             }
         }

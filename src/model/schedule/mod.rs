@@ -38,13 +38,15 @@ pub enum Job {
     Repair,
     /// Removal of what retention no longer wants.
     Prune,
+    /// Frames of old WAL put together.
+    Bundle,
     /// Repacking.
     Compact,
 }
 
 impl Job {
     /// Every job, also the one that has no schedule.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Backup,
         Self::Dump,
         Self::Files,
@@ -53,12 +55,22 @@ impl Job {
         Self::Drill,
         Self::Repair,
         Self::Prune,
+        Self::Bundle,
         Self::Compact,
     ];
 
     /// The jobs that this version runs by schedule.
-    pub const RUNNABLE: [Self; 8] =
-        [Self::Backup, Self::Dump, Self::Files, Self::Verify, Self::Drill, Self::Repair, Self::Prune, Self::Compact];
+    pub const RUNNABLE: [Self; 9] = [
+        Self::Backup,
+        Self::Dump,
+        Self::Files,
+        Self::Verify,
+        Self::Drill,
+        Self::Repair,
+        Self::Prune,
+        Self::Compact,
+        Self::Bundle,
+    ];
 
     /// As people and files write it.
     pub const fn as_str(self) -> &'static str {
@@ -71,6 +83,7 @@ impl Job {
             Self::Drill => "drill",
             Self::Repair => "repair",
             Self::Prune => "prune",
+            Self::Bundle => "bundle",
             Self::Compact => "compact",
         }
     }
@@ -166,6 +179,13 @@ pub enum Work {
         /// Of what.
         target: TargetName,
     },
+    /// Frames of old WAL put together.
+    Bundle {
+        /// One target; without it everything.
+        target: Option<TargetName>,
+        /// Epochs that ended so long ago; without it the job's own measure.
+        older_than: Option<Duration>,
+    },
 }
 
 impl Work {
@@ -180,6 +200,7 @@ impl Work {
             Self::Repair { .. } => Job::Repair,
             Self::Prune => Job::Prune,
             Self::Compact { .. } => Job::Compact,
+            Self::Bundle { .. } => Job::Bundle,
         }
     }
 
@@ -191,7 +212,7 @@ impl Work {
             | Self::Files { target }
             | Self::Compact { target }
             | Self::Drill { target, .. } => Some(target),
-            Self::Verify { target, .. } | Self::Repair { target, .. } => target.as_ref(),
+            Self::Verify { target, .. } | Self::Repair { target, .. } | Self::Bundle { target, .. } => target.as_ref(),
             Self::Prune => None,
         }
     }

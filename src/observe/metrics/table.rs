@@ -138,9 +138,15 @@ table! {
     SLOT_ROOM = Gauge "drctl_slot_room_bytes" ["target"]
         "How much more WAL the slot may keep before the server gives it up (max_slot_wal_keep_size) or its disk is full, whichever comes first",
         absent "no limit is known: none is set, the server is on another host, and wal_disk_bytes is not configured";
+    SLOT_GIVEN_UP = Gauge "drctl_slot_given_up" ["target"]
+        "1 while our replication slot is dropped because it filled the server's disk, until regions take WAL again",
+        absent "no WAL receiver of the target answers on this host";
     WAL_GAPS = Gauge "drctl_wal_gaps" ["target"]
         "Recorded gaps that nothing filled, and WAL stored in two versions, behind which no backup was begun yet: what came after cannot be restored until one is",
         absent "the target has no WAL in any region, or none could be read";
+    WAL_CONFLICTS = Gauge "drctl_wal_conflicts" ["target"]
+        "Timelines that servers which were promoted independently both chose, and behind which no backup was begun yet: a restore must be told which one counts",
+        absent "the target has no WAL in any region";
     VERIFY_LAST_SUCCESS = Gauge "drctl_verify_last_success_timestamp_seconds" ["target", "region", "level"]
         "When the level was last proven in the region: L0 to L2 by a scheduled verify, L4 and above by a drill, which proves the levels below it too",
         absent "it was never proven";

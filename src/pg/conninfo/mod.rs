@@ -241,6 +241,16 @@ impl ConnInfo {
         }
     }
 
+    /// The same login at each of the servers alone, whatever its role.
+    pub fn each_server(&self) -> impl Iterator<Item = Self> {
+        let alone = |server: &Server| Self {
+            servers: vec![server.clone()],
+            target_session_attrs: TargetSessionAttrs::Any,
+            ..self.clone()
+        };
+        self.servers.iter().map(alone)
+    }
+
     /// The wishes to try in turn over all servers.
     pub(in crate::pg) fn passes(&self) -> Vec<TargetSessionAttrs> {
         match self.target_session_attrs {

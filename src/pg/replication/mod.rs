@@ -16,3 +16,6 @@ pub use self::backup::{BaseBackupEvent, BaseBackupOptions, BaseBackupStream, Tab
 pub use self::client::ReplicationClient;
 pub use self::commands::IdentifySystem;
 pub use self::wal::{StandbyStatus, WalEvent, WalStream};
+pub(in crate::pg) use self::wal::{decode_status, encode_keepalive, encode_wal};
+#[cfg(test)]
+pub(in crate::pg) use self::wire::report as server_report;

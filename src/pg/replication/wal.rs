@@ -261,6 +261,43 @@ fn decode(mut payload: Bytes) -> Result<Option<WalEvent>, PgError> {
     }
 }
 
+/// The payload that [`decode`] reads as WAL.
+pub(in crate::pg) fn encode_wal((start, server_end): (Lsn, Lsn), now: DateTime<Utc>, data: &[u8]) -> BytesMut {
+    let mut message = BytesMut::with_capacity(25 + data.len());
+    message.put_u8(b'w');
+    message.put_u64(start.0);
+    message.put_u64(server_end.0);
+    message.put_i64(micros(now));
+    message.put_slice(data);
+    message
+}
+
+/// The payload that [`decode`] reads as a sign of life.
+pub(in crate::pg) fn encode_keepalive(server_end: Lsn, now: DateTime<Utc>, reply_requested: bool) -> BytesMut {
+    let mut message = BytesMut::with_capacity(18);
+    message.put_u8(b'k');
+    message.put_u64(server_end.0);
+    message.put_i64(micros(now));
+    message.put_u8(u8::from(reply_requested));
+    message
+}
+
+/// Reads what [`encode_status`] wrote; `None` for hot standby feedback, which asks for nothing here.
+pub(in crate::pg) fn decode_status(mut payload: Bytes) -> Result<Option<StandbyStatus>, PgError> {
+    let short = |_| PgError::Protocol("truncated status of a standby".to_owned());
+    match payload.try_get_u8().map_err(short)? {
+        b'r' => {
+            let mut lsn = || payload.try_get_u64().map(Lsn).map_err(short);
+            let (write, flush, apply) = (lsn()?, lsn()?, lsn()?);
+            time(payload.try_get_i64().map_err(short)?)?;
+            let reply_requested = payload.try_get_u8().map_err(short)? != 0;
+            Ok(Some(StandbyStatus { write, flush, apply, reply_requested }))
+        }
+        b'h' => Ok(None),
+        tag => Err(PgError::Protocol(format!("unknown message {:?} of a standby", char::from(tag)))),
+    }
+}
+
 /// `'r'`, write, flush, apply, clock, reply: 34 bytes.
 fn encode_status(status: StandbyStatus, now: DateTime<Utc>) -> BytesMut {
     let mut message = BytesMut::with_capacity(34);
@@ -268,9 +305,13 @@ fn encode_status(status: StandbyStatus, now: DateTime<Utc>) -> BytesMut {
     message.put_u64(status.write.0);
     message.put_u64(status.flush.0);
     message.put_u64(status.apply.0);
-    message.put_i64(now.timestamp_micros().saturating_sub(POSTGRES_EPOCH_MICROS));
+    message.put_i64(micros(now));
     message.put_u8(u8::from(status.reply_requested));
     message
+}
+
+fn micros(time: DateTime<Utc>) -> i64 {
+    time.timestamp_micros().saturating_sub(POSTGRES_EPOCH_MICROS)
 }
 
 fn time(micros: i64) -> Result<DateTime<Utc>, PgError> {
@@ -298,7 +339,7 @@ fn is_removed(sqlstate: &str, message: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use chrono::TimeZone;
-    use proptest::{collection::vec, prop_assert_eq, proptest};
+    use proptest::{collection::vec, prop_assert, prop_assert_eq, proptest};
 
     use super::*;
 
@@ -348,8 +389,30 @@ mod tests {
         }
 
         #[test]
-        fn no_payload_panics(bytes in vec(0u8.., 0..40), tag in "[wk]") {
-            let _ = decode(Bytes::from([tag.as_bytes(), &bytes].concat()));
+        fn what_one_side_writes_the_other_reads(
+            lsns in (0u64.., 0u64.., 0u64..), micros in -1_000_000_000_000_000i64..1_000_000_000_000_000,
+            data in vec(0u8.., 1..50), reply_requested: bool
+        ) {
+            let (start, server_end, server_time) = (Lsn(lsns.0), Lsn(lsns.1), time(micros).unwrap());
+            let wal = encode_wal((start, server_end), server_time, &data).freeze();
+            let data = Bytes::from(data);
+            prop_assert_eq!(decode(wal).unwrap(), Some(WalEvent::Wal { start, server_end, server_time, data }));
+            let alive = encode_keepalive(server_end, server_time, reply_requested).freeze();
+            let event = WalEvent::KeepAlive { server_end, server_time, reply_requested };
+            prop_assert_eq!(decode(alive).unwrap(), Some(event));
+            let status = StandbyStatus { write: start, flush: server_end, apply: Lsn(lsns.2), reply_requested };
+            let bytes = encode_status(status, server_time).freeze();
+            prop_assert_eq!(decode_status(bytes.clone()).unwrap(), Some(status));
+            for cut in 0..bytes.len() {
+                prop_assert!(decode_status(bytes.slice(..cut)).is_err());
+            }
+        }
+
+        #[test]
+        fn no_payload_panics(bytes in vec(0u8.., 0..40), tag in "[wkrh]") {
+            let payload = Bytes::from([tag.as_bytes(), &bytes].concat());
+            let _ = decode(payload.clone());
+            let _ = decode_status(payload);
         }
     }
 }

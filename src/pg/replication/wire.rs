@@ -139,7 +139,7 @@ pub(super) fn unexpected(message: &Message, expected: &str) -> PgError {
 
 /// Reads an ErrorResponse or NoticeResponse; text that is not UTF-8 (before the client encoding is in force) is kept
 /// readable.
-pub(super) fn report(mut fields: ErrorFields<'_>) -> Result<ServerReport, PgError> {
+pub(in crate::pg) fn report(mut fields: ErrorFields<'_>) -> Result<ServerReport, PgError> {
     let mut report = ServerReport::default();
     while let Some(field) = fields.next().map_err(|error| malformed(&error))? {
         let text = String::from_utf8_lossy(field.value_bytes()).into_owned();

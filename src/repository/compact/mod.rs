@@ -6,7 +6,7 @@
 //! chunks that name them and the manifest are sealed anew, for which `meta` of their keysets must be at hand. Nothing is
 //! deleted here: the original goes when a drill has proved the copy and prune finds that one of the two is enough.
 //!
-//! Before a copy has its COMMIT it is read back and compared with its original, page by page ([`compare`]). An intent keeps the
+//! Before a copy has its COMMIT it is read back and compared with its original, page by page (`compare`). An intent keeps the
 //! original, and the copies of this run whose packs it uses, while it is being written.
 
 mod chunks;

@@ -11,6 +11,7 @@ use crate::repository::backup_writer::INTENT_DAYS;
 use crate::repository::catalog;
 use crate::repository::handle::Repository;
 use crate::repository::layout;
+use crate::repository::prune::bundled::{self, Doubled};
 use crate::repository::prune::facts::{Copy, Facts, list_everywhere};
 use crate::repository::prune::wal::{self, DeadEpoch};
 
@@ -44,6 +45,8 @@ pub enum Why {
     Orphan,
     /// WAL that leads to no backup that stays.
     Wal,
+    /// WAL that lies in a bundle, too.
+    Bundled,
     /// A record of a backup under way, long after its end.
     Intent,
     /// An old plan.
@@ -58,6 +61,7 @@ impl Why {
             Self::Leftover => "left of backups that were pruned",
             Self::Orphan => "of backups that were never finished",
             Self::Wal => "of WAL that no backup needs",
+            Self::Bundled => "of WAL that lies in a bundle, too",
             Self::Intent => "records of backups long over",
             Self::Plan => "old plans",
         }
@@ -123,12 +127,15 @@ impl Search<'_> {
         let living = Living { keysets: wal.alive, is_blind: wal.is_blind };
         for epoch in wal.epochs {
             for (key, copies) in list_everywhere(&repository.regions, &epoch.prefix).await? {
-                if key.rsplit('/').next().and_then(layout::parse_seq).is_some_and(|seq| seq < epoch.before) {
+                let name = key.rsplit('/').next().unwrap_or_default();
+                let last = layout::parse_seq(name).or_else(|| layout::parse_bundle(name).map(|(_, last)| last));
+                if last.is_some_and(|last| last < epoch.before) {
                     garbage.add(&key, &copies, (Why::Wal, epoch.prefix.as_str()));
                 }
             }
             garbage.epochs.push(epoch);
         }
+        self.doubled(repository, facts, &mut garbage).await?;
         self.keysets(repository, facts, (living, &mut garbage)).await?;
         self.records(repository, facts, &mut garbage).await?;
         Ok(garbage)
@@ -218,6 +225,20 @@ impl Search<'_> {
             }
             for (key, copies) in list_everywhere(&repository.regions, &layout::keyset(&target, &id)).await? {
                 garbage.add(&key, &copies, (why, of.as_str()));
+            }
+        }
+        Ok(())
+    }
+
+    /// Frames that every region has in a bundle, as far as their epoch does not go anyway.
+    async fn doubled(&self, repository: &Repository, facts: &Facts, garbage: &mut Garbage) -> Result<()> {
+        for Doubled { bundle, target, frames } in bundled::doubled(repository, facts, self.grace).await? {
+            let goes = garbage.epochs.iter().any(|epoch| bundle.starts_with(epoch.prefix.as_str()));
+            if goes || !self.looks_at(facts, &target) {
+                continue;
+            }
+            for (key, copies) in frames {
+                garbage.add(&key, &copies, (Why::Bundled, bundle.as_str()));
             }
         }
         Ok(())

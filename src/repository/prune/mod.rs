@@ -9,8 +9,10 @@
 //! promotion must not choose the number of a timeline that is known elsewhere), gaps, reports, runs, pins, and the records of
 //! what was pruned. They are small, and each of them is evidence.
 
+pub mod bundled;
 pub mod facts;
 pub mod garbage;
+pub mod locked;
 pub mod plan;
 pub mod sweep;
 pub mod wal;

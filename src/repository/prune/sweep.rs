@@ -11,7 +11,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use chrono::TimeDelta;
+use bytes::Bytes;
+use chrono::{DateTime, TimeDelta, Utc};
 use futures::{StreamExt, stream};
 
 use crate::model::retention::Rules;
@@ -21,13 +22,15 @@ use crate::repository::FORMAT;
 use crate::repository::catalog;
 use crate::repository::handle::{Repository, Writer};
 use crate::repository::layout;
+use crate::repository::prune::bundled;
 use crate::repository::prune::facts::{Facts, Inventories};
-use crate::repository::prune::garbage::{Garbage, Item, Search, phase};
+use crate::repository::prune::garbage::{Garbage, Item, Search, Why, phase};
+use crate::repository::prune::locked::{self, Locked};
 use crate::repository::prune::plan::{Plan, enroll};
 use crate::repository::records;
 use crate::repository::sweeps::{self, Begun, Ended};
 use crate::repository::tombs::{self, Tomb, WalCut};
-use crate::store::{StoreError, VersionId};
+use crate::store::{Digest, StoreError, VersionId};
 
 /// Deletes in flight.
 const DELETES: usize = 24;
@@ -62,10 +65,27 @@ pub struct Swept {
     pub objects: u64,
     /// Their bytes.
     pub bytes: u64,
-    /// Objects that a lock holds.
+    /// Objects that a lock holds; of a backup that stays by the lock of its COMMIT, the COMMIT alone is counted.
     pub retained: u64,
+    /// When the last of these locks ends, as far as the stores tell.
+    pub retained_until: Option<DateTime<Utc>>,
     /// Objects that somebody needs by now.
     pub spared: u64,
+}
+
+impl Swept {
+    /// A backup stays because its COMMIT is locked.
+    pub fn tell_locked(&mut self, locked: &Locked) {
+        self.retained += locked.copies;
+        self.retained_until = self.retained_until.max(Some(locked.until));
+    }
+}
+
+/// What became of one version.
+enum Removal {
+    Done,
+    /// A lock holds it; until when, if the store tells.
+    Locked(Option<DateTime<Utc>>),
 }
 
 impl Sweep<'_> {
@@ -92,20 +112,26 @@ impl Sweep<'_> {
         let wanted = items.len();
         let mut facts = self.look(known).await?;
         let free = self.free(&facts, &begun.backups);
+        let free = self.unlocked(&facts, free, swept).await?;
         let items = self.still_dead(&facts, (&free, &items)).await?;
         self.bury(&facts, (begun, &free), (&items.0, &items.1)).await?;
         swept.backups = free.iter().cloned().collect();
         facts = self.look(std::mem::take(&mut facts.inventories)).await?;
-        // A pin that was taken meanwhile counts.
-        let mut free: BTreeSet<_> = self.free(&facts, &begun.backups).intersection(&free).cloned().collect();
+        // A pin that was taken meanwhile counts, and so does a lock.
+        let free = self.free(&facts, &begun.backups).intersection(&free).cloned().collect();
+        let mut free = self.unlocked(&facts, free, swept).await?;
         swept.backups.retain(|id| free.contains(id));
-        let mut items = self.still_dead(&facts, (&free, &items.0)).await?.0;
+        let items = self.still_dead(&facts, (&free, &items.0)).await?.0;
+        let mut items = self.without_doubt(items).await;
         swept.spared = (wanted - items.len()) as u64;
+        let commits = self.commits(&items).await?;
         for step in 0..=4 {
             let of_step: Vec<_> = items.iter().filter(|item| phase(&item.key) == step).collect();
             let locked = self.remove(&of_step, began, (swept, progress)).await?;
-            // A backup whose COMMIT a lock holds stays as a whole, with what it needs of others.
+            // A backup whose COMMIT a lock holds stays as a whole, with what it needs of others. One that was locked, or held
+            // by law, only since it was asked is gone elsewhere by now.
             if step == 0 && !locked.is_empty() {
+                self.bring_back(&facts, &commits, &locked).await?;
                 swept.backups.retain(|id| !locked.contains(id.as_str()));
                 free.retain(|id| !locked.contains(id.as_str()));
                 items.retain(|item| !locked.contains(&item.of));
@@ -169,6 +195,55 @@ impl Sweep<'_> {
         backups.iter().filter(is_free).cloned().collect()
     }
 
+    /// Those of them whose COMMIT is locked nowhere.
+    async fn unlocked(
+        &self,
+        facts: &Facts,
+        mut free: BTreeSet<BackupId>,
+        swept: &mut Swept,
+    ) -> Result<BTreeSet<BackupId>> {
+        for (id, locked) in locked::commits(self.repository, facts, &free).await? {
+            swept.tell_locked(&locked);
+            free.remove(&id);
+        }
+        Ok(free)
+    }
+
+    /// The bytes of every COMMIT that is about to go.
+    async fn commits(&self, items: &[Item]) -> Result<BTreeMap<String, (String, Bytes)>> {
+        let mut commits = BTreeMap::new();
+        for item in items.iter().filter(|item| item.key.starts_with(layout::COMMITS)) {
+            if !commits.contains_key(&item.of) {
+                let check =
+                    |bytes: Bytes| catalog::parse_commit(self.repository, &item.key, &bytes).map(|_| bytes.clone());
+                let (bytes, _) = self.repository.regions.read(&item.key, None, check).await?;
+                commits.insert(item.of.clone(), (item.key.clone(), bytes));
+            }
+        }
+        Ok(commits)
+    }
+
+    /// Puts back the COMMITs of backups that stay after all: one that is missing in a region counts as pruned.
+    async fn bring_back(
+        &self,
+        facts: &Facts,
+        commits: &BTreeMap<String, (String, Bytes)>,
+        locked: &BTreeSet<String>,
+    ) -> Result<()> {
+        for (of, (key, bytes)) in commits.iter().filter(|(of, _)| locked.contains(*of)) {
+            let backup = facts.backups.iter().find(|backup| backup.commit.id.as_str() == of);
+            let since = backup.map(|backup| backup.commit.started_at);
+            for region in self.repository.regions.all() {
+                let put = region.put(key, (bytes.clone(), Digest::of(bytes)), since).await;
+                put.map_err(|error| {
+                    let error = Error::from(error).during(format!("put {key} back into region {}", region.name));
+                    error.hint(format!("{of} is locked in another region and counts as pruned without it"))
+                })?;
+            }
+        }
+        Ok(())
+    }
+
     /// What of `items` nobody needs if `doomed` go.
     async fn still_dead(
         &self,
@@ -180,6 +255,16 @@ impl Sweep<'_> {
         let name = |item: &Item| (item.region.clone(), item.key.clone(), item.version.clone());
         let dead: BTreeSet<_> = garbage.items.iter().map(name).collect();
         Ok((items.iter().filter(|item| dead.contains(&name(item))).cloned().collect(), garbage))
+    }
+
+    /// Frames go when each of them was read in its bundle, in every region, a moment before.
+    async fn without_doubt(&self, mut items: Vec<Item>) -> Vec<Item> {
+        let bundles = items.iter().filter(|item| item.why == Why::Bundled).map(|item| item.of.as_str());
+        let whole = bundled::whole(self.repository, bundles).await;
+        let broken: BTreeSet<String> =
+            whole.iter().filter(|(_, whole)| !**whole).map(|(key, _)| (*key).to_owned()).collect();
+        items.retain(|item| item.why != Why::Bundled || !broken.contains(&item.of));
+        items
     }
 
     /// Writes down in every region what goes.
@@ -230,7 +315,7 @@ impl Sweep<'_> {
     /// Puts a record into every region. One that an earlier sweep has put into some of them is spread as it is.
     async fn record<T: serde::Serialize>(&self, (kind, key): (&str, &str), record: &T) -> Result<()> {
         let regions = &self.repository.regions;
-        let check = |bytes: bytes::Bytes| records::verify(self.repository, (kind, key), &bytes).map(|_| bytes.clone());
+        let check = |bytes: Bytes| records::verify(self.repository, (kind, key), &bytes).map(|_| bytes.clone());
         let body = match regions.read(key, None, check).await {
             Ok((known, _)) => known,
             Err(_) => records::encode(&self.repository.id, self.writer, (kind, key), record)?,
@@ -250,13 +335,14 @@ impl Sweep<'_> {
         let mut deletes = std::pin::pin!((&mut deletes).buffer_unordered(DELETES));
         while let Some((item, done)) = deletes.next().await {
             match done {
-                Ok(true) => {
+                Ok(Removal::Done) => {
                     swept.objects += 1;
                     swept.bytes += item.size;
                     progress.advance(item.size);
                 }
-                Ok(false) => {
+                Ok(Removal::Locked(until)) => {
                     swept.retained += 1;
+                    swept.retained_until = swept.retained_until.max(until);
                     locked.insert(item.of.clone());
                 }
                 // What is in flight may or may not be done; the next plan finds what is left.
@@ -266,15 +352,14 @@ impl Sweep<'_> {
         Ok(locked)
     }
 
-    /// `false` for one that a lock holds.
-    async fn delete(&self, item: &Item, began: Duration) -> Result<bool> {
+    async fn delete(&self, item: &Item, began: Duration) -> Result<Removal> {
         if self.writer.clock.monotonic().saturating_sub(began) > AT_MOST {
             return Err(Error::new(Kind::Failed, "the sweep takes too long; the next one goes on"));
         }
         let region = self.repository.regions.named(&item.region)?;
         match region.store.delete_version(&item.key, &VersionId(item.version.clone())).await {
-            Ok(()) => Ok(true),
-            Err(StoreError::Retained { .. }) => Ok(false),
+            Ok(()) => Ok(Removal::Done),
+            Err(StoreError::Retained { until, .. }) => Ok(Removal::Locked(until)),
             Err(error) => Err(Error::from(error).during(format!("prune region {}", item.region))),
         }
     }

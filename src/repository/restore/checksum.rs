@@ -1,4 +1,4 @@
-//! Checksums of what was written, as the operating system gives it back, on all cores.
+//! Checksums of files of which a part was left as it stood, as the operating system gives them back, on all cores.
 
 use std::num::NonZero;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -33,10 +33,15 @@ pub(super) async fn checksum_all(files: Arc<Vec<WindowFile>>, pool: Arc<FilePool
             let length = usize::try_from(piece.length).unwrap_or(usize::MAX);
             file.crc32c = crc32c::crc32c_combine(file.crc32c, sum, length);
         }
-        files.iter().try_for_each(|file| finish(file, &pool))?;
+        finish_all(&files, &pool)?;
         Ok(written)
     });
     work.await.map_err(|error| Error::failed("a restore worker died").because(error))?
+}
+
+/// Files get their final mode.
+pub(super) fn finish_all(files: &[WindowFile], pool: &FilePool) -> Result<()> {
+    files.iter().try_for_each(|file| finish(file, pool))
 }
 
 fn divide(files: &[WindowFile]) -> Vec<Piece> {

@@ -29,6 +29,6 @@ pub struct WrittenFile {
     pub path: String,
     /// Bytes.
     pub size: u64,
-    /// CRC-32C of its bytes as the operating system gives them back.
+    /// CRC-32C of its bytes.
     pub crc32c: u32,
 }

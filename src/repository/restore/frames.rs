@@ -81,11 +81,8 @@ async fn open_keysets<T>(ring: &KeyRing, frames: &[(FrameRef, T)]) -> Result<BTr
             wanted.insert(&frame.keyset, frame.id.pack.backup.target()?);
         }
     }
-    let mut keys = BTreeMap::new();
-    for (id, target) in wanted {
-        keys.insert(id.clone(), ring.open(&target, id).await?);
-    }
-    Ok(keys)
+    let wanted = wanted.into_iter().map(|(id, target)| (target, id.clone())).collect();
+    ring.open_all(wanted).await.into_iter().map(|(id, opened)| Ok((id, opened?))).collect()
 }
 
 fn coalesce<T>(mut frames: Vec<(FrameRef, T)>, limit: u32) -> Vec<Request<T>> {

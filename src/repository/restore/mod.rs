@@ -31,12 +31,13 @@ mod parts;
 mod places;
 mod reuse;
 pub mod streams;
+mod sums;
 mod window;
 
 pub use file::WrittenFile;
 pub use frames::{Fetched, Flight, fetch_frames};
 pub use memory::Memory;
-pub use parts::{ManifestParts, read_outline};
+pub use parts::{KeptParts, ManifestParts, read_outline};
 
 use parts::decode_small;
 use places::{create_directory, link_tablespace, pending_name, place_of, set_directory_mode};
@@ -98,14 +99,14 @@ pub struct Leftover {
 pub async fn restore_files(
     repository: &Repository,
     ring: &KeyRing,
-    (commit, inventory): (&Commit, &[InventoryLine]),
+    (commit, inventory, kept): (&Commit, &[InventoryLine], KeptParts),
     destination: &Destination,
     (progress, written): (&Arc<Phase>, &mut (dyn FnMut(WrittenFile) -> Result<()> + Send)),
 ) -> Result<Leftover> {
     let mut leftover = Leftover::default();
     let pool = Arc::new(FilePool::new(256));
     let (mut begin, mut window, mut closed) = (None, Window::default(), Vec::new());
-    let mut parts = ManifestParts::new(repository, ring, commit, inventory).await?;
+    let mut parts = ManifestParts::after(repository, ring, (commit, inventory), kept).await?;
     let memory = destination.memory;
     while let Some(lines) = parts.next().await? {
         for line in lines {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::codec::compress::Decompressor;
 use crate::codec::fingerprint::PageFingerprinter;
-use crate::disk::sparse::FilePool;
+use crate::disk::sparse::{FilePool, Staging};
 use crate::model::pages::PAGE_SIZE;
 use crate::model::{Error, Result};
 use crate::observe::progress::Phase;
@@ -13,6 +13,7 @@ use crate::repository::page_map::FrameRef;
 use crate::repository::restore::file::WindowFile;
 use crate::repository::restore::frames::Fetched;
 use crate::repository::restore::of_file;
+use crate::repository::restore::sums::Sums;
 
 /// Where a page of a frame goes.
 #[derive(Debug, Clone, Copy)]
@@ -47,11 +48,13 @@ pub(super) struct PageWriter {
     pub(super) checker: PageChecker,
     pub(super) pool: Arc<FilePool>,
     pub(super) progress: Arc<Phase>,
+    /// Takes the checksums of what is written, unless the files are read once more in the end.
+    pub(super) sums: Option<Arc<Sums>>,
 }
 
 impl PageWriter {
     pub(super) fn write(&self, frames: Vec<Fetched<Vec<PageTarget>>>) -> Result<()> {
-        let mut decompressor = Decompressor::new()?;
+        let (mut decompressor, mut staging) = (Decompressor::new()?, Staging::default());
         for Fetched { frame, note: mut pages, payload } in frames {
             let plain = unpack_frame(&frame, &payload, &mut decompressor)?;
             self.checker.check_all(&frame, &pages, &plain)?;
@@ -60,20 +63,25 @@ impl PageWriter {
                 a.file == b.file && a.page + 1 == b.page && a.slot.checked_add(1) == Some(b.slot)
             };
             for run in pages.chunk_by(follows) {
-                self.write_run(run, &plain)?;
+                self.write_run(run, &plain, &mut staging)?;
             }
         }
         Ok(())
     }
 
-    fn write_run(&self, run: &[PageTarget], plain: &[u8]) -> Result<()> {
+    fn write_run(&self, run: &[PageTarget], plain: &[u8], staging: &mut Staging) -> Result<()> {
         let Some(first) = run.first() else { return Ok(()) };
         let Some(WindowFile { line, path, .. }) = self.checker.files.get(first.file as usize) else { return Ok(()) };
         let offset = u64::from(first.page) * PAGE_SIZE as u64;
         let bytes = slot(plain, first.slot, run.len()).unwrap_or_default();
         // The last page of a file may be short; the frame holds it filled up with zeros.
         let length = usize::try_from(line.size.saturating_sub(offset)).unwrap_or(usize::MAX).min(bytes.len());
-        of_file(of_file(self.pool.get(path), path)?.write_all_at(&bytes[..length], offset), path)?;
+        of_file(of_file(self.pool.get(path), path)?.write_past_cache(&bytes[..length], offset, staging), path)?;
+        if let Some(sums) = &self.sums {
+            (first.page..)
+                .zip(bytes[..length].chunks(PAGE_SIZE))
+                .for_each(|(page, bytes)| sums.wrote(first.file, page, bytes));
+        }
         self.progress.advance(length as u64);
         Ok(())
     }

@@ -16,12 +16,13 @@ use crate::repository::keysets::KeyRing;
 use crate::repository::manifest::{Begin, ChunkUse, FileLine};
 use crate::repository::pack::unpack_frame;
 use crate::repository::page_map::{FrameRef, MapChunk};
-use crate::repository::restore::checksum::checksum_all;
+use crate::repository::restore::checksum::{checksum_all, finish_all};
 use crate::repository::restore::file::{OWNER_WRITES, WindowFile, WrittenFile};
 use crate::repository::restore::frames::{Fetched, Flight, fetch_frames};
 use crate::repository::restore::memory::Memory;
 use crate::repository::restore::pages::{PageChecker, PageTarget, PageWriter, slot};
 use crate::repository::restore::reuse::{self, Local};
+use crate::repository::restore::sums::Sums;
 use crate::repository::restore::{of_file, page_count};
 
 /// Files handled together.
@@ -116,20 +117,28 @@ impl Window {
             progress: Arc::clone(progress),
             reused: AtomicU64::new(0),
         });
-        let (frames, map_bytes) = locate_pages(&files, origin, Some(Arc::clone(&local))).await?;
+        let sums = Sums::of(&files).map(Arc::new);
+        let here = Here { local: Some(Arc::clone(&local)), sums: sums.clone() };
+        let (frames, map_bytes) = locate_pages(&files, origin, here).await?;
         let checker = PageChecker { files: Arc::clone(&files), fingerprints: Arc::clone(fingerprints) };
-        let writer = PageWriter { checker, pool: Arc::clone(pool), progress: Arc::clone(progress) };
+        let (pool, progress) = (Arc::clone(pool), Arc::clone(progress));
+        let writer = PageWriter { checker, pool: Arc::clone(&pool), progress, sums: sums.clone() };
         let bytes = fetch_frames(origin.flight(Unit::Frame), frames, move |frames| writer.write(frames)).await?;
-        for file in checksum_all(files, Arc::clone(pool)).await? {
-            written(file)?;
-        }
+        let files = match sums {
+            Some(sums) => {
+                finish_all(&files, &pool)?;
+                sums.finish(&files)?
+            }
+            None => checksum_all(files, pool).await?,
+        };
+        files.into_iter().try_for_each(written)?;
         Ok((map_bytes + bytes, local.reused.load(Ordering::Relaxed)))
     }
 
     /// Reads everything that [`write`](Self::write) would write, and writes nothing.
     pub(super) async fn check(&mut self, origin: Origin<'_>, progress: &Arc<Phase>) -> Result<()> {
         let files = Arc::new(std::mem::take(self).files);
-        let (frames, _) = locate_pages(&files, origin, None).await?;
+        let (frames, _) = locate_pages(&files, origin, Here::default()).await?;
         let checker = PageChecker { files, fingerprints: Arc::clone(&origin.secrets.fingerprints) };
         let progress = Arc::clone(progress);
         let look = move |frames: Vec<Fetched<Vec<PageTarget>>>| {
@@ -146,7 +155,7 @@ impl Window {
     /// Reads the one file of the window into memory. Returns it and the bytes fetched.
     pub(super) async fn read(self, origin: Origin<'_>) -> Result<(Vec<u8>, u64)> {
         let files = Arc::new(self.files);
-        let (frames, map_bytes) = locate_pages(&files, origin, None).await?;
+        let (frames, map_bytes) = locate_pages(&files, origin, Here::default()).await?;
         let size = files.first().map_or(0, |file| file.line.size);
         let pages = usize::try_from(page_count(size)).unwrap_or(usize::MAX);
         // Pages that are stored nowhere are of zeros.
@@ -181,7 +190,7 @@ type Located = Vec<(FrameRef, Vec<PageTarget>)>;
 
 /// Reads the map chunks: which frame holds which pages, without those that stand on the disk already. Returns them and the
 /// bytes fetched.
-async fn locate_pages(files: &[WindowFile], origin: Origin<'_>, local: Option<Arc<Local>>) -> Result<(Located, u64)> {
+async fn locate_pages(files: &[WindowFile], origin: Origin<'_>, here: Here) -> Result<(Located, u64)> {
     let found = Arc::new(Mutex::new(Vec::new()));
     // A page without a place is one of zeros, which stays a hole; its fingerprint must say the same.
     let zero = origin.secrets.fingerprints.of(&[0; PAGE_SIZE]);
@@ -194,7 +203,7 @@ async fn locate_pages(files: &[WindowFile], origin: Origin<'_>, local: Option<Ar
                 if chunk.entries.iter().any(|entry| entry.place.is_none() && entry.fingerprint != zero) {
                     return Err(Error::damaged(format!("map chunk {} says nothing is stored of a page", frame.id)));
                 }
-                let located = targets(&chunk, &frame, &note, local.as_deref())?;
+                let located = targets(&chunk, &frame, &note, &here)?;
                 found.lock().unwrap_or_else(PoisonError::into_inner).extend(located);
             }
             Ok(())
@@ -228,6 +237,13 @@ fn chunk_uses(files: &[WindowFile], begin: &Begin) -> Result<Vec<(FrameRef, Vec<
     groups.map(group).collect()
 }
 
+/// What is done on this machine about the pages that are located: nothing, when they are only looked at.
+#[derive(Default)]
+struct Here {
+    local: Option<Arc<Local>>,
+    sums: Option<Arc<Sums>>,
+}
+
 /// Entries of a chunk that belong to a file.
 #[derive(Debug, Clone, Copy)]
 struct Use {
@@ -237,15 +253,18 @@ struct Use {
     entries: u16,
 }
 
-fn targets(chunk: &MapChunk, name: &FrameRef, uses: &[Use], local: Option<&Local>) -> Result<Located> {
+fn targets(chunk: &MapChunk, name: &FrameRef, uses: &[Use], here: &Here) -> Result<Located> {
     let mut by_frame: Vec<Vec<PageTarget>> = vec![Vec::new(); chunk.frames.len()];
     for Use { file, page: first, first_entry, entries } in uses.iter().copied() {
         let range = usize::from(first_entry)..usize::from(first_entry) + usize::from(entries);
         let entries = chunk.entries.get(range);
         let entries = entries.ok_or_else(|| Error::damaged(format!("map chunk {} is too short", name.id)))?;
-        let same = local.map_or(Ok(None), |local| local.same(file, first, entries))?;
+        let same = here.local.as_ref().map_or(Ok(None), |local| local.same(file, first, entries))?;
         let stands = |at: usize| same.as_ref().is_some_and(|same| same.get(at).is_some_and(|same| *same));
         for (at, (page, entry)) in (first..).zip(entries).enumerate() {
+            if let (Some(sums), None) = (&here.sums, entry.place) {
+                sums.left_out(file, page);
+            }
             if let Some((frame, slot)) = entry.place.filter(|_| !stands(at)) {
                 let target = PageTarget { file, page, slot, fingerprint: entry.fingerprint };
                 by_frame[usize::from(frame)].push(target);

@@ -10,7 +10,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use rustix::buffer::spare_capacity;
 use rustix::fs::{Advice, OFlags};
+use rustix::io::{Errno, pread};
 use tokio::sync::{mpsc, oneshot};
 
 use super::error::SourceError;
@@ -224,9 +226,7 @@ impl FileReader<'_> {
     fn pages(&mut self, first_page: u32, wanted: usize) -> Result<Vec<u8>, SourceError> {
         self.reading.pace.wait(wanted, &self.reading.stop);
         let offset = u64::from(first_page) * PAGE_SIZE as u64;
-        let mut bytes = vec![0; wanted];
-        let got = self.fill(&mut bytes, offset)?;
-        bytes.truncate(got);
+        let mut bytes = self.read(wanted, offset)?;
         let Some(first_block) = self.reading.check.first_block(self.path, first_page) else { return Ok(bytes) };
         let bad = self.reading.check.wrong_pages(&bytes, first_block);
         if bad.is_empty() {
@@ -243,6 +243,21 @@ impl FileReader<'_> {
                 self.damage.add(first_page + index, self.reading.check.judge(page, first_block.wrapping_add(index)));
             }
         }
+        Ok(bytes)
+    }
+
+    /// Reads `wanted` bytes, fewer only at the end of the file. Nothing is cleared that is about to be overwritten.
+    fn read(&self, wanted: usize, offset: u64) -> Result<Vec<u8>, SourceError> {
+        let mut bytes = Vec::with_capacity(wanted);
+        while bytes.len() < wanted {
+            let at = offset + bytes.len() as u64;
+            match pread(&self.file, spare_capacity(&mut bytes), at) {
+                Ok(0) => break,
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return Err(SourceError::Read { path: self.path.to_owned(), source: error.into() }),
+            }
+        }
+        bytes.truncate(wanted);
         Ok(bytes)
     }
 

@@ -24,6 +24,26 @@ pub struct Slot {
     /// How much more it may become before the server gives the slot up or its disk is full, whichever comes first; `null` =
     /// there is no limit that we know of.
     pub room_bytes: Option<u64>,
+    /// Free space for WAL on the server's disk, whatever else limits the slot; `null` = unknown.
+    #[serde(default)]
+    pub free_bytes: Option<u64>,
+}
+
+impl Slot {
+    /// How much of what it may keep the slot keeps already, in percent: at 100 the server gives it up, or its disk is full.
+    pub fn filled_percent(&self) -> Option<u8> {
+        percent(self.retained_bytes?, self.room_bytes?)
+    }
+
+    /// The same of the disk alone: at 100 the server stops.
+    pub fn disk_percent(&self) -> Option<u8> {
+        percent(self.retained_bytes?, self.free_bytes?)
+    }
+}
+
+fn percent(taken: u64, free: u64) -> Option<u8> {
+    let share = u128::from(taken) * 100 / (u128::from(taken) + u128::from(free)).max(1);
+    u8::try_from(share).ok()
 }
 
 /// What is known of the disk without asking the server.
@@ -42,9 +62,9 @@ const HELD: &str = "SELECT active, wal_status, pg_catalog.pg_wal_lsn_diff(CASE W
       ELSE pg_catalog.pg_current_wal_lsn() END, restart_lsn)::bigint, safe_wal_size::bigint,
     (SELECT system_identifier FROM pg_catalog.pg_control_system()),
     (SELECT setting FROM pg_catalog.pg_settings WHERE name = 'data_directory')
-  FROM pg_catalog.pg_replication_slots WHERE slot_name = $1";
+  FROM pg_catalog.pg_replication_slots WHERE slot_name = $1 AND slot_type = 'physical'";
 
-/// What the server keeps for `slot`; `None` if there is no such slot.
+/// What the server keeps for `slot`; `None` if there is no such slot. A logical slot of that name is somebody else's.
 ///
 /// # Errors
 /// The server's.
@@ -63,7 +83,43 @@ pub async fn held(client: &SqlClient, slot: &str, disk: &Disk) -> Result<Option<
         (None, None) => None,
     };
     let room_bytes = free.into_iter().chain(safe_bytes).min();
-    Ok(Some(Slot { name: slot.to_owned(), active: row.get(0), wal_status: row.get(1), retained_bytes, room_bytes }))
+    let (active, wal_status) = (row.get(0), row.get(1));
+    Ok(Some(Slot { name: slot.to_owned(), active, wal_status, retained_bytes, room_bytes, free_bytes: free }))
+}
+
+/// The oldest WAL that other slots keep, less what `slot` keeps.
+const BEYOND_SLOTS: &str = "SELECT pg_catalog.pg_wal_lsn_diff(other.restart_lsn, ours.restart_lsn)::bigint
+  FROM pg_catalog.pg_replication_slots ours, pg_catalog.pg_replication_slots other
+  WHERE ours.slot_name = $1 AND other.slot_name <> $1 AND other.restart_lsn IS NOT NULL
+    AND other.wal_status IS DISTINCT FROM 'lost'
+  ORDER BY 1 LIMIT 1";
+
+/// The same of segments that wait for `archive_command`. Names are compared without their timeline.
+const BEYOND_ARCHIVE: &str = "SELECT (
+    (('x' || pg_catalog.substr(waiting.name, 9, 8))::bit(32)::bigint::numeric * 4294967296
+      + ('x' || pg_catalog.substr(waiting.name, 17, 8))::bit(32)::bigint * segment.setting::bigint)
+    - pg_catalog.pg_wal_lsn_diff(ours.restart_lsn, '0/0'))::bigint
+  FROM pg_catalog.pg_ls_archive_statusdir() AS waiting, pg_catalog.pg_replication_slots ours,
+    pg_catalog.pg_settings segment, pg_catalog.pg_settings mode
+  WHERE waiting.name ~ '^[0-9A-F]{24}\\.ready$' AND ours.slot_name = $1
+    AND segment.name = 'wal_segment_size' AND mode.name = 'archive_mode' AND mode.setting <> 'off'
+  ORDER BY 1 LIMIT 1";
+
+/// Who keeps WAL beside the slot, and how much of what the slot keeps would go if the slot went.
+///
+/// # Errors
+/// The server's.
+pub async fn kept_beside(client: &SqlClient, slot: &str) -> Result<Option<(&'static str, u64)>, PgError> {
+    let slots = client.query_opt(BEYOND_SLOTS, &[&slot]).await?;
+    let archive = match client.query_opt(BEYOND_ARCHIVE, &[&slot]).await.map_err(PgError::from) {
+        // Without `pg_monitor` that stays unknown.
+        Err(error) if error.sqlstate() == Some("42501") => None,
+        other => other?,
+    };
+    let bytes = |row: tokio_postgres::Row| row.get::<_, Option<i64>>(0).map(|bytes| u64::try_from(bytes).unwrap_or(0));
+    let slots = slots.and_then(bytes).map(|bytes| ("another replication slot", bytes));
+    let archive = archive.and_then(bytes).map(|bytes| ("archive_command, which does not get rid of it,", bytes));
+    Ok(slots.into_iter().chain(archive).min_by_key(|(_, bytes)| *bytes))
 }
 
 /// Free space beside `pg_wal`, which may be a link to another file system; `None` if the directory is not here.

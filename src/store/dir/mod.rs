@@ -81,6 +81,13 @@ where
     })
 }
 
+impl DirStore {
+    fn cannot_lock(&self, key: &str) -> StoreError {
+        let reason = format!("{key} cannot be locked: whoever may write to a directory may delete in it");
+        StoreError::Invalid { address: self.tree.address.clone(), reason }
+    }
+}
+
 #[async_trait]
 impl ObjectStore for DirStore {
     fn address(&self) -> String {
@@ -95,8 +102,11 @@ impl ObjectStore for DirStore {
         Ok(self.capabilities())
     }
 
-    async fn put(&self, key: &str, body: Bytes, digest: Digest, _options: &PutOptions) -> Result<Put, StoreError> {
+    async fn put(&self, key: &str, body: Bytes, digest: Digest, options: &PutOptions) -> Result<Put, StoreError> {
         name::check(&self.tree.address, key)?;
+        if options.retain_until.is_some() {
+            return Err(self.cannot_lock(key));
+        }
         self.on_tree("put", key, move |tree, key| tree.put(key, &body, digest)).await
     }
 
@@ -130,6 +140,15 @@ impl ObjectStore for DirStore {
             modified,
         };
         Ok(VersionPage { versions: page.objects.into_iter().map(version).collect(), next: page.next })
+    }
+
+    async fn extend(&self, key: &str, _until: DateTime<Utc>) -> Result<(), StoreError> {
+        self.head(key).await?;
+        Err(self.cannot_lock(key))
+    }
+
+    async fn locked_until(&self, key: &str, _: Option<&VersionId>) -> Result<Option<DateTime<Utc>>, StoreError> {
+        self.head(key).await.map(|_| None)
     }
 
     async fn delete_version(&self, key: &str, version: &VersionId) -> Result<(), StoreError> {

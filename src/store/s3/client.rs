@@ -42,6 +42,8 @@ pub struct S3Options {
     /// Accept a server that does not honour `If-None-Match`. Names are then checked before a put, which protects one
     /// writer from itself and no writer from another.
     pub single_writer: bool,
+    /// How strictly objects are locked, where a lock is asked for.
+    pub lock_mode: S3LockMode,
 }
 
 impl S3Options {
@@ -58,6 +60,7 @@ impl S3Options {
             attempt_timeout: Duration::from_secs(60),
             connect_timeout: Duration::from_secs(5),
             single_writer: false,
+            lock_mode: S3LockMode::default(),
         }
     }
 }
@@ -97,6 +100,16 @@ pub enum S3Checksum {
     WhenSupported,
     /// Only where S3 demands one (locked objects), for servers that reject the header.
     WhenRequired,
+}
+
+/// Who may take a lock away before its time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum S3LockMode {
+    /// Nobody, the account's owner included.
+    #[default]
+    Compliance,
+    /// Whoever is allowed `s3:BypassGovernanceRetention`.
+    Governance,
 }
 
 /// The SDK signs by our clock.

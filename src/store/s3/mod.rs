@@ -22,13 +22,14 @@ use error::Call;
 
 mod client;
 mod error;
+mod lock;
 mod probe;
 mod read;
 mod remove;
 mod time;
 mod write;
 
-pub use client::{S3Checksum, S3Credentials, S3Options};
+pub use client::{S3Checksum, S3Credentials, S3LockMode, S3Options};
 
 /// A bucket, or the part of one below a prefix.
 ///
@@ -111,11 +112,10 @@ impl ObjectStore for S3Store {
         let proven = self.probe().await?;
         if options.retain_until.is_some() && !proven.retention {
             // Some servers take the lock's headers, answer 200 and lock nothing.
-            let reason = "a lock is asked for, and the bucket has no object lock or these credentials may not see it";
-            return Err(self.call("put", key).invalid(reason));
+            return Err(self.call("put", key).invalid(lock::NO_LOCKS));
         }
         if !proven.create_only
-            && let Some(put) = self.look_before_put(key, digest, &body).await?
+            && let Some(put) = self.look_before_put(key, digest, &body, options).await?
         {
             return Ok(put);
         }
@@ -148,6 +148,20 @@ impl ObjectStore for S3Store {
     async fn list_versions(&self, prefix: &str, after: Option<&ListToken>) -> Result<VersionPage, StoreError> {
         name::check_prefix(&self.address, prefix)?;
         self.list_object_versions(prefix, after).await
+    }
+
+    async fn extend(&self, key: &str, until: DateTime<Utc>) -> Result<(), StoreError> {
+        name::check(&self.address, key)?;
+        if !self.probe().await?.retention {
+            return Err(self.call("lock", key).invalid(lock::NO_LOCKS));
+        }
+        self.lock_at_least(key, until).await
+    }
+
+    async fn locked_until(&self, key: &str, version: Option<&VersionId>) -> Result<Option<DateTime<Utc>>, StoreError> {
+        name::check(&self.address, key)?;
+        let version = version.map(|version| version.0.as_str());
+        Ok(self.lock_of(key, version).await?.map(|(_, until)| until))
     }
 
     async fn delete_version(&self, key: &str, version: &VersionId) -> Result<(), StoreError> {

@@ -10,13 +10,15 @@ impl S3Store {
     /// Two puts of different bytes under `.probe/`, then the bucket's settings. The probe's object stays: a writer may
     /// not delete.
     pub(super) async fn prove(&self) -> Result<Capabilities, StoreError> {
-        let create_only = self.refuses_second_put().await?;
+        let (create_only, versions, retention) =
+            tokio::join!(self.refuses_second_put(), self.has_versions(), self.has_locks());
+        let create_only = create_only?;
         if !create_only && !self.options.single_writer {
             let reason = "a second put of one name succeeds here: the server ignores `If-None-Match`, so two writers \
                           would overwrite each other; use another server or configure this region for a single writer";
             return Err(StoreError::Invalid { address: self.address.clone(), reason: reason.to_owned() });
         }
-        Ok(Capabilities { create_only, versions: self.has_versions().await?, retention: self.has_locks().await? })
+        Ok(Capabilities { create_only, versions: versions?, retention: retention? })
     }
 
     async fn refuses_second_put(&self) -> Result<bool, StoreError> {

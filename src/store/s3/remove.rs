@@ -110,14 +110,26 @@ impl S3Store {
             return refused;
         }
         let words = reply(error).map(|reply| reply.words().to_lowercase()).unwrap_or_default();
-        let locked = words.contains("object lock") || words.contains("worm") || self.is_locked(key, version).await;
-        if locked { StoreError::Retained { key: key.to_owned(), address: self.address.clone() } } else { refused }
+        let says_so = words.contains("object lock") || words.contains("worm");
+        let locked = match self.lock_of(key, Some(version)).await {
+            Ok(lock) => lock.map(|(_, until)| until).filter(|until| *until > self.clock.now()),
+            Err(error) if says_so => {
+                tracing::debug!(%error, "the server says that it is locked, and not until when");
+                None
+            }
+            Err(StoreError::Denied { .. }) => return self.unexplained(key, &refused),
+            Err(_) => None,
+        };
+        if says_so || locked.is_some() || self.is_held(key, version).await {
+            return StoreError::Retained { key: key.to_owned(), address: self.address.clone(), until: locked };
+        }
+        refused
     }
 
-    async fn is_locked(&self, key: &str, version: &str) -> bool {
-        let request = self.client.head_object().bucket(&self.bucket).key(self.full(key)).version_id(version);
-        let Ok(head) = request.send().await else { return false };
-        let held = head.object_lock_legal_hold_status().is_some_and(|status| status.as_str() == "ON");
-        held || head.object_lock_retain_until_date().and_then(time).is_some_and(|until| until > self.clock.now())
+    /// Neither removed nor told why: with the other permission a lock could be told from a missing one.
+    fn unexplained(&self, key: &str, refused: &StoreError) -> StoreError {
+        let reason =
+            format!("{refused}; and s3:GetObjectRetention is not allowed, which would tell whether it is locked");
+        StoreError::Denied { operation: "delete", key: key.to_owned(), address: self.address.clone(), reason }
     }
 }

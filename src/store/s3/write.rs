@@ -1,21 +1,25 @@
 //! The conditional put and what its refusals mean.
 
-use aws_sdk_s3::error::SdkError;
+use aws_runtime::auth::PayloadSigningOverride;
+use aws_sdk_s3::config::interceptors::BeforeTransmitInterceptorContextMut;
+use aws_sdk_s3::config::{ConfigBag, Intercept, RuntimeComponents};
+use aws_sdk_s3::error::{BoxError, SdkError};
 use aws_sdk_s3::operation::put_object::PutObjectError;
-use aws_sdk_s3::primitives::{ByteStream, DateTime as S3Time};
+use aws_sdk_s3::primitives::ByteStream;
 use aws_sdk_s3::types::ObjectLockMode;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use bytes::Bytes;
 
 use super::error::reply;
+use super::lock::stamp;
 use super::{S3Checksum, S3Store};
 use crate::store::{Digest, Put, PutOptions, StoreError};
 
 impl S3Store {
     /// One `PutObject` that the server refuses if the name exists.
     ///
-    /// The body lies in memory, so the signature covers its SHA-256 also on servers that know no checksum headers.
+    /// The signature covers the body's SHA-256, also on servers that know no checksum headers.
     pub(super) async fn put_if_absent(
         &self,
         key: &str,
@@ -36,12 +40,12 @@ impl S3Store {
         }
         if let Some(until) = options.retain_until {
             request = request
-                .object_lock_mode(ObjectLockMode::Compliance)
-                .object_lock_retain_until_date(S3Time::from_secs(until.timestamp()));
+                .object_lock_mode(ObjectLockMode::from(self.options.lock_mode))
+                .object_lock_retain_until_date(stamp(until));
         }
-        match request.send().await {
+        match request.customize().interceptor(BodyDigest(hex::encode(digest.0))).send().await {
             Ok(_) => Ok(Put::Created),
-            Err(error) if is_taken(&error) => self.settle(key, digest, &body).await,
+            Err(error) if is_taken(&error) => self.settle(key, digest, &body, options).await,
             Err(error) => Err(self.call("put", key).failed(&error)),
         }
     }
@@ -52,16 +56,18 @@ impl S3Store {
         key: &str,
         digest: Digest,
         body: &Bytes,
+        options: &PutOptions,
     ) -> Result<Option<Put>, StoreError> {
         match self.head_object(key).await {
             Err(error) if error.is_not_found() => Ok(None),
             Err(error) => Err(error),
-            Ok(_) => self.settle(key, digest, body).await.map(Some),
+            Ok(_) => self.settle(key, digest, body, options).await.map(Some),
         }
     }
 
     /// The name exists: are they our bytes? The digest that the server kept decides, or else the bytes themselves.
-    async fn settle(&self, key: &str, digest: Digest, body: &Bytes) -> Result<Put, StoreError> {
+    /// They may have been put without a lock, or with a shorter one.
+    async fn settle(&self, key: &str, digest: Digest, body: &Bytes, options: &PutOptions) -> Result<Put, StoreError> {
         let call = self.call("put", key);
         let vanished = |error: StoreError| {
             if error.is_not_found() {
@@ -80,9 +86,32 @@ impl S3Store {
             Digest::of(&stored) == digest
         };
         if same {
+            if let Some(until) = options.retain_until {
+                self.lock_at_least(key, until).await.map_err(vanished)?;
+            }
             return Ok(Put::AlreadyThere);
         }
         Err(StoreError::Conflict { key: key.to_owned(), address: self.address.clone() })
+    }
+}
+
+/// The SHA-256 that is signed for a body, so that the SDK does not hash it once more in every region.
+#[derive(Debug)]
+struct BodyDigest(String);
+
+impl Intercept for BodyDigest {
+    fn name(&self) -> &'static str {
+        "BodyDigest"
+    }
+
+    fn modify_before_signing(
+        &self,
+        _context: &mut BeforeTransmitInterceptorContextMut<'_>,
+        _components: &RuntimeComponents,
+        config: &mut ConfigBag,
+    ) -> Result<(), BoxError> {
+        config.interceptor_state().store_put(PayloadSigningOverride::Precomputed(self.0.clone()));
+        Ok(())
     }
 }
 

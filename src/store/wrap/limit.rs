@@ -81,6 +81,16 @@ impl ObjectStore for Limit {
         self.inner.list_versions(prefix, after).await
     }
 
+    async fn extend(&self, key: &str, until: DateTime<Utc>) -> Result<(), StoreError> {
+        let _turn = self.turn("lock", key).await?;
+        self.inner.extend(key, until).await
+    }
+
+    async fn locked_until(&self, key: &str, version: Option<&VersionId>) -> Result<Option<DateTime<Utc>>, StoreError> {
+        let _turn = self.turn("lock", key).await?;
+        self.inner.locked_until(key, version).await
+    }
+
     async fn delete_version(&self, key: &str, version: &VersionId) -> Result<(), StoreError> {
         let _turn = self.turn("delete", key).await?;
         self.inner.delete_version(key, version).await

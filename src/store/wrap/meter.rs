@@ -37,8 +37,11 @@ impl Meter {
     ) -> Result<T, StoreError> {
         let began = self.clock.monotonic();
         let done = call.await;
-        // That there is no such object, or another one, is an answer.
-        let answered = matches!(&done, Ok(_) | Err(StoreError::NotFound { .. } | StoreError::Conflict { .. }));
+        // That there is no such object, another one, or one that is locked, is an answer.
+        let answered = matches!(
+            &done,
+            Ok(_) | Err(StoreError::NotFound { .. } | StoreError::Conflict { .. } | StoreError::Retained { .. })
+        );
         self.meters.request(&self.region, op, self.clock.monotonic().saturating_sub(began), !answered);
         done
     }
@@ -80,6 +83,14 @@ impl ObjectStore for Meter {
 
     async fn list_versions(&self, prefix: &str, after: Option<&ListToken>) -> Result<VersionPage, StoreError> {
         self.timed("list", self.inner.list_versions(prefix, after)).await
+    }
+
+    async fn extend(&self, key: &str, until: DateTime<Utc>) -> Result<(), StoreError> {
+        self.timed("lock", self.inner.extend(key, until)).await
+    }
+
+    async fn locked_until(&self, key: &str, version: Option<&VersionId>) -> Result<Option<DateTime<Utc>>, StoreError> {
+        self.timed("lock", self.inner.locked_until(key, version)).await
     }
 
     async fn delete_version(&self, key: &str, version: &VersionId) -> Result<(), StoreError> {

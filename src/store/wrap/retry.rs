@@ -146,6 +146,14 @@ impl ObjectStore for Retry {
         self.run(Call { operation: "list", key: prefix }, |_| self.inner.list_versions(prefix, after)).await
     }
 
+    async fn extend(&self, key: &str, until: DateTime<Utc>) -> Result<(), StoreError> {
+        self.run(Call { operation: "lock", key }, |_| self.inner.extend(key, until)).await
+    }
+
+    async fn locked_until(&self, key: &str, version: Option<&VersionId>) -> Result<Option<DateTime<Utc>>, StoreError> {
+        self.run(Call { operation: "lock", key }, |_| self.inner.locked_until(key, version)).await
+    }
+
     async fn delete_version(&self, key: &str, version: &VersionId) -> Result<(), StoreError> {
         self.run(Call { operation: "delete", key }, |_| self.inner.delete_version(key, version)).await
     }

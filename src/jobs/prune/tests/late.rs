@@ -7,16 +7,18 @@ use chrono::TimeDelta;
 use super::{DAY, Scene, noise};
 use crate::jobs::pin::{self, Reason};
 use crate::jobs::prune::Consent;
+use crate::model::retention::Verdict;
 use crate::model::{Lsn, Result};
 use crate::repository::testing::{Made, log, need};
 use crate::repository::wal_index::BranchId;
 use crate::repository::wal_reader::BranchLog;
+use crate::store::ObjectStore as _;
 
 const SEGMENT: u64 = 16 << 20;
 
 impl Scene {
     /// Reads WAL as a restore does, with keys.
-    async fn wal(&self, range: (u64, u64)) -> Result<usize> {
+    pub(super) async fn wal(&self, range: (u64, u64)) -> Result<usize> {
         let (context, log) = (self.context().await, log());
         let branch = BranchId { system_id: log.system_id, timeline: log.timeline, branch: log.branch };
         let (log, mut length) = (BranchLog::load(&context.repository, branch).await, 0);
@@ -90,4 +92,103 @@ async fn a_backup_whose_commit_is_locked_stays_whole() {
     scene.prune_twice().await;
     assert_eq!(scene.exist().await, ids[2..]);
     scene.is_whole().await;
+}
+
+/// When a lock comes, or is found out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Comes {
+    BeforeThePlan,
+    BeforeTheSweep,
+    /// A hold by law, of which nobody knows before the object is to be deleted.
+    InTheSweep,
+}
+
+/// Gone in one region and locked in the other, a backup would be hidden as pruned, and what it needs would follow.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backup_whose_commit_is_locked_in_one_region_only_stays_whole() {
+    for comes in [Comes::BeforeThePlan, Comes::BeforeTheSweep, Comes::InTheSweep] {
+        let mut scene = Scene::new(2).await;
+        let ids = scene.drilled(4).await;
+        let until = scene.fixture.writer.clock.now() + TimeDelta::days(50);
+        let commit = format!("commits/ledger/{}", ids[1]);
+        if comes == Comes::BeforeThePlan {
+            scene.fixture.stores[1].lock(&commit, until).await;
+        }
+        let planned = scene.prune(Consent::None).await;
+        let verdict = &planned.targets[0].backups.iter().find(|backup| backup.id == ids[1]).unwrap().verdict;
+        let region = "b".parse().unwrap();
+        let retained = Verdict::Retained { region, until };
+        assert_eq!(*verdict, if comes == Comes::BeforeThePlan { retained } else { Verdict::Expired }, "{comes:?}");
+        match comes {
+            Comes::BeforeThePlan => {}
+            Comes::BeforeTheSweep => scene.fixture.stores[1].extend(&commit, until).await.unwrap(),
+            Comes::InTheSweep => scene.fixture.stores[1].hold(&commit),
+        }
+        scene.fixture.clock.advance(DAY + 1);
+        let swept = scene.prune(Consent::Scheduled).await.swept.unwrap();
+        assert_eq!((swept.backups.as_slice(), swept.retained), (&ids[..1], 1), "{comes:?}");
+        assert_eq!(swept.retained_until, (comes != Comes::InTheSweep).then_some(until));
+        assert_eq!(scene.exist().await, ids[1..], "{comes:?}");
+        for store in &scene.fixture.stores {
+            assert!(store.contents().await.iter().any(|(key, _)| *key == commit), "{comes:?}: {}", store.address());
+        }
+        // What is known before anything goes is left alone: no tomb was written, and nothing had to be put back.
+        let tomb = format!("pruned/backups/ledger/{}", ids[1]);
+        let buried = scene.fixture.stores[0].contents().await.iter().any(|(key, _)| *key == tomb);
+        assert_eq!(buried, comes == Comes::InTheSweep, "{comes:?}");
+        scene.is_whole().await;
+        // Nor does a later run take what it needs.
+        scene.prune_twice().await;
+        assert_eq!(scene.exist().await, ids[1..], "{comes:?}");
+        scene.is_whole().await;
+        if comes != Comes::InTheSweep {
+            scene.fixture.clock.advance(51 * DAY);
+            scene.prune_twice().await;
+            assert_eq!(scene.exist().await, ids[2..], "{comes:?}");
+            scene.is_whole().await;
+        }
+    }
+}
+
+/// Objects whose lock is longer than that of their COMMIT are garbage that waits, and no error.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_locked_of_a_pruned_backup_goes_when_the_lock_is_over() {
+    let mut scene = Scene::new(2).await;
+    let ids = scene.drilled(3).await;
+    let until = scene.fixture.writer.clock.now() + TimeDelta::days(20);
+    let own = format!("manifests/ledger/{}/", ids[0]);
+    let mine = async |scene: &Scene| {
+        let contents = scene.fixture.stores[0].contents().await;
+        contents.into_iter().map(|(key, _)| key).filter(|key| key.starts_with(&own)).collect::<Vec<_>>()
+    };
+    let before = mine(&scene).await;
+    for key in &before {
+        scene.fixture.stores[0].extend(key, until).await.unwrap();
+    }
+    let first = scene.prune_twice().await.swept.unwrap();
+    assert_eq!((first.backups.as_slice(), first.retained_until), (&ids[..1], Some(until)));
+    assert!(first.retained == before.len() as u64 && first.objects > 0, "{first:?}");
+    assert_eq!(mine(&scene).await, before);
+    // Tried again, and told again.
+    let again = scene.prune_twice().await;
+    assert_eq!((again.swept.unwrap().retained, again.refusals), (first.retained, Vec::new()));
+    scene.fixture.clock.advance(21 * DAY);
+    assert_eq!(scene.prune_twice().await.swept.unwrap().retained, 0);
+    assert_eq!(mine(&scene).await, Vec::<String>::new());
+    scene.is_whole().await;
+}
+
+/// Whoever may not see locks must not find them out half way.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_region_that_does_not_say_what_is_locked_refuses_the_run() {
+    let mut scene = Scene::new(2).await;
+    let ids = scene.drilled(3).await;
+    scene.prune(Consent::None).await;
+    scene.fixture.clock.advance(DAY + 1);
+    scene.fixture.stores[1].hide_locks(true);
+    let report = scene.prune(Consent::Scheduled).await;
+    assert!(report.swept.is_none() && report.refusals[0].contains("locked"), "{report:#?}");
+    assert_eq!(scene.exist().await, ids);
+    scene.fixture.stores[1].hide_locks(false);
+    assert_eq!(scene.prune(Consent::Scheduled).await.swept.unwrap().backups, ids[..1]);
 }

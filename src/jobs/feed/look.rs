@@ -1,0 +1,261 @@
+//! Keeping the stock current: a look at the names of the next frames all the time, a whole look from time to time.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use crate::jobs::feed::stock::{Reach, Shelf, Stock, contradictions};
+use crate::jobs::feed::way::Way;
+use crate::jobs::feed::{Position, Shared};
+use crate::jobs::lineage;
+use crate::jobs::wal::reaches;
+use crate::model::commit::WalNeed;
+use crate::model::{Error, Lsn, RegionName, Result, Timeline};
+use crate::repository::wal_index::BranchId;
+
+/// How long WAL that was stored waits before it is seen, at most.
+pub(super) const POLL: Duration = Duration::from_millis(500);
+/// Every so many looks is a whole one: all regions, new epochs, new timelines, recorded contradictions, new signers. These
+/// are listings, which cost ten times as much as the look at a name.
+const WHOLE: u64 = 10;
+/// Whole looks between two times that frames which were replayed long ago are let go.
+const FORGET: u64 = 12;
+
+pub(super) async fn keep_looking(shared: Arc<Shared>) {
+    let mut turn: u64 = 0;
+    loop {
+        tokio::time::sleep(POLL).await;
+        turn += 1;
+        if let Err(error) = shared.look(turn.is_multiple_of(WHOLE)).await {
+            tracing::debug!(%error, "the stored WAL is not seen");
+        }
+        if turn.is_multiple_of(WHOLE * FORGET) {
+            shared.forget().await;
+        }
+    }
+}
+
+impl Shared {
+    /// Looks for more. A whole look asks every region for everything; another one asks the nearest for the next frames.
+    pub(super) async fn look(&self, whole: bool) -> Result<()> {
+        let _one = self.looking.lock().await;
+        let looked = self.look_once(whole).await;
+        let told = match looked {
+            Ok(()) => self.tell().await,
+            Err(error) => Err(error),
+        };
+        match &told {
+            Err(error) => self.position().trouble = Some(error.to_string()),
+            Ok(()) if whole => self.judge().await,
+            Ok(()) => {}
+        }
+        told
+    }
+
+    /// Whether what was seen is all there is.
+    async fn judge(&self) {
+        let stock = self.stock.read().await;
+        let mut position = self.position();
+        let hole = position.end.as_ref().and_then(|end| stock.hole(end));
+        let mut suspected = self.suspected.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_known = *suspected == hole;
+        suspected.clone_from(&hole);
+        position.trouble = hole.filter(|_| is_known).or_else(|| left_behind(&stock, position.replayed));
+    }
+
+    async fn look_once(&self, whole: bool) -> Result<()> {
+        if whole {
+            // A signer that was enrolled since this process began signs what nobody here can check.
+            if self.is_damaged().await {
+                self.context.repository.trust.refresh(&self.context.repository.regions).await?;
+            }
+            self.look_for_timelines().await?;
+        }
+        let (mut grown, mut silent) = (false, BTreeSet::new());
+        for branch in self.open_branches().await {
+            grown |= self.look_on(&branch, whole, &mut silent).await?;
+        }
+        if whole {
+            self.position().silent = silent.into_iter().collect();
+        }
+        if grown {
+            self.changed.send_modify(|turn| *turn += 1);
+        }
+        Ok(())
+    }
+
+    async fn is_damaged(&self) -> bool {
+        self.stock.read().await.shelves.values().any(|shelf| !shelf.log.damaged.is_empty())
+    }
+
+    /// New histories, and the way that they make.
+    async fn look_for_timelines(&self) -> Result<()> {
+        let known = self.stock.read().await.histories.clone();
+        let histories = lineage::histories(&self.context.repository, &self.options.origin, &known).await?;
+        let is_new = histories.len() != known.len();
+        let way = match &self.options.way {
+            Some(way) => way.clone(),
+            None => Way::newest(&histories, &self.origin())?,
+        };
+        let missing: Vec<BranchId> = {
+            let stock = self.stock.read().await;
+            let branches = way.branches.keys().filter_map(|timeline| way.branch(*timeline));
+            branches.filter(|branch| !stock.shelves.contains_key(branch)).collect()
+        };
+        let mut loaded = Vec::new();
+        for branch in missing {
+            loaded.push((branch.clone(), Shelf::load(&self.context, branch).await?));
+        }
+        let mut stock = self.stock.write().await;
+        let is_changed = is_new || stock.way != way || !loaded.is_empty();
+        stock.histories = histories;
+        stock.way = way;
+        stock.shelves.extend(loaded);
+        drop(stock);
+        if is_changed {
+            self.changed.send_modify(|turn| *turn += 1);
+        }
+        Ok(())
+    }
+
+    /// Branches whose part of the way is not whole yet.
+    async fn open_branches(&self) -> Vec<BranchId> {
+        let stock = self.stock.read().await;
+        let is_open = |timeline: &Timeline| {
+            let Some((_, switch)) = stock.way.next(*timeline) else { return true };
+            let shelf = stock.way.branch(*timeline).and_then(|branch| stock.shelves.get(&branch));
+            shelf.is_none_or(|shelf| !shelf.log.runs.iter().any(|run| run.end() >= switch))
+        };
+        stock.way.branches.keys().filter(|timeline| is_open(timeline)).filter_map(|t| stock.way.branch(*t)).collect()
+    }
+
+    /// What came of one branch. Returns whether anything did.
+    async fn look_on(&self, branch: &BranchId, whole: bool, silent: &mut BTreeSet<RegionName>) -> Result<bool> {
+        let repository = &self.context.repository;
+        let regions = repository.regions.all();
+        let looks = {
+            let stock = self.stock.read().await;
+            let Some(shelf) = stock.shelves.get(branch) else { return Ok(false) };
+            let nearest = regions.get(..1).unwrap_or_default();
+            let mut looks = shelf.log.index.look_on(if whole { regions } else { nearest }, whole).await;
+            if !whole && looks.iter().all(|(_, look)| look.is_err()) {
+                looks = shelf.log.index.look_on(regions.get(1..).unwrap_or_default(), false).await;
+            }
+            looks
+        };
+        let gaps = if whole { Some(contradictions(&self.context, branch).await?) } else { None };
+        let (mut grown, mut failed) = (false, None::<Error>);
+        let mut stock = self.stock.write().await;
+        let Some(shelf) = stock.shelves.get_mut(branch) else { return Ok(false) };
+        let asked = looks.len();
+        let mut deaf = 0;
+        for (region, look) in looks {
+            match look {
+                Ok(arrivals) => grown |= shelf.log.index.take_in(arrivals),
+                Err(error) => {
+                    deaf += 1;
+                    silent.insert(region);
+                    failed.get_or_insert(error);
+                }
+            }
+        }
+        if let Some(gaps) = gaps {
+            grown |= gaps != shelf.contradictions;
+            shelf.contradictions = gaps;
+        }
+        drop(stock);
+        if deaf == asked
+            && let Some(error) = failed
+        {
+            return Err(error);
+        }
+        // Damage may have been mended.
+        let is_damaged = !self.stock.read().await.shelves.get(branch).is_none_or(|shelf| shelf.log.damaged.is_empty());
+        if grown || whole && is_damaged {
+            let counted = {
+                let stock = self.stock.read().await;
+                let Some(shelf) = stock.shelves.get(branch) else { return Ok(false) };
+                shelf.log.index.runs(repository, None).await
+            };
+            let mut stock = self.stock.write().await;
+            if let Some(shelf) = stock.shelves.get_mut(branch) {
+                (shelf.log.runs, shelf.log.damaged) = counted;
+            }
+            grown = true;
+        }
+        Ok(grown)
+    }
+
+    /// Notes the end of what can be served, and how long what lies before it has been waiting.
+    async fn tell(&self) -> Result<()> {
+        let stock = self.stock.read().await;
+        self.move_origin(&stock.way);
+        let WalNeed { timeline, stop_lsn, .. } = self.origin();
+        let from = Self::aligned(&stock, (timeline, stop_lsn));
+        let end = stock.end(from)?;
+        let waiting = match stock.reach(from.0, from.1)? {
+            Reach::To(_) => stock.written_at(&self.context, from.0, from.1).await?,
+            _ => None,
+        };
+        let mut position = self.position();
+        (position.end, position.waiting_since) = (Some(end), waiting.filter(|_| end.lsn > from.1));
+        Ok(())
+    }
+
+    /// A reader that replayed to a page's end stands behind the header of the next page: nothing lies between, and the
+    /// WAL may not go that far yet.
+    fn aligned(stock: &Stock, (timeline, at): (Timeline, Lsn)) -> (Timeline, Lsn) {
+        match stock.way.next(timeline) {
+            Some((_, switch)) if at > switch && reaches(switch, at) => (timeline, switch),
+            _ => (timeline, at),
+        }
+    }
+
+    async fn forget(&self) {
+        let Position { replayed: Some(replayed), .. } = self.position().clone() else { return };
+        let size = self.options.origin.wal_segment_size;
+        // A walreceiver begins at its segment's first byte; one that lost some of its own asks for more, and finds it.
+        let below = Lsn(size.segment_start(replayed).0.saturating_sub(size.bytes()));
+        for shelf in self.stock.write().await.shelves.values_mut() {
+            shelf.log.index.forget(below);
+        }
+    }
+
+    /// Loads branches anew that do not reach back to `at` any more.
+    pub(super) async fn reach_back(&self, timeline: Timeline, at: Lsn) -> Result<()> {
+        let _one = self.looking.lock().await;
+        let branch = {
+            let stock = self.stock.read().await;
+            if !matches!(stock.reach(timeline, at), Ok(Reach::Nothing)) {
+                return Ok(());
+            }
+            stock.way.branch(if at < stock.way.reign(timeline)?.begin {
+                stock.way.history.timeline_at(at)
+            } else {
+                timeline
+            })
+        };
+        if let Some(branch) = branch {
+            let shelf = Shelf::load(&self.context, branch.clone()).await?;
+            self.stock.write().await.shelves.insert(branch, shelf);
+        }
+        Ok(())
+    }
+}
+
+/// A newer timeline that left the reader's own one before the position that the reader has replayed: it cannot follow.
+fn left_behind(stock: &Stock, replayed: Option<Lsn>) -> Option<String> {
+    let at = replayed?;
+    let own = stock.way.history.timeline();
+    let newer = stock.histories.iter().filter(|stored| stored.timeline > own);
+    let mut left = newer.filter_map(|stored| {
+        let switch = stored.history.reign_of(own)?.end?;
+        let shares = stored.history.entries().starts_with(stock.way.history.entries());
+        (shares && switch < at).then_some((stored.timeline, switch))
+    });
+    let (timeline, switch) = left.next()?;
+    Some(format!(
+        "timeline {timeline} left timeline {own} at {switch}, and this standby has replayed {at}: it cannot follow; \
+         start another one from a newer backup"
+    ))
+}

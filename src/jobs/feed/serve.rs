@@ -1,0 +1,229 @@
+//! One walreceiver: its commands, and the stream that it asks for.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::UnixStream;
+use tokio::sync::mpsc;
+use tokio_util::task::AbortOnDropHandle;
+
+use crate::jobs::feed::stock::Reach;
+use crate::jobs::feed::{Doubt, Shared};
+use crate::model::{Error, Kind, Lsn, Result, Timeline};
+use crate::observe::task;
+use crate::pg::PgError;
+use crate::pg::walsender::{Command, Feedback, Identity, Refusal, Session};
+use crate::repository::wal_index;
+
+/// How often the reader is asked how far it is. It hangs up after `wal_receiver_timeout` without a word, a minute.
+const ASK: Duration = Duration::from_secs(1);
+/// Pieces that are read ahead of the one that is sent.
+const AHEAD: usize = 1;
+/// Contents are wrong, or may be.
+const DATA_CORRUPTED: &str = "XX001";
+
+enum Piece {
+    Wal(Lsn, Vec<u8>),
+    Switch(Timeline, Lsn),
+}
+
+/// Serves a connection to its end.
+pub(super) async fn serve(shared: Arc<Shared>, stream: UnixStream) {
+    match commands(&shared, stream).await {
+        Ok(()) => tracing::debug!("the walreceiver is gone"),
+        Err(error @ PgError::Closed(_)) => tracing::debug!(%error, "the walreceiver's connection ended"),
+        Err(error) => tracing::warn!(%error, "the feed ended a connection"),
+    }
+    let mut position = shared.position();
+    (position.connected, position.sent) = (false, None);
+}
+
+async fn commands(shared: &Arc<Shared>, stream: UnixStream) -> Result<(), PgError> {
+    let version = shared.options.origin.server_version;
+    let Some(mut session) = Session::accept(stream, version).await? else { return Ok(()) };
+    while let Some(command) = session.command().await? {
+        match command {
+            Command::IdentifySystem => match identity(shared).await {
+                Ok(identity) => session.identify(&identity).await?,
+                Err(error) => return Err(doubt(&mut session, &error).await),
+            },
+            Command::TimelineHistory(timeline) => match history(shared, timeline).await {
+                Ok(content) => session.history(timeline, &content).await?,
+                Err(refusal) => session.refuse(&refusal).await?,
+            },
+            Command::Show(name) if name == "wal_segment_size" => {
+                let size = shared.options.origin.wal_segment_size.bytes();
+                session.show(&format!("{}MB", size >> 20)).await?;
+            }
+            Command::Show(name) => {
+                let what = format!("unrecognized configuration parameter \"{name}\"");
+                session.refuse(&Refusal::new(Refusal::UNDEFINED_OBJECT, what)).await?;
+            }
+            Command::ReadSlot(_) => session.no_slot().await?,
+            Command::CreateSlot { name, .. } => session.slot_created(&name, Lsn::INVALID).await?,
+            Command::Start { at, timeline, .. } => {
+                let newest = shared.stock.read().await.way.history.timeline();
+                stream_from(shared, &mut session, (timeline.unwrap_or(newest), at)).await?;
+            }
+        }
+    }
+    Ok(())
+}
+
+async fn identity(shared: &Shared) -> Result<Identity> {
+    shared.look(true).await?;
+    let stock = shared.stock.read().await;
+    let origin = &shared.options.origin;
+    let end = stock.end((origin.timeline, origin.stop_lsn))?;
+    // The end may lie on an older timeline while WAL of the newest is still to come: the reader goes on there by itself.
+    let timeline = stock.way.history.timeline();
+    Ok(Identity { system_id: origin.system_id, timeline, end: end.lsn })
+}
+
+/// A history file. Absent is told only of what no region can have.
+async fn history(shared: &Shared, timeline: Timeline) -> Result<Vec<u8>, Refusal> {
+    let stock = shared.stock.read().await;
+    let own = stock.way.branches.get(&timeline);
+    let named = |number: Timeline| stock.histories.iter().filter(move |stored| stored.timeline == number);
+    let found = match own {
+        Some(branch) => named(timeline).find(|stored| stored.branch == *branch),
+        None => named(timeline).next(),
+    };
+    if let Some(found) = found {
+        return Ok(found.content.to_vec());
+    }
+    let name = timeline.history_file_name();
+    let cannot = |error: Error| Refusal {
+        code: Refusal::NOT_NOW,
+        message: format!("whether there is a \"{name}\" cannot be told"),
+        detail: Some(error.to_string()),
+    };
+    let regions = &shared.context.repository.regions;
+    let silent = shared.position().silent.len();
+    if silent >= regions.lowest_quorum() {
+        return Err(cannot(Error::failed("too many regions do not answer")));
+    }
+    let branches = wal_index::branches(regions, shared.options.origin.system_id).await.map_err(cannot)?;
+    if branches.iter().any(|branch| branch.timeline == timeline) {
+        return Err(cannot(Error::failed("WAL of that timeline is stored, and its history is in no region")));
+    }
+    let message = format!("could not open file \"pg_wal/{name}\": No such file or directory");
+    Err(Refusal::new(Refusal::UNDEFINED_FILE, message))
+}
+
+/// Tells a doubt, which ends the connection.
+async fn doubt(session: &mut Session, error: &Error) -> PgError {
+    let detail = error.causes().join("; ");
+    let detail = (!detail.is_empty()).then_some(detail);
+    session.fatal(&Refusal { code: DATA_CORRUPTED, message: error.message().to_owned(), detail }).await
+}
+
+async fn stream_from(
+    shared: &Arc<Shared>,
+    session: &mut Session,
+    (timeline, at): (Timeline, Lsn),
+) -> Result<(), PgError> {
+    if let Err(error) = shared.reach_back(timeline, at).await {
+        return Err(doubt(session, &error).await);
+    }
+    let reach = shared.stock.read().await.reach(timeline, at);
+    match reach {
+        Err(error) => return Err(doubt(session, &error).await),
+        Ok(Reach::Switch(next, switch)) => return session.next_timeline((next, switch)).await,
+        Ok(Reach::To(_) | Reach::Nothing) => {}
+    }
+    session.begin_copy().await?;
+    {
+        let mut position = shared.position();
+        (position.connected, position.timeline, position.sent) = (true, Some(timeline), Some(at));
+    }
+    let (sender, mut pieces) = mpsc::channel(AHEAD);
+    let _reading =
+        AbortOnDropHandle::new(task::spawn("feed-read", read_on(Arc::clone(shared), (timeline, at), sender)));
+    let mut ask = tokio::time::interval(ASK);
+    loop {
+        let now = shared.context.clock.now();
+        tokio::select! {
+            piece = pieces.recv() => match piece {
+                Some(Ok(Piece::Wal(at, wal))) => {
+                    session.send_wal(at, &wal, now).await?;
+                    let mut position = shared.position();
+                    let sent = Lsn(at.0 + wal.len() as u64);
+                    position.sent = Some(sent);
+                    // A reader begins at its segment anew: what is wrong further on still is.
+                    let is_past = position.doubt.as_ref().is_some_and(|doubt| doubt.at < sent);
+                    position.doubt = position.doubt.take().filter(|_| !is_past);
+                }
+                Some(Ok(Piece::Switch(next, switch))) => return session.end_timeline((next, switch)).await,
+                Some(Err((at, error))) => {
+                    shared.position().doubt = Some(Doubt { at, why: error.to_string() });
+                    return Err(doubt(session, &error).await);
+                }
+                None => {
+                    let error = Error::failed("the reader of the feed died");
+                    return Err(doubt(session, &error).await);
+                }
+            },
+            feedback = session.feedback() => match feedback? {
+                Feedback::Status(status) => {
+                    let mut position = shared.position();
+                    (position.connected, position.flushed) = (true, Some(status.flush));
+                    // A walreceiver that has just started says 0.
+                    position.replayed = Some(status.apply).filter(|apply| *apply > Lsn::INVALID).or(position.replayed);
+                }
+                Feedback::Done => return session.end_copy().await,
+            },
+            _ = ask.tick() => {
+                let end = shared.position().sent.unwrap_or(at);
+                session.keepalive(end, now, true).await?;
+            }
+        }
+    }
+}
+
+/// Reads what the stock has for a reader, piece by piece, and waits for more.
+async fn read_on(
+    shared: Arc<Shared>,
+    (timeline, mut at): (Timeline, Lsn),
+    pieces: mpsc::Sender<Result<Piece, (Lsn, Error)>>,
+) {
+    let mut changed = shared.changed.subscribe();
+    loop {
+        changed.borrow_and_update();
+        let stock = shared.stock.read().await;
+        let read = match stock.reach(timeline, at) {
+            Ok(Reach::To(end)) => {
+                let read = stock.read(&shared.context, timeline, (at, end)).await;
+                read.map(|wal| Some(Piece::Wal(at, wal)))
+            }
+            Ok(Reach::Switch(next, switch)) => Ok(Some(Piece::Switch(next, switch))),
+            Ok(Reach::Nothing) => Ok(None),
+            Err(error) => Err(error),
+        };
+        drop(stock);
+        let piece = match read {
+            Ok(Some(piece)) => Ok(piece),
+            Ok(None) => {
+                if changed.changed().await.is_err() {
+                    return;
+                }
+                continue;
+            }
+            // Regions that are away come back; nothing is wrong with what they hold.
+            Err(error) if error.is_transient() || error.kind() == Kind::Unavailable => {
+                shared.position().trouble = Some(error.to_string());
+                tokio::time::sleep(ASK).await;
+                continue;
+            }
+            Err(error) => Err((at, error)),
+        };
+        let is_last = !matches!(piece, Ok(Piece::Wal(..)));
+        if let Ok(Piece::Wal(_, wal)) = &piece {
+            at.0 += wal.len() as u64;
+        }
+        // A connection that ended wants nothing more.
+        if pieces.send(piece).await.is_err() || is_last {
+            return;
+        }
+    }
+}

@@ -1,0 +1,415 @@
+//! A standby that recovers all the time from what the regions hold: its data directory is restored from a backup, and a
+//! [feed] of this process gives its server WAL as it is stored. Whoever kills that process stops nothing
+//! but the feed: the server waits, and the next `start` goes on.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
+
+use crate::disk::lock::Lock;
+use crate::jobs::context::Context;
+use crate::jobs::feed::{self, Feed};
+use crate::jobs::restore::{self, Memory, Point, Request};
+use crate::jobs::socket::Served;
+use crate::jobs::standby::control::{Desk, Order};
+use crate::jobs::standby::record::LOCK;
+use crate::jobs::standby::server::Server;
+use crate::model::commit::WalNeed;
+use crate::model::{Error, Kind, Lsn, RegionName, Result, ResultExt, TargetName};
+use crate::pg::instance::{Postmaster, User, postmaster_of};
+use crate::repository::handle::Repository;
+use crate::repository::nearest::nearest;
+use crate::repository::wal_log::branch_of;
+
+mod control;
+mod promote;
+mod record;
+mod server;
+mod status;
+mod words;
+
+pub use promote::{Plan as PromotionPlan, plan as plan_promotion};
+pub use record::{RECORD, Record, known, the_one};
+pub use status::{State, Status};
+pub use words::{Overrides, Promoted, Wish};
+
+/// How often the server is looked at.
+const TURN: Duration = Duration::from_millis(500);
+/// Before a server that ended is started again.
+const AGAIN: Duration = Duration::from_secs(5);
+/// For answers that are on their way when everything ends.
+const FAREWELL: Duration = Duration::from_secs(5);
+/// Turns between two looks at what the primary's WAL demands.
+const LIMITS: u32 = 10;
+
+/// What is wanted.
+#[derive(Debug, Clone)]
+pub struct Start {
+    /// Whose standby.
+    pub target: TargetName,
+    /// The backup to begin with; the newest of the target.
+    pub backup: Option<String>,
+    /// The data directory, absolute.
+    pub directory: PathBuf,
+    /// Location on the source → directory here.
+    pub tablespaces: BTreeMap<String, PathBuf>,
+    /// Read from this region first, instead of from the nearest.
+    pub region: Option<RegionName>,
+    /// The server's port.
+    pub port: u16,
+    /// The addresses that it listens on.
+    pub listen: Option<String>,
+    /// The account that PostgreSQL runs as, when drctl is root.
+    pub run_as: Option<String>,
+    /// What the restore may hold in memory.
+    pub memory: Memory,
+    /// The words before the verb.
+    pub invocation: Vec<String>,
+}
+
+/// What a start does.
+#[derive(Debug)]
+pub enum Begin {
+    /// The directory holds this standby already.
+    Continue(Box<Record>),
+    /// It is restored first.
+    Restore(Box<restore::Prepared>),
+}
+
+/// How a standby ended.
+#[derive(Debug)]
+pub enum Ended {
+    /// It was told to; its server is stopped.
+    Stopped,
+    /// Its server goes on, as a primary.
+    Promoted(Box<Promoted>),
+}
+
+impl Start {
+    /// Looks at what is there, and plans the restore of a standby that is not.
+    ///
+    /// # Errors
+    /// The directory is another target's standby, no backup fits, or no region answers.
+    pub async fn plan(&self, context: &Context) -> Result<Begin> {
+        let is_whole = !self.directory.join(restore::MARKER).exists();
+        if let Some(record) = Record::read(&self.directory)?.filter(|_| is_whole) {
+            if record.target != self.target {
+                let directory = self.directory.display();
+                return Err(Error::refused(format!("{directory} is a standby of {}", record.target)));
+            }
+            return Ok(Begin::Continue(Box::new(record)));
+        }
+        let mut prepared = restore::prepare(context, &self.request()).await?;
+        if prepared.plan.target != self.target {
+            let text = format!("{} is a backup of {}", prepared.plan.backup, prepared.plan.target);
+            return Err(Error::refused(text));
+        }
+        prepared.plan.command = match prepared.plan.refused.is_empty() {
+            true => self.command(),
+            false => String::new(),
+        };
+        Ok(Begin::Restore(Box::new(prepared)))
+    }
+
+    fn command(&self) -> String {
+        let word = |text: &str| restore::quoted(text);
+        let mut words: Vec<_> = self.invocation.iter().map(|text| word(text)).collect();
+        let directory = word(&self.directory.display().to_string());
+        words.push(format!("standby start {} --to {directory}", self.target));
+        words.extend(self.run_as.as_ref().map(|user| format!("--run-as {user}")));
+        words.join(" ")
+    }
+
+    fn request(&self) -> Request {
+        Request {
+            what: self.backup.clone().unwrap_or_else(|| self.target.to_string()),
+            directory: self.directory.clone(),
+            tablespaces: self.tablespaces.clone(),
+            region: self.region.clone(),
+            point: Point::End,
+            timeline: None,
+            start: true,
+            feed: Some(restore::Feed::Streamed),
+            standby: true,
+            run_as: self.run_as.clone(),
+            delta: false,
+            memory: self.memory,
+            invocation: self.invocation.clone(),
+            known: None,
+        }
+    }
+
+    /// Restores the data directory of a new standby.
+    ///
+    /// # Errors
+    /// As a restore; or the plan refuses.
+    pub async fn restore(&self, context: &Context, prepared: restore::Prepared) -> Result<(Record, restore::Report)> {
+        let record = Record {
+            format: 1,
+            target: self.target.clone(),
+            backup: prepared.plan.backup.clone(),
+            origin: prepared.need().clone(),
+            directory: self.directory.clone(),
+            socket_dir: feed::place_in(&self.directory, context.rng.as_ref())?,
+            run_as: self.run_as.clone(),
+            region: self.region.clone(),
+            port: self.port,
+            listen: self.listen.clone(),
+        };
+        let document = (RECORD, record.document()?);
+        let laid = restore::lay_standby(context, &self.request(), prepared, document).await?;
+        Ok((record, laid))
+    }
+}
+
+/// A standby that is fed.
+#[derive(Debug)]
+pub struct Standby {
+    context: Context,
+    desk: Arc<Desk>,
+    server: Server,
+    orders: mpsc::Receiver<Order>,
+    started_at: Duration,
+    control: Served,
+    _lock: Lock,
+}
+
+impl Standby {
+    /// Feeds a standby whose directory is there, and starts its server unless it runs.
+    ///
+    /// # Errors
+    /// Another process feeds it, no region answers, or PostgreSQL does not start.
+    pub async fn open(context: &Context, record: Record) -> Result<Self> {
+        let owner = record.run_as.as_deref().map(User::named).transpose()?;
+        let lock = Lock::acquire(&record.directory.join(LOCK)).during(|| "another drctl feeds this standby")?;
+        restore::give(&record.directory.join(LOCK), owner)?;
+        if let Err(error) = record.remember(context) {
+            tracing::warn!(%error, "the state directory does not know this standby: name it with --dir");
+        }
+        let region = match &record.region {
+            Some(region) => Some(region.clone()),
+            None => nearest(&context.repository.regions, context.clock.as_ref()).await,
+        };
+        let regions = match &region {
+            Some(region) => context.repository.regions.preferring(region)?,
+            None => context.repository.regions.clone(),
+        };
+        let repository = Repository { regions, ..context.repository.clone() };
+        let context = Context { repository, ..context.clone() };
+        let options =
+            feed::Options { socket_dir: record.socket_dir.clone(), owner, origin: origin(&record).await?, way: None };
+        let feed = Feed::open(&context, options).await?;
+        let mut server = Server::of(&record).await?;
+        let (sender, orders) = mpsc::channel(1);
+        let desk = Desk {
+            record,
+            feed,
+            region,
+            server: std::sync::Mutex::default(),
+            clock: Arc::clone(&context.clock),
+            orders: sender,
+        };
+        let desk = Arc::new(desk);
+        let control = control::serve(Arc::clone(&desk)).await?;
+        if !server.is_running()? {
+            server.start().await?;
+        }
+        let started_at = context.clock.monotonic();
+        Ok(Self { context, desk, server, orders, started_at, control, _lock: lock })
+    }
+
+    /// What tells how it is, whatever it does.
+    pub fn watch(&self) -> impl Fn() -> Status + Send + Sync + use<> {
+        let desk = Arc::clone(&self.desk);
+        move || desk.status()
+    }
+
+    /// Feeds until it is stopped or promoted.
+    ///
+    /// # Errors
+    /// The server cannot be stopped in order.
+    pub async fn run(mut self, stop: &CancellationToken) -> Result<Ended> {
+        let mut turn: u32 = 0;
+        let mut turns = tokio::time::interval(TURN);
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return self.stop().await,
+                order = self.orders.recv() => match order {
+                    Some(Order::Promote(wish, answer)) => {
+                        if let Some(promoted) = self.promote(wish, answer).await {
+                            self.end().await;
+                            return Ok(Ended::Promoted(Box::new(promoted)));
+                        }
+                    }
+                    Some(Order::Stop(answer)) => {
+                        // Nobody who waits for it needs to wait for the server here: the lock tells.
+                        let _ = answer.send(());
+                        return self.stop().await;
+                    }
+                    None => return Err(Error::failed("the standby lost its orders")),
+                },
+                _ = turns.tick() => {
+                    turn += 1;
+                    self.tend(turn.is_multiple_of(LIMITS)).await;
+                }
+            }
+        }
+    }
+
+    /// Starts a server that ended, or that needs to be larger.
+    async fn tend(&mut self, limits: bool) {
+        let running = self.server.is_running();
+        if limits && matches!(running, Ok(true)) && self.server.is_outgrown().await {
+            tracing::info!("the primary was made larger: the standby's server is started again with its limits");
+            if let Err(error) = self.server.stop().await {
+                tracing::warn!(%error, "the standby's server does not stop");
+                return;
+            }
+            self.start_again().await;
+        }
+        match running {
+            Ok(true) => self.desk.note(|view| (view.pid, view.down) = (self.server.pid(), None)),
+            ended => {
+                let why = ended.err().map_or_else(|| "PostgreSQL does not run".to_owned(), |error| error.to_string());
+                self.desk.note(|view| {
+                    view.pid = None;
+                    view.down.get_or_insert(why);
+                });
+                if self.context.clock.monotonic() - self.started_at >= AGAIN {
+                    self.start_again().await;
+                }
+            }
+        }
+    }
+
+    async fn start_again(&mut self) {
+        self.started_at = self.context.clock.monotonic();
+        if let Err(error) = self.server.start().await {
+            tracing::warn!(%error, "the standby's server does not start");
+            self.desk.note(|view| view.down = Some(error.to_string()));
+        }
+    }
+
+    async fn promote(&mut self, wish: Wish, answer: oneshot::Sender<Result<Promoted>>) -> Option<Promoted> {
+        self.desk.note(|view| view.promoting = true);
+        let subject = (&self.desk.record, &self.desk.feed, &mut self.server);
+        let promoted = promote::run(&self.context, subject, wish).await;
+        self.desk.note(|view| view.promoting = false);
+        let kept = promoted.as_ref().ok().cloned();
+        let told = match promoted {
+            Ok(mut promoted) => {
+                promoted.warnings.extend(self.part().err().map(|error| format!("not tidied up: {error}")));
+                Ok(promoted)
+            }
+            Err(error) => Err(error),
+        };
+        // Whoever asked may have gone; what was done is done, and told by this process, too.
+        let _ = answer.send(told);
+        kept
+    }
+
+    /// The server is a primary: nothing of the standby stays.
+    fn part(&mut self) -> Result<()> {
+        let Desk { record, .. } = self.desk.as_ref();
+        let owner = self.server.owner();
+        self.server.leave();
+        restore::unconfigure(&record.directory, owner)?;
+        restore::give(&record.directory.join(record::LOG), owner)?;
+        record.forget(&self.context);
+        let lock = record.directory.join(LOCK);
+        std::fs::remove_file(&lock).map_err(|error| crate::disk::DiskError::new("remove", &lock, error))?;
+        self.server.reload()
+    }
+
+    async fn stop(mut self) -> Result<Ended> {
+        let stopped = self.server.stop().await.during(|| "stop the standby's server");
+        self.end().await;
+        stopped.map(|()| Ended::Stopped)
+    }
+
+    /// Whoever asked hears the answer; then nothing of the feed stays.
+    async fn end(self) {
+        let Self { desk, control, .. } = self;
+        control.stop(FAREWELL).await;
+        feed::remove(&desk.record.socket_dir);
+    }
+}
+
+/// Where a standby stands, by its own files.
+async fn origin(record: &Record) -> Result<WalNeed> {
+    let control = server::read_control(&record.directory).await?;
+    let (timeline, at) = match control.min_recovery_end {
+        Lsn::INVALID => (control.timeline, control.checkpoint),
+        end => (control.min_recovery_timeline, end),
+    };
+    let origin = record.origin.clone();
+    if control.system_id != origin.system_id {
+        let text = format!("{} is of system {}", record.directory.display(), control.system_id);
+        return Err(Error::refused(text).because(format!("its record says {}", origin.system_id)));
+    }
+    if timeline == origin.timeline {
+        return Ok(WalNeed { stop_lsn: at.max(origin.stop_lsn), ..origin });
+    }
+    let path = record.directory.join("pg_wal").join(timeline.history_file_name());
+    let history = std::fs::read(&path).map_err(|error| crate::disk::DiskError::new("read", &path, error))?;
+    Ok(WalNeed { timeline, branch: branch_of(&history), stop_lsn: at, ..origin })
+}
+
+/// How a standby is.
+///
+/// # Errors
+/// It answers, and not as it should.
+pub async fn status(record: &Record) -> Result<Status> {
+    match control::status(record, false).await? {
+        Some(status) => Ok(status),
+        None => {
+            let server = match postmaster_of(&record.directory)? {
+                Postmaster::Alive { pid } => Some(pid),
+                _ => None,
+            };
+            Ok(Status::not_fed(record, server))
+        }
+    }
+}
+
+/// Promotes a standby that is fed, and waits until it takes writes.
+///
+/// # Errors
+/// Nobody feeds it, or what stopped it.
+pub async fn order_promotion(record: &Record, wish: Wish) -> Result<Promoted> {
+    let nobody = || {
+        let error = Error::new(Kind::Unavailable, format!("nobody feeds the standby of {}", record.target));
+        error.hint(format!("drctl standby start {} --to {}", record.target, record.directory.display()))
+    };
+    control::order_promotion(record, wish).await?.ok_or_else(nobody)
+}
+
+/// Stops feed and server of a standby. Returns whether anything ran.
+///
+/// # Errors
+/// What stopped it.
+pub async fn stop(record: &Record) -> Result<bool> {
+    let was_fed = control::order_stop(record).await?.is_some();
+    let was_running = matches!(postmaster_of(&record.directory)?, Postmaster::Alive { .. });
+    if was_fed {
+        wait_released(&record.directory).await?;
+    } else if was_running {
+        server::stop_found(&record.directory).await?;
+    }
+    Ok(was_fed || was_running)
+}
+
+/// The feed's process lets go of its lock when everything has ended.
+async fn wait_released(directory: &Path) -> Result<()> {
+    loop {
+        match Lock::acquire(&directory.join(LOCK)) {
+            Ok(_lock) => return Ok(()),
+            Err(crate::disk::DiskError::Locked { .. }) => tokio::time::sleep(TURN).await,
+            Err(error) => return Err(error.into()),
+        }
+    }
+}

@@ -1,0 +1,315 @@
+//! Promotion: a plan that says what it loses, and the run: drain to the durable end, make sure that it is the end, promote,
+//! and check where the new timeline began.
+
+use std::time::Duration;
+
+use serde::Serialize;
+use sha2::{Digest as _, Sha256};
+
+use crate::disk::place;
+use crate::jobs::context::Context;
+use crate::jobs::feed::{Feed, Position};
+use crate::jobs::restore::{self, Refusal};
+use crate::jobs::standby::control;
+use crate::jobs::standby::record::Record;
+use crate::jobs::standby::server::Server;
+use crate::jobs::standby::status::{State, Status};
+use crate::jobs::standby::words::{Overrides, Promoted, Wish};
+use crate::jobs::wal::reaches;
+use crate::model::{Clock, Error, Lsn, Result, ResultExt, Timeline};
+use crate::pg::history::History;
+use crate::repository::wal_index;
+
+const POLL: Duration = Duration::from_millis(200);
+/// Replay that does not move for so long is stuck.
+const STALL: Duration = Duration::from_secs(60);
+/// What is in doubt may be on its way for so long.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// A server that is promoted writes one record first; a large one renames and checks many files.
+const OPENING: Duration = Duration::from_secs(600);
+
+/// What promotion will do.
+#[derive(Debug, Clone, Serialize)]
+pub struct Plan {
+    /// Identifies the plan; its first six digits are enough.
+    pub digest: String,
+    /// How the standby is now.
+    pub standby: Status,
+    /// Whether the primary still answers as one.
+    pub primary_answers: bool,
+    /// What stands in the way.
+    pub refused: Vec<Refusal>,
+    /// What the reader should know.
+    pub warnings: Vec<String>,
+    /// The command that runs this plan; absent when something stands in the way.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub command: String,
+}
+
+impl Plan {
+    /// As people type it.
+    pub fn short_digest(&self) -> &str {
+        self.digest.get(..6).unwrap_or(&self.digest)
+    }
+
+    /// An error if something stands in the way.
+    ///
+    /// # Errors
+    /// The refusals.
+    pub fn refuse(&self) -> Result<()> {
+        let Some(first) = self.refused.first() else { return Ok(()) };
+        let error = Error::refused(format!("the standby of {} is not promoted: {}", self.standby.target, first.what));
+        let rest = self.refused.iter().map(|refusal| format!("{}: {}", refusal.what, refusal.why));
+        Err(rest.fold(error, |error, refusal| error.because(refusal)).hint(first.next.clone()))
+    }
+
+    /// Whether it is the plan that was named.
+    ///
+    /// # Errors
+    /// It is another one.
+    pub fn must_be(&self, wanted: &str) -> Result<()> {
+        const LEAST: usize = 6;
+        if wanted.len() >= LEAST && self.digest.starts_with(wanted) {
+            return Ok(());
+        }
+        let error = Error::refused(format!("the plan is not {wanted}, it is {}", self.short_digest()));
+        Err(error.hint("look at the plan again: drctl standby promote"))
+    }
+
+    fn refuse_because(&mut self, what: impl Into<String>, why: impl Into<String>, next: impl Into<String>) {
+        self.refused.push(Refusal { what: what.into(), why: why.into(), next: next.into(), judges: false });
+    }
+}
+
+/// Computes the plan; nothing is touched.
+///
+/// # Errors
+/// The standby answers, and not as it should.
+pub async fn plan(context: &Context, record: &Record, overrides: Overrides) -> Result<Plan> {
+    let standby = match control::status(record, true).await? {
+        Some(status) => status,
+        None => Status::not_fed(record, None),
+    };
+    let primary_answers = match context.target(&record.target) {
+        Ok(target) => restore::primary_answers(target, record.origin.system_id).await,
+        Err(_) => false,
+    };
+    let mut plan = Plan {
+        digest: digest(record, overrides)?,
+        standby,
+        primary_answers,
+        refused: Vec::new(),
+        warnings: Vec::new(),
+        command: String::new(),
+    };
+    plan.judge(context, overrides);
+    Ok(plan)
+}
+
+impl Plan {
+    fn judge(&mut self, context: &Context, overrides: Overrides) {
+        let Status { state, why, silent, .. } = self.standby.clone();
+        if state == State::NotFed {
+            let next = format!("drctl standby start {} --to {}", self.standby.target, self.standby.directory.display());
+            self.refuse_because("nobody feeds it", "what is stored and not replayed would be lost", next);
+        }
+        if matches!(state, State::ServerDown | State::Promoting) {
+            let why = why.clone().unwrap_or_else(|| state.words().to_owned());
+            self.refuse_because(format!("it is {}", state.words()), why, "see drctl standby status");
+        }
+        if self.primary_answers {
+            let what = "the primary still answers";
+            let why = "what it commits from now on would be lost, and two servers would take writes";
+            match overrides.primary_lives {
+                true => self.warnings.push(format!("{what}: {why}")),
+                false => self.refuse_because(what, why, "stop or fence it, or add --primary-is-fenced"),
+            }
+        }
+        let mut loss = |what: String, why: String| match overrides.accept_loss {
+            true => self.warnings.push(format!("{what}: {why}")),
+            false => self.refused.push(Refusal {
+                what,
+                why,
+                next: "see drctl wal status; --accept-loss promotes all the same".to_owned(),
+                judges: false,
+            }),
+        };
+        if let (State::InDoubt, Some(why)) = (state, why) {
+            loss("stored WAL is not all replayed".to_owned(), why);
+        }
+        if silent.len() >= context.repository.regions.lowest_quorum() {
+            let names = silent.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+            loss(format!("{names}: no answer"), "acknowledged WAL may be there alone".to_owned());
+        }
+    }
+}
+
+/// Whose standby, where, and what is overridden; not its position, which moves until it is promoted.
+fn digest(record: &Record, Overrides { primary_lives, accept_loss }: Overrides) -> Result<String> {
+    let canonical = serde_json::json!({
+        "action": "promote",
+        "target": record.target,
+        "system": record.origin.system_id.to_string(),
+        "directory": record.directory,
+        "overrides": [primary_lives, accept_loss],
+    });
+    let text = serde_json::to_vec(&canonical).map_err(|error| Error::failed("encode the plan").because(error))?;
+    Ok(hex::encode(Sha256::digest(&text)))
+}
+
+/// Promotes.
+pub(super) async fn run(
+    context: &Context,
+    (record, feed, server): (&Record, &Feed, &mut Server),
+    wish: Wish,
+) -> Result<Promoted> {
+    let clock = context.clock.as_ref();
+    let began = clock.monotonic();
+    let position = drain(context, feed, wish).await.during(|| "drain the standby")?;
+    must_know_every_timeline(context, (record, feed), wish).await?;
+    let drained = clock.monotonic();
+    let end = position.end.ok_or_else(|| Error::failed("the end of the stored WAL is not known"))?;
+    take_numbers(record, feed, server).await?;
+    server.promote()?;
+    server.opened(OPENING).await.during(|| "promote")?;
+    let opened = clock.monotonic();
+    let (timeline, switch) = switched(record, server).await?;
+    if switch < end.lsn && !reaches(switch, end.lsn) && !wish.accept_loss {
+        let text = format!("the new timeline {timeline} began at {switch}, and WAL is stored up to {}", end.lsn);
+        return Err(Error::damaged(text).hint("it is open: do not use it; restore to the end instead"));
+    }
+    let seconds = |from: Duration, to: Duration| (to - from).as_secs_f64();
+    let phases = [("drain", seconds(began, drained)), ("promote", seconds(drained, opened))];
+    Ok(Promoted {
+        target: record.target.clone(),
+        directory: record.directory.clone(),
+        recovered_to: end.lsn,
+        switch,
+        old_timeline: end.timeline,
+        timeline,
+        last_commit: end.last_commit,
+        stored_at: end.written_at,
+        silent: position.silent,
+        phases: phases.map(|(name, took)| (name.to_owned(), took)).to_vec(),
+        seconds: seconds(began, opened),
+        warnings: warnings(server).await,
+        next: next(record),
+    })
+}
+
+/// Waits until everything that is stored is replayed, seen by two whole looks in a row.
+async fn drain(context: &Context, feed: &Feed, wish: Wish) -> Result<Position> {
+    let clock: &dyn Clock = context.clock.as_ref();
+    let (mut before, mut moved_at) = (None, clock.monotonic());
+    let mut sure = false;
+    loop {
+        let looked = feed.look().await;
+        let position = feed.position();
+        let doubt = looked.err().map(|error| error.to_string()).or_else(|| doubts(context, &position));
+        let end = position.end.map(|end| end.lsn);
+        let now = (end, position.replayed);
+        if before != Some(now) {
+            (moved_at, sure) = (clock.monotonic(), false);
+        }
+        let is_done =
+            end.zip(position.replayed).is_some_and(|(end, replayed)| replayed >= end || reaches(replayed, end));
+        let waited = clock.monotonic() - moved_at;
+        match doubt {
+            None if is_done && sure => return Ok(position),
+            Some(_) if wish.accept_loss && (is_done || position.doubt.is_some()) && waited > PATIENCE => {
+                return Ok(position);
+            }
+            Some(doubt) if !wish.accept_loss && waited > PATIENCE => {
+                let error = Error::refused("stored WAL is not all replayed").because(doubt);
+                return Err(error.hint("nothing was promoted; --accept-loss promotes all the same"));
+            }
+            None if waited > STALL => {
+                let at = position.replayed.map_or_else(|| "nowhere".to_owned(), |at| at.to_string());
+                let error = Error::failed(format!("replay stands still at {at}"));
+                return Err(error.hint("nothing was promoted; see the server's log, drctl-standby.log"));
+            }
+            _ => {}
+        }
+        sure = before == Some(now) && is_done;
+        before = Some(now);
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+fn doubts(context: &Context, position: &Position) -> Option<String> {
+    let silent = position.silent.len() >= context.repository.regions.lowest_quorum();
+    let names = || position.silent.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+    let silent = silent.then(|| format!("{}: no answer", names()));
+    let doubt = position.doubt.as_ref().map(|doubt| format!("WAL from {} on: {}", doubt.at, doubt.why));
+    doubt.or_else(|| position.trouble.clone()).or(silent)
+}
+
+/// WAL of a timeline whose history is not stored may be the newest there is, and its number is not free.
+async fn must_know_every_timeline(context: &Context, (record, feed): (&Record, &Feed), wish: Wish) -> Result<()> {
+    let known = feed.histories().await;
+    let stored = wal_index::branches(&context.repository.regions, record.origin.system_id).await?;
+    let is_unknown = |branch: &&wal_index::BranchId| {
+        branch.timeline > Timeline::FIRST && known.iter().all(|known| known.timeline != branch.timeline)
+    };
+    match stored.iter().find(is_unknown) {
+        Some(unknown) if !wish.accept_loss => {
+            let text = format!("WAL of timeline {} is stored, and its history is in no region", unknown.timeline);
+            Err(Error::refused(text).hint("nothing was promoted; hand the history file to drctl wal push"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// A server takes the number behind the highest that it finds a history of: every stored one must be there.
+async fn take_numbers(record: &Record, feed: &Feed, server: &Server) -> Result<()> {
+    for stored in feed.histories().await {
+        let path = record.directory.join("pg_wal").join(stored.timeline.history_file_name());
+        if path.exists() {
+            continue;
+        }
+        place::place(&path, &stored.content, 0o600)?;
+        if let Some(owner) = server.owner() {
+            let io = |error| crate::disk::DiskError::new("chown", &path, error);
+            std::os::unix::fs::chown(&path, Some(owner.uid), Some(owner.gid)).map_err(io)?;
+        }
+    }
+    Ok(())
+}
+
+/// The timeline that the server began, and where.
+async fn switched(record: &Record, server: &Server) -> Result<(Timeline, Lsn)> {
+    let unknown = || Error::failed("the promoted server has no history of its timeline");
+    let timeline = server.timeline().await?;
+    let path = record.directory.join("pg_wal").join(timeline.history_file_name());
+    let text = std::fs::read_to_string(&path).map_err(|error| unknown().because(error))?;
+    let history = History::parse(timeline, &text)?;
+    let last = history.entries().last().ok_or_else(unknown)?;
+    Ok((timeline, last.switch))
+}
+
+async fn warnings(server: &Server) -> Vec<String> {
+    let mut warnings = Vec::new();
+    match server.setting("synchronous_standby_names").await {
+        Ok(names) if !names.is_empty() => {
+            warnings.push(format!("synchronous_standby_names is '{names}': commits wait until such a standby connects"))
+        }
+        Ok(_) => {}
+        Err(error) => warnings.push(format!("synchronous_standby_names is not known: {error}")),
+    }
+    warnings
+}
+
+fn next(record: &Record) -> Vec<String> {
+    let listens = record.listen.as_ref().map_or_else(
+        || "it listens in its data directory alone: restart it to listen as its configuration says".to_owned(),
+        |listen| format!("it listens on {listen}, port {}: let clients in", record.port),
+    );
+    vec![
+        listens,
+        format!(
+            "let the conninfo of {} name it, and stream its WAL: drctl wal stream {}",
+            record.target, record.target
+        ),
+        format!("drctl backup {}", record.target),
+    ]
+}

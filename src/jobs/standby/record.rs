@@ -1,0 +1,143 @@
+//! What a standby is, written beside its data, so that whoever starts it again goes on with it.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+
+use crate::disk::{DiskError, place};
+use crate::jobs::context::Context;
+use crate::model::commit::WalNeed;
+use crate::model::{BackupId, Error, RegionName, Result, TargetName};
+
+/// The record's name in the data directory.
+pub const RECORD: &str = "drctl-standby.json";
+/// Held by the process that feeds the standby.
+pub(super) const LOCK: &str = "drctl-standby.lock";
+/// What its server prints.
+pub(super) const LOG: &str = "drctl-standby.log";
+/// Where a host keeps which standbys it has, below the state directory.
+const KNOWN: &str = "standbys";
+
+/// A standby of this host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Record {
+    /// Version of this record.
+    pub format: u32,
+    /// Whose standby.
+    pub target: TargetName,
+    /// The backup that it was made from.
+    pub backup: BackupId,
+    /// Where its WAL began.
+    pub origin: WalNeed,
+    /// Its data directory.
+    pub directory: PathBuf,
+    /// Where the feed's socket goes.
+    pub socket_dir: PathBuf,
+    /// The account that PostgreSQL runs as, when drctl is root.
+    pub run_as: Option<String>,
+    /// Read from this region first, instead of from the nearest.
+    pub region: Option<RegionName>,
+    /// The port of its server.
+    pub port: u16,
+    /// The addresses that it listens on; none but a socket in the data directory without them.
+    pub listen: Option<String>,
+}
+
+/// Where a standby is, as the state directory knows it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Known {
+    target: TargetName,
+    directory: PathBuf,
+}
+
+impl Record {
+    /// The one in a data directory; `None` if that is no standby of drctl.
+    ///
+    /// # Errors
+    /// It is not readable.
+    pub fn read(directory: &Path) -> Result<Option<Self>> {
+        let path = directory.join(RECORD);
+        let bytes = match std::fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(DiskError::new("read", &path, error).into()),
+        };
+        let record = serde_json::from_slice(&bytes);
+        record.map(Some).map_err(|error| Error::damaged(format!("{} is not readable", path.display())).because(error))
+    }
+
+    pub(super) fn document(&self) -> Result<Vec<u8>> {
+        json(self)
+    }
+
+    /// Lets `status` and the other verbs find it without its directory.
+    pub(super) fn remember(&self, context: &Context) -> Result<()> {
+        let places = context.state_dir.join(KNOWN);
+        std::fs::create_dir_all(&places).map_err(|error| DiskError::new("create", &places, error))?;
+        let known = Known { target: self.target.clone(), directory: self.directory.clone() };
+        Ok(place::place(&self.note(context), &json(&known)?, 0o600)?)
+    }
+
+    pub(super) fn forget(&self, context: &Context) {
+        for path in [self.note(context), self.directory.join(RECORD)] {
+            if let Err(error) = std::fs::remove_file(&path) {
+                tracing::debug!(%error, path = %path.display(), "the record of a standby is not removed");
+            }
+        }
+    }
+
+    fn note(&self, context: &Context) -> PathBuf {
+        let digest = Sha256::digest(self.directory.display().to_string().as_bytes());
+        let digest: String = digest.iter().take(4).map(|byte| format!("{byte:02x}")).collect();
+        context.state_dir.join(KNOWN).join(format!("{}-{digest}.json", self.target))
+    }
+}
+
+fn json<T: Serialize>(value: &T) -> Result<Vec<u8>> {
+    serde_json::to_vec_pretty(value).map_err(|error| Error::failed("encode the record of a standby").because(error))
+}
+
+/// Every standby of this host, or those of one target.
+///
+/// # Errors
+/// The state directory cannot be read.
+pub fn known(context: &Context, target: Option<&TargetName>) -> Result<Vec<Record>> {
+    let places = context.state_dir.join(KNOWN);
+    let entries = match std::fs::read_dir(&places) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(DiskError::new("read directory", &places, error).into()),
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(|error| DiskError::new("read directory", &places, error))?.path();
+        let known = std::fs::read(&path).ok().and_then(|bytes| serde_json::from_slice::<Known>(&bytes).ok());
+        let Some(known) = known.filter(|known| target.is_none_or(|target| known.target == *target)) else { continue };
+        // A directory that was removed took its standby with it.
+        found.extend(Record::read(&known.directory)?);
+    }
+    found.sort_by(|a, b| (&a.target, &a.directory).cmp(&(&b.target, &b.directory)));
+    Ok(found)
+}
+
+/// The one standby that is meant: by its directory, else the only one of the target.
+///
+/// # Errors
+/// There is none, or more than one.
+pub fn the_one(context: &Context, target: Option<&TargetName>, directory: Option<&Path>) -> Result<Record> {
+    if let Some(directory) = directory {
+        let none = || Error::not_found(format!("{} is no standby of drctl", directory.display()));
+        return Record::read(directory)?.ok_or_else(none);
+    }
+    let mut found = known(context, target)?;
+    match (found.pop(), found.is_empty()) {
+        (Some(one), true) => Ok(one),
+        (None, _) => {
+            let error = Error::not_found("this host has no such standby");
+            Err(error.hint("drctl standby start <target> --to DIR makes one; --dir DIR names one of another state_dir"))
+        }
+        (Some(_), false) => Err(Error::usage("this host has several standbys").hint("name one: --dir DIR")),
+    }
+}

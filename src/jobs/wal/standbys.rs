@@ -1,0 +1,56 @@
+//! Our slot on every standby, kept where the stored WAL ends: whichever of them is promoted still has what comes next.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::{sleep, timeout};
+
+use crate::jobs::context::Target;
+use crate::jobs::wal::shared::Shared;
+use crate::model::{Error, Kind, Lsn, Result};
+use crate::pg::conninfo::ConnInfo;
+use crate::pg::{PgError, sql};
+
+const EVERY: Duration = Duration::from_secs(5);
+const ANSWER_TIME: Duration = Duration::from_secs(10);
+
+/// What a standby has of our slot. A primary answers nothing, and so does a slot that is somebody else's or in use.
+const SLOT: &str = "SELECT slot.restart_lsn::text FROM (SELECT 1) AS one
+  LEFT JOIN pg_catalog.pg_replication_slots slot ON slot.slot_name = $1
+  WHERE pg_catalog.pg_is_in_recovery()
+    AND (slot.slot_name IS NULL OR slot.slot_type = 'physical' AND NOT slot.active)";
+
+/// Looks after the standbys for as long as nobody drops it. One that does not answer is nobody's trouble but its own.
+pub(super) async fn keep_slots(target: Target, shared: Arc<Shared>) {
+    let standbys: Vec<_> = target.conninfo.each_server().collect();
+    loop {
+        for standby in &standbys {
+            let durable = shared.shipped.borrow().durable;
+            let late = |_| Err(Error::new(Kind::Unavailable, "it does not answer in time"));
+            let kept = timeout(ANSWER_TIME, keep_slot(standby, &target, durable)).await.unwrap_or_else(late);
+            if let Err(error) = kept {
+                tracing::debug!(target = %target.name, %standby, %error, "the slot of a standby is not kept");
+            }
+        }
+        sleep(EVERY).await;
+    }
+}
+
+/// Makes the slot, or moves it to where the stored WAL ends, as far as this standby has replayed.
+async fn keep_slot(standby: &ConnInfo, target: &Target, durable: Lsn) -> Result<()> {
+    let name = format!("drctl slot {}", target.name);
+    let client = sql::connect(&standby.clone().with_application_name(name)).await?;
+    let Some(row) = client.query_opt(SLOT, &[&target.slot]).await.map_err(PgError::from)? else { return Ok(()) };
+    let Some(kept) = row.get::<_, Option<String>>(0).and_then(|lsn| lsn.parse::<Lsn>().ok()) else {
+        let make = "SELECT pg_catalog.pg_create_physical_replication_slot($1, true)";
+        client.execute(make, &[&target.slot]).await.map_err(PgError::from)?;
+        tracing::info!(target = %target.name, %standby, slot = target.slot, "the slot is kept on this standby from now on");
+        return Ok(());
+    };
+    if kept < durable {
+        // The server goes no further than it has replayed.
+        let advance = format!("SELECT pg_catalog.pg_replication_slot_advance($1, '{durable}')");
+        client.execute(&advance, &[&target.slot]).await.map_err(PgError::from)?;
+    }
+    Ok(())
+}

@@ -1,10 +1,11 @@
 //! Map chunks, fetched and opened.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::codec::compress::Decompressor;
 use crate::codec::seal::Unit;
-use crate::model::Result;
+use crate::model::{Error, Result};
 use crate::repository::compact::Hands;
 use crate::repository::pack::unpack_frame;
 use crate::repository::page_map::{FrameRef, MapChunk, PackId};
@@ -18,6 +19,17 @@ pub(super) type Place = (PackId, u32);
 
 pub(super) fn place(frame: &FrameRef) -> Place {
     (frame.pack.clone(), frame.offset)
+}
+
+/// A part of a chunk: first entry, entries.
+pub(super) type Entries = (u16, u16);
+
+/// The frames that a part of a chunk names.
+pub(super) fn used(chunk: &MapChunk, (first, count): Entries) -> Result<Vec<&FrameRef>> {
+    let range = usize::from(first)..usize::from(first) + usize::from(count);
+    let entries = chunk.entries.get(range).ok_or_else(|| Error::damaged("a map chunk is shorter than its use"))?;
+    let numbers: BTreeSet<_> = entries.iter().filter_map(|entry| entry.place).map(|(frame, _)| frame).collect();
+    Ok(numbers.into_iter().filter_map(|number| chunk.frames.get(usize::from(number))).collect())
 }
 
 /// The chunks that these frames are; the caller keeps them to [`AT_ONCE`].

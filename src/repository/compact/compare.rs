@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use crate::codec::seal::Unit;
 use crate::model::commit::Commit;
 use crate::model::{BackupId, Error, Result};
-use crate::repository::compact::chunks::{self, AT_ONCE, Place, place};
+use crate::repository::compact::chunks::{self, AT_ONCE, Entries, Place, place};
 use crate::repository::compact::{Hands, Original, Survey};
 use crate::repository::inventory::InventoryLine;
 use crate::repository::layout;
@@ -18,11 +18,12 @@ use crate::repository::restore::{Flight, ManifestParts, Memory, fetch_frames};
 /// What earlier copies of a run have shown already.
 #[derive(Debug, Default)]
 pub(super) struct Comparison {
-    /// Chunks that say the same: where the original has it, where the copy.
-    same: HashMap<Place, Place>,
     /// Frames that open where they were moved to.
     opened: BTreeSet<Place>,
 }
+
+/// A chunk of the original, that of the copy, and the parts of it that are used.
+type ChunkPair = (FrameRef, FrameRef, BTreeSet<Entries>);
 
 /// A pair of manifests that is compared.
 struct Pair<'a> {
@@ -33,7 +34,7 @@ struct Pair<'a> {
     packs: BTreeSet<&'a str>,
     begins: Option<(Begin, Begin)>,
     /// Chunks that are still to be compared.
-    chunks: BTreeMap<Place, (FrameRef, FrameRef)>,
+    chunks: BTreeMap<Place, ChunkPair>,
 }
 
 impl Comparison {
@@ -54,7 +55,7 @@ impl Comparison {
         loop {
             match (one.next().await?, other.next().await?) {
                 (None, None) => break,
-                (Some(one), Some(other)) => pair.lines(&self.same, (one, other))?,
+                (Some(one), Some(other)) => pair.lines((one, other))?,
                 _ => return Err(pair.differ("a line is missing")),
             }
             if pair.chunks.len() >= AT_ONCE / 2 {
@@ -66,18 +67,17 @@ impl Comparison {
 
     async fn chunks(&mut self, pair: &mut Pair<'_>) -> Result<()> {
         let waiting: Vec<_> = std::mem::take(&mut pair.chunks).into_values().collect();
-        let (ones, others): (Vec<_>, Vec<_>) = waiting.iter().cloned().unzip();
+        let (ones, others) = waiting.iter().map(|(one, other, _)| (one.clone(), other.clone())).unzip();
         let mut one = pair.fetch(ones).await?;
         let mut other = pair.fetch(others).await?;
         let mut moved = BTreeMap::new();
-        for (at, now) in waiting.iter().map(|(one, other)| (place(one), place(other))) {
-            let (Some(one), Some(other)) = (one.remove(&at), other.remove(&now)) else {
+        for (was, now, uses) in &waiting {
+            let (Some(one), Some(other)) = (one.remove(&place(was)), other.remove(&place(now))) else {
                 return Err(pair.differ("a map chunk is named twice"));
             };
-            pair.maps(&one, &other)?;
+            pair.maps((&one, &other), uses)?;
             let new = one.frames.iter().zip(&other.frames).filter(|(one, other)| place(one) != place(other));
             moved.extend(new.map(|(_, frame)| (place(frame), frame.clone())));
-            self.same.insert(at, now);
         }
         moved.retain(|at, _| !self.opened.contains(at));
         self.opened.extend(moved.keys().cloned());
@@ -90,7 +90,7 @@ impl Pair<'_> {
         Error::damaged(format!("copy {} is not what its original is: {what}", self.copy))
     }
 
-    fn lines(&mut self, same: &HashMap<Place, Place>, lines: (Line, Line)) -> Result<()> {
+    fn lines(&mut self, lines: (Line, Line)) -> Result<()> {
         match lines {
             (Line::Begin(one), Line::Begin(other)) => {
                 let said = |begin: &Begin| {
@@ -103,13 +103,13 @@ impl Pair<'_> {
                 self.begins = Some((one, other));
                 Ok(())
             }
-            (Line::File(one), Line::File(other)) => self.files(same, &one, &other),
+            (Line::File(one), Line::File(other)) => self.files(&one, &other),
             (one, other) if one == other => Ok(()),
             (one, _) => Err(self.differ(format!("{one:?}"))),
         }
     }
 
-    fn files(&mut self, same: &HashMap<Place, Place>, one: &FileLine, other: &FileLine) -> Result<()> {
+    fn files(&mut self, one: &FileLine, other: &FileLine) -> Result<()> {
         let bare = |file: &FileLine| FileLine { chunks: Vec::new(), ..file.clone() };
         let uses = |file: &FileLine| file.chunks.iter().map(|chunk| chunk.entries()).collect::<Vec<_>>();
         if bare(one) != bare(other) || uses(one) != uses(other) {
@@ -117,19 +117,19 @@ impl Pair<'_> {
         }
         let Some((begin, begin_copy)) = &self.begins else { return Err(self.differ("it does not begin")) };
         let frames = one.chunks.iter().zip(&other.chunks);
-        let frames = frames.map(|(one, other)| Ok((one.frame(begin)?, other.frame(begin_copy)?)));
-        for (was, now) in frames.collect::<Result<Vec<_>>>()? {
+        let frames = frames.map(|(one, other)| Ok((one.frame(begin)?, other.frame(begin_copy)?, one.entries())));
+        for (was, now, entries) in frames.collect::<Result<Vec<_>>>()? {
             self.lists(&now.pack)?;
-            let at = place(&was);
-            match same.get(&at) {
-                Some(known) if *known == place(&now) => {}
-                _ if (&was.id, &at) == (&now.id, &place(&now)) => {
-                    let named = self.survey.live.named(&was).ok_or_else(|| self.differ("a chunk is not known"))?;
-                    named.0.into_iter().try_for_each(|pack| self.lists(pack))?;
-                }
-                _ => {
-                    self.chunks.insert(at, (was, now));
-                }
+            if was == now {
+                let named = self.survey.live.named(&was, entries);
+                let (packs, _) = named.ok_or_else(|| self.differ("a chunk is not known"))?;
+                packs.into_iter().try_for_each(|pack| self.lists(pack))?;
+                continue;
+            }
+            let waiting = self.chunks.entry(place(&was)).or_insert_with(|| (was, now.clone(), BTreeSet::new()));
+            waiting.2.insert(entries);
+            if waiting.1 != now {
+                return Err(self.differ("a map chunk is in two places"));
             }
         }
         Ok(())
@@ -143,13 +143,16 @@ impl Pair<'_> {
         Err(self.differ(format!("its inventory does not list {key}")))
     }
 
-    fn maps(&self, one: &MapChunk, other: &MapChunk) -> Result<()> {
+    fn maps(&self, (one, other): (&MapChunk, &MapChunk), uses: &BTreeSet<Entries>) -> Result<()> {
         let frames = one.frames.len() == other.frames.len()
             && one.frames.iter().zip(&other.frames).all(|(one, other)| is_verbatim(one, other));
         if !frames || one.entries != other.entries {
             return Err(self.differ("a map chunk says something else"));
         }
-        other.frames.iter().try_for_each(|frame| self.lists(&frame.pack))
+        uses.iter().try_for_each(|entries| {
+            let frames = chunks::used(other, *entries)?;
+            frames.into_iter().try_for_each(|frame| self.lists(&frame.pack))
+        })
     }
 
     async fn fetch(&self, frames: Vec<FrameRef>) -> Result<HashMap<Place, MapChunk>> {

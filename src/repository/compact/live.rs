@@ -1,16 +1,22 @@
 //! What the backups that may be written anew refer to, told by their maps: every frame and every chunk once, by its place.
 //!
-//! It is kept for all of them together, some 20 bytes a frame and 50 a chunk; names are numbered.
+//! A file may use a part of a chunk: what the other entries name need not even exist any more. So frames are told by uses, and
+//! not by chunks. It is kept for all backups together, some 20 bytes a frame and 100 a use; names are numbered.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::hash::Hash;
 
 use crate::model::{BackupId, Error, KeysetId, Result};
-use crate::repository::compact::chunks::{self, AT_ONCE, Place, place};
+use crate::repository::compact::chunks::{self, AT_ONCE, Entries, Place, place, used};
+use crate::repository::compact::numbers::Numbers;
 use crate::repository::compact::{Hands, Original};
 use crate::repository::manifest::Line;
 use crate::repository::page_map::{FrameRef, MapChunk, PackId};
 use crate::repository::restore::ManifestParts;
+
+/// A chunk: the number of its pack, and its offset there.
+type ChunkAt = (u32, u32);
+/// Chunks that are to be looked at, and the entries of each.
+type Wanted = BTreeMap<ChunkAt, (FrameRef, BTreeSet<Entries>)>;
 
 /// What is referred to.
 #[derive(Debug, Default)]
@@ -19,59 +25,33 @@ pub(super) struct Live {
     keysets: Numbers<KeysetId>,
     /// Of each pack: offset and length of the frames of pages in it.
     frames: HashMap<u32, BTreeMap<u32, u32>>,
-    chunks: HashMap<(u32, u32), Chunk>,
-    uses: BTreeMap<BackupId, BTreeSet<(u32, u32)>>,
+    chunks: HashMap<ChunkAt, Chunk>,
+    uses: HashMap<(ChunkAt, Entries), Named>,
+    /// The chunks of each backup.
+    of: BTreeMap<BackupId, BTreeSet<ChunkAt>>,
 }
 
 /// A map chunk.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Chunk {
     length: u32,
-    /// The packs that hold the frames which it names.
-    packs: Vec<u32>,
-    /// The keysets that open those.
-    keysets: Vec<u32>,
+    /// The packs that hold what any use of it names.
+    packs: BTreeSet<u32>,
 }
 
-/// Names and their numbers.
-#[derive(Debug)]
-struct Numbers<T> {
-    list: Vec<T>,
-    numbers: HashMap<T, u32>,
-}
-
-impl<T> Default for Numbers<T> {
-    fn default() -> Self {
-        Self { list: Vec::new(), numbers: HashMap::new() }
-    }
-}
-
-impl<T: Clone + Eq + Hash> Numbers<T> {
-    fn of(&mut self, name: &T) -> u32 {
-        if let Some(known) = self.numbers.get(name) {
-            return *known;
-        }
-        let number = u32::try_from(self.list.len()).unwrap_or(u32::MAX);
-        self.list.push(name.clone());
-        self.numbers.insert(name.clone(), number);
-        number
-    }
-
-    fn known(&self, name: &T) -> Option<u32> {
-        self.numbers.get(name).copied()
-    }
-
-    fn names<'a>(&'a self, numbers: &'a [u32]) -> impl Iterator<Item = &'a T> {
-        numbers.iter().filter_map(|number| self.list.get(*number as usize))
-    }
+/// What a use of a chunk names.
+#[derive(Debug, Default)]
+struct Named {
+    packs: BTreeSet<u32>,
+    keysets: BTreeSet<u32>,
 }
 
 impl Live {
-    /// Reads the maps of a backup, those of their chunks that are new here.
+    /// Reads the maps of a backup, as far as their uses are new here.
     pub(super) async fn add(&mut self, hands: Hands<'_>, original: &Original) -> Result<()> {
         let (commit, inventory) = (&original.commit, &original.inventory);
         let mut parts = ManifestParts::new(hands.repository, hands.ring, commit, inventory).await?;
-        let (mut begin, mut uses, mut wanted) = (None, BTreeSet::new(), BTreeMap::new());
+        let (mut begin, mut all, mut wanted) = (None, BTreeSet::new(), Wanted::new());
         while let Some(lines) = parts.next().await? {
             for line in lines {
                 match line {
@@ -79,44 +59,50 @@ impl Live {
                     Line::File(file) => {
                         let begin = begin.as_ref().ok_or_else(|| Error::damaged("a manifest has no beginning"))?;
                         for chunk in &file.chunks {
-                            let frame = chunk.frame(begin)?;
-                            let number = (self.packs.of(&frame.pack), frame.offset);
-                            uses.insert(number);
-                            if !self.chunks.contains_key(&number) {
-                                wanted.insert(number, frame);
+                            let (frame, entries) = (chunk.frame(begin)?, chunk.entries());
+                            let at = (self.packs.of(&frame.pack), frame.offset);
+                            all.insert(at);
+                            if !self.uses.contains_key(&(at, entries)) {
+                                wanted.entry(at).or_insert_with(|| (frame, BTreeSet::new())).1.insert(entries);
                             }
                         }
                     }
                     _ => {}
                 }
                 if wanted.len() >= AT_ONCE {
-                    self.look(hands, &mut wanted).await?;
+                    self.look(hands, std::mem::take(&mut wanted)).await?;
                 }
             }
         }
-        self.look(hands, &mut wanted).await?;
-        self.uses.insert(commit.id.clone(), uses);
+        self.look(hands, wanted).await?;
+        self.of.insert(commit.id.clone(), all);
         Ok(())
     }
 
-    async fn look(&mut self, hands: Hands<'_>, wanted: &mut BTreeMap<(u32, u32), FrameRef>) -> Result<()> {
-        for (frame, chunk) in chunks::fetch(hands, std::mem::take(wanted).into_values().collect()).await? {
-            self.learn(&frame, &chunk);
+    async fn look(&mut self, hands: Hands<'_>, wanted: Wanted) -> Result<()> {
+        let frames = wanted.values().map(|(frame, _)| frame.clone()).collect();
+        for (frame, chunk) in chunks::fetch(hands, frames).await? {
+            let at = (self.packs.of(&frame.pack), frame.offset);
+            for entries in wanted.get(&at).into_iter().flat_map(|(_, uses)| uses) {
+                self.learn((at, &frame), &chunk, *entries)?;
+            }
         }
         Ok(())
     }
 
-    fn learn(&mut self, frame: &FrameRef, chunk: &MapChunk) {
-        let (mut packs, mut keysets) = (BTreeSet::new(), BTreeSet::new());
-        for named in &chunk.frames {
-            let pack = self.packs.of(&named.pack);
-            packs.insert(pack);
-            keysets.insert(self.keysets.of(&named.keyset));
-            self.frames.entry(pack).or_default().insert(named.offset, named.length);
+    fn learn(&mut self, (at, frame): (ChunkAt, &FrameRef), chunk: &MapChunk, entries: Entries) -> Result<()> {
+        let mut named = Named::default();
+        for frame in used(chunk, entries)? {
+            let pack = self.packs.of(&frame.pack);
+            named.packs.insert(pack);
+            named.keysets.insert(self.keysets.of(&frame.keyset));
+            self.frames.entry(pack).or_default().insert(frame.offset, frame.length);
         }
-        let (packs, keysets) = (packs.into_iter().collect(), keysets.into_iter().collect());
-        let place = (self.packs.of(&frame.pack), frame.offset);
-        self.chunks.insert(place, Chunk { length: frame.length, packs, keysets });
+        let known = self.chunks.entry(at).or_default();
+        known.length = frame.length;
+        known.packs.extend(&named.packs);
+        self.uses.insert((at, entries), named);
+        Ok(())
     }
 
     /// Bytes that are referred to, by the pack that holds them.
@@ -125,7 +111,7 @@ impl Live {
         let frames = self.frames.iter().flat_map(|(pack, of)| of.values().map(move |length| (*pack, *length)));
         let chunks = self.chunks.iter().map(|((pack, _), chunk)| (*pack, chunk.length));
         for (pack, length) in frames.chain(chunks) {
-            if let Some(pack) = self.packs.list.get(pack as usize) {
+            if let Some(pack) = self.packs.name(pack) {
                 *bytes.entry(pack).or_default() += u64::from(length);
             }
         }
@@ -144,24 +130,22 @@ impl Live {
 
     /// Bytes of the chunks of `backups` that are written anew when `left` are left.
     pub(super) fn renewed<'b>(&self, backups: impl Iterator<Item = &'b BackupId>, left: &BTreeSet<PackId>) -> u64 {
-        let used: BTreeSet<_> = backups.filter_map(|id| self.uses.get(id)).flatten().collect();
-        let chunks = used.into_iter().filter_map(|number| self.chunks.get(number));
+        let used: BTreeSet<_> = backups.filter_map(|id| self.of.get(id)).flatten().collect();
+        let chunks = used.into_iter().filter_map(|at| self.chunks.get(at));
         chunks.filter(|chunk| self.names(chunk, left)).map(|chunk| u64::from(chunk.length)).sum()
     }
 
-    /// Whether a chunk that is known names a frame in one of these packs.
-    pub(super) fn must_renew(&self, at: &Place, left: &BTreeSet<PackId>) -> bool {
-        self.chunk(at).is_some_and(|chunk| self.names(chunk, left))
+    /// Whether any use of a chunk names a frame in one of these packs.
+    pub(super) fn must_renew(&self, (pack, offset): &Place, left: &BTreeSet<PackId>) -> bool {
+        let chunk = self.packs.known(pack).and_then(|pack| self.chunks.get(&(pack, *offset)));
+        chunk.is_some_and(|chunk| self.names(chunk, left))
     }
 
-    /// The packs and keysets that a chunk names.
-    pub(super) fn named(&self, frame: &FrameRef) -> Option<(Vec<&PackId>, Vec<&KeysetId>)> {
-        let chunk = self.chunk(&place(frame))?;
-        Some((self.packs.names(&chunk.packs).collect(), self.keysets.names(&chunk.keysets).collect()))
-    }
-
-    fn chunk(&self, (pack, offset): &Place) -> Option<&Chunk> {
-        self.chunks.get(&(self.packs.known(pack)?, *offset))
+    /// The packs and keysets that a use of a chunk names.
+    pub(super) fn named(&self, frame: &FrameRef, entries: Entries) -> Option<(Vec<&PackId>, Vec<&KeysetId>)> {
+        let (pack, offset) = place(frame);
+        let named = self.uses.get(&((self.packs.known(&pack)?, offset), entries))?;
+        Some((self.packs.names(&named.packs).collect(), self.keysets.names(&named.keysets).collect()))
     }
 
     fn names(&self, chunk: &Chunk, packs: &BTreeSet<PackId>) -> bool {

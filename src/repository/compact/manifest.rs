@@ -9,7 +9,7 @@ use crate::keys::keyset::Keyset;
 use crate::model::{BackupId, Error, KeysetId, Result};
 use crate::repository::compact::Original;
 use crate::repository::compact::chunks::{self, AT_ONCE, Place, place};
-use crate::repository::compact::run::{Renewed, Run, Written};
+use crate::repository::compact::run::{Run, Written};
 use crate::repository::inventory::InventoryLine;
 use crate::repository::layout;
 use crate::repository::manifest::{Begin, ChunkUse, FileLine, Line, ManifestSeal, ManifestWriter, PartsSummary};
@@ -95,7 +95,7 @@ impl<'r, 'a> Rewriter<'r, 'a> {
         for chunk in &file.chunks {
             let frame = chunk.frame(self.begin()?)?;
             let at = place(&frame);
-            if self.run.survey.live.must_renew(&at, &self.run.left) && !self.run.renewed.contains_key(&at) {
+            if self.run.survey.live.must_renew(&at, &self.run.left) && self.run.renewed(&at).is_none() {
                 wanted.insert(at, frame);
             }
         }
@@ -109,14 +109,8 @@ impl<'r, 'a> Rewriter<'r, 'a> {
     async fn renew(&mut self, wanted: BTreeMap<Place, FrameRef>) -> Result<()> {
         for (old, mut chunk) in chunks::fetch(self.run.hands, wanted.into_values().collect()).await? {
             self.run.relocation.iter().for_each(|relocation| relocation.apply(&mut chunk));
-            let packs: BTreeSet<_> = chunk.frames.iter().map(|frame| frame.pack.clone()).collect();
-            if let Some(pack) = packs.iter().find(|pack| self.run.left.contains(pack)) {
-                return Err(Error::failed(format!("a frame of pack {pack} did not move")));
-            }
-            let keysets = chunk.frames.iter().map(|frame| frame.keyset.clone()).collect();
             let frame = self.store(&chunk.encode()).await?;
-            self.run.advance(u64::from(frame.length));
-            self.run.renewed.insert(place(&old), Renewed { frame, packs, keysets });
+            self.run.renew(place(&old), frame, &chunk);
         }
         Ok(())
     }
@@ -175,12 +169,16 @@ impl<'r, 'a> Rewriter<'r, 'a> {
     fn chunk(&mut self, chunk: &ChunkUse) -> Result<ChunkUse> {
         let mut frame = chunk.frame(self.begin()?)?;
         let unknown = || Error::failed(format!("map chunk {} was not read", frame.id));
-        if let Some(renewed) = self.run.renewed.get(&place(&frame)) {
-            self.packs.extend(renewed.packs.iter().cloned());
-            self.keysets.extend(renewed.keysets.iter().cloned());
+        if let Some(renewed) = self.run.renewed(&place(&frame)) {
+            let (packs, keysets) = self.run.named(renewed, chunk.entries());
+            if let Some(pack) = packs.iter().find(|pack| self.run.left.contains(pack)) {
+                return Err(Error::failed(format!("a frame of pack {pack} did not move")));
+            }
             frame = renewed.frame.clone();
+            self.packs.extend(packs);
+            self.keysets.extend(keysets);
         } else {
-            let (packs, keysets) = self.run.survey.live.named(&frame).ok_or_else(unknown)?;
+            let (packs, keysets) = self.run.survey.live.named(&frame, chunk.entries()).ok_or_else(unknown)?;
             self.packs.extend(packs.into_iter().cloned());
             self.keysets.extend(keysets.into_iter().cloned());
             let moved = self.run.relocation.as_ref().and_then(|moved| moved.place(&frame.pack, frame.offset));

@@ -14,6 +14,7 @@ mod compare;
 mod copy;
 mod live;
 mod manifest;
+mod numbers;
 mod plan;
 mod run;
 #[cfg(test)]

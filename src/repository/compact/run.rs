@@ -5,21 +5,24 @@ use std::collections::{BTreeSet, HashMap};
 use crate::model::commit::Parts;
 use crate::model::{BackupId, KeysetId, Result, TargetName};
 use crate::observe::progress::Phase;
-use crate::repository::compact::chunks::Place;
+use crate::repository::compact::chunks::{Entries, Place};
 use crate::repository::compact::compare::Comparison;
+use crate::repository::compact::numbers::Numbers;
 use crate::repository::compact::{Hands, Lines, Survey};
 use crate::repository::fan_out::{FanOut, LaneOutcome, Patience};
 use crate::repository::inventory::InventoryLine;
-use crate::repository::page_map::{FrameRef, PackId};
+use crate::repository::page_map::{FrameRef, MapChunk, PackId};
 use crate::repository::relocation::Relocation;
 use crate::repository::uploads::put_object;
 
-/// A map chunk that was written anew, and what it names.
-#[derive(Debug, Clone)]
+/// A map chunk that was written anew.
+#[derive(Debug)]
 pub(super) struct Renewed {
     pub(super) frame: FrameRef,
-    pub(super) packs: BTreeSet<PackId>,
-    pub(super) keysets: BTreeSet<KeysetId>,
+    /// Numbers of the packs and keysets of the frames that it names.
+    frames: Vec<(u32, u32)>,
+    /// Which of them each page is in.
+    pages: Vec<Option<u16>>,
 }
 
 /// One compaction: what its copies have in common.
@@ -31,8 +34,10 @@ pub(super) struct Run<'a> {
     pub(super) left: BTreeSet<PackId>,
     /// Where their frames went, once the first copy has moved them.
     pub(super) relocation: Option<Relocation>,
-    /// Chunks that an earlier copy has written anew.
-    pub(super) renewed: HashMap<Place, Renewed>,
+    /// Chunks that were written anew, by where the original has them.
+    renewed: HashMap<Place, Renewed>,
+    packs: Numbers<PackId>,
+    keysets: Numbers<KeysetId>,
     /// Everything that was put.
     pub(super) lines: Lines,
     /// The copies so far, and what sealed their chunks.
@@ -59,6 +64,8 @@ impl<'a> Run<'a> {
             left: plan.left(),
             relocation: None,
             renewed: HashMap::new(),
+            packs: Numbers::default(),
+            keysets: Numbers::default(),
             lines: Lines::new(),
             copies: Vec::new(),
             comparison: Comparison::default(),
@@ -82,9 +89,26 @@ impl<'a> Run<'a> {
         Ok(line)
     }
 
-    /// A chunk of so many bytes was written.
-    pub(super) fn advance(&self, bytes: u64) {
-        self.phase.advance(bytes);
+    /// A chunk was written anew.
+    pub(super) fn renew(&mut self, at: Place, frame: FrameRef, chunk: &MapChunk) {
+        self.phase.advance(u64::from(frame.length));
+        let mut number = |frame: &FrameRef| (self.packs.of(&frame.pack), self.keysets.of(&frame.keyset));
+        let frames = chunk.frames.iter().map(&mut number).collect();
+        let pages = chunk.entries.iter().map(|entry| entry.place.map(|(frame, _)| frame)).collect();
+        self.renewed.insert(at, Renewed { frame, frames, pages });
+    }
+
+    /// The chunk that was written for the one that the original has there.
+    pub(super) fn renewed(&self, at: &Place) -> Option<&Renewed> {
+        self.renewed.get(at)
+    }
+
+    /// The packs and keysets that a use of a renewed chunk names.
+    pub(super) fn named(&self, renewed: &Renewed, (first, count): Entries) -> (BTreeSet<PackId>, BTreeSet<KeysetId>) {
+        let pages = renewed.pages.iter().skip(usize::from(first)).take(usize::from(count)).flatten();
+        let frames: BTreeSet<_> = pages.filter_map(|frame| renewed.frames.get(usize::from(*frame))).collect();
+        let packs = frames.iter().filter_map(|(pack, _)| self.packs.name(*pack).cloned()).collect();
+        (packs, frames.iter().filter_map(|(_, keyset)| self.keysets.name(*keyset).cloned()).collect())
     }
 
     /// What each region owes.

@@ -18,6 +18,8 @@ use crate::repository::pack::SMALLEST_PACK;
 use crate::repository::testing::{Fault, Fixture, Made, options};
 use crate::repository::tests::{expected, noise, read_back};
 
+const SMALL: usize = 6;
+
 /// Backups, and what each of them holds.
 struct Scene {
     fixture: Fixture,
@@ -28,7 +30,9 @@ struct Scene {
 
 impl Scene {
     async fn new(pages: usize) -> Self {
-        let files = vec![Made::new("base/large", noise(1, pages * PAGE_SIZE)), Made::new("base/small", noise(2, 9000))];
+        let mut files = vec![Made::new("base/large", noise(1, pages * PAGE_SIZE))];
+        // Small files share a chunk; when one of them changes, the others use a part of it.
+        files.extend((0..SMALL).map(|number| Made::new(&format!("base/small-{number}"), noise(2, 20 * PAGE_SIZE))));
         Self { fixture: Fixture::memory(2, 2).await, files, held: BTreeMap::new(), seed: 100 }
     }
 
@@ -38,6 +42,11 @@ impl Scene {
             let at = page * PAGE_SIZE;
             self.files[0].bytes[at..at + PAGE_SIZE].copy_from_slice(&noise(self.seed, PAGE_SIZE));
         }
+    }
+
+    fn change_small(&mut self, number: usize) {
+        self.seed += 1;
+        self.files[1 + number].bytes = noise(self.seed, 20 * PAGE_SIZE);
     }
 
     async fn backup(&mut self) -> BackupId {
@@ -252,17 +261,19 @@ async fn what_expires_anyway_is_not_copied() {
 #[test]
 fn no_frame_is_lost_whatever_was_changed_and_pruned() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-    let link = (proptest::collection::vec((0usize..16, 0usize..16), 0..4), any::<bool>());
+    let small = proptest::collection::vec(0..SMALL, 0..5);
+    let link = (proptest::collection::vec((0usize..16, 0usize..16), 0..4), small, any::<bool>());
     let links = proptest::collection::vec(link, 3..7);
     let copied = std::cell::Cell::new(0);
     proptest!(ProptestConfig::with_cases(16), |(links in links)| {
         runtime.block_on(async {
             let mut scene = Scene::new(256).await;
             let mut ids = vec![(scene.backup().await, true)];
-            for (changes, goes) in &links {
+            for (changes, small, goes) in &links {
                 for (start, length) in changes {
                     scene.change(start * 16..(start + length).min(16) * 16);
                 }
+                small.iter().for_each(|number| scene.change_small(*number));
                 ids.push((scene.backup().await, *goes));
             }
             let last = ids.pop().map(|(id, _)| id);

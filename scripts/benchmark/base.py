@@ -149,15 +149,17 @@ def full_rows(bench, costs):
 
 
 def restore_rows(bench, costs):
-    figures = ("wall_seconds", "cpu_seconds", "peak_rss_bytes")
+    """A goal holds for what a restore takes by itself, and for what it takes until the disk has it: not everybody flushes."""
+    figures = ("wall_seconds", "durable_seconds", "cpu_seconds", "peak_rss_bytes")
+    both = lambda goal: dict.fromkeys(("wall_seconds", "durable_seconds"), goal)
     work = bench.work("restore, directory")
     theirs = ("pgBackRest", costs.get("pgBackRest directory"))
-    yield from compare(work, costs["drctl directories"], theirs, {"wall_seconds": 0.6}, figures)
+    yield from compare(work, costs["drctl directories"], theirs, both(0.6), figures)
     work, ours = bench.work("restore, S3"), costs["drctl one"]
-    yield from compare(work, ours, ("WAL-RUS", costs.get("WAL-RUS one")), {"wall_seconds": 0.7}, figures)
-    yield from compare(work, ours, ("pgBackRest", costs.get("pgBackRest one")), {"wall_seconds": 0.25}, figures)
+    yield from compare(work, ours, ("WAL-RUS", costs.get("WAL-RUS one")), both(0.7), figures)
+    yield from compare(work, ours, ("pgBackRest", costs.get("pgBackRest one")), both(0.25), figures)
     theirs = ("fetch, unzstd, write", costs["limit pipeline"])
-    yield from compare(work, ours, theirs, {"wall_seconds": 1.5}, figures)
+    yield from compare(work, ours, theirs, both(1.5), figures)
 
 
 def far_away(bench, drctl):

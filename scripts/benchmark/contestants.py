@@ -12,7 +12,7 @@ import time
 
 from . import bed as servers
 from .cluster import PG_BIN
-from .run import bare_environment, measured, run, size_below
+from .run import bare_environment, measured, restored, run, size_below
 
 
 class Drctl:
@@ -82,7 +82,7 @@ class Drctl:
         plan = json.loads(plan[plan.index("{"):])
         if plan["refused"]:
             raise SystemExit(f"scripts/bench: drctl refuses to restore: {plan['refused']}")
-        return measured(shlex.split(plan["command"]), self.environment)
+        return restored(shlex.split(plan["command"]), directory, self.environment)
 
     def through(self, endpoints):
         """The same repository through other addresses."""
@@ -151,7 +151,7 @@ class PgBackRest:
 
     def restore(self, directory):
         directory.mkdir(mode=0o700)
-        return measured(self.command(f"--pg1-path={directory}", "restore"))
+        return restored(self.command(f"--pg1-path={directory}", "restore"), directory)
 
 
 class WalRus:
@@ -183,7 +183,7 @@ class WalRus:
 
     def restore(self, directory):
         directory.mkdir(mode=0o700)
-        return measured([self.binary(), "backup-fetch", directory, "LATEST"], self.environment)
+        return restored([self.binary(), "backup-fetch", directory, "LATEST"], directory, self.environment)
 
 
 def missing():

@@ -3,7 +3,7 @@
 import shlex
 
 from .cluster import LEFT_OUT
-from .run import measured, run, size_below
+from .run import measured, restored, run, size_below
 
 # Pieces of the tar archive, each compressed alone, so that both cores unpack.
 PIECE = "32M"
@@ -48,4 +48,4 @@ class Pieces:
                f" | dd of={into}/$0 bs=1M conv=fsync status=none")
         pairs = [word for name in self.names for word in (name, self.bed.url(self.side, "GET", f"{self.bucket}/{name}"))]
         words = " ".join(shlex.quote(word) for word in pairs)
-        return measured(["bash", "-c", f"printf '%s\\n' {words} | xargs -P 4 -n 2 bash -c {shlex.quote(one)}"])
+        return restored(["bash", "-c", f"printf '%s\\n' {words} | xargs -P 4 -n 2 bash -c {shlex.quote(one)}"], directory)

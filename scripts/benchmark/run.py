@@ -19,6 +19,8 @@ class Cost:
     cpu_seconds: float
     peak_rss_bytes: int
     stored_bytes: float | None = None
+    # The wall time of a restore, and of flushing what it left in the page cache.
+    durable_seconds: float | None = None
     output: str = ""
 
 
@@ -62,6 +64,15 @@ def measured(command, environment=None, cwd="/"):
     if process.returncode != 0:
         sys.exit(f"scripts/bench: {shlex.join(command)}: exit status {process.returncode}\n{output}{errors}")
     return Cost(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, output=output)
+
+
+def restored(command, directory, environment=None):
+    """The cost of a restore into a directory, and how long it took until all of it was on the disk."""
+    cost = measured(command, environment)
+    began = time.monotonic()
+    run(["sync", "-f", directory])
+    cost.durable_seconds = cost.wall_seconds + time.monotonic() - began
+    return cost
 
 
 def drained(process):

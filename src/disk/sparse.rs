@@ -23,20 +23,70 @@ pub struct TargetFile {
 const ALIGNMENT: usize = 4096;
 /// Smaller writes go through the page cache, which puts neighbours together.
 const DIRECT_FROM: usize = 64 * 1024;
+/// What is gathered at most. Each write past the page cache finds its place on the disk and waits for it: large ones do so
+/// seldom.
+const GATHERED: usize = 1 << 20;
 
-/// Memory in which writes past the page cache begin where the disk wants it.
+/// Bytes that follow each other in a file, gathered so that few large writes take them there, past the page cache where that
+/// can be done: what is written once and not read soon would push out of it what is, and putting it there costs more than
+/// unpacking it.
 #[derive(Debug, Default)]
-pub struct Staging(Vec<u8>);
+pub struct Gathered {
+    memory: Vec<u8>,
+    length: usize,
+    place: Option<(Arc<TargetFile>, u64)>,
+}
 
-impl Staging {
-    fn copy(&mut self, bytes: &[u8]) -> &[u8] {
-        if self.0.len() < bytes.len() + ALIGNMENT {
-            self.0 = vec![0; bytes.len() + ALIGNMENT];
+impl Gathered {
+    /// Takes bytes that belong at an offset of a file. They are there after the next [`flush`](Self::flush).
+    ///
+    /// # Errors
+    /// As [`TargetFile::write_all_at`], of these or of earlier bytes.
+    pub fn write(&mut self, file: &Arc<TargetFile>, mut bytes: &[u8], mut offset: u64) -> Result<(), DiskError> {
+        while !bytes.is_empty() {
+            if self.length == GATHERED || !self.ends_at(file, offset) {
+                self.flush()?;
+                self.place = Some((Arc::clone(file), offset));
+            }
+            let (now, later) = bytes.split_at(bytes.len().min(GATHERED - self.length));
+            let start = self.aligned() + self.length;
+            self.memory[start..start + now.len()].copy_from_slice(now);
+            self.length += now.len();
+            offset += now.len() as u64;
+            bytes = later;
         }
-        let start = self.0.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
-        let staged = &mut self.0[start..start + bytes.len()];
-        staged.copy_from_slice(bytes);
-        staged
+        Ok(())
+    }
+
+    fn ends_at(&self, file: &Arc<TargetFile>, offset: u64) -> bool {
+        let ends =
+            |(held, start): &(Arc<TargetFile>, u64)| Arc::ptr_eq(held, file) && start + self.length as u64 == offset;
+        self.place.as_ref().is_some_and(ends)
+    }
+
+    /// Where the memory begins that the disk takes.
+    fn aligned(&mut self) -> usize {
+        if self.memory.is_empty() {
+            self.memory = vec![0; GATHERED + ALIGNMENT];
+        }
+        self.memory.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT)
+    }
+
+    /// Writes what was gathered.
+    ///
+    /// # Errors
+    /// As [`TargetFile::write_all_at`]; what was gathered is dropped.
+    pub fn flush(&mut self) -> Result<(), DiskError> {
+        let Some((file, offset)) = self.place.take() else { return Ok(()) };
+        let start = self.aligned();
+        let bytes = &self.memory[start..start + std::mem::take(&mut self.length)];
+        let whole = bytes.len() - bytes.len() % ALIGNMENT;
+        let large = whole >= DIRECT_FROM && offset.is_multiple_of(ALIGNMENT as u64);
+        let past = if large && file.write_past_cache(&bytes[..whole], offset)? { whole } else { 0 };
+        match &bytes[past..] {
+            [] => Ok(()),
+            rest => file.write_all_at(rest, offset + past as u64),
+        }
     }
 }
 
@@ -98,21 +148,14 @@ impl TargetFile {
         self.file.write_all_at(bytes, offset).at("write", &self.path)
     }
 
-    /// As [`write_all_at`](Self::write_all_at), past the page cache where that can be done: what is written once and not
-    /// read soon would push out of it what is, and putting it there costs more than unpacking it.
-    ///
-    /// # Errors
-    /// As there.
-    pub fn write_past_cache(&self, bytes: &[u8], offset: u64, staging: &mut Staging) -> Result<(), DiskError> {
-        let fits = bytes.len() >= DIRECT_FROM && bytes.len().is_multiple_of(ALIGNMENT);
-        if let Some(direct) = self.direct().filter(|_| fits && offset.is_multiple_of(ALIGNMENT as u64)) {
-            match direct.write_all_at(staging.copy(bytes), offset) {
-                // The file system wants it otherwise.
-                Err(error) if error.kind() == std::io::ErrorKind::InvalidInput => {}
-                written => return written.at("write", &self.path),
-            }
+    /// Whether all of it was written past the page cache; `false` where the file system does not do that.
+    fn write_past_cache(&self, bytes: &[u8], offset: u64) -> Result<bool, DiskError> {
+        let Some(direct) = self.direct() else { return Ok(false) };
+        match direct.write_all_at(bytes, offset) {
+            // The file system wants it otherwise.
+            Err(error) if error.kind() == std::io::ErrorKind::InvalidInput => Ok(false),
+            written => written.at("write", &self.path).map(|()| true),
         }
-        self.write_all_at(bytes, offset)
     }
 
     fn direct(&self) -> Option<&File> {
@@ -260,22 +303,45 @@ mod tests {
     fn what_goes_past_the_cache_and_what_cannot_stand_side_by_side() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("16384");
-        let file = TargetFile::create(&path, 0o600).unwrap();
+        let file = Arc::new(TargetFile::create(&path, 0o600).unwrap());
         file.set_len(1 << 20).unwrap();
-        let mut staging = Staging::default();
+        let mut gathered = Gathered::default();
         let mut expected = vec![0; 1 << 20];
         for (number, (offset, length)) in
             (1..).zip([(131_072, 131_072), (0, 65_536), (65_536, 8192), (300_000, 131_072), (1_040_384, 8192)])
         {
             let bytes: Vec<u8> = (0..length).map(|at: u32| number ^ u8::try_from(at % 251).unwrap()).collect();
-            file.write_past_cache(&bytes, offset, &mut staging).unwrap();
+            gathered.write(&file, &bytes, offset).unwrap();
             let start = usize::try_from(offset).unwrap();
             expected[start..start + bytes.len()].copy_from_slice(&bytes);
         }
+        gathered.flush().unwrap();
         let mut read = vec![0; 1 << 20];
         file.read_exact_at(&mut read, 0).unwrap();
         assert!(read == expected);
         assert_eq!(file.size().unwrap(), 1 << 20);
+    }
+
+    #[test]
+    fn neighbours_are_gathered_and_strangers_are_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = |name: &str| Arc::new(TargetFile::create(&dir.path().join(name), 0o600).unwrap());
+        let (one, other) = (file("one"), file("other"));
+        let mut gathered = Gathered::default();
+        let mut expected = [Vec::new(), Vec::new()];
+        for number in 0..700_u32 {
+            // Runs of one file, of odd lengths, longer than what is gathered; now and then the other one.
+            let which = usize::from(number % 97 == 96);
+            let bytes = vec![u8::try_from(number % 251).unwrap(); 4096 + usize::try_from(number % 5).unwrap() * 700];
+            let offset = expected[which].len() as u64;
+            gathered.write([&one, &other][which], &bytes, offset).unwrap();
+            expected[which].extend(bytes);
+        }
+        gathered.flush().unwrap();
+        assert!(expected[0].len() > 2 * GATHERED);
+        for (name, expected) in ["one", "other"].into_iter().zip(expected) {
+            assert!(fs::read(dir.path().join(name)).unwrap() == expected, "{name}");
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::codec::compress::Decompressor;
 use crate::codec::fingerprint::PageFingerprinter;
-use crate::disk::sparse::{FilePool, Staging};
+use crate::disk::sparse::{FilePool, Gathered};
 use crate::model::pages::PAGE_SIZE;
 use crate::model::{Error, Result};
 use crate::observe::progress::Phase;
@@ -54,7 +54,7 @@ pub(super) struct PageWriter {
 
 impl PageWriter {
     pub(super) fn write(&self, frames: Vec<Fetched<Vec<PageTarget>>>) -> Result<()> {
-        let (mut decompressor, mut staging) = (Decompressor::new()?, Staging::default());
+        let (mut decompressor, mut gathered) = (Decompressor::new()?, Gathered::default());
         for Fetched { frame, note: mut pages, payload } in frames {
             let plain = unpack_frame(&frame, &payload, &mut decompressor)?;
             self.checker.check_all(&frame, &pages, &plain)?;
@@ -63,20 +63,21 @@ impl PageWriter {
                 a.file == b.file && a.page + 1 == b.page && a.slot.checked_add(1) == Some(b.slot)
             };
             for run in pages.chunk_by(follows) {
-                self.write_run(run, &plain, &mut staging)?;
+                self.write_run(run, &plain, &mut gathered)?;
             }
         }
-        Ok(())
+        Ok(gathered.flush()?)
     }
 
-    fn write_run(&self, run: &[PageTarget], plain: &[u8], staging: &mut Staging) -> Result<()> {
+    fn write_run(&self, run: &[PageTarget], plain: &[u8], gathered: &mut Gathered) -> Result<()> {
         let Some(first) = run.first() else { return Ok(()) };
         let Some(WindowFile { line, path, .. }) = self.checker.files.get(first.file as usize) else { return Ok(()) };
         let offset = u64::from(first.page) * PAGE_SIZE as u64;
         let bytes = slot(plain, first.slot, run.len()).unwrap_or_default();
         // The last page of a file may be short; the frame holds it filled up with zeros.
         let length = usize::try_from(line.size.saturating_sub(offset)).unwrap_or(usize::MAX).min(bytes.len());
-        of_file(of_file(self.pool.get(path), path)?.write_past_cache(&bytes[..length], offset, staging), path)?;
+        // What fails may be an earlier file, which the error names.
+        gathered.write(&of_file(self.pool.get(path), path)?, &bytes[..length], offset)?;
         if let Some(sums) = &self.sums {
             (first.page..)
                 .zip(bytes[..length].chunks(PAGE_SIZE))

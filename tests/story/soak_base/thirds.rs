@@ -2,11 +2,13 @@
 //! the lot spares, and prune removes the rest in two runs. Between the two runs the soak goes on.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta};
 use rand::Rng as _;
 use rand::rngs::StdRng;
 use serde_json::Value;
+use tokio::time::Instant;
 
 use super::Survivor;
 use crate::restore::Protected;
@@ -14,6 +16,9 @@ use crate::restore::Protected;
 /// Configuration that lets everything go which is neither pinned nor among the two newest that a drill proved.
 pub(super) const RULES: &str =
     "[prune]\ngrace = \"1s\"\nshort_grace = true\n[targets.ledger.retention]\nkeep_last = 2\n";
+
+/// The grace period, and the second to which a plan's age is rounded.
+const RIPENS: Duration = Duration::from_millis(2200);
 
 /// Who was drawn so far.
 #[derive(Debug, Default)]
@@ -27,6 +32,8 @@ pub(super) struct Thirds {
     /// Drills.
     pub drills: usize,
     drilled: BTreeSet<String>,
+    /// When what is planned may go.
+    ripe_at: Option<Instant>,
     pinned: BTreeSet<String>,
     doomed: BTreeSet<String>,
 }
@@ -51,14 +58,14 @@ impl Thirds {
         }
         let plan = protected.drctl(["prune", "--json"]).run().await.ok().json();
         assert!(plan["planned"]["amount"]["objects"].as_u64().unwrap() > 0, "{plan:#}");
+        self.ripe_at = Some(Instant::now() + RIPENS);
         println!("  to go: {:?}", self.doomed);
     }
 
     /// The second run: exactly the drawn ones go.
     pub(super) async fn sweep(&mut self, protected: &Protected, survivors: &mut Vec<Survivor>) {
-        if self.doomed.is_empty() {
-            return;
-        }
+        let Some(ripe_at) = self.ripe_at.take() else { return };
+        tokio::time::sleep_until(ripe_at).await;
         let found = protected.drctl(["prune", "--json"]).run().await.ok().json();
         let digest = found["ripe"]["digest"].as_str().unwrap_or_else(|| panic!("nothing is ripe: {found:#}"));
         let swept = protected.drctl(["prune", "--plan", digest, "--execute", "--json"]).run().await.ok().json();

@@ -240,3 +240,19 @@ async fn every_flipped_bit_and_every_cut_is_told() {
         assert!(read(&fixture, &alone, end).await.is_err(), "bit {bit} was believed");
     }
 }
+
+#[tokio::test]
+async fn a_frame_that_was_overtaken_is_missed_only_once_its_epoch_stands_still() {
+    let fixture = Fixture::memory(2, 1).await;
+    fixture.epoch(START, &[20; 8], false).await;
+    let frame = names(&fixture, 0).await.0.into_iter().find(|key| key.ends_with("/0000000005")).unwrap();
+    fixture.stores[0].lose(&frame).await;
+    let repository = fixture.reopen().await.unwrap();
+    let index = WalIndex::load(&repository.regions, branch()).await;
+    let region = &repository.regions.all()[0];
+    let missing = async || scrub::missing_frames(&repository, &index, region, fixture.writer.clock.now()).await;
+    assert!(missing().await.is_empty());
+    fixture.clock.advance(61);
+    let problems = missing().await;
+    assert!(problems.len() == 1 && problems[0].key == frame, "{problems:?}");
+}

@@ -233,7 +233,7 @@ pub async fn read_frame(repository: &Repository, region: &Region, place: &FrameP
 }
 
 /// WAL frames that other regions list and this one does not, as runs of each epoch. The end of an epoch that is still
-/// growing is left out: a region may be a moment behind.
+/// growing is left out: a region may be a moment behind, and of frames that are on their way together any may come first.
 pub async fn missing_frames(
     repository: &Repository,
     index: &WalIndex,
@@ -256,9 +256,8 @@ pub async fn missing_frames(
         let missing: Vec<_> =
             seqs.iter().filter(|(seq, held)| **seq >= cut && lacks(held)).map(|(seq, _)| *seq).collect();
         let (Some(first), Some((last, _))) = (missing.first(), seqs.last_key_value()) else { continue };
-        let tail = last + 1 - first == missing.len() as u64;
         let written = index.header(repository, epoch, *last).await.map(|header| header.written_at);
-        let growing = tail && missing.len() < 60 && written.is_ok_and(|at| (now - at).num_seconds() < 60);
+        let growing = last - first < 60 && written.is_ok_and(|at| (now - at).num_seconds() < 60);
         if !growing {
             let key = index.place(epoch, *first).key();
             let what = format!("{} WAL frames from here on are not there", missing.len());

@@ -9,7 +9,7 @@ import statistics
 import threading
 import time
 
-from .cluster import PG_BIN, Cluster
+from .cluster import PG_BIN
 from .contestants import Drctl
 from .receiver import begin, frames, receiving
 from .rows import row
@@ -62,9 +62,7 @@ class Ledger:
 
 def rows(bench):
     """Two directories at both intervals, two S3 regions at the shorter one."""
-    cluster = Cluster(bench.scratch, **SETTINGS)
-    try:
-        cluster.pgbench("-i", "-I", "dtgp", "-q", "-s", "10" if bench.quick else "50")
+    with bench.cluster(**SETTINGS) as cluster:
         cluster.sql("CREATE TABLE ledger (number bigint)")
         directories = lambda: {side: bench.place(f"exposed-{side}") for side in "ab"}
         buckets = lambda: {side: (bench.bed, side) for side in "ab"}
@@ -73,8 +71,6 @@ def rows(bench):
                 work = bench.work(f"exposure under pgbench, ship_interval {interval}, {kind}")
                 found = [measure(bench, cluster, (regions(), interval), work) for _ in range(bench.options.rounds)]
                 yield from told(work, found, goal)
-    finally:
-        cluster.close()
 
 
 def measure(bench, cluster, place, work):

@@ -6,11 +6,11 @@ import statistics
 import time
 
 from . import disk
-from .cluster import PG_BIN, Cluster
+from .cluster import PG_BIN
 from .contestants import Drctl, PgBackRest
 from .receiver import begin, frames, passed, receiving
 from .rows import compare, middle, row
-from .run import Running, bare_environment, measured, say, size_below
+from .run import Running, measured, say, size_below
 from .session import Session, text_of
 
 RATE = 200e6
@@ -97,13 +97,9 @@ def rows(bench):
     speed = disk.durable_bytes_per_second(bench.place("disk"))
     yield row("the disk", "fsyncs_per_second", None, ("8 KiB each", disk.fsyncs_per_second(bench.place("disk"))), None)
     yield row("the disk", "durable_megabytes_per_second", None, ("4 MiB, two directories", speed / 1e6), None)
-    cluster = Cluster(bench.scratch, **SETTINGS)
-    try:
-        cluster.pgbench("-i", "-I", "dtgp", "-q", "-s", "10" if bench.quick else "50")
+    with bench.cluster(**SETTINGS) as cluster:
         for load, make in LOADS.items():
             yield from of_load(bench, cluster, (load, make), speed)
-    finally:
-        cluster.close()
 
 
 def of_load(bench, cluster, load, speed):
@@ -111,6 +107,8 @@ def of_load(bench, cluster, load, speed):
     name, make = load
     rounds = range(bench.options.rounds)
     ours = {level: [Ours(bench, cluster, f"drctl-{level}-{turn}", level) for turn in rounds] for level in LEVELS}
+    # A slot keeps WAL from the last checkpoint on.
+    cluster.sql("CHECKPOINT")
     peers = [PgReceivewal(bench.place(f"receivewal-{turn}"), cluster, f"receivewal_{turn}") for turn in rounds]
     costs = {}
     with Session(cluster) as session:

@@ -10,7 +10,7 @@ import shutil
 import statistics
 import time
 
-from .cluster import PG_BIN, Cluster
+from .cluster import PG_BIN
 from .contestants import Drctl, PgBackRest
 from .ingest import pgbench, segments
 from .receiver import passed, receiving
@@ -27,12 +27,9 @@ LIMIT = 600
 
 def rows(bench):
     """Everybody in turns, in every round."""
-    cluster, found = Cluster(bench.scratch, **SETTINGS), {}
-    try:
+    with bench.cluster(**SETTINGS) as cluster:
         drctl, peer, volume = prepare(bench, cluster)
-    finally:
-        cluster.close()
-    runs = contestants(bench, drctl, peer)
+    runs, found = contestants(bench, drctl, peer), {}
     for turn in range(bench.options.rounds):
         say(f"replay, round {turn + 1} of {bench.options.rounds}")
         for name, replay in runs.items():
@@ -51,7 +48,6 @@ def rows(bench):
 def prepare(bench, cluster):
     """A backup and the WAL behind it, in the repositories of both."""
     near = (bench.bed, "a")
-    cluster.pgbench("-i", "-I", "dtgp", "-q", "-s", "10" if bench.quick else "50")
     drctl = Drctl(bench.binary, bench.place("drctl-r"), cluster, {"a": near})
     with receiving(drctl) as receiver, Session(cluster) as session:
         receiver.begun(session)
@@ -87,7 +83,7 @@ def contestants(bench, drctl, peer):
     def by_hand(place, command, fill):
         drctl.through({"a": near})
         drctl.restore(place, "--run-as", "postgres")
-        staged = place / "drctl-wal"
+        staged = place / "pg_wal/drctl-wal"
         for file in staged.iterdir():
             if fill and re.fullmatch("[0-9A-F]{24}", file.name):
                 file.rename(place / "pg_wal" / file.name)

@@ -7,7 +7,6 @@ import statistics
 import time
 import urllib.parse
 
-from .cluster import Cluster
 from .contestants import Drctl
 from .exposure import SETTINGS
 from .receiver import NAME, begin, receiving
@@ -22,23 +21,24 @@ PUTS = 50
 
 def rows(bench):
     """Both delays, beside what one plain put takes through the same way."""
-    cluster = Cluster(bench.scratch, **SETTINGS)
-    try:
+    with bench.cluster(**SETTINGS) as cluster:
         cluster.sql("CREATE TABLE ledger (number bigserial, at timestamptz)")
         alone = statistics.median(commits(bench, cluster))
         for delay in DELAYS:
             ends = {side: bench.bed.delayed(side, delay) for side in "ab"}
             found = [measure(bench, cluster, ends, delay) for _ in range(bench.options.rounds)]
-            middle = lambda of: statistics.median(of(one) for one in found)
-            median, put = middle(lambda one: statistics.median(one[0])), middle(lambda one: one[1])
-            work = bench.work(f"commit that waits for two S3 regions {delay} ms away")
-            yield row(work, "median_seconds", median, (f"{delay} + 10 ms", delay / 1000 + MARGIN), 1.0)
-            yield row(work, "median_seconds", median, ("one put of 4 KiB by hand", put), None)
-            yield row(work, "median_seconds", median, ("a commit that does not wait", alone), None)
-            tail = middle(lambda one: sorted(one[0])[len(one[0]) * 99 // 100])
-            yield row(work, "p99_seconds", tail, (f"{delay} + 10 ms", delay / 1000 + MARGIN), None)
-    finally:
-        cluster.close()
+            yield from told(bench, delay, found, alone)
+
+
+def told(bench, delay, found, alone):
+    """Medians of the rounds."""
+    middle = lambda of: statistics.median(of(*one) for one in found)
+    median, bound = middle(lambda waited, _: statistics.median(waited)), (f"{delay} + 10 ms", delay / 1000 + MARGIN)
+    work = bench.work(f"commit that waits for two S3 regions {delay} ms away")
+    yield row(work, "median_seconds", median, bound, 1.0)
+    yield row(work, "p99_seconds", middle(lambda waited, _: sorted(waited)[len(waited) * 99 // 100]), bound, None)
+    yield row(work, "median_seconds", median, ("one put of 4 KiB by hand", middle(lambda _, put: put)), None)
+    yield row(work, "median_seconds", median, ("a commit that does not wait", alone), None)
 
 
 def measure(bench, cluster, ends, delay):

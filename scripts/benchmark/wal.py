@@ -1,9 +1,11 @@
 """`scripts/bench wal`: how fast WAL becomes durable, what it costs, what is exposed meanwhile, and how fast it replays."""
 
+import contextlib
 import shutil
 
 from . import exposure, ingest, replay, sync
 from .bed import Bed
+from .cluster import Cluster
 from .contestants import PgBackRest, missing
 from .run import say
 
@@ -33,6 +35,19 @@ class Bench:
         place = self.scratch / name
         shutil.rmtree(place, ignore_errors=True)
         return place
+
+    @contextlib.contextmanager
+    def cluster(self, **settings):
+        """A new one, with the tables of pgbench."""
+        data, _ = self.place("pgdata"), self.place("s-pgdata")
+        cluster = Cluster(self.scratch, data.name, **settings)
+        try:
+            cluster.pgbench("-i", "-I", "dtgp", "-q", "-s", "10" if self.quick else "50")
+            yield cluster
+        finally:
+            cluster.close()
+            # The directory of the socket stays: a copy of the cluster that is started listens there.
+            shutil.rmtree(data)
 
 
 def wal(scratch, binary, options):

@@ -71,9 +71,11 @@ def streams(session, name):
 
 
 def pgbench(bench, cluster, wanted):
-    """Transactions of pgbench until there is that much WAL."""
+    """Transactions of pgbench until there is that much WAL. With a checkpoint every few seconds most of it is page images,
+    as it is for some minutes behind each checkpoint of a large database."""
     while cluster.sql(f"SELECT pg_current_wal_lsn() < '{wanted}'") == "t":
-        cluster.pgbench("-c", "4", "-j", "2", "-T", "1")
+        cluster.pgbench("-c", "4", "-j", "2", "-T", "3")
+        cluster.sql("CHECKPOINT")
 
 
 def bulk(bench, cluster, wanted):

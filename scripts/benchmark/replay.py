@@ -51,6 +51,7 @@ def prepare(bench, cluster):
     drctl = Drctl(bench.binary, bench.place("drctl-r"), cluster, {"a": near})
     with receiving(drctl) as receiver, Session(cluster) as session:
         receiver.begun(session)
+        session.ask("SELECT pg_create_physical_replication_slot('kept', true)")
         before = passed(session)
         drctl.backup()
         begun = passed(session)

@@ -20,16 +20,17 @@ pub struct TargetFile {
 }
 
 /// Writes past the page cache want places, lengths and memory that begin at such a multiple: that of the largest sectors.
-const ALIGNMENT: usize = 4096;
+pub const ALIGNMENT: usize = 4096;
 /// Smaller writes go through the page cache, which puts neighbours together.
-const DIRECT_FROM: usize = 64 * 1024;
+pub const DIRECT_FROM: usize = 64 * 1024;
 
 /// Memory in which writes past the page cache begin where the disk wants it.
 #[derive(Debug, Default)]
 pub struct Staging(Vec<u8>);
 
 impl Staging {
-    fn copy(&mut self, bytes: &[u8]) -> &[u8] {
+    /// A copy of the bytes that begins where the disk wants it.
+    pub fn copy(&mut self, bytes: &[u8]) -> &[u8] {
         if self.0.len() < bytes.len() + ALIGNMENT {
             self.0 = vec![0; bytes.len() + ALIGNMENT];
         }

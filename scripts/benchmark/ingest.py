@@ -8,7 +8,7 @@ import time
 from . import disk
 from .cluster import PG_BIN
 from .contestants import Drctl, PgBackRest
-from .receiver import begin, frames, passed, receiving
+from .receiver import NAME, begin, frames, passed, receiving
 from .rows import compare, middle, row
 from .run import Running, measured, say, size_below
 from .session import Session, text_of
@@ -52,7 +52,7 @@ class Ours:
         before, known = self.drctl.stored(), set(frames(self.region))
         os.sync()
         with receiving(self.drctl) as receiver:
-            receiver.until("it streams", lambda: streams(session, "drctl wal bench"))
+            receiver.until("it streams", lambda: streams(session, NAME))
             began = time.monotonic()
             receiver.reach(session, end)
             wall = time.monotonic() - began
@@ -67,7 +67,8 @@ class Ours:
 
 
 def streams(session, name):
-    return session.ask(f"SELECT count(*) FROM pg_stat_replication WHERE application_name = '{name}' AND state <> 'startup'") == "1"
+    senders = f"SELECT count(*) FROM pg_stat_replication WHERE application_name = '{name}' AND state <> 'startup'"
+    return session.ask(senders) == "1"
 
 
 def pgbench(bench, cluster, wanted):
@@ -87,8 +88,8 @@ def bulk(bench, cluster, wanted):
             'cart', 'order', 'refund'])[1 + (i * 31 % 5)::int], 'session', left(md5((i / 12)::text), 16), 'amount',
             i * 104729 % 100000, 'path', '/shop/' || i * 613 % 997 || '/item/' || i * 7 % 10007)
             FROM generate_series(1::bigint, 100000) AS i;
-            INSERT INTO bulk_blobs SELECT (SELECT string_agg(gen_random_bytes(1000), '') FROM generate_series(1, 100) WHERE i > 0)
-            FROM generate_series(1, 20) AS i;""")
+            INSERT INTO bulk_blobs SELECT (SELECT string_agg(gen_random_bytes(1000), '') FROM generate_series(1, 100)
+            WHERE i > 0) FROM generate_series(1, 20) AS i;""")
 
 
 LOADS = {"pgbench": pgbench, "a bulk load": bulk}
@@ -126,8 +127,9 @@ def of_load(bench, cluster, load, speed):
             for level in LEVELS:
                 costs.setdefault(level, []).append(ours[level][turn].catch_up(session, end))
                 ours[level][turn].close()
-                if bench.has_pgbackrest:
-                    costs.setdefault(f"push {level}", []).append(pushed(bench, cluster, (begun, end), level))
+                for copies in (1, 2) if bench.has_pgbackrest else ():
+                    push = pushed(bench, cluster, (begun, end), (level, copies))
+                    costs.setdefault((level, copies), []).append(push)
             costs.setdefault("receivewal", []).append(peers[turn].catch_up(session, end))
             shutil.rmtree(peers[turn].place)
     cluster.sql("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots")
@@ -140,11 +142,13 @@ def segments(cluster, begun, end):
     return [cluster.data / "pg_wal" / f"{1:08X}{number // 256:08X}{number % 256:08X}" for number in numbers]
 
 
-def pushed(bench, cluster, span, level):
+def pushed(bench, cluster, span, how):
     """pgBackRest's archive-push of every segment, one after the other, as archive_command runs it."""
-    begun, end = span
+    (begun, end), (level, copies) = span, how
     files = segments(cluster, -(-begun // SEGMENT) * SEGMENT, end // SEGMENT * SEGMENT)
-    peer = PgBackRest(bench.place("pgbr"), cluster, bench.place("pgbr-repo"), compress_level=str(level))
+    second = {"repo2_path": bench.place("pgbr-repo2"), "repo2_cipher_type": "aes-256-cbc", "repo2_cipher_pass": "bench"}
+    peer = PgBackRest(bench.place("pgbr"), cluster, bench.place("pgbr-repo"), compress_level=str(level),
+                      **(second if copies > 1 else {}))
     push = " ".join(f"'{word}'" for word in peer.command("archive-push"))
     before = peer.stored()
     cost = measured(["bash", "-c", f'for file; do {push} "$file" || exit 1; done', "push", *files])
@@ -164,11 +168,13 @@ def told(bench, load, costs):
     yield row(work, "durable_megabytes_per_second", stored, ("the disk", speed / 1e6), None)
     yield from compare(work, ours, theirs, {})
     for level in LEVELS:
-        peers = costs.get(f"push {level}")
-        push = statistics.median(cost.cpu_seconds / cost.bytes for cost in peers) * SEGMENT if peers else None
-        mine = middle(costs[level], "cpu_seconds") / volume * SEGMENT
-        yield row(f"{work}, zstd {level}", "cpu_milliseconds_per_segment", mine * 1e3,
-                  ("pgBackRest push to one", push and push * 1e3), 0.5)
-        walls = statistics.median(cost.wall_seconds / cost.bytes for cost in peers) * volume if peers else None
-        yield row(f"{work}, zstd {level}", "wall_seconds", middle(costs[level], "wall_seconds"),
-                  ("pgBackRest push to one", walls), None)
+        mine, wall = costs[level], middle(costs[level], "wall_seconds")
+        at = f"{work}, zstd {level}"
+        for copies, to, goal in ((2, "two", 0.5), (1, "one", None)):
+            peers = costs.get((level, copies))
+            each = lambda figure: peers and statistics.median(getattr(cost, figure) / cost.bytes for cost in peers)
+            cpu, seconds = each("cpu_seconds"), each("wall_seconds")
+            peer = f"pgBackRest push to {to}"
+            yield row(at, "cpu_milliseconds_per_segment", middle(mine, "cpu_seconds") / volume * SEGMENT * 1e3,
+                      (peer, cpu and cpu * SEGMENT * 1e3), goal)
+            yield row(at, "wall_seconds", wall, (peer, seconds and seconds * volume), None)

@@ -23,7 +23,8 @@ class Receiver(Running):
 
     def flushed(self, session):
         """Where all ends that the write quorum holds, as the server was told."""
-        return lsn(session.ask(f"SELECT coalesce(max(flush_lsn), '0/0') FROM pg_stat_replication WHERE application_name = '{NAME}'"))
+        flushed = f"SELECT coalesce(max(flush_lsn), '0/0') FROM pg_stat_replication WHERE application_name = '{NAME}'"
+        return lsn(session.ask(flushed))
 
     def reach(self, session, end, limit=300):
         """Waits until everything before `end` is durable."""

@@ -1,5 +1,6 @@
-"""How long a commit takes that waits for two S3 regions, each so many milliseconds away."""
+"""How long a commit takes that waits for two S3 regions, each so many milliseconds away: one client, one row at a time."""
 
+import concurrent.futures
 import http.client
 import os
 import ssl
@@ -37,7 +38,7 @@ def told(bench, delay, found, alone):
     work = bench.work(f"commit that waits for two S3 regions {delay} ms away")
     yield row(work, "median_seconds", median, bound, 1.0)
     yield row(work, "p99_seconds", middle(lambda waited, _: sorted(waited)[len(waited) * 99 // 100]), bound, None)
-    yield row(work, "median_seconds", median, ("one put of 4 KiB by hand", middle(lambda _, put: put)), None)
+    yield row(work, "median_seconds", median, ("4 KiB put by hand to both", middle(lambda _, put: put)), None)
     yield row(work, "median_seconds", median, ("a commit that does not wait", alone), None)
 
 
@@ -47,11 +48,12 @@ def measure(bench, cluster, ends, delay):
     drctl = Drctl(bench.binary, bench.place("drctl-s"), cluster, {side: (bench.bed, side) for side in ends}, sync=True)
     begin(drctl, cluster)
     drctl.through(ends)
-    put = statistics.median(puts(bench.bed, ends["a"]))
+    put = statistics.median(puts(bench.bed, ends))
     with receiving(drctl) as receiver, Session(cluster) as session:
         receiver.begun(session)
         wait_for(session, f'FIRST 1 ("{NAME}")')
-        receiver.until("the server waits for it", lambda: session.ask("SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'") == "1")
+        waits = "SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'"
+        receiver.until("the server waits for it", lambda: session.ask(waits) == "1")
         found = commits(bench, cluster)
         wait_for(session, "")
         receiver.end()
@@ -74,21 +76,33 @@ def commits(bench, cluster):
     return [int(line.split()[2]) / 1e6 for line in lines]
 
 
-def puts(bed, endpoint):
-    """Seconds of small puts, one after the other on one connection."""
-    bucket, took = bed.bucket("a"), []
-    address = urllib.parse.urlsplit(endpoint)
-    connection = http.client.HTTPSConnection(address.hostname, address.port, context=ssl.create_default_context(cafile=bed.ca))
-    for number in range(PUTS):
+def puts(bed, ends):
+    """Seconds of small puts to both regions at once, one pair after the other, each on one connection."""
+    ways = [Way(bed, side, end) for side, end in ends.items()]
+    took = []
+    with concurrent.futures.ThreadPoolExecutor(len(ways)) as pool:
+        for number in range(PUTS):
+            began = time.monotonic()
+            list(pool.map(lambda way: way.put(number), ways))
+            took.append(time.monotonic() - began)
+    # The first pair connects.
+    return took[1:]
+
+
+class Way:
+    """One connection to a new bucket of one region."""
+
+    def __init__(self, bed, side, end):
+        self.bed, self.side, self.bucket = bed, side, bed.bucket(side)
+        at, context = urllib.parse.urlsplit(end), ssl.create_default_context(cafile=bed.ca)
+        self.connection = http.client.HTTPSConnection(at.hostname, at.port, context=context)
+
+    def put(self, number):
         # Signed for the server's own port, which is the only thing that a way through another one changes.
-        signed = urllib.parse.urlsplit(bed.url("a", "PUT", f"{bucket}/{number}"))
-        began = time.monotonic()
-        connection.request("PUT", f"{signed.path}?{signed.query}", os.urandom(4096), {"Host": signed.netloc, "If-None-Match": "*"})
-        answer = connection.getresponse()
+        signed = urllib.parse.urlsplit(self.bed.url(self.side, "PUT", f"{self.bucket}/{number}"))
+        head = {"Host": signed.netloc, "If-None-Match": "*"}
+        self.connection.request("PUT", f"{signed.path}?{signed.query}", os.urandom(4096), head)
+        answer = self.connection.getresponse()
         answer.read()
-        took.append(time.monotonic() - began)
         if answer.status != 200:
             raise SystemExit(f"scripts/bench: a put is answered with {answer.status}")
-    connection.close()
-    # The first one connects.
-    return took[1:]

@@ -70,12 +70,7 @@ impl SegmentBook {
     ///
     /// # Errors
     /// No randomness for a new one.
-    pub(super) fn open(
-        state_dir: &Path,
-        target: &str,
-        repository: &RepositoryId,
-        rng: &dyn Rng,
-    ) -> Result<Self> {
+    pub(super) fn open(state_dir: &Path, target: &str, repository: &RepositoryId, rng: &dyn Rng) -> Result<Self> {
         let path = state_dir.join(format!("{target}.segments"));
         let whose = format!("segments of {target} in {repository}");
         let text = match std::fs::read(&path) {

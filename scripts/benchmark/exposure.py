@@ -80,8 +80,8 @@ def measure(bench, cluster, place, work):
     drctl = Drctl(bench.binary, bench.place("drctl-e"), cluster, regions, ship_interval=interval)
     begin(drctl, cluster)
     cluster.sql("TRUNCATE ledger")
-    seconds = 8 if bench.quick else 20
-    load = Running([PG_BIN / "pgbench", "-n", "-h", cluster.socket, "-U", "postgres", "-c", "4", "-T", seconds + 4, "postgres"])
+    seconds = 5 if bench.quick else 20
+    load = Running([PG_BIN / "pgbench", "-n", "-h", cluster.socket, "-U", "postgres", "-c", "4", "-T", seconds + 3, "postgres"])
     try:
         with receiving(drctl) as receiver, Session(cluster) as session:
             receiver.begun(session)

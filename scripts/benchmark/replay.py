@@ -55,7 +55,7 @@ def prepare(bench, cluster):
         drctl.backup()
         begun = passed(session)
         say("writing WAL")
-        pgbench(bench, cluster, text_of(begun + ((512 if bench.quick else 1024) << 20)))
+        pgbench(bench, cluster, text_of(begun + ((320 if bench.quick else 1024) << 20)))
         end = passed(session)
         receiver.reach(session, end)
         receiver.end()

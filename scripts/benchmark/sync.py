@@ -71,7 +71,7 @@ def commits(bench, cluster):
     place = bench.place("commits")
     place.mkdir()
     (place / "script").write_text("INSERT INTO ledger (at) VALUES (now());\n", encoding="ascii")
-    cluster.pgbench("-c", "1", "-T", "4" if bench.quick else "10", "-f", place / "script", "-l", f"--log-prefix={place}/log")
+    cluster.pgbench("-c", "1", "-T", "3" if bench.quick else "10", "-f", place / "script", "-l", f"--log-prefix={place}/log")
     lines = [line for log in place.glob("log.*") for line in log.read_text().splitlines()]
     return [int(line.split()[2]) / 1e6 for line in lines]
 

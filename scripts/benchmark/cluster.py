@@ -50,7 +50,7 @@ class Cluster:
         "max_locks_per_transaction": "1024",
     }
 
-    def __init__(self, scratch, name="pgdata"):
+    def __init__(self, scratch, name="pgdata", **settings):
         self.data, self.socket = scratch / name, scratch / f"s-{name}"
         for directory in (self.data, self.socket):
             directory.mkdir(mode=0o700)
@@ -58,7 +58,7 @@ class Cluster:
                 shutil.chown(directory, "postgres", pwd.getpwnam("postgres").pw_gid)
         run(as_postgres([PG_BIN / "initdb", "-D", self.data, "-U", "postgres", "-A", "trust", "--locale=C",
                          "-E", "UTF8", "--data-checksums", "--no-sync"]), cwd="/")
-        lines = [f"{name} = '{value}'" for name, value in self.SETTINGS.items()]
+        lines = [f"{name} = '{value}'" for name, value in (self.SETTINGS | settings).items()]
         with open(self.data / "postgresql.conf", "a", encoding="utf-8") as conf:
             conf.write("\n".join([*lines, f"unix_socket_directories = '{self.socket}'", ""]))
         server = as_postgres([PG_BIN / "postgres", "-D", self.data])

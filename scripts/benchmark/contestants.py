@@ -18,16 +18,19 @@ from .run import bare_environment, measured, restored, run, size_below
 class Drctl:
     """One repository in the given regions, each a directory or a side of the bed."""
 
-    def __init__(self, binary, place, cluster, regions, detection="read"):
-        """`regions`: name → a directory, or (bed, side). `detection`: how changed pages are found."""
+    def __init__(self, binary, place, cluster, regions, detection="read", **settings):
+        """`regions`: name → a directory, or (bed, side). `detection`: how changed pages are found. `settings`: of the
+        target, and `level`: zstd's for WAL."""
         self.binary, self.place, self.cluster, self.regions, self.buckets = binary, place, cluster, regions, {}
         place.mkdir()
         keys = run([binary, "init", "--recovery-key", place / "recovery.age"])
         text = '[repository]\nstate_dir = "state"\nmin_wraps = 1\n'
+        if level := settings.pop("level", None):
+            text += f"compression_level = {{ wal = {level} }}\n"
         text += "".join(self.region(name, at) for name, at in regions.items())
         text += f'[keys.recovery]\nage = "{re.search("age1[0-9a-z]+", keys)[0]}"\nidentity = "file:recovery.age"\n'
         text += f'[targets.bench]\nsource = "postgres"\nmethod = "local"\nconninfo = "{cluster.conninfo}"\n'
-        text += f'detection = "{detection}"\n'
+        text += "".join(f"{name} = {json.dumps(value)}\n" for name, value in {"detection": detection, **settings}.items())
         (place / "drctl.toml").write_text(text, encoding="utf-8")
         beds = [at[0] for at in regions.values() if isinstance(at, tuple)]
         self.environment = bare_environment(**(beds[0].credentials() if beds else {}),
@@ -76,9 +79,9 @@ class Drctl:
             # The slot that it leaves would keep all WAL from here on.
             self.cluster.sql("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE NOT active")
 
-    def restore(self, directory):
+    def restore(self, directory, *options):
         """Exactly the command that the plan prints, as a person would run it; it plans once more."""
-        plan = run(self.command("restore", "latest", "--target-dir", directory, "--json"), env=self.environment)
+        plan = run(self.command("restore", "latest", "--target-dir", directory, "--json", *options), env=self.environment)
         plan = json.loads(plan[plan.index("{"):])
         if plan["refused"]:
             raise SystemExit(f"scripts/bench: drctl refuses to restore: {plan['refused']}")
@@ -105,7 +108,7 @@ class PgBackRest:
     def version(cls):
         return tuple(int(part) for part in re.findall(r"\d+", run([cls.binary(), "version"]))[:2])
 
-    def __init__(self, place, cluster, region):
+    def __init__(self, place, cluster, region, **settings):
         self.place, self.cluster, self.region = place, cluster, region
         place.mkdir()
         lines = {
@@ -116,7 +119,7 @@ class PgBackRest:
         }
         if self.version() >= (2, 46):
             lines["repo1-block"] = "y"
-        lines |= self.repository()
+        lines |= self.repository() | {name.replace("_", "-"): value for name, value in settings.items()}
         text = "[global]\n" + "".join(f"{name}={value}\n" for name, value in lines.items())
         text += f"[bench]\npg1-path={cluster.data}\npg1-socket-path={cluster.socket}\npg1-user=postgres\n"
         (place / "pgbackrest.conf").write_text(text, encoding="utf-8")
@@ -136,6 +139,12 @@ class PgBackRest:
 
     def command(self, *words):
         return [self.binary(), f"--config={self.place / 'pgbackrest.conf'}", "--stanza=bench", *words]
+
+    def through(self, endpoint):
+        """The same bucket through another address."""
+        conf = self.place / "pgbackrest.conf"
+        text = re.sub(r"(?m)^repo1-storage-port=.*$", f"repo1-storage-port={endpoint.rpartition(':')[2]}", conf.read_text())
+        conf.write_text(text, encoding="utf-8")
 
     def stored(self):
         if isinstance(self.region, pathlib.Path):

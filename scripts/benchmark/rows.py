@@ -20,11 +20,11 @@ def compare(work, ours, peer, goals, figures=("wall_seconds", "cpu_seconds", "st
 def row(work, figure, drctl, peer, goal):
     """A goal is the highest ratio that is good enough."""
     name, value = peer
-    drctl = None if drctl is None else round(drctl, 3)
+    drctl = None if drctl is None else round(drctl, 4)
     ratio = drctl / value if drctl is not None and value else None
     met = None if goal is None or ratio is None else ratio <= goal
     return {"work": work, "figure": figure, "drctl": drctl, "peer": name,
-            "peer_value": None if value is None else round(value, 3),
+            "peer_value": None if value is None else round(value, 4),
             "ratio": None if ratio is None else round(ratio, 3), "goal": goal, "met": met}
 
 
@@ -33,7 +33,9 @@ def shown(figure, value):
         return "-"
     if figure.endswith("_bytes"):
         return f"{value / 1e6:.1f} MB"
-    return f"{value:.2f} s" if figure.endswith("_seconds") else f"{value:.0f}"
+    if figure.endswith("_seconds"):
+        return f"{value:.2f} s" if value >= 0.1 else f"{value * 1e3:.1f} ms"
+    return f"{value:.0f}"
 
 
 def table(rows):

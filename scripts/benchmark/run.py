@@ -6,6 +6,7 @@ import pathlib
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
@@ -73,6 +74,59 @@ def restored(command, directory, environment=None):
     run(["sync", "-f", directory])
     cost.durable_seconds = cost.wall_seconds + time.monotonic() - began
     return cost
+
+
+class Running:
+    """A program beside what is measured, until it ends or is told to; then it is known what it cost."""
+
+    def __init__(self, command, environment=None):
+        self.words, self.began = [str(word) for word in command], time.monotonic()
+        self.errors = tempfile.TemporaryFile()
+        self.process = subprocess.Popen(self.words, cwd="/", env=environment or bare_environment(),
+                                        stdout=subprocess.DEVNULL, stderr=self.errors)
+
+    def until(self, what, reached, limit=60, pause=0.01):
+        """Waits until `reached()`, for as long as the program lives."""
+        deadline = time.monotonic() + limit
+        while not (answer := reached()):
+            if self.status(os.WNOHANG):
+                self.fail(f"has ended before {what}")
+            if time.monotonic() > deadline:
+                self.fail(f"{what} did not come about in {limit} s")
+            time.sleep(pause)
+        return answer
+
+    def status(self, options):
+        """What wait4 says once it has ended."""
+        if self.process.returncode is None:
+            pid, status, usage = os.wait4(self.process.pid, options)
+            if not pid:
+                return None
+            self.process.returncode, self.usage = os.waitstatus_to_exitcode(status), usage
+        return self.usage
+
+    def end(self, tell=True):
+        """Its cost. A program that does not come to its end in a minute, or not to a good one, ends the run."""
+        if tell and self.process.returncode is None:
+            self.process.terminate()
+        deadline = time.monotonic() + 60
+        while not (usage := self.status(os.WNOHANG)):
+            if time.monotonic() > deadline:
+                self.fail("does not end")
+            time.sleep(0.002)
+        if self.process.returncode:
+            self.fail(f"exit status {self.process.returncode}")
+        return Cost(time.monotonic() - self.began, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+
+    def fail(self, why):
+        self.kill()
+        self.errors.seek(0)
+        sys.exit(f"scripts/bench: {shlex.join(self.words)}: {why}\n{self.errors.read().decode(errors='replace')}")
+
+    def kill(self):
+        if self.process.returncode is None:
+            self.process.kill()
+            self.status(0)
 
 
 def drained(process):

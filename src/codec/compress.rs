@@ -4,6 +4,7 @@
 //! the plain length is authenticated before anything is allocated for it.
 
 use std::fmt;
+use std::io::Cursor;
 
 use zstd::zstd_safe::{compress_bound, find_frame_compressed_size, get_frame_content_size};
 
@@ -90,14 +91,16 @@ impl Compressor {
     /// [`CompressError::TooLong`] for more than [`MAX_PLAIN`] bytes.
     pub fn pack_payload(&mut self, bytes: &[u8]) -> Result<Vec<u8>, CompressError> {
         let len = plain_len(bytes)?;
-        let mut payload = vec![0; PAYLOAD_OVERHEAD + compress_bound(bytes.len())];
-        let shrunk = self.context.compress_to_buffer(bytes, &mut payload[PAYLOAD_OVERHEAD..]).map_err(refused)?;
-        let tag = if shrunk < bytes.len() { ZSTD } else { RAW };
-        payload[0] = tag;
-        payload[1..PAYLOAD_OVERHEAD].copy_from_slice(&len.to_le_bytes());
-        if tag == ZSTD {
-            payload.truncate(PAYLOAD_OVERHEAD + shrunk);
-        } else {
+        // Most of the room stays untouched: memory that nobody writes costs nothing.
+        let mut payload = Vec::with_capacity(PAYLOAD_OVERHEAD + compress_bound(bytes.len()));
+        payload.push(ZSTD);
+        payload.extend_from_slice(&len.to_le_bytes());
+        let mut behind_head = Cursor::new(payload);
+        behind_head.set_position(PAYLOAD_OVERHEAD as u64);
+        let shrunk = self.context.compress_to_buffer(bytes, &mut behind_head).map_err(refused)?;
+        let mut payload = behind_head.into_inner();
+        if shrunk >= bytes.len() {
+            payload[0] = RAW;
             payload.truncate(PAYLOAD_OVERHEAD);
             payload.extend_from_slice(bytes);
         }

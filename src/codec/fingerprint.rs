@@ -1,9 +1,9 @@
-//! Fingerprints of pages: did this page change since the parent backup?
+//! Fingerprints of pages: did this page change since the parent backup? And of WAL segments: is this one stored?
 //!
 //! XXH3-128 with a random secret, so that nobody who writes rows can prepare two pages that look alike. It detects
 //! change and proves nothing: what a page holds is proven by the seal.
 
-use xxhash_rust::xxh3::{xxh3_128, xxh3_128_with_secret};
+use xxhash_rust::xxh3::{Xxh3, xxh3_128, xxh3_128_with_secret};
 
 use crate::model::{Result, Rng};
 
@@ -49,6 +49,32 @@ impl PageFingerprinter {
     pub fn of(&self, page: &[u8]) -> Fingerprint {
         xxh3_128_with_secret(page, &self.secret).to_be_bytes()
     }
+
+    /// The fingerprint of bytes that come in pieces.
+    pub const fn running(&self) -> RunningFingerprint {
+        RunningFingerprint(Xxh3::with_secret(self.secret))
+    }
+}
+
+/// A fingerprint on its way: the same as of all pieces together.
+pub struct RunningFingerprint(Xxh3);
+
+impl RunningFingerprint {
+    /// Takes the next piece.
+    pub fn update(&mut self, piece: &[u8]) {
+        self.0.update(piece);
+    }
+
+    /// Of everything so far.
+    pub fn finish(&self) -> Fingerprint {
+        self.0.digest128().to_be_bytes()
+    }
+}
+
+impl std::fmt::Debug for RunningFingerprint {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("RunningFingerprint")
+    }
 }
 
 impl std::fmt::Debug for PageFingerprinter {
@@ -74,6 +100,18 @@ mod tests {
             assert_ne!(fingerprinter.of(&page), original, "bit {bit}");
             page[bit / 8] ^= 1 << (bit % 8);
         }
+    }
+
+    #[test]
+    fn pieces_have_the_fingerprint_of_the_whole() {
+        let fingerprinter = PageFingerprinter::generate(&SystemRng).unwrap();
+        let whole: Vec<u8> = (0..100_000u32).map(|i| (i * 7 % 251) as u8).collect();
+        for size in [1, 7, 63, 64, 255, 256, 1024, 8192, 99_999, 100_000] {
+            let mut running = fingerprinter.running();
+            whole.chunks(size).for_each(|piece| running.update(piece));
+            assert_eq!(running.finish(), fingerprinter.of(&whole), "pieces of {size}");
+        }
+        assert_eq!(fingerprinter.running().finish(), fingerprinter.of(&[]));
     }
 
     /// Pins the stored form: a map written today is compared by every later version.

@@ -20,19 +20,41 @@ pub struct TargetFile {
 }
 
 /// Writes past the page cache want places, lengths and memory that begin at such a multiple: that of the largest sectors.
-const ALIGNMENT: usize = 4096;
+pub const ALIGNMENT: usize = 4096;
 /// Smaller writes go through the page cache, which puts neighbours together.
-const DIRECT_FROM: usize = 64 * 1024;
+pub const DIRECT_FROM: usize = 64 * 1024;
 /// What is gathered at most. Each write past the page cache finds its place on the disk and waits for it: large ones do so
 /// seldom.
 const GATHERED: usize = 1 << 20;
+
+/// Memory in which writes past the page cache begin where the disk wants it.
+#[derive(Debug, Default)]
+pub struct Staging(Vec<u8>);
+
+impl Staging {
+    /// A copy of the bytes that begins where the disk wants it.
+    pub fn copy(&mut self, bytes: &[u8]) -> &[u8] {
+        let staged = self.room(bytes.len());
+        staged.copy_from_slice(bytes);
+        staged
+    }
+
+    /// So many bytes; what they were stays, unless more are asked for than before.
+    fn room(&mut self, length: usize) -> &mut [u8] {
+        if self.0.len() < length + ALIGNMENT {
+            self.0 = vec![0; length + ALIGNMENT];
+        }
+        let start = self.0.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
+        &mut self.0[start..start + length]
+    }
+}
 
 /// Bytes that follow each other in a file, gathered so that few large writes take them there, past the page cache where that
 /// can be done: what is written once and not read soon would push out of it what is, and putting it there costs more than
 /// unpacking it.
 #[derive(Debug, Default)]
 pub struct Gathered {
-    memory: Vec<u8>,
+    memory: Staging,
     length: usize,
     place: Option<(Arc<TargetFile>, u64)>,
 }
@@ -49,8 +71,7 @@ impl Gathered {
                 self.place = Some((Arc::clone(file), offset));
             }
             let (now, later) = bytes.split_at(bytes.len().min(GATHERED - self.length));
-            let start = self.aligned() + self.length;
-            self.memory[start..start + now.len()].copy_from_slice(now);
+            self.memory.room(GATHERED)[self.length..][..now.len()].copy_from_slice(now);
             self.length += now.len();
             offset += now.len() as u64;
             bytes = later;
@@ -64,23 +85,15 @@ impl Gathered {
         self.place.as_ref().is_some_and(ends)
     }
 
-    /// Where the memory begins that the disk takes.
-    fn aligned(&mut self) -> usize {
-        if self.memory.is_empty() {
-            self.memory = vec![0; GATHERED + ALIGNMENT];
-        }
-        self.memory.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT)
-    }
-
     /// Writes what was gathered.
     ///
     /// # Errors
     /// As [`TargetFile::write_all_at`]; what was gathered is dropped.
     pub fn flush(&mut self) -> Result<(), DiskError> {
+        let length = std::mem::take(&mut self.length);
         let Some((file, offset)) = self.place.take() else { return Ok(()) };
-        let start = self.aligned();
-        let bytes = &self.memory[start..start + std::mem::take(&mut self.length)];
-        let whole = bytes.len() - bytes.len() % ALIGNMENT;
+        let bytes = &self.memory.room(GATHERED)[..length];
+        let whole = length - length % ALIGNMENT;
         let large = whole >= DIRECT_FROM && offset.is_multiple_of(ALIGNMENT as u64);
         let past = if large && file.write_past_cache(&bytes[..whole], offset)? { whole } else { 0 };
         match &bytes[past..] {

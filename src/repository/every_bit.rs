@@ -165,9 +165,9 @@ impl Vault {
         let (epoch, seq) = (epoch.parse().unwrap(), layout::parse_seq(seq).unwrap());
         let place = FramePlace { system_id, timeline, branch, epoch, seq };
         let keyset = self.keyset_of(&self.objects[&place.key()]).await;
-        let open = |frame: &crate::repository::wal_frame::Frame| frame.open(keyset.data().unwrap());
-        let (header, wal) = fetch_frame(repository, &place, open).await?;
-        Ok(format!("{header:?} {wal:?}"))
+        let frame = fetch_frame(repository, &place).await?;
+        let wal = frame.open(keyset.data().unwrap())?;
+        Ok(format!("{:?} {wal:?}", frame.header))
     }
 
     /// The keyset that an intact frame names.

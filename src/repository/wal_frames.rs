@@ -15,12 +15,16 @@ use crate::repository::keysets::KeyRing;
 use crate::repository::wal_frame::{Frame, FrameHeader, FrameKind, FramePlace, WalSpan};
 use crate::repository::wal_index::WalIndex;
 
-/// Frames in flight or waiting for their turn.
-const LOOK_AHEAD: usize = 8;
-/// The most WAL that look-ahead holds in memory, by the largest frame seen: frames grow to 15 MiB under load.
-const LOOK_AHEAD_BYTES: usize = 32 * 1024 * 1024;
+/// Frames on their way or waiting for their turn: a server under load ships one for each MiB, and replay takes hundreds of
+/// them in a second, each of which waits for the way to the region.
+const LOOK_AHEAD: usize = 64;
+/// The most that those hold in memory, as they are stored.
+const LOOK_AHEAD_BYTES: u64 = 24 * 1024 * 1024;
+/// Frames opened before their turn, of up to 15 MiB each: one is unpacked while another is used.
+const OPENED_AHEAD: usize = 2;
 
-type Fetching = AbortOnDropHandle<Result<(FrameHeader, Vec<u8>)>>;
+type Fetching = AbortOnDropHandle<Result<Frame>>;
+type Opening = AbortOnDropHandle<Result<(FrameHeader, Vec<u8>)>>;
 
 /// What WAL is read with.
 #[derive(Debug, Clone, Copy)]
@@ -37,8 +41,11 @@ pub(super) struct Frames<'a> {
     epoch: EpochId,
     keyset: Arc<Keyset>,
     seqs: RangeInclusive<u64>,
-    ahead: VecDeque<Fetching>,
-    largest: usize,
+    /// Each with its size.
+    ahead: VecDeque<(u64, Fetching)>,
+    opened: VecDeque<Opening>,
+    /// The largest size that is known: of frames in bundles none is listed.
+    largest: u64,
     expected: Option<Lsn>,
 }
 
@@ -47,7 +54,8 @@ impl<'a> Frames<'a> {
     pub(super) async fn open(means: Means<'a>, epoch: &EpochId, seqs: RangeInclusive<u64>) -> Result<Self> {
         let first = means.index.header(means.repository, epoch, *seqs.start()).await?;
         let keyset = means.ring.open(&first.target, &first.keyset).await?;
-        Ok(Self { means, epoch: epoch.clone(), keyset, seqs, ahead: VecDeque::new(), largest: 1, expected: None })
+        let (ahead, opened) = (VecDeque::new(), VecDeque::new());
+        Ok(Self { means, epoch: epoch.clone(), keyset, seqs, ahead, opened, largest: first.body_bytes, expected: None })
     }
 
     /// The next frame that holds WAL; `None` behind the last.
@@ -56,13 +64,10 @@ impl<'a> Frames<'a> {
     /// It is in no region intact, does not open, or does not follow the one before it.
     pub(super) async fn next(&mut self) -> Result<Option<(WalSpan, Vec<u8>)>> {
         loop {
-            let room = (LOOK_AHEAD_BYTES / self.largest).clamp(2, LOOK_AHEAD);
-            while self.ahead.len() < room {
-                let Some(seq) = self.seqs.next() else { break };
-                self.ahead.push_back(self.fetch(seq));
-            }
-            let Some(next) = self.ahead.pop_front() else { return Ok(None) };
+            self.look_ahead();
+            let Some(next) = self.opened.pop_front() else { return Ok(None) };
             let (header, wal) = next.await.map_err(|error| Error::failed("a WAL reader died").because(error))??;
+            self.largest = self.largest.max(header.body_bytes);
             if header.kind == FrameKind::Seal {
                 continue;
             }
@@ -73,35 +78,61 @@ impl<'a> Frames<'a> {
                 )));
             }
             self.expected = Some(header.span.end);
-            self.largest = self.largest.max(wal.len());
             return Ok(Some((header.span, wal)));
+        }
+    }
+
+    fn look_ahead(&mut self) {
+        self.fetch_ahead();
+        while self.opened.len() < OPENED_AHEAD {
+            let Some((_, fetching)) = self.ahead.pop_front() else { break };
+            self.opened.push_back(self.unpack(fetching));
+        }
+        self.fetch_ahead();
+    }
+
+    fn fetch_ahead(&mut self) {
+        let mut held: u64 = self.ahead.iter().map(|(size, _)| size).sum();
+        while self.ahead.len() < LOOK_AHEAD && !self.seqs.is_empty() {
+            let seq = *self.seqs.start();
+            let listed = self.means.index.size(&self.epoch, seq);
+            let size = if listed > 0 { listed } else { self.largest };
+            if held > 0 && held + size > LOOK_AHEAD_BYTES {
+                break;
+            }
+            held += size;
+            self.ahead.push_back((size, self.fetch(seq)));
+            self.seqs.next();
         }
     }
 
     fn fetch(&self, seq: u64) -> Fetching {
         let (place, repository) = (self.means.index.place(&self.epoch, seq), self.means.repository.clone());
-        let keyset = Arc::clone(&self.keyset);
-        let fetched = task::spawn("wal-frame", async move {
-            let key =
-                keyset.data().ok_or_else(|| Error::failed("the WAL keyset was opened without its data secret"))?;
-            fetch_frame(&repository, &place, |frame| frame.open(key)).await
-        });
+        let fetched = task::spawn("wal-frame", async move { fetch_frame(&repository, &place).await });
         AbortOnDropHandle::new(fetched)
+    }
+
+    /// What opens in one region opens in all: the body is the one that was signed.
+    fn unpack(&self, fetching: Fetching) -> Opening {
+        let keyset = Arc::clone(&self.keyset);
+        let opened = task::spawn("wal-open", async move {
+            let frame = fetching.await.map_err(|error| Error::failed("a WAL reader died").because(error))??;
+            // Unpacking 15 MiB takes tens of milliseconds: not on a thread that requests wait for.
+            let opened = tokio::task::spawn_blocking(move || {
+                let key =
+                    keyset.data().ok_or_else(|| Error::failed("the WAL keyset was opened without its data secret"))?;
+                frame.open(key).map(|wal| (frame.header, wal))
+            });
+            opened.await.map_err(|error| Error::failed("a WAL reader died").because(error))?
+        });
+        AbortOnDropHandle::new(opened)
     }
 }
 
-/// A whole frame from the first region that has it intact: signed, in its place, and opening with its key.
-pub(super) async fn fetch_frame(
-    repository: &Repository,
-    place: &FramePlace,
-    open: impl Fn(&Frame) -> Result<Vec<u8>>,
-) -> Result<(FrameHeader, Vec<u8>)> {
-    let check = |bytes: Bytes| {
-        let frame = Frame::decode(&bytes, &repository.id, place, &repository.trust)?;
-        let wal = open(&frame)?;
-        Ok((frame.header, wal))
-    };
-    fetch(repository, place, check, |frame: &(FrameHeader, Vec<u8>)| frame.0.kind).await
+/// A whole frame from the first region that has it intact: signed, and in its place.
+pub(super) async fn fetch_frame(repository: &Repository, place: &FramePlace) -> Result<Frame> {
+    let check = |bytes: Bytes| Frame::decode(&bytes, &repository.id, place, &repository.trust);
+    fetch(repository, place, check, |frame: &Frame| frame.header.kind).await
 }
 
 /// The same as it is stored, for which no key is needed.

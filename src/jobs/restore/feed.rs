@@ -18,7 +18,7 @@ pub const STAGING_FILE: &str = "staging.json";
 /// Locked for as long as somebody stages; the kernel lets go of it whatever happens to the process.
 pub const LOCK_FILE: &str = "stager.lock";
 
-const POLL: Duration = Duration::from_millis(20);
+const POLL: Duration = Duration::from_millis(5);
 
 /// What a staging directory holds, or will.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -143,7 +143,7 @@ pub fn fetch(directory: &Path, file: &str, destination: &Path) -> Result<Fetched
         }
         let is_staged_by_somebody = is_locked(&directory.join(LOCK_FILE))?;
         if source.exists() {
-            copy(&source, destination).during(|| format!("hand over {file}"))?;
+            give(&source, destination).during(|| format!("hand over {file}"))?;
             return Ok(Fetched::Copied);
         }
         if staging.complete {
@@ -166,13 +166,23 @@ fn is_locked(path: &Path) -> Result<bool> {
 }
 
 /// A reader sees the whole file or none. Not fsynced: PostgreSQL asks again after a crash.
-fn copy(source: &Path, destination: &Path) -> Result<()> {
+///
+/// A second name is as good as a copy, and costs nothing: PostgreSQL writes into a file that it was given only when it uses
+/// it again for new WAL, which it does with files that recovery has left behind for good. Until then it renames it and
+/// removes it, and the staged name stays.
+fn give(source: &Path, destination: &Path) -> Result<()> {
     let parent: PathBuf = match destination.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
         _ => PathBuf::from("."),
     };
     let io = |error| Error::from(DiskError::new("copy to", destination, error));
-    let temporary = tempfile::Builder::new().prefix(".drctl-").tempfile_in(parent).map_err(io)?;
+    let mut named = tempfile::Builder::new();
+    named.prefix(".drctl-");
+    if let Ok(temporary) = named.make_in(&parent, |path| std::fs::hard_link(source, path)) {
+        // Where the destination is this very file already, nothing is renamed; dropping the temporary name removes it.
+        return rustix::fs::rename(temporary.path(), destination).map_err(|errno| io(errno.into()));
+    }
+    let temporary = named.tempfile_in(parent).map_err(io)?;
     std::fs::copy(source, temporary.path()).map_err(io)?;
     temporary.persist(destination).map_err(|error| io(error.error))?;
     Ok(())
@@ -228,6 +238,7 @@ mod tests {
         for _ in 0..2 {
             assert_eq!(fetch(dir.path(), &segment(1, 3), &destination).unwrap(), Fetched::Copied);
             assert_eq!(std::fs::read(&destination).unwrap(), b"wal");
+            assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 3, "a temporary name stays");
         }
         assert_eq!(fetch(dir.path(), &segment(2, 7), &destination).unwrap(), Fetched::Absent);
         // Planned, complete and not there: never "absent".

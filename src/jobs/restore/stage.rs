@@ -6,6 +6,9 @@ use std::ops::ControlFlow;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::mpsc::{SyncSender, sync_channel};
+
+use tokio::task::JoinHandle;
 
 use crate::disk::lock::Lock;
 use crate::disk::{DiskError, place};
@@ -56,25 +59,11 @@ impl Stager {
         route: &Route,
         phase: &Arc<Phase>,
     ) -> Result<u64> {
-        let (mut bytes, mut open) = (0, None::<Segment>);
-        for (index, leg) in route.legs.iter().enumerate() {
-            let is_last = index + 1 == route.legs.len();
-            let timeline = leg.branch.timeline;
-            // A promoted server copies the segment in which it left the old timeline: the file of the new timeline
-            // begins with the bytes of the old one.
-            if let Some(segment) = &mut open {
-                segment.name.timeline = timeline;
-            }
-            let mut sink = |at: Lsn, wal: &[u8]| {
-                phase.advance(wal.len() as u64);
-                self.write((timeline, at), wal, &mut open)?;
-                Ok(ControlFlow::Continue(()))
-            };
-            bytes += leg.log.read(repository, &context.ring, (leg.from, leg.to), &mut sink).await?;
-            if is_last && let Some(segment) = open.take() {
-                self.close(segment)?;
-            }
-        }
+        let closer = Closer::start(&self.directory, self.staging.wal_segment_size, self.owner);
+        let passed = self.pass((context, repository), route, (phase, &closer)).await;
+        // What went wrong with a segment is why it could not go on.
+        closer.finish().await?;
+        let bytes = passed?;
         let names: Vec<_> = self.staging.names().collect();
         for name in names {
             if !self.directory.join(&name).exists() {
@@ -87,7 +76,40 @@ impl Stager {
         Ok(bytes)
     }
 
-    fn write(&self, (timeline, mut at): (Timeline, Lsn), mut wal: &[u8], open: &mut Option<Segment>) -> Result<()> {
+    /// Writes all WAL of the route into segments.
+    async fn pass(
+        &self,
+        (context, repository): (&Context, &Repository),
+        route: &Route,
+        (phase, closer): (&Arc<Phase>, &Closer),
+    ) -> Result<u64> {
+        let (mut bytes, mut open) = (0, None::<Segment>);
+        for leg in &route.legs {
+            let timeline = leg.branch.timeline;
+            // A promoted server copies the segment in which it left the old timeline: the file of the new timeline
+            // begins with the bytes of the old one.
+            if let Some(segment) = &mut open {
+                segment.name.timeline = timeline;
+            }
+            let mut sink = |at: Lsn, wal: &[u8]| {
+                phase.advance(wal.len() as u64);
+                self.write((timeline, at), wal, (&mut open, closer))?;
+                Ok(ControlFlow::Continue(()))
+            };
+            bytes += leg.log.read(repository, &context.ring, (leg.from, leg.to), &mut sink).await?;
+        }
+        if let Some(segment) = open.take() {
+            closer.close(segment)?;
+        }
+        Ok(bytes)
+    }
+
+    fn write(
+        &self,
+        (timeline, mut at): (Timeline, Lsn),
+        mut wal: &[u8],
+        (open, closer): (&mut Option<Segment>, &Closer),
+    ) -> Result<()> {
         let size = self.staging.wal_segment_size;
         while !wal.is_empty() {
             let segment = match open.take() {
@@ -104,18 +126,46 @@ impl Stager {
             if at >= segment.end
                 && let Some(full) = open.take()
             {
-                self.close(full)?;
+                closer.close(full)?;
             }
         }
         Ok(())
     }
+}
+
+/// Makes segments durable and gives them their names, while the next ones are written.
+#[derive(Debug)]
+struct Closer {
+    segments: SyncSender<Segment>,
+    work: JoinHandle<Result<()>>,
+}
+
+/// Segments that wait to become durable; whoever writes more waits for the disk.
+const WAITING: usize = 2;
+
+impl Closer {
+    fn start(directory: &Path, size: WalSegmentSize, owner: Option<User>) -> Self {
+        let (segments, waiting) = sync_channel::<Segment>(WAITING);
+        let directory = directory.to_owned();
+        let work = tokio::task::spawn_blocking(move || {
+            waiting.into_iter().try_for_each(|segment| {
+                let (written, path) = (segment.path.clone(), directory.join(segment.name.file_name(size)));
+                segment.finish(size)?;
+                give(&written, owner)?;
+                Ok(place::rename(&written, &path)?)
+            })
+        });
+        Self { segments, work }
+    }
 
     fn close(&self, segment: Segment) -> Result<()> {
-        let path = self.directory.join(segment.name.file_name(self.staging.wal_segment_size));
-        segment.finish(self.staging.wal_segment_size)?;
-        let temporary = self.directory.join(TEMPORARY);
-        give(&temporary, self.owner)?;
-        Ok(place::rename(&temporary, &path)?)
+        self.segments.send(segment).map_err(|_| Error::failed("segments are not made durable any more"))
+    }
+
+    /// Waits until every segment has its name.
+    async fn finish(self) -> Result<()> {
+        drop(self.segments);
+        self.work.await.map_err(|error| Error::failed("staging died").because(error))?
     }
 }
 
@@ -138,8 +188,8 @@ pub(super) fn place_histories(directory: &Path, route: &Route, owner: Option<Use
     Ok(histories)
 }
 
-/// The segment being written; it has no name that PostgreSQL could ask for.
-const TEMPORARY: &str = "segment.tmp";
+/// Behind the name of a segment that is being written: PostgreSQL never asks for such a file.
+const UNFINISHED: &str = "tmp";
 
 #[derive(Debug)]
 struct Segment {
@@ -152,7 +202,7 @@ struct Segment {
 
 impl Segment {
     fn create(directory: &Path, name: SegmentName, size: WalSegmentSize) -> Result<Self> {
-        let path = directory.join(TEMPORARY);
+        let path = directory.join(name.file_name(size)).with_extension(UNFINISHED);
         let mut options = File::options();
         options.write(true).create(true).truncate(true).mode(0o600);
         let file = options.open(&path).map_err(|error| DiskError::new("create", &path, error))?;

@@ -114,7 +114,9 @@ impl Buffer {
             None if self.is_full() => self.wal.len(),
             None => return None,
         };
-        let rest = self.wal.split_off(length);
+        let mut rest = self.wal.split_off(length);
+        // The next frame is likely as long as this one: growing step by step copies it several times.
+        rest.reserve(length);
         let marks = Marks { first_record: found.first, last_record: found.last, commits: found.commits };
         let wal = std::mem::replace(&mut self.wal, rest);
         let chunk = Chunk { start: self.start, wal, marks, at_boundary: self.at_boundary };

@@ -1,7 +1,7 @@
 //! Two versions of one segment: both are stored, and nobody here can say which one the server means. It is written down in
 //! every region, so that it is alarmed until a base backup begins behind it and no recovery crosses it unseen.
 
-use crate::jobs::wal::segments::{Contradiction, SegmentKey};
+use crate::jobs::wal::segments::{Contradiction, SegmentDigest, SegmentKey};
 use crate::model::{Lsn, Result, ResultExt};
 use crate::repository::fan_out::FanOut;
 use crate::repository::gaps::{self, Gap};
@@ -23,7 +23,7 @@ pub(super) async fn record(
     let Contradiction { key, before, now } = found;
     let SegmentKey { system_id, timeline, branch, start } = key.clone();
     let end = Lsn(start.0 + log.wal_segment_size.bytes());
-    let digest = |digest: &[u8; 32]| hex::encode(digest).chars().take(16).collect::<String>();
+    let digest = |digest: &SegmentDigest| hex::encode(digest).chars().take(16).collect::<String>();
     let reason = format!("{brought} other bytes ({}) than were stored before ({})", digest(now), digest(before));
     let branch = BranchId { system_id, timeline, branch };
     let range = (start, end);

@@ -63,7 +63,8 @@ impl Stream {
     /// Somebody else takes it on this host already, or the socket cannot be made.
     pub async fn start(context: &Context, target: &Target) -> Result<Self> {
         let lock = Arc::new(receiver::lock(context, target)?);
-        let book = SegmentBook::open(&context.state_dir, target.name.as_str(), &context.repository.id);
+        let (name, repository) = (target.name.as_str(), &context.repository.id);
+        let book = SegmentBook::open(&context.state_dir, name, repository, context.rng.as_ref())?;
         let book = Arc::new(Mutex::new(book));
         let filler = Filler::default();
         let receiver = match target.stream {

@@ -2,7 +2,9 @@
 //! one", although whoever writes WAL cannot read it back.
 //!
 //! The book is a cache in the state directory. A digest that it lost costs a second copy of a segment, never WAL. What it
-//! says is true of one repository only: its first line names that, and the book of another one is not believed.
+//! says is true of one repository only: its first line names that, and the book of another one is not believed. A digest is
+//! a fingerprint under the book's own secret, which stands there, too: all WAL that is received is digested, whether it is
+//! archived or not, and SHA-256 would cost as much as compressing it.
 
 use std::collections::{HashMap, VecDeque};
 use std::fs::OpenOptions;
@@ -10,17 +12,16 @@ use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use sha2::{Digest, Sha256};
-
+use crate::codec::fingerprint::{Fingerprint, PageFingerprinter, RunningFingerprint};
 use crate::disk::{DiskError, place};
-use crate::model::{Branch, Lsn, RepositoryId, SystemId, Timeline};
+use crate::model::{Branch, Lsn, RepositoryId, Result, Rng, SystemId, Timeline};
 use crate::repository::wal_log::Log;
 
 /// Segments remembered: 64 GiB of WAL at the usual size. A server that archives later than that stores a second copy.
 const KEPT: usize = 4096;
 
-/// SHA-256 of a whole segment.
-pub(super) type SegmentDigest = [u8; 32];
+/// The fingerprint of a whole segment under the secret of its book.
+pub(super) type SegmentDigest = Fingerprint;
 
 /// One segment of one branch.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -53,8 +54,9 @@ pub(super) struct Contradiction {
 #[derive(Debug)]
 pub(super) struct SegmentBook {
     path: PathBuf,
-    /// The first line: whose book it is.
+    /// The first line: whose book it is, and its secret.
     title: String,
+    digester: Digester,
     known: HashMap<SegmentKey, SegmentDigest>,
     /// Oldest first.
     order: VecDeque<SegmentKey>,
@@ -65,27 +67,41 @@ pub(super) struct SegmentBook {
 impl SegmentBook {
     /// Reads the book of a target in a repository; what is not readable in it is not known. A digest that another repository
     /// holds would call WAL safe that is not in this one.
-    pub(super) fn open(state_dir: &Path, target: &str, repository: &RepositoryId) -> Self {
+    ///
+    /// # Errors
+    /// No randomness for a new one.
+    pub(super) fn open(state_dir: &Path, target: &str, repository: &RepositoryId, rng: &dyn Rng) -> Result<Self> {
         let path = state_dir.join(format!("{target}.segments"));
-        let title = format!("segments of {target} in {repository}");
-        let title = format!("{title} {:08x}\n", crc32c::crc32c(title.as_bytes()));
-        let mut book = Self { path, title, known: HashMap::new(), order: VecDeque::new(), lines: None };
-        let text = match std::fs::read(&book.path) {
-            Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
+        let whose = format!("segments of {target} in {repository}");
+        let text = match std::fs::read(&path) {
+            Ok(bytes) => Some(String::from_utf8_lossy(&bytes).into_owned()),
             Err(error) => {
                 tracing::debug!(%error, "no digests of earlier segments");
-                return book;
+                None
             }
         };
-        let Some(lines) = text.strip_prefix(&book.title) else {
-            tracing::warn!(path = %book.path.display(), "the digests of segments are those of another repository or target, and are not used");
-            return book;
+        let kept = text.as_deref().and_then(|text| Some((secret_of(text, &whose)?, text.split_once('\n')?.1)));
+        let Some((fingerprinter, lines)) = kept else {
+            if text.is_some() {
+                tracing::warn!(path = %path.display(), "the digests of segments are those of another repository or target, or of an older drctl, and are not used");
+            }
+            return Ok(Self::new(path, title_of(&whose, PageFingerprinter::generate(rng)?)));
         };
+        let mut book = Self::new(path, title_of(&whose, fingerprinter));
         book.lines = Some(lines.lines().count());
         for (key, digest) in lines.lines().filter_map(parse) {
             book.learn(key, digest);
         }
-        book
+        Ok(book)
+    }
+
+    fn new(path: PathBuf, (title, digester): (String, Digester)) -> Self {
+        Self { path, title, digester, known: HashMap::new(), order: VecDeque::new(), lines: None }
+    }
+
+    /// What digests are made with that this book understands.
+    pub(super) fn digester(&self) -> Digester {
+        self.digester.clone()
     }
 
     /// What a segment holds, if that is known.
@@ -139,6 +155,22 @@ impl SegmentBook {
     }
 }
 
+/// The first line of a book under a secret.
+fn title_of(whose: &str, fingerprinter: PageFingerprinter) -> (String, Digester) {
+    let title = format!("{whose} under {}", hex::encode(fingerprinter.secret()));
+    (format!("{title} {:08x}\n", crc32c::crc32c(title.as_bytes())), Digester(std::sync::Arc::new(fingerprinter)))
+}
+
+/// The secret in the first line of a book, if it is whose it is to be.
+fn secret_of(text: &str, whose: &str) -> Option<PageFingerprinter> {
+    let (title, sum) = text.lines().next()?.rsplit_once(' ')?;
+    if u32::from_str_radix(sum, 16).ok()? != crc32c::crc32c(title.as_bytes()) {
+        return None;
+    }
+    let secret = title.strip_prefix(whose)?.strip_prefix(" under ")?;
+    Some(PageFingerprinter::new(hex::decode(secret).ok()?.try_into().ok()?))
+}
+
 /// A line with a checksum of its own: a digest that a disk changed would call good WAL another one for ever.
 fn print(SegmentKey { system_id, timeline, branch, start }: &SegmentKey, digest: &SegmentDigest) -> String {
     let text = format!("{system_id} {timeline} {branch} {start} {}", hex::encode(digest));
@@ -162,9 +194,27 @@ fn parse(line: &str) -> Option<(SegmentKey, SegmentDigest)> {
     Some((key, digest))
 }
 
+/// Makes the digests of one book.
+#[derive(Debug, Clone)]
+pub(super) struct Digester(std::sync::Arc<PageFingerprinter>);
+
+impl Digester {
+    /// The digest of a whole segment.
+    pub(super) fn of(&self, mut read: impl std::io::Read) -> std::io::Result<SegmentDigest> {
+        let (mut running, mut buffer) = (self.0.running(), vec![0; 256 * 1024]);
+        loop {
+            match read.read(&mut buffer)? {
+                0 => return Ok(running.finish()),
+                length => running.update(buffer.get(..length).unwrap_or_default()),
+            }
+        }
+    }
+}
+
 /// Digests of segments as their bytes pass in pieces. A segment whose beginning did not pass stays unknown.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct PassingSegments {
+    digester: Digester,
     open: Option<Passing>,
 }
 
@@ -173,10 +223,15 @@ struct Passing {
     log: Log,
     start: Lsn,
     at: Lsn,
-    sha: Sha256,
+    running: RunningFingerprint,
 }
 
 impl PassingSegments {
+    /// None yet.
+    pub(super) const fn new(digester: Digester) -> Self {
+        Self { digester, open: None }
+    }
+
     /// Takes bytes, and gives the segments that end in them.
     pub(super) fn pass(&mut self, log: &Log, mut at: Lsn, mut wal: &[u8]) -> Vec<(SegmentKey, SegmentDigest)> {
         let mut complete = Vec::new();
@@ -189,31 +244,20 @@ impl PassingSegments {
             let left = usize::try_from(size.bytes() - at.bytes_since(start)).unwrap_or(usize::MAX);
             let (now, later) = wal.split_at(left.min(wal.len()));
             if at == start {
-                self.open = Some(Passing { log: log.clone(), start, at, sha: Sha256::new() });
+                self.open = Some(Passing { log: log.clone(), start, at, running: self.digester.0.running() });
             }
             at.0 += now.len() as u64;
             wal = later;
             let Some(open) = &mut self.open else { continue };
-            open.sha.update(now);
+            open.running.update(now);
             open.at = at;
             if at == Lsn(start.0 + size.bytes())
-                && let Some(Passing { log, start, sha, .. }) = self.open.take()
+                && let Some(Passing { log, start, running, .. }) = self.open.take()
             {
-                complete.push((SegmentKey::of(&log, start), sha.finalize().into()));
+                complete.push((SegmentKey::of(&log, start), running.finish()));
             }
         }
         complete
-    }
-}
-
-/// The digest of a whole segment.
-pub(super) fn digest_of(mut read: impl std::io::Read) -> std::io::Result<SegmentDigest> {
-    let (mut sha, mut buffer) = (Sha256::new(), vec![0; 256 * 1024]);
-    loop {
-        match read.read(&mut buffer)? {
-            0 => return Ok(sha.finalize().into()),
-            length => sha.update(buffer.get(..length).unwrap_or_default()),
-        }
     }
 }
 
@@ -241,6 +285,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::codec::SystemRng;
     use crate::model::WalSegmentSize;
 
     fn log(timeline: u32) -> Log {
@@ -258,7 +303,11 @@ mod tests {
     }
 
     fn open(dir: &Path) -> SegmentBook {
-        SegmentBook::open(dir, "ledger", &repository(1))
+        open_of(dir, 1)
+    }
+
+    fn open_of(dir: &Path, byte: u8) -> SegmentBook {
+        SegmentBook::open(dir, "ledger", &repository(byte), &SystemRng).unwrap()
     }
 
     #[test]
@@ -266,13 +315,15 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut book = open(dir.path());
         let key = |number: u64| SegmentKey::of(&log(1), Lsn(number << 20));
-        let digest = |number: u64| digest_of(&number.to_le_bytes()[..]).unwrap();
+        let digester = book.digester();
+        let digest = |number: u64| digester.of(&number.to_le_bytes()[..]).unwrap();
         for number in 0..2 * KEPT as u64 + 10 {
             book.note(key(number), digest(number));
         }
         for book in [book, open(dir.path())] {
             assert_eq!(book.get(&key(9)), None);
             assert_eq!(book.get(&key(2 * KEPT as u64 + 9)), Some(digest(2 * KEPT as u64 + 9)));
+            assert_eq!(book.digester().of(&b"wal"[..]).unwrap(), digester.of(&b"wal"[..]).unwrap());
             assert!(book.order.len() <= KEPT && book.lines.unwrap() < 2 * KEPT);
         }
     }
@@ -282,8 +333,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let key = |number: u64| SegmentKey::of(&log(1), Lsn(number << 20));
         let mut book = open(dir.path());
-        book.note(key(1), [1; 32]);
-        book.note(key(2), [2; 32]);
+        book.note(key(1), [1; 16]);
+        book.note(key(2), [2; 16]);
         let mut bytes = std::fs::read(&book.path).unwrap();
         let digit = bytes.len() - 20;
         bytes[digit] = if bytes[digit] == b'0' { b'1' } else { b'0' };
@@ -297,13 +348,13 @@ mod tests {
     fn other_bytes_contradict_and_the_first_digest_stays() {
         let dir = tempfile::tempdir().unwrap();
         let key = SegmentKey::of(&log(1), Lsn(1 << 20));
-        assert_eq!(open(dir.path()).note(key.clone(), [1; 32]), None);
+        assert_eq!(open(dir.path()).note(key.clone(), [1; 16]), None);
         let mut book = open(dir.path());
-        assert_eq!(book.note(key.clone(), [1; 32]), None);
-        let contradiction = Contradiction { key: key.clone(), before: [1; 32], now: [2; 32] };
-        assert_eq!(book.note(key.clone(), [2; 32]), Some(contradiction));
+        assert_eq!(book.note(key.clone(), [1; 16]), None);
+        let contradiction = Contradiction { key: key.clone(), before: [1; 16], now: [2; 16] };
+        assert_eq!(book.note(key.clone(), [2; 16]), Some(contradiction));
         for book in [book, open(dir.path())] {
-            assert_eq!(book.get(&key), Some([1; 32]));
+            assert_eq!(book.get(&key), Some([1; 16]));
         }
     }
 
@@ -311,15 +362,19 @@ mod tests {
     fn the_book_of_another_repository_is_not_believed_and_is_replaced() {
         let dir = tempfile::tempdir().unwrap();
         let key = |number: u64| SegmentKey::of(&log(1), Lsn(number << 20));
-        open(dir.path()).note(key(1), [1; 32]);
-        let mut other = SegmentBook::open(dir.path(), "ledger", &repository(2));
+        open(dir.path()).note(key(1), [1; 16]);
+        let mut other = open_of(dir.path(), 2);
         assert_eq!(other.get(&key(1)), None);
-        other.note(key(2), [2; 32]);
-        let other = SegmentBook::open(dir.path(), "ledger", &repository(2));
+        other.note(key(2), [2; 16]);
+        let other = open_of(dir.path(), 2);
         assert_eq!([1, 2].map(|number| other.get(&key(number)).is_some()), [false, true]);
         assert_eq!(open(dir.path()).get(&key(2)), None);
-        // What an older drctl left has no first line.
-        place::place(&other.path, print(&key(3), &[3; 32]).as_bytes(), 0o600).unwrap();
+        // What an older drctl left has no first line, or one without a secret.
+        let title = format!("segments of ledger in {}", repository(1));
+        let title = format!("{title} {:08x}\n", crc32c::crc32c(title.as_bytes()));
+        place::place(&other.path, format!("{title}{}", print(&key(3), &[3; 16])).as_bytes(), 0o600).unwrap();
+        assert_eq!(open(dir.path()).get(&key(3)), None);
+        place::place(&other.path, print(&key(3), &[3; 16]).as_bytes(), 0o600).unwrap();
         assert_eq!(open(dir.path()).get(&key(3)), None);
     }
 
@@ -332,7 +387,8 @@ mod tests {
             lost in 0usize..12,
         ) {
             let (log, byte) = (log(1), |at: u64| (at / 4093).to_le_bytes()[0]);
-            let (mut passing, mut at, mut known) = (PassingSegments::default(), from, HashMap::new());
+            let digester = title_of("a test", PageFingerprinter::generate(&SystemRng).unwrap()).1;
+            let (mut passing, mut at, mut known) = (PassingSegments::new(digester.clone()), from, HashMap::new());
             let mut gap = None;
             for (index, cut) in cuts.iter().enumerate() {
                 if index == lost {
@@ -350,7 +406,7 @@ mod tests {
                 let gap_end = gap.map_or(0, |gap| gap + cuts[lost] as u64);
                 let broken = gap.is_some_and(|gap| gap < start + size && gap_end > start);
                 let expected = (whole && !broken).then(|| {
-                    digest_of((start..start + size).map(byte).collect::<Vec<_>>().as_slice()).unwrap()
+                    digester.of((start..start + size).map(byte).collect::<Vec<_>>().as_slice()).unwrap()
                 });
                 prop_assert_eq!(known.get(&SegmentKey::of(&log, Lsn(start))).copied(), expected);
             }

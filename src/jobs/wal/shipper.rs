@@ -3,7 +3,7 @@
 //! It runs beside the part that talks to the server, so that no region can keep the server waiting for an answer.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
@@ -104,7 +104,8 @@ struct Shipper {
     flying: FuturesOrdered<BoxFuture<'static, Result<Landed>>>,
     /// Since when each of them has been on its way.
     since: VecDeque<Duration>,
-    passing: PassingSegments,
+    /// Nobody asks for the digests of what a backup receives for itself.
+    passing: Option<PassingSegments>,
 }
 
 struct Open {
@@ -193,7 +194,9 @@ impl Means {
 
 impl Shipper {
     fn new(repository: Repository, writer: Writer, (kind, level): (EpochKind, i32), means: Means) -> Self {
-        let (flying, since, passing) = (FuturesOrdered::new(), VecDeque::new(), PassingSegments::default());
+        let (flying, since) = (FuturesOrdered::new(), VecDeque::new());
+        let digester = means.book.as_ref().map(|book| book.lock().unwrap_or_else(PoisonError::into_inner).digester());
+        let passing = digester.map(PassingSegments::new);
         Self { repository, writer, level, kind, means, open: None, flying, since, passing }
     }
 
@@ -232,7 +235,7 @@ impl Shipper {
             None => self.open_epoch(&frame).await?,
         };
         let Chunk { start, wal, marks, .. } = frame.chunk;
-        let complete = self.passing.pass(&frame.log, start, &wal);
+        let complete = self.passing.as_mut().map(|passing| passing.pass(&frame.log, start, &wal)).unwrap_or_default();
         let end = Lsn(start.0 + wal.len() as u64);
         let (sending, epoch) = (open.epoch.send(start, wal, marks)?, open.epoch.id().clone());
         self.means.shipped.send_modify(|shipped| shipped.begun = end);

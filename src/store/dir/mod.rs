@@ -16,6 +16,7 @@ use super::{
 };
 use tree::Tree;
 
+mod body;
 mod error;
 mod place;
 mod tree;

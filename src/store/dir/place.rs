@@ -1,7 +1,6 @@
 //! Writing: whole under a temporary name, durable, then linked to the final name, which is atomic and create-only.
 
 use std::fs::File;
-use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
@@ -87,8 +86,8 @@ impl Tree {
         let (file, unfinished) = self.begin(directory)?;
         // The umask may have taken our own bits too.
         fchmod(&file, OBJECT_MODE)?;
-        let mut file = File::from(file);
-        file.write_all(body).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+        let file = File::from(file);
+        self.write_body(&file, body).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
         fsync(&file)?;
         if !self.swept.swap(true, Ordering::Relaxed) {
             sweep(&unfinished.directory, &file);

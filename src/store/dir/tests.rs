@@ -154,3 +154,19 @@ proptest! {
         });
     }
 }
+
+/// Below and above the size from which bytes go past the page cache, and with every kind of rest behind whole blocks.
+#[tokio::test]
+async fn objects_of_all_lengths_come_back() {
+    let (directory, store) = region().await;
+    for length in [0, 1, 4095, 65_535, 65_536, 65_537, 69_632, 1_048_575, 1_048_576, 1_052_673, 3_145_728, 3_149_825] {
+        let body: Vec<u8> = (0..length).map(|at: u32| u8::try_from(at % 251).unwrap()).collect();
+        let (key, digest) = (format!("lengths/{length}"), Digest::of(&body));
+        let body = Bytes::from(body);
+        assert_eq!(store.put(&key, body.clone(), digest, &PutOptions::default()).await.unwrap(), Put::Created);
+        assert_eq!(store.get(&key, None).await.unwrap(), body, "{length}");
+        let again = store.put(&key, body, digest, &PutOptions::default()).await.unwrap();
+        assert_eq!(again, Put::AlreadyThere, "{length}");
+    }
+    assert_eq!(mode(&directory.path().join("region/lengths/3149825")), 0o600);
+}

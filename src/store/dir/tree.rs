@@ -15,6 +15,7 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat, fstat, fsync, open, open
 use rustix::io::Errno;
 
 use super::error::Call;
+use crate::disk::sparse::Staging;
 use crate::store::{ObjectInfo, StoreError, VersionId, name};
 
 pub(super) const DIRECTORY: OFlags =
@@ -32,6 +33,8 @@ pub(super) struct Tree {
     pub(super) durable: Mutex<HashSet<String>>,
     pub(super) swept: AtomicBool,
     pub(super) serial: AtomicU64,
+    /// Memory for writes past the page cache, as much as was ever needed at the same time.
+    pub(super) staging: Mutex<Vec<Staging>>,
 }
 
 impl Tree {
@@ -40,7 +43,8 @@ impl Tree {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let call = Call { operation: "open", key: "the root", address: &address };
         let root = open(path, flags, Mode::empty()).map_err(|errno| call.failed(errno))?;
-        Ok(Self { root, address, durable: Mutex::default(), swept: AtomicBool::new(false), serial: AtomicU64::new(0) })
+        let (durable, staging) = (Mutex::default(), Mutex::default());
+        Ok(Self { root, address, durable, swept: AtomicBool::new(false), serial: AtomicU64::new(0), staging })
     }
 
     pub(super) fn create(path: &Path) -> Result<Self, StoreError> {

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use tempfile::SpooledTempFile;
 
 use crate::jobs::context::Target;
-use crate::jobs::wal::segments::{SegmentDigest, digest_of};
+use crate::jobs::wal::segments::{Digester, SegmentDigest};
 use crate::model::{Error, Result, ResultExt, SystemId};
 use crate::pg::control::ControlFile;
 use crate::pg::sql;
@@ -50,8 +50,8 @@ impl Shelf {
 
     /// Whether the segment of this name is the one that was handed over. A copy of the cluster on this host has the same
     /// identifier and goes its own way.
-    pub(super) fn holds(&self, name: &str, digest: &SegmentDigest) -> bool {
-        let own = self.open(name).and_then(digest_of);
+    pub(super) fn holds(&self, name: &str, digest: &SegmentDigest, digester: &Digester) -> bool {
+        let own = self.open(name).and_then(|file| digester.of(file));
         own.is_ok_and(|own| own == *digest)
     }
 
@@ -98,6 +98,8 @@ mod tests {
     use std::io::Write as _;
 
     use super::*;
+    use crate::codec::SystemRng;
+    use crate::jobs::wal::segments::SegmentBook;
 
     #[test]
     fn what_waits_is_taken_in_order_and_never_what_is_something_else() {
@@ -119,7 +121,9 @@ mod tests {
         assert!(shelf.copy(&name(3), dir.path()).is_err() && shelf.copy("archive_status", dir.path()).is_err());
         File::create(dir.path().join(name(4))).unwrap().write_all(b"wal").unwrap();
         assert_eq!(shelf.copy(&name(4), dir.path()).unwrap().1, 3);
-        assert!(shelf.holds(&name(4), &digest_of(&b"wal"[..]).unwrap()));
-        assert!(!shelf.holds(&name(4), &digest_of(&b"war"[..]).unwrap()));
+        let repository = hex::encode([1; 16]).parse().unwrap();
+        let book = SegmentBook::open(dir.path(), "ledger", &repository, &SystemRng).unwrap();
+        let holds = |wal: &[u8]| shelf.holds(&name(4), &book.digester().of(wal).unwrap(), &book.digester());
+        assert!(holds(b"wal") && !holds(b"war"));
     }
 }

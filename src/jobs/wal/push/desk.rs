@@ -110,11 +110,12 @@ impl Desk {
         let (header, line) = self.identify(&handed.name.clone(), &mut handed).await?;
         let log = self.log(&header, &line);
         let segment = Segment { file: handed.file, header, history: line.history };
+        let digester = self.book.lock().unwrap_or_else(PoisonError::into_inner).digester();
         // Reading and checking 16 MiB takes tens of milliseconds, and a segment may have a gigabyte.
         let looked = tokio::task::spawn_blocking(move || {
             let mut segment = segment;
             segment.check()?;
-            let digest = segments::digest_of(rewound(&mut segment.file)?);
+            let digest = digester.of(rewound(&mut segment.file)?);
             let digest =
                 digest.map_err(|error| Error::failed("what was received cannot be read back").because(error))?;
             Ok::<_, Error>((segment, digest))

@@ -24,7 +24,7 @@ use crate::jobs::wal::position::{Position, Pushes, State};
 use crate::jobs::wal::push::ahead::Shelf;
 use crate::jobs::wal::push::desk::{Desk, header_of, rewound};
 use crate::jobs::wal::push::name::Archived;
-use crate::jobs::wal::segments::{self, SegmentKey, SharedBook};
+use crate::jobs::wal::segments::{SegmentKey, SharedBook};
 use crate::model::{Branch, Error, Kind, Lsn, Result, ResultExt, SegmentName, SystemId, Timeline};
 use crate::observe::task;
 use crate::repository::fan_out::LaneOutcome;
@@ -146,10 +146,13 @@ impl PushDesk {
         let (target, wal_segment_size) = (self.target.name.clone(), header.segment_size);
         let log = Log { target, system_id: line.0, timeline: line.1, branch, wal_segment_size };
         let key = SegmentKey::of(&log, header.name.start(wal_segment_size));
-        let known = self.book.lock().unwrap_or_else(PoisonError::into_inner).get(&key)?;
+        let (known, digester) = {
+            let book = self.book.lock().unwrap_or_else(PoisonError::into_inner);
+            (book.get(&key)?, book.digester())
+        };
         let mut file = std::mem::replace(&mut handed.file, tempfile::spooled_tempfile(0));
         let hashed = tokio::task::spawn_blocking(move || {
-            let digest = rewound(&mut file).ok().and_then(|file| segments::digest_of(file).ok());
+            let digest = rewound(&mut file).ok().and_then(|file| digester.of(file).ok());
             (digest, file)
         });
         let (digest, file) = hashed.await.ok()?;
@@ -204,8 +207,9 @@ impl PushDesk {
         let Some(digest) = digest_at(Lsn(end.0 - size.bytes())) else { return Ok(()) };
         let looked = Arc::new(shelf);
         let (shelf, last) = (Arc::clone(&looked), name);
-        let waiting =
-            blocking(move || if shelf.holds(&last, &digest) { shelf.waiting(&last) } else { Vec::new() }).await?;
+        let digester = self.book.lock().unwrap_or_else(PoisonError::into_inner).digester();
+        let own = move || if shelf.holds(&last, &digest, &digester) { shelf.waiting(&last) } else { Vec::new() };
+        let waiting = blocking(own).await?;
         for next in waiting {
             if SegmentName::parse(&next, size).is_none_or(|name| digest_at(name.start(size)).is_some()) {
                 continue;

@@ -220,7 +220,8 @@ async fn nothing_doubtful_is_taken() {
         assert!(told.stderr.contains("user 65534 may not use this socket"), "{told}");
     }
     let pushes = rig.position().await.unwrap().pushes;
-    let by_hand = pushes.refused - stranger.query("SELECT failed_count FROM pg_stat_archiver").await.parse::<u64>().unwrap();
+    let by_hand =
+        pushes.refused - stranger.query("SELECT failed_count FROM pg_stat_archiver").await.parse::<u64>().unwrap();
     assert_eq!((by_hand, pushes.not_needed), (8, 1), "{pushes:?}");
     assert!(pushes.last_refusal.unwrap().contains("00000002.history"));
     assert_eq!(rig.objects("a"), before.0, "nothing of all that was stored");

@@ -192,7 +192,10 @@ async fn commits_wait_for_slow_regions_or_go_on_as_it_was_decided() {
     crawl(true);
     let waited = commit(&cluster).await;
     assert!(waited >= Duration::from_millis(1800) && waited < LATENCY, "{waited:?}");
-    assert_eq!(rig.wait("lowered", SOON, |position: &Position| position.degraded_to.is_some()).await.degraded_to, Some(1));
+    assert_eq!(
+        rig.wait("lowered", SOON, |position: &Position| position.degraded_to.is_some()).await.degraded_to,
+        Some(1)
+    );
     crawl(false);
     let ended = stream.terminate().await.code(4);
     assert!(ended.stderr.contains("the write quorum is lowered"), "{ended}");

@@ -20,7 +20,8 @@ const SEGMENTS: usize = 4;
 /// Frames of WAL among what is left, and whether any of them is whole.
 fn frames(recording: &Recording, at: usize, disk: Disk) -> (usize, bool) {
     let left = recording.left(at, disk);
-    let frames: Vec<_> = left.iter().filter(|(path, _)| ["a/wal", "b/wal", "c/wal"].iter().any(|wal| path.starts_with(wal))).collect();
+    let frames: Vec<_> =
+        left.iter().filter(|(path, _)| ["a/wal", "b/wal", "c/wal"].iter().any(|wal| path.starts_with(wal))).collect();
     (frames.len(), frames.iter().any(|(_, length)| **length > 0))
 }
 

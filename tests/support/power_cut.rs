@@ -249,7 +249,8 @@ impl Files {
     }
 
     fn left(&self) -> BTreeMap<PathBuf, u64> {
-        let directories: BTreeSet<_> = self.durable.iter().filter(|(_, named)| named.is_none()).map(|(p, _)| p).collect();
+        let directories: BTreeSet<_> =
+            self.durable.iter().filter(|(_, named)| named.is_none()).map(|(p, _)| p).collect();
         let reached = |path: &PathBuf| {
             let above = path.ancestors().skip(1).take_while(|above| **above != self.root);
             above.into_iter().all(|above| directories.contains(&above.to_owned()))

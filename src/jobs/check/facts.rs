@@ -123,7 +123,8 @@ pub(super) async fn clock_ahead(client: &SqlClient, clock: &dyn Clock) -> Result
     let after = clock.now();
     let milliseconds = row.and_then(|row| number(&row, 0)).and_then(|number| i64::try_from(number).ok());
     let server = milliseconds.and_then(DateTime::from_timestamp_millis);
-    let apart = |server: DateTime<Utc>| (server - after).max(TimeDelta::zero()) + (server - before).min(TimeDelta::zero());
+    let apart =
+        |server: DateTime<Utc>| (server - after).max(TimeDelta::zero()) + (server - before).min(TimeDelta::zero());
     Ok(server.map(apart))
 }
 

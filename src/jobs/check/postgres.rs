@@ -18,7 +18,8 @@ use crate::source::postgres::room::belongs;
 
 pub(super) async fn check(target: &Target, clock: &dyn Clock, deadline: Duration) -> Vec<Finding> {
     let mut findings = Findings::about("postgres", &target.name);
-    let (facts, replication) = tokio::join!(bounded(deadline, gather(target, clock)), bounded(deadline, replicate(target)));
+    let (facts, replication) =
+        tokio::join!(bounded(deadline, gather(target, clock)), bounded(deadline, replicate(target)));
     match facts {
         Err(error) => refused(&mut findings, "no SQL connection", error, "the server, and conninfo of the target"),
         Ok(facts) => {

@@ -24,17 +24,18 @@ impl WalIndex {
         let mut damaged = Vec::new();
         while first <= last && damaged.len() as u64 <= IN_FLIGHT {
             let ends = match first == last {
-                true => self.whole_end(repository, epoch, last).await.map_or_else(
-                    |error| (Err(error.clone()), Err(error)),
-                    |only| (Ok(only.clone()), Ok(only)),
-                ),
+                true => self
+                    .whole_end(repository, epoch, last)
+                    .await
+                    .map_or_else(|error| (Err(error.clone()), Err(error)), |only| (Ok(only.clone()), Ok(only))),
                 false => join(self.header(repository, epoch, first), self.whole_end(repository, epoch, last)).await,
             };
             let (begin, end) = match ends {
                 (Ok(first), Ok(last)) => return (Some(Run { first, last, last_commit: None }), damaged),
                 ends => ends,
             };
-            if [&begin, &end].into_iter().flat_map(|end| end.as_ref().err()).any(|error| error.kind() != Kind::Damaged) {
+            if [&begin, &end].into_iter().flat_map(|end| end.as_ref().err()).any(|error| error.kind() != Kind::Damaged)
+            {
                 damaged.extend(begin.err().or(end.err()));
                 break;
             }

@@ -232,8 +232,9 @@ pub async fn read_frame(repository: &Repository, region: &Region, place: &FrameP
     Frame::decode(&get(region, &place.key()).await?, &repository.id, place, &repository.trust)
 }
 
-/// WAL frames that other regions list and this one does not, as runs of each epoch. The end of an epoch that is still
-/// growing is left out: a region may be a moment behind, and of frames that are on their way together any may come first.
+/// WAL frames that other regions list and this one does not, as runs of each epoch, and those that none lists. The end of an
+/// epoch that is still growing is left out: a region may be a moment behind, and of frames that are on their way together
+/// any may come first.
 pub async fn missing_frames(
     repository: &Repository,
     index: &WalIndex,
@@ -245,7 +246,11 @@ pub async fn missing_frames(
         return problems;
     }
     let lacks = |held: &BTreeSet<RegionName>| !held.contains(&region.name);
-    if !index.epochs().values().flat_map(BTreeMap::values).any(lacks) {
+    let has_holes = |seqs: &BTreeMap<u64, BTreeSet<RegionName>>| {
+        let ends = seqs.first_key_value().zip(seqs.last_key_value());
+        ends.is_some_and(|((first, _), (last, _))| last - first >= seqs.len() as u64)
+    };
+    if !index.epochs().values().any(|seqs| has_holes(seqs) || seqs.values().any(lacks)) {
         return problems;
     }
     // What prune took here first, and not yet elsewhere, is not lacking.
@@ -253,6 +258,12 @@ pub async fn missing_frames(
     let cuts = tombs::cuts(repository, (*system_id, *timeline, branch)).await.unwrap_or_default();
     for (epoch, seqs) in index.epochs() {
         let cut = cuts.get(epoch).copied().unwrap_or_default();
+        let lost = index.lost(repository, (epoch, seqs), cut).await;
+        if let Some(first) = lost.first() {
+            // No other region can pay this debt.
+            let what = format!("{} WAL frames are in no region", lost.len());
+            problems.push(Problem::new(region, index.place(epoch, *first).key(), Trouble::Damaged, what));
+        }
         let missing: Vec<_> =
             seqs.iter().filter(|(seq, held)| **seq >= cut && lacks(held)).map(|(seq, _)| *seq).collect();
         let (Some(first), Some((last, _))) = (missing.first(), seqs.last_key_value()) else { continue };

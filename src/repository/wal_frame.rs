@@ -180,6 +180,12 @@ impl FrameHeader {
         }
     }
 
+    /// Bytes of the whole object: this header as it is written, with what stands around it, and the body.
+    pub fn object_bytes(&self) -> Option<u64> {
+        let head = serde_json::to_vec(self).ok()?.len();
+        Some((MAGIC.len() + 4 + head + SIGNATURE_BYTES) as u64 + self.body_bytes)
+    }
+
     fn sign(mut self, signer: &Signer, body: Vec<u8>) -> Result<Vec<u8>> {
         let header = &mut self;
         header.signer = signer.id().clone();

@@ -9,7 +9,7 @@ use std::sync::Mutex;
 
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
-use futures::future::{join_all, try_join};
+use futures::future::join_all;
 use futures::{StreamExt, stream};
 use serde::Serialize;
 
@@ -19,6 +19,7 @@ use crate::repository::layout;
 use crate::repository::regions::{Regions, list_all};
 use crate::repository::wal_frame::{BARE_LIMIT, Frame, FrameHeader, FrameKind, FramePlace, HEADER_LIMIT, IN_FLIGHT};
 
+mod ends;
 mod growth;
 
 pub use growth::Arrival;
@@ -262,8 +263,8 @@ impl WalIndex {
         sealed.map(|header| header.place.seq).min()
     }
 
-    /// The unbroken runs in one region, or (`None`) in all of them together, ascending by start. A frame whose header is
-    /// nowhere intact breaks its run and is reported beside it.
+    /// The unbroken runs in one region, or (`None`) in all of them together, ascending by start. A frame at the end of a run
+    /// that is nowhere intact is no part of it and is reported beside it.
     pub async fn runs(&self, repository: &Repository, region: Option<&RegionName>) -> (Vec<Run>, Vec<Error>) {
         self.runs_of(repository, |held| region.is_none_or(|region| held.contains(region))).await
     }
@@ -304,26 +305,14 @@ impl WalIndex {
             let held = seqs.range(..sealed_at.unwrap_or(u64::MAX)).filter(|(_, held)| counts(held));
             ends.extend(unbroken(held.map(|(seq, _)| *seq)).into_iter().map(|ends| (epoch, ends)));
         }
-        let reads = ends.into_iter().map(|(epoch, ends)| self.span(repository, epoch, ends)).collect::<Vec<_>>();
+        let reads = ends.into_iter().map(|(epoch, ends)| self.run(repository, epoch, ends)).collect::<Vec<_>>();
         let (mut runs, mut errors) = (Vec::new(), Vec::new());
-        for read in stream::iter(reads).buffered(READS).collect::<Vec<_>>().await {
-            match read {
-                Ok(run) => runs.push(run),
-                Err(error) => errors.push(error),
-            }
+        for (run, damaged) in stream::iter(reads).buffered(READS).collect::<Vec<_>>().await {
+            runs.extend(run);
+            errors.extend(damaged);
         }
         runs.sort_by_key(|run| (run.start(), run.end()));
         (runs, errors)
-    }
-
-    async fn span(&self, repository: &Repository, epoch: &EpochId, (first, last): (u64, u64)) -> Result<Run> {
-        let (first, last) = if first == last {
-            let only = self.header(repository, epoch, first).await?;
-            (only.clone(), only)
-        } else {
-            try_join(self.header(repository, epoch, first), self.header(repository, epoch, last)).await?
-        };
-        Ok(Run { first, last, last_commit: None })
     }
 
     async fn last_commit(&self, repository: &Repository, run: &Run) -> Result<Option<DateTime<Utc>>> {

@@ -186,13 +186,26 @@ async fn nothing_doubtful_is_taken() {
     let mut broken = original.clone();
     broken[8192 + 300] ^= 1;
     refused(made(&segment, &broken), "damaged").await;
+    // The number that stands at the head of every page.
+    let mut headless = original.clone();
+    headless[2 * 8192] ^= 1;
+    refused(made(&segment, &headless), "damaged").await;
     refused(made(&segment, &original[..original.len() / 2]), "wrong size").await;
     refused(made("000000010000000000000099", &original), "belongs elsewhere").await;
     refused(made("pgcontrol", &original), "no file that PostgreSQL archives").await;
-    let stranger = Cluster::builder(17).wal_segsize(1).start().await;
+    let stranger = Cluster::builder(17).wal_segsize(1).setting("archive_mode", "on").start().await;
     let name = stranger.query("SELECT pg_walfile_name(pg_current_wal_lsn())").await;
     let foreign = std::fs::read(stranger.data_dir().join("pg_wal").join(&name)).unwrap();
     refused(made(&name, &foreign), "this is WAL of system").await;
+    // Nor does that server get rid of it by itself: it keeps what it is told that nobody took.
+    let command = cluster.query("SHOW archive_command").await;
+    stranger.execute(&format!("ALTER SYSTEM SET archive_command = '{command}'")).await;
+    stranger.execute("SELECT pg_reload_conf()").await;
+    let theirs = fill_segment(&stranger).await;
+    let tried = "SELECT failed_count > 0, archived_count, last_failed_wal FROM pg_stat_archiver";
+    eventually("it was refused", SOON, async || stranger.query(tried).await == format!("t|0|{theirs}")).await;
+    stranger.execute("ALTER SYSTEM RESET archive_command").await;
+    stranger.execute("SELECT pg_reload_conf()").await;
     refused(made("00000002.history", b"1\t0/3000000\tno recovery target specified\n"), "another copy").await;
     // What PostgreSQL notes about a backup of somebody else is acknowledged and not kept.
     rig.push(&made(&format!("{segment}.00000028.backup"), b"START WAL LOCATION: 0/2000028\n")).await.ok();
@@ -207,7 +220,9 @@ async fn nothing_doubtful_is_taken() {
         assert!(told.stderr.contains("user 65534 may not use this socket"), "{told}");
     }
     let pushes = rig.position().await.unwrap().pushes;
-    assert_eq!((pushes.refused, pushes.not_needed), (7, 1), "{pushes:?}");
+    let by_hand =
+        pushes.refused - stranger.query("SELECT failed_count FROM pg_stat_archiver").await.parse::<u64>().unwrap();
+    assert_eq!((by_hand, pushes.not_needed), (8, 1), "{pushes:?}");
     assert!(pushes.last_refusal.unwrap().contains("00000002.history"));
     assert_eq!(rig.objects("a"), before.0, "nothing of all that was stored");
     let ended = serve.terminate().await.ok();

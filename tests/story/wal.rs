@@ -355,7 +355,9 @@ async fn a_killed_receiver_goes_on_where_it_was() {
             ledger.wait_for(50).await;
             cluster.execute("CHECKPOINT").await;
         }
+        let exposed = cluster.flush_lsn().await;
         stream = rig.stream().spawn();
+        rig.wait("what waited is durable", Duration::from_secs(5), |position| position.reaches(exposed)).await;
     }
     ledger.wait_for(20).await;
     ledger.stop().await;

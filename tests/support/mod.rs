@@ -11,12 +11,15 @@
     reason = "each test binary uses a part of the rig, and a rig fails by panicking, on real time and real tasks"
 )]
 
+pub mod clock;
 pub mod dirs;
 pub mod drctl;
 pub mod http;
+pub mod http_proxy;
 pub mod kms;
 pub mod ledger;
 pub mod pg;
+pub mod power_cut;
 pub mod process;
 pub mod proxy;
 pub mod s3;

@@ -10,6 +10,7 @@ use drctl::model::Lsn;
 use rustix::process::Signal;
 use tokio_postgres::{NoTls, SimpleQueryMessage};
 
+use super::clock::FakeClock;
 use super::dirs::{Scratch, give_to_postgres, postgres_user};
 use super::process;
 
@@ -23,6 +24,7 @@ pub struct Builder {
     wal_segsize_mb: u32,
     checksums: bool,
     settings: Vec<(String, String)>,
+    clock: Option<FakeClock>,
 }
 
 impl Builder {
@@ -44,11 +46,18 @@ impl Builder {
         self
     }
 
+    /// A clock that can be set while the server runs.
+    pub fn clock(mut self, clock: &FakeClock) -> Self {
+        self.clock = Some(clock.clone());
+        self
+    }
+
     /// initdb and a running server.
     pub async fn start(self) -> Cluster {
         let scratch = Scratch::new();
         let data = scratch.postgres_dir("data");
         let mut cluster = Cluster::at(self.major, scratch, data.clone());
+        cluster.clock = self.clock;
         let mut initdb = cluster.tool("initdb");
         initdb.args(["--username=postgres", "--auth=trust", "--locale=C", "--encoding=UTF8", "--no-sync"]);
         initdb.arg(format!("--wal-segsize={}", self.wal_segsize_mb)).arg("--pgdata").arg(&data);
@@ -88,13 +97,14 @@ pub struct Cluster {
     port: u16,
     database: String,
     overrides: Vec<(String, String)>,
+    clock: Option<FakeClock>,
     postmaster: Option<Child>,
 }
 
 impl Cluster {
     /// A new cluster of a major version.
     pub fn builder(major: u32) -> Builder {
-        Builder { major, wal_segsize_mb: 16, checksums: true, settings: Vec::new() }
+        Builder { major, wal_segsize_mb: 16, checksums: true, settings: Vec::new(), clock: None }
     }
 
     /// A running cluster with the defaults.
@@ -147,6 +157,7 @@ impl Cluster {
             port: process::free_ports(1),
             database: "postgres".to_owned(),
             overrides: Vec::new(),
+            clock: None,
             postmaster: None,
         }
     }
@@ -230,6 +241,7 @@ impl Cluster {
         let log = OpenOptions::new().create(true).append(true).open(self.scratch.join("log")).unwrap();
         let mut command = self.tool("postgres");
         command.arg("-D").arg(&self.data);
+        command.envs(self.clock.iter().flat_map(FakeClock::environment));
         // Files instead of /dev/shm, which a killed server would leave filled.
         let rig = [
             ("port".to_owned(), self.port.to_string()),
@@ -242,7 +254,9 @@ impl Cluster {
             command.arg("-c").arg(format!("{name}={value}"));
         }
         command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
-        self.postmaster = Some(command.spawn().unwrap());
+        let postmaster = command.spawn().unwrap();
+        self.clock.iter().for_each(|clock| clock.used_by(postmaster.id()));
+        self.postmaster = Some(postmaster);
     }
 
     async fn wait_ready(&mut self) -> Result<(), String> {

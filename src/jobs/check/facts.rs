@@ -2,8 +2,10 @@
 
 use std::collections::BTreeMap;
 
+use chrono::{DateTime, TimeDelta, Utc};
 use tokio_postgres::SimpleQueryMessage;
 
+use crate::model::Clock;
 use crate::pg::PgError;
 use crate::pg::sql::SqlClient;
 
@@ -47,6 +49,8 @@ pub(super) struct Facts {
     pub(super) slot: Option<Slot>,
     /// Bytes in pg_wal, if we may know.
     pub(super) wal_bytes: Option<u64>,
+    /// How far its clock is ahead of ours (negative: behind), beyond what the measurement cannot tell.
+    pub(super) clock_ahead: Option<TimeDelta>,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -110,6 +114,18 @@ pub(super) async fn gather(client: &SqlClient, slot: &str) -> Result<Facts, PgEr
     facts.slot = find_slot(client, slot, facts.in_recovery).await?;
     facts.wal_bytes = wal_bytes(client).await?;
     Ok(facts)
+}
+
+/// The server reads its clock somewhere between question and answer.
+pub(super) async fn clock_ahead(client: &SqlClient, clock: &dyn Clock) -> Result<Option<TimeDelta>, PgError> {
+    let before = clock.now();
+    let row = rows(client, "SELECT (1000 * extract(epoch FROM pg_catalog.clock_timestamp()))::bigint").await?.pop();
+    let after = clock.now();
+    let milliseconds = row.and_then(|row| number(&row, 0)).and_then(|number| i64::try_from(number).ok());
+    let server = milliseconds.and_then(DateTime::from_timestamp_millis);
+    let apart =
+        |server: DateTime<Utc>| (server - after).max(TimeDelta::zero()) + (server - before).min(TimeDelta::zero());
+    Ok(server.map(apart))
 }
 
 async fn find_slot(client: &SqlClient, name: &str, in_recovery: bool) -> Result<Option<Slot>, PgError> {

@@ -57,7 +57,7 @@ pub async fn run(subject: &Subject, target: Option<&TargetName>, with_locks: boo
     if let (Some(target), true) = (target, targets.is_empty() && streamed.is_empty()) {
         return Err(Error::usage(format!("there is no target `{target}`")));
     }
-    let servers = join_all(targets.iter().map(|target| postgres::check(target, DEADLINE)));
+    let servers = join_all(targets.iter().map(|target| postgres::check(target, subject.clock.as_ref(), DEADLINE)));
     let others = join_all(streamed.iter().map(|target| streams::check(subject, target, DEADLINE)));
     let (regions, holders, servers, others) = tokio::join!(
         health::examine(&subject.regions, subject.clock.as_ref(), DEADLINE),

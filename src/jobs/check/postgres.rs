@@ -8,7 +8,7 @@ use super::finding::{Finding, Findings};
 use super::rules::{self, Setup};
 use crate::disk::space;
 use crate::jobs::context::Target;
-use crate::model::Error;
+use crate::model::{Clock, Error};
 use crate::pg::PgError;
 use crate::pg::instance::PgBinaries;
 use crate::pg::replication::ReplicationClient;
@@ -16,9 +16,10 @@ use crate::pg::sql;
 use crate::source::postgres::Method;
 use crate::source::postgres::room::belongs;
 
-pub(super) async fn check(target: &Target, deadline: Duration) -> Vec<Finding> {
+pub(super) async fn check(target: &Target, clock: &dyn Clock, deadline: Duration) -> Vec<Finding> {
     let mut findings = Findings::about("postgres", &target.name);
-    let (facts, replication) = tokio::join!(bounded(deadline, gather(target)), bounded(deadline, replicate(target)));
+    let (facts, replication) =
+        tokio::join!(bounded(deadline, gather(target, clock)), bounded(deadline, replicate(target)));
     match facts {
         Err(error) => refused(&mut findings, "no SQL connection", error, "the server, and conninfo of the target"),
         Ok(facts) => {
@@ -50,9 +51,10 @@ async fn bounded<T>(deadline: Duration, work: impl Future<Output = Result<T, PgE
     tokio::time::timeout(deadline, work).await.unwrap_or_else(late)
 }
 
-async fn gather(target: &Target) -> Result<Facts, PgError> {
+async fn gather(target: &Target, clock: &dyn Clock) -> Result<Facts, PgError> {
     let client = sql::connect(&target.conninfo).await?;
-    facts::gather(&client, &target.slot).await
+    let clock_ahead = facts::clock_ahead(&client, clock).await?;
+    Ok(Facts { clock_ahead, ..facts::gather(&client, &target.slot).await? })
 }
 
 async fn replicate(target: &Target) -> Result<(), PgError> {

@@ -7,7 +7,7 @@ use super::subject::Subject;
 use crate::model::{Error, RepositoryId};
 use crate::repository::health::{self, Answers, RegionHealth};
 
-const SKEW_WARN: TimeDelta = TimeDelta::seconds(2);
+pub(super) const SKEW_WARN: TimeDelta = TimeDelta::seconds(2);
 /// S3 refuses signatures that are 15 minutes off, object locks and recovery points drift long before that.
 const SKEW_FAIL: TimeDelta = TimeDelta::minutes(5);
 

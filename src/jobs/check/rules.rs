@@ -1,7 +1,10 @@
 //! What the facts about a server mean for backups of it; pure.
 
+use chrono::TimeDelta;
+
 use super::facts::Facts;
 use super::finding::{Findings, size};
+use super::regions::SKEW_WARN;
 use crate::jobs::context::OnPressure;
 use crate::source::postgres::Method;
 
@@ -31,6 +34,7 @@ impl Setup<'_> {
 
 pub(super) fn judge(findings: &mut Findings, facts: &Facts, setup: &Setup<'_>) {
     build(findings, facts);
+    clock(findings, facts);
     if facts.in_recovery {
         findings.fail("the server is a standby", "name its primary in conninfo, or set target_session_attrs=primary");
         return;
@@ -56,6 +60,18 @@ fn build(findings: &mut Findings, facts: &Facts) {
             "this build cannot be backed up by page",
         ),
     }
+}
+
+/// Commits carry the server's time: what is asked for by time, and how old a recovery point is, depends on it.
+fn clock(findings: &mut Findings, facts: &Facts) {
+    let Some(ahead) = facts.clock_ahead else { return };
+    if ahead.abs() <= SKEW_WARN {
+        findings.ok("the server's clock agrees with ours");
+        return;
+    }
+    let direction = if ahead < TimeDelta::zero() { "behind" } else { "ahead of" };
+    let what = format!("the server's clock is {} s {direction} ours", ahead.abs().num_seconds());
+    findings.warn(what, "run chrony or ntpd on both sides; --to-time goes by the server's clock");
 }
 
 fn wal_settings(findings: &mut Findings, facts: &Facts) {
@@ -415,6 +431,14 @@ mod tests {
         only(&slot(|slot| slot.physical = false), &setup(), Level::Fail, "logical", "slot =");
         only(&slot(|slot| slot.active = false), &setup(), Level::Warn, "nobody reads", "wal stream");
         assert_eq!(worst(&Facts { slot: None, ..healthy() }, &setup()), []);
+    }
+
+    #[test]
+    fn a_clock_that_is_off_is_told_with_its_direction() {
+        let off = |seconds| Facts { clock_ahead: Some(TimeDelta::seconds(seconds)), ..healthy() };
+        assert_eq!(worst(&off(2), &setup()), []);
+        only(&off(86_400), &setup(), Level::Warn, "86400 s ahead of ours", "chrony");
+        only(&off(-90), &setup(), Level::Warn, "90 s behind ours", "--to-time");
     }
 
     #[test]

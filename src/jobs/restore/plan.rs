@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
 use sha2::{Digest as _, Sha256};
 
 use crate::jobs::context::Context;
@@ -52,6 +52,8 @@ struct Chosen {
     pin: Pin,
     newest_commit: Option<DateTime<Utc>>,
     last_commit: Option<DateTime<Utc>>,
+    /// How far the server's clock was ahead of that of whoever stored its WAL.
+    clock_ahead: Option<TimeDelta>,
 }
 
 impl Prepared {
@@ -67,7 +69,7 @@ impl Prepared {
             Self::way(context, &repository, request, &candidates),
             Contents::read_first(context, &repository, (&candidates, request))
         );
-        let (Chosen { commit, route, pin, newest_commit, last_commit }, crossed) = way?;
+        let (Chosen { commit, route, pin, newest_commit, last_commit, clock_ahead }, crossed) = way?;
         let contents = match likely {
             Some((likely, contents)) if likely == commit.id => contents,
             _ => Contents::read(context, &repository, (&commit, request)).await,
@@ -79,6 +81,10 @@ impl Prepared {
         plan.fetch_bytes = contents.inventory.iter().map(|line| line.size).sum();
         plan.expected_seconds = (commit.size_bytes + plan.wal_bytes) / ASSUMED_RATE + 1;
         plan.digest = digest(&plan, request, &repository)?;
+        plan.warnings.extend(clock_ahead.map(|ahead| {
+            let ahead = ahead.num_seconds();
+            format!("the server's clock was {ahead} s ahead of that of whoever stored its WAL: times are the server's")
+        }));
         plan.warnings.extend(known.damaged.iter().map(|error| format!("a COMMIT is not readable: {error}")));
         contents.tell(&mut plan);
         crossed.tell(&mut plan);
@@ -168,8 +174,9 @@ async fn choose(
                     true => newest_commit,
                     false => finder.last_commit(pin.end).await?,
                 };
+                let clock_ahead = finder.clock_ahead(pin.end).await?;
                 route.cut(pin.end);
-                return Ok(Chosen { commit: commit.clone(), route, pin, newest_commit, last_commit });
+                return Ok(Chosen { commit: commit.clone(), route, pin, newest_commit, last_commit, clock_ahead });
             }
             Err(Unreached::TooEarly(why)) => {
                 first_problem.get_or_insert_with(|| too_early(commit, &why));

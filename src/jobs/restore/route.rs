@@ -68,9 +68,7 @@ impl Route {
                 break;
             };
             let stretches = log.stretches(repository, (from, to)).await?;
-            if !is_whole {
-                route.beyond = beyond(&log, reign.timeline, to);
-            }
+            route.beyond = if is_whole { unreadable(&log) } else { beyond(&log, reign.timeline, to) };
             route.legs.push(Leg { branch: id, log, from, to, stretches });
             match reign.end {
                 Some(switch) if is_whole => from = switch,
@@ -196,6 +194,12 @@ fn leg_end(log: &BranchLog, from: Lsn, switch: Option<Lsn>) -> Option<(Lsn, bool
 fn is_last_window(log: &BranchLog, from: Lsn) -> bool {
     let end = log.window(from).map_or(from, |window| window.end);
     log.runs.iter().all(|run| run.end() <= end)
+}
+
+/// Frames at the ends of runs that are nowhere intact: what was in them may lie behind everything else.
+fn unreadable(log: &BranchLog) -> Option<String> {
+    let damaged: Vec<_> = log.damaged.iter().map(Error::to_string).collect();
+    (!damaged.is_empty()).then(|| damaged.join("; "))
 }
 
 fn beyond(log: &BranchLog, timeline: Timeline, end: Lsn) -> Option<String> {

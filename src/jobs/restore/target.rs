@@ -181,7 +181,7 @@ impl Finder<'_> {
         (time, newest): (DateTime<Utc>, &mut Option<DateTime<Utc>>),
     ) -> Result<Option<Lsn>> {
         let last_seq = leg.log.locate(self.repository, stretch, Lsn(stretch.to.0.saturating_sub(1))).await?;
-        let first_seq = self.first_written_after(leg, (stretch, last_seq), time - CLOCK_SLACK).await?;
+        let first_seq = self.first_written_after(leg, (stretch, last_seq), time).await?;
         let headers =
             stream::iter(first_seq..=last_seq).map(|seq| leg.log.header(self.repository, &stretch.epoch, seq));
         let mut headers = headers.buffered(READS);
@@ -210,7 +210,9 @@ impl Finder<'_> {
         Ok(None)
     }
 
-    /// The first frame of a stretch that was written after `time`; frames before it hold no later commit.
+    /// A frame of a stretch before which there is no commit later than `time`: frames were written after their commits, so
+    /// those that were written by then hold none. That is true as long as whoever wrote them went by the same time as the
+    /// server; where a frame was written before its own commits no frame is left out.
     async fn first_written_after(
         &self,
         leg: &Leg,
@@ -221,9 +223,25 @@ impl Finder<'_> {
         while low < high {
             let middle = low + (high - low) / 2;
             let header = leg.log.header(self.repository, &stretch.epoch, middle).await?;
-            if header.written_at < time { low = middle + 1 } else { high = middle }
+            if ahead_of_writer(&header).is_some() {
+                return Ok(stretch.first_seq);
+            }
+            if header.written_at < time - CLOCK_SLACK { low = middle + 1 } else { high = middle }
         }
-        Ok(low)
+        if low == stretch.first_seq {
+            return Ok(low);
+        }
+        // Between two looks clocks may have been wrong and right again: the last commit that is left out decides.
+        let first = leg.log.header(self.repository, &stretch.epoch, low).await?;
+        let newest = self.last_commit(first.span.start).await?;
+        Ok(if newest.is_some_and(|newest| newest > time) { stretch.first_seq } else { low })
+    }
+
+    /// How far the server's clock was ahead of that of whoever stored its WAL where this route ends, if it certainly was.
+    pub(super) async fn clock_ahead(&self, at: Lsn) -> Result<Option<chrono::Duration>> {
+        let Some((leg, stretch)) = self.place_of(at) else { return Ok(None) };
+        let seq = leg.log.locate(self.repository, stretch, Lsn(at.0.saturating_sub(1))).await?;
+        Ok(ahead_of_writer(&leg.log.header(self.repository, &stretch.epoch, seq).await?))
     }
 
     /// The last record that ends at or before `at`.
@@ -359,6 +377,12 @@ fn ended_at(record: &Record) -> Option<DateTime<Utc>> {
         | RecordKind::AbortPrepared { time, .. } => Some(*time),
         _ => None,
     }
+}
+
+/// A commit cannot be stored before it happened: the server's clock was ahead by at least this.
+fn ahead_of_writer(header: &FrameHeader) -> Option<chrono::Duration> {
+    let ahead = header.span.last_commit? - header.written_at;
+    (ahead > CLOCK_SLACK).then_some(ahead)
 }
 
 fn ends_transaction(record: &Record, wanted: u32) -> bool {

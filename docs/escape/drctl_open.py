@@ -426,14 +426,21 @@ class Wal:
             self.runs.append(run)
 
     def frame(self, epoch, seq):
-        """The header and the sealed body; the body's digest stands in the signed header."""
+        """The header and the sealed body; the body's digest stands in the signed header. A frame in a bundle is rather
+        taken than a SEAL that has its name."""
+        seal = None
         try:
-            return self.check(self.region.read("%s/%s/%010d" % (self.prefix, epoch, seq)), epoch, seq)
+            own = self.check(self.region.read("%s/%s/%010d" % (self.prefix, epoch, seq)), epoch, seq)
+            if own[0]["kind"] != "seal":
+                return own
+            seal = own
         except (Damaged, OSError, ValueError, struct.error):
-            for first, last in self.bundles.get(epoch, []):
-                if first <= seq <= last:
-                    return self.check(self.bundled(epoch, first, last, seq), epoch, seq)
-            raise
+            if not any(first <= seq <= last for first, last in self.bundles.get(epoch, [])):
+                raise
+        for first, last in self.bundles.get(epoch, []):
+            if first <= seq <= last:
+                return self.check(self.bundled(epoch, first, last, seq), epoch, seq)
+        return seal
 
     def bundled(self, epoch, first, last, seq):
         """A frame out of a bundle, which is frames back to back behind the list of their lengths."""

@@ -282,7 +282,7 @@ pub fn wal_bundle(epoch_prefix: &str, first: u64, last: u64) -> String {
 pub fn parse_bundle(part: &str) -> Option<(u64, u64)> {
     let (first, last) = part.split_once('-')?;
     let (first, last) = (parse_seq(first)?, parse_seq(last)?);
-    (first < last && last - first < MOST_FRAMES).then_some((first, last))
+    (first <= last && last - first < MOST_FRAMES).then_some((first, last))
 }
 
 /// Reads the last part of [`wal_frame`].

@@ -33,6 +33,8 @@ use crate::repository::wal_bundling::check_bundle;
 use crate::repository::wal_frame::{Frame, FrameKind, FramePlace};
 use crate::store::Digest;
 
+mod displaced;
+
 /// Objects in hand; each holds two copies at most.
 const OBJECTS: usize = 8;
 
@@ -112,11 +114,13 @@ pub async fn mend(repository: &Repository, scope: &Scope, progress: &Phase) -> R
     }
     let closure = closure(repository, &backups).await;
     let pruned = Pruned::load(repository).await?;
-    let mender = Mender { repository, scope, closure, pruned, done: Mutex::new(start(repository, scope)), progress };
+    let done = Mutex::new(start(repository, scope));
+    let mender = Mender { repository, scope, closure, pruned, done, beaten: Mutex::default(), progress };
     for class in layout::REPAIR_ORDER {
         let items = mender.items(class).await?;
         stream::iter(items).for_each_concurrent(OBJECTS, |item| mender.settle(item)).await;
     }
+    mender.put_beside().await;
     let done = mender.done.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
     Ok(done.into_values().collect())
 }
@@ -179,6 +183,8 @@ struct Mender<'a> {
     closure: Closure,
     pruned: Pruned,
     done: Mutex<BTreeMap<RegionName, Mended>>,
+    /// Frames whose name a SEAL has in some region.
+    beaten: Mutex<BTreeSet<String>>,
     progress: &'a Phase,
 }
 
@@ -201,7 +207,8 @@ impl Mender<'_> {
             match list {
                 Ok(list) => {
                     answered = true;
-                    for object in list {
+                    // What lies beside a SEAL is made of the frame and comes last.
+                    for object in list.into_iter().filter(|object| !displaced::is_beside(&object.key)) {
                         let Some(proof) = self.proof(&object.key) else { continue };
                         let item = |key: String| Item { key, proof, held: BTreeMap::new(), bundled: BTreeSet::new() };
                         let item = items.entry(object.key.clone()).or_insert_with(|| item(object.key));
@@ -324,6 +331,9 @@ impl Mender<'_> {
                     good = Some((bytes.clone(), Digest::of(bytes)));
                 }
             }
+        }
+        if !seals.is_empty() && good.as_ref().is_some_and(|(bytes, _)| !is_seal(&item.key, bytes)) {
+            lock(&self.beaten).insert(item.key.clone());
         }
         if matches!(item.proof, Proof::Majority) {
             good = self.majority(item, &seen).await;
@@ -458,8 +468,8 @@ impl Mender<'_> {
     }
 }
 
-/// A SEAL may stand beside a frame that another region took first, or beside another SEAL. It is right where it is, and the
-/// frame is what other regions need.
+/// A SEAL may stand under the name of a frame that another region took first, or of another SEAL. It is right where it is,
+/// and the frame is what other regions need; how the region itself comes to it, see [`displaced`].
 fn is_seal(key: &str, bytes: &[u8]) -> bool {
     key.starts_with(layout::WAL) && Frame::kind(bytes) == Some(FrameKind::Seal)
 }

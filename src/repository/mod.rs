@@ -5,6 +5,8 @@
 
 pub mod backup_writer;
 #[cfg(test)]
+mod beside_tests;
+#[cfg(test)]
 mod bundle_tests;
 mod bundled;
 pub mod catalog;
@@ -72,6 +74,7 @@ pub mod wal_adopt;
 pub mod wal_bundle;
 pub mod wal_bundling;
 pub mod wal_claim;
+pub mod wal_closing;
 pub mod wal_frame;
 mod wal_frames;
 pub mod wal_index;

@@ -28,7 +28,8 @@ use crate::repository::restore::streams::StoredStreams;
 use crate::repository::tombs;
 use crate::repository::trust::Trust;
 use crate::repository::wal_bundling::check_bundle;
-use crate::repository::wal_frame::{Frame, FramePlace};
+use crate::repository::wal_closing::frame_beside;
+use crate::repository::wal_frame::{Frame, FrameKind, FramePlace};
 use crate::repository::wal_index::{BranchId, WalIndex, cover, windows};
 use crate::store::Digest;
 
@@ -224,12 +225,19 @@ pub async fn scrub_wal(repository: &Repository, index: &WalIndex, region: &Regio
     (frames, problems)
 }
 
-/// One frame from one region.
+/// One frame from one region, rather than a SEAL that has its name.
 ///
 /// # Errors
 /// It is not there, or not the one that was signed.
 pub async fn read_frame(repository: &Repository, region: &Region, place: &FramePlace) -> Result<Frame> {
-    Frame::decode(&get(region, &place.key()).await?, &repository.id, place, &repository.trust)
+    let decode = |bytes: Bytes| Frame::decode(&bytes, &repository.id, place, &repository.trust);
+    let own = decode(get(region, &place.key()).await?)?;
+    if own.header.kind == FrameKind::Seal
+        && let Ok(beside) = frame_beside(region, place).await
+    {
+        return decode(beside);
+    }
+    Ok(own)
 }
 
 /// WAL frames that other regions list and this one does not, as runs of each epoch, and those that none lists. The end of an
@@ -278,6 +286,15 @@ pub async fn missing_frames(
     problems
 }
 
+/// WAL frames whose name a SEAL has in this region, and which it holds nowhere else.
+pub async fn displaced_frames(repository: &Repository, index: &WalIndex, region: &Region) -> Vec<Problem> {
+    let displaced = index.displaced(repository).await.into_iter();
+    let of_region = displaced.filter(|displaced| displaced.lacking.contains(&region.name));
+    let what =
+        "a SEAL has the name of this WAL frame here, and the frame, which counts, is not beside it; drctl repair";
+    of_region.map(|displaced| Problem::new(region, displaced.place.key(), Trouble::Missing, what)).collect()
+}
+
 /// Level 2: every map and every frame of a backup fetched from this region alone, opened, unpacked and compared with its
 /// map. Returns the bytes of the files that are proven.
 ///
@@ -319,6 +336,9 @@ pub async fn read_need(
         for seq in stretch.first_seq..=stretch.last_seq {
             let frame = read_frame(repository, region, &index.place(&stretch.epoch, seq)).await?;
             let span = frame.header.span;
+            if frame.header.kind == FrameKind::Seal {
+                return Err(Error::not_found(format!("{}: a SEAL has its name", frame.header.place.key())));
+            }
             let keyset = ring.open(&frame.header.target, &frame.header.keyset).await?;
             let key = keyset.data().ok_or_else(|| Error::new(Kind::NoKey, "the keyset has no data secret"))?;
             let wal = frame.open(key)?;

@@ -13,10 +13,11 @@ use tokio::time::timeout;
 use crate::model::{EpochId, Error, Kind, Lsn, RegionName, Result};
 use crate::repository::handle::{Repository, Writer};
 use crate::repository::wal_claim::{Known, is_stream, must_be_readable};
+use crate::repository::wal_closing::Closing;
 use crate::repository::wal_frame::{EpochKind, FrameKind, FramePlace};
 use crate::repository::wal_frames::fetch_object;
 use crate::repository::wal_index::{BranchId, Run, WalIndex, Window, windows};
-use crate::repository::wal_seal::{Closing, Ending};
+use crate::repository::wal_seal::Ending;
 use crate::store::{Digest, StoreError};
 
 /// A region that hangs counts as one that is away.

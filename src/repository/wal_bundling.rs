@@ -13,16 +13,17 @@ use crate::repository::fan_out::FanOut;
 use crate::repository::handle::Repository;
 use crate::repository::layout;
 use crate::repository::wal_bundle;
-use crate::repository::wal_frame::{Frame, FramePlace, IN_FLIGHT};
+use crate::repository::wal_closing::Closing;
+use crate::repository::wal_frame::{Frame, FrameKind, FramePlace, IN_FLIGHT};
 use crate::repository::wal_frames::fetch_object;
 use crate::repository::wal_index::{BranchId, WalIndex};
-use crate::repository::wal_seal::{Closing, Ending};
+use crate::repository::wal_seal::Ending;
 use crate::store::Digest;
 
 /// Frames that are fetched at the same time.
 const READS: usize = 8;
 
-/// Checks a whole bundle: every byte of it belongs to a frame that is signed and stands in its place.
+/// Checks a whole bundle: every byte of it belongs to a frame with WAL that is signed and stands in its place.
 ///
 /// # Errors
 /// What is wrong with it.
@@ -35,7 +36,10 @@ pub fn check_bundle(bytes: &Bytes, numbers: (u64, u64), repository: &Repository,
         let range = contents.range(seq).unwrap_or_default();
         let usize = |at| usize::try_from(at).unwrap_or(usize::MAX);
         let frame = bytes.slice(usize(range.start)..usize(range.end));
-        Frame::decode(&frame, &repository.id, &FramePlace { seq, ..place.clone() }, &repository.trust)?;
+        let frame = Frame::decode(&frame, &repository.id, &FramePlace { seq, ..place.clone() }, &repository.trust)?;
+        if frame.header.kind != FrameKind::Data {
+            return Err(Error::damaged("a bundle holds frames with WAL alone"));
+        }
     }
     Ok(())
 }

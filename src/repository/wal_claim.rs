@@ -14,9 +14,10 @@ use crate::model::{EpochId, Error, Kind, RegionName, Result};
 use crate::repository::handle::Repository;
 use crate::repository::layout;
 use crate::repository::regions::list_prefixes;
+use crate::repository::wal_closing::Closing;
 use crate::repository::wal_frame::{EpochKind, FrameHeader};
 use crate::repository::wal_index::{BranchId, WalIndex};
-use crate::repository::wal_seal::{Closing, Ending};
+use crate::repository::wal_seal::Ending;
 
 /// What a writer knows of the others.
 #[derive(Debug, Default)]

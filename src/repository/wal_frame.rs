@@ -41,6 +41,15 @@ impl FramePlace {
         layout::wal_frame(&self.epoch_prefix(), self.seq)
     }
 
+    /// The place of which this is the name.
+    pub fn parse(key: &str) -> Option<Self> {
+        let parts: Vec<_> = key.strip_prefix(layout::WAL)?.split('/').collect();
+        let [system, branch, epoch, seq] = parts.as_slice() else { return None };
+        let (timeline, branch) = layout::parse_branch(branch)?;
+        let (system_id, epoch) = (system.parse().ok()?, epoch.parse().ok()?);
+        Some(Self { system_id, timeline, branch, epoch, seq: layout::parse_seq(seq)? })
+    }
+
     /// What the names of all frames of its epoch begin with.
     pub fn epoch_prefix(&self) -> String {
         layout::wal_epoch(self.system_id, self.timeline, &self.branch, &self.epoch)

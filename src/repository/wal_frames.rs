@@ -12,6 +12,7 @@ use crate::model::{EpochId, Error, Lsn, Result};
 use crate::observe::task;
 use crate::repository::handle::Repository;
 use crate::repository::keysets::KeyRing;
+use crate::repository::wal_closing::frame_beside;
 use crate::repository::wal_frame::{Frame, FrameHeader, FrameKind, FramePlace, WalSpan};
 use crate::repository::wal_index::WalIndex;
 
@@ -144,7 +145,7 @@ pub(super) async fn fetch_object(repository: &Repository, place: &FramePlace) ->
     fetch(repository, place, check, |frame| frame.0).await.map(|(_, bytes)| bytes)
 }
 
-/// A SEAL in one region does not hide the frame that another region took before under the same name.
+/// A SEAL in one region does not hide the frame that another region took before under the same name, nor one beside it.
 async fn fetch<T>(
     repository: &Repository,
     place: &FramePlace,
@@ -157,6 +158,13 @@ async fn fetch<T>(
     }
     for region in repository.regions.all() {
         let Ok(bytes) = region.store.get(&place.key(), None).await else { continue };
+        match check(bytes) {
+            Ok(other) if kind(&other) != FrameKind::Seal => return Ok(other),
+            _ => {}
+        }
+    }
+    for region in repository.regions.all() {
+        let Ok(bytes) = frame_beside(region, place).await else { continue };
         match check(bytes) {
             Ok(other) if kind(&other) != FrameKind::Seal => return Ok(other),
             _ => {}

@@ -19,9 +19,11 @@ use crate::repository::layout;
 use crate::repository::regions::{Regions, list_all};
 use crate::repository::wal_frame::{BARE_LIMIT, Frame, FrameHeader, FrameKind, FramePlace, HEADER_LIMIT, IN_FLIGHT};
 
+mod beside;
 mod ends;
 mod growth;
 
+pub use beside::Displaced;
 pub use growth::Arrival;
 
 /// One branch of one timeline of one cluster.
@@ -92,6 +94,8 @@ pub struct WalIndex {
     frames: BTreeMap<EpochId, BTreeMap<u64, BTreeSet<RegionName>>>,
     /// The largest size that a region lists: what a header read may ask for.
     sizes: BTreeMap<(EpochId, u64), u64>,
+    /// Numbers under which regions list objects of different sizes. A SEAL is shorter than any frame with WAL.
+    uneven: BTreeSet<(EpochId, u64)>,
     /// Epoch and numbers of its bundles → region → size. Their frames are among the others.
     bundles: BTreeMap<Bundle, BTreeMap<RegionName, u64>>,
     unreadable: Vec<(RegionName, String)>,
@@ -124,6 +128,7 @@ impl WalIndex {
             branch,
             frames: BTreeMap::new(),
             sizes: BTreeMap::new(),
+            uneven: BTreeSet::new(),
             bundles: BTreeMap::new(),
             unreadable: Vec::new(),
             headers: Mutex::default(),
@@ -137,16 +142,26 @@ impl WalIndex {
                             index.add_bundle(bundle, &region, object.size);
                         }
                         let Some((epoch, seq)) = parse_frame(name) else { continue };
-                        let size = index.sizes.entry((epoch.clone(), seq)).or_default();
-                        *size = object.size.max(*size);
-                        let seqs = index.frames.entry(epoch).or_default();
-                        seqs.entry(seq).or_default().insert(region.clone());
+                        index.add_frame((epoch, seq), &region, object.size);
                     }
                 }
                 Err(error) => index.unreadable.push((region, error.to_string())),
             }
         }
         index
+    }
+
+    /// Returns whether no region was known to list it.
+    fn add_frame(&mut self, (epoch, seq): (EpochId, u64), region: &RegionName, size: u64) -> bool {
+        let known = self.sizes.entry((epoch.clone(), seq)).or_insert(size);
+        if *known != size {
+            self.uneven.insert((epoch.clone(), seq));
+        }
+        *known = size.max(*known);
+        let held = self.frames.entry(epoch).or_default().entry(seq).or_default();
+        let is_new = held.is_empty();
+        held.insert(region.clone());
+        is_new
     }
 
     fn add_bundle(&mut self, bundle: Bundle, region: &RegionName, size: u64) {
@@ -211,33 +226,19 @@ impl WalIndex {
         let place = self.place(epoch, seq);
         let check = |bytes: Bytes| Frame::header(&bytes, &repository.id, &place, &repository.trust);
         // A store refuses a range that ends behind the object, and most frames of a quiet server are smaller than that.
-        let size = self.sizes.get(&(epoch.clone(), seq)).map_or(HEADER_LIMIT, |size| HEADER_LIMIT.min(*size));
-        let header = match repository.regions.read(&place.key(), Some(0..size), check).await {
+        let number = (epoch.clone(), seq);
+        let size = self.sizes.get(&number).map_or(HEADER_LIMIT, |size| HEADER_LIMIT.min(*size));
+        // Where sizes differ, what is enough for one object is too much for another.
+        let range = (!self.uneven.contains(&number)).then_some(0..size);
+        let header = match repository.regions.read(&place.key(), range, check).await {
             Ok((header, _)) => header,
-            // The region that lists the largest size may be the damaged one.
+            // The only region that lists it may be the damaged one.
             Err(_) => repository.regions.read(&place.key(), None, check).await?.0,
         };
         let header = self.rather_wal(repository, header).await;
         let mut headers = self.headers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         headers.insert((epoch.clone(), seq), header.clone());
         Ok(header)
-    }
-
-    /// A frame that was on its way when another owner sealed its epoch may be in one region and the SEAL in another, both
-    /// under one name: the frame counts.
-    async fn rather_wal(&self, repository: &Repository, header: FrameHeader) -> FrameHeader {
-        let FramePlace { epoch, seq, .. } = &header.place;
-        let held = self.frames.get(epoch).and_then(|seqs| seqs.get(seq));
-        let others = held.filter(|_| header.kind == FrameKind::Seal).into_iter().flatten();
-        for region in others {
-            let Ok(region) = repository.regions.named(region) else { continue };
-            let Ok(bytes) = region.store.get(&header.place.key(), None).await else { continue };
-            match Frame::header(&bytes, &repository.id, &header.place, &repository.trust) {
-                Ok(other) if other.kind != FrameKind::Seal => return other,
-                _ => {}
-            }
-        }
-        header
     }
 
     /// The largest size that a region lists for a frame.
@@ -255,7 +256,7 @@ impl WalIndex {
     ) -> Option<u64> {
         let ((first, _), (last, _)) = (seqs.first_key_value()?, seqs.last_key_value()?);
         let small = |seq: &&u64| self.size(epoch, **seq) <= BARE_LIMIT;
-        let near = seqs.range(last.saturating_sub(IN_FLIGHT - 1)..).map(|(seq, _)| seq).filter(small);
+        let near = seqs.range(last.saturating_sub(IN_FLIGHT)..).map(|(seq, _)| seq).filter(small);
         // The first one is asked for next.
         let near: BTreeSet<u64> = near.chain([first]).copied().collect();
         let headers = join_all(near.iter().map(|seq| self.header(repository, epoch, *seq))).await;
@@ -266,16 +267,29 @@ impl WalIndex {
     /// The unbroken runs in one region, or (`None`) in all of them together, ascending by start. A frame at the end of a run
     /// that is nowhere intact is no part of it and is reported beside it.
     pub async fn runs(&self, repository: &Repository, region: Option<&RegionName>) -> (Vec<Run>, Vec<Error>) {
-        self.runs_of(repository, |held| region.is_none_or(|region| held.contains(region))).await
+        match region {
+            Some(region) => self.runs_of(repository, |held| held.contains(region)).await,
+            None => self.runs_over(repository, &[], |_| true).await,
+        }
     }
 
-    /// The unbroken runs of frames that are listed by regions which `counts`.
+    /// The unbroken runs of frames that are held by regions which `counts`.
     pub async fn runs_of(
         &self,
         repository: &Repository,
         counts: impl Fn(&BTreeSet<RegionName>) -> bool,
     ) -> (Vec<Run>, Vec<Error>) {
-        let (mut runs, errors) = self.spans_of(repository, counts).await;
+        let displaced = self.displaced(repository).await;
+        self.runs_over(repository, &displaced, counts).await
+    }
+
+    async fn runs_over(
+        &self,
+        repository: &Repository,
+        displaced: &[Displaced],
+        counts: impl Fn(&BTreeSet<RegionName>) -> bool,
+    ) -> (Vec<Run>, Vec<Error>) {
+        let (mut runs, errors) = self.spans_of(repository, displaced, counts).await;
         let found = runs.iter().map(|run| self.last_commit(repository, run)).collect::<Vec<_>>();
         let found: Vec<_> = stream::iter(found).buffered(READS).collect().await;
         let (mut errors, mut whole) = (errors, Vec::with_capacity(runs.len()));
@@ -290,19 +304,25 @@ impl WalIndex {
 
     /// As [`runs`](Self::runs) in all regions together, without looking for commit times.
     pub async fn spans(&self, repository: &Repository) -> (Vec<Run>, Vec<Error>) {
-        self.spans_of(repository, |_| true).await
+        self.spans_of(repository, &[], |_| true).await
     }
 
     async fn spans_of(
         &self,
         repository: &Repository,
+        displaced: &[Displaced],
         counts: impl Fn(&BTreeSet<RegionName>) -> bool,
     ) -> (Vec<Run>, Vec<Error>) {
         let seals = self.frames.iter().map(|(epoch, seqs)| self.sealed_at(repository, epoch, seqs)).collect::<Vec<_>>();
         let seals: Vec<_> = stream::iter(seals).buffered(READS).collect().await;
         let mut ends = Vec::new();
         for ((epoch, seqs), sealed_at) in self.frames.iter().zip(seals) {
-            let held = seqs.range(..sealed_at.unwrap_or(u64::MAX)).filter(|(_, held)| counts(held));
+            let here: Vec<_> = displaced.iter().filter(|displaced| displaced.place.epoch == *epoch).collect();
+            let counts = |seq: u64, held: &BTreeSet<RegionName>| match here.iter().find(|lost| lost.place.seq == seq) {
+                Some(lost) => counts(&(held - &lost.lacking)),
+                None => counts(held),
+            };
+            let held = seqs.range(..sealed_at.unwrap_or(u64::MAX)).filter(|(seq, held)| counts(**seq, held));
             ends.extend(unbroken(held.map(|(seq, _)| *seq)).into_iter().map(|ends| (epoch, ends)));
         }
         let reads = ends.into_iter().map(|(epoch, ends)| self.run(repository, epoch, ends)).collect::<Vec<_>>();

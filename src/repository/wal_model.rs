@@ -1,14 +1,15 @@
 //! The protocol of ownership as a small machine, and every order of its steps.
 //!
 //! An old owner streams, or has only just begun; its puts arrive whenever they like, so that it may be asleep between any
-//! two. A new owner takes over region by region, shows itself, looks round and streams. The one promise: from then on the
-//! old one never acknowledges more than the new one has taken over. The judgement of an epoch is the product's own,
+//! two. A new owner takes over region by region, shows itself, looks round and streams; somebody brings frames to regions
+//! that gave their names to a SEAL. The one promise: from then on the old one never acknowledges more than the new one has
+//! taken over. The judgement of an epoch is the product's own,
 //! [`closing`]; what surrounds it is written down here a second time, and [`wal_replay`](super::wal_replay) holds the
 //! real code to the same orders.
 
 use std::collections::{BTreeMap, HashSet};
 
-use crate::repository::wal_seal::{Closing, Holding, Holdings, closing};
+use crate::repository::wal_closing::{Closing, Holding, Holdings, closing};
 
 const REGIONS: usize = 3;
 const NUMBERS: usize = 6;
@@ -18,11 +19,13 @@ enum Cell {
     Empty,
     Wal,
     Seal,
+    /// A SEAL, and the frame beside it.
+    Beside,
 }
 
 type Cells = [[Cell; NUMBERS]; REGIONS];
 
-/// How the owners play. All but the first four hold in the product.
+/// How the owners play. All but the first four hold in the product; mending is left out where all orders are tried of much.
 #[derive(Debug, Clone, Copy)]
 pub struct Rules {
     pub regions: usize,
@@ -37,11 +40,18 @@ pub struct Rules {
     pub lowest_hole: bool,
     /// Whether owners show themselves and look round.
     pub claims: bool,
+    /// Whether somebody brings frames to regions that gave their names to a SEAL.
+    pub mends: bool,
 }
 
 impl Rules {
     pub const fn of(regions: usize, quorum: usize, in_flight: usize, frames: usize) -> Self {
-        Self { regions, quorum, in_flight, frames, seals: true, reads_enough: true, lowest_hole: true, claims: true }
+        let (seals, reads_enough, lowest_hole, claims) = (true, true, true, true);
+        Self { regions, quorum, in_flight, frames, seals, reads_enough, lowest_hole, claims, mends: false }
+    }
+
+    pub const fn mended(self) -> Self {
+        Self { mends: true, ..self }
     }
 
     const fn read_quorum(&self) -> usize {
@@ -120,6 +130,8 @@ pub enum Action {
     Again,
     Begin(usize),
     NewLooks(usize),
+    /// Of an epoch that is closed, a frame is put beside the SEAL that has its name in a region.
+    Mend(usize, usize),
 }
 
 impl State {
@@ -142,8 +154,29 @@ impl State {
         self.new.phase == Phase::Streams && self.old.acknowledged > self.new.taken
     }
 
+    /// In how many regions the old owner won a name.
     fn holders(cells: &Cells, number: usize) -> usize {
         cells.iter().filter(|region| region[number] == Cell::Wal).count()
+    }
+
+    /// In how many the frame is to be had.
+    fn givers(cells: &Cells, number: usize) -> usize {
+        cells.iter().filter(|region| matches!(region[number], Cell::Wal | Cell::Beside)).count()
+    }
+
+    /// Up to where frames count of an epoch that is closed.
+    fn settled(&self, rules: &Rules) -> usize {
+        let both = |number: &usize| {
+            let has = |cell| self.cells.iter().any(|region| region[*number] == cell);
+            has(Cell::Seal) && has(Cell::Wal)
+        };
+        if !rules.mends || !(0..rules.frames).any(|number| both(&number)) {
+            return 0;
+        }
+        match closing(&holdings(&self.cells), (rules.read_quorum(), rules.read_quorum())) {
+            Closing::Sealed(at) => number(at),
+            Closing::Open(_) | Closing::Ended => 0,
+        }
     }
 
     pub fn actions(&self, rules: &Rules) -> Vec<Action> {
@@ -163,6 +196,9 @@ impl State {
             if may_look && !old.looked.0[region] {
                 actions.push(Action::OldLooks(region));
             }
+            let end = self.settled(rules);
+            let beaten = (0..end).filter(|number| self.cells[region][*number] == Cell::Seal);
+            actions.extend(beaten.map(|number| Action::Mend(number, region)));
             let open = !new.done.0[region];
             match new.phase {
                 Phase::Read if open => actions.push(Action::Read(region)),
@@ -207,10 +243,13 @@ impl State {
             }
             Action::Seal(region) => {
                 let Phase::Seal(at) = self.new.phase else { return self };
-                self.new.view[region][at] = self.put(at, region, Cell::Seal);
+                // Whoever puts a SEAL looks at this name alone.
+                let own = |cell| if cell == Cell::Beside { Cell::Seal } else { cell };
+                self.new.view[region][at] = own(self.put(at, region, Cell::Seal));
                 self.new.done = self.new.done.with(region);
             }
             Action::Copy(number, region) => self.new.view[region][number] = self.put(number, region, Cell::Wal),
+            Action::Mend(number, region) => self.cells[region][number] = Cell::Beside,
             Action::Judge => self.judge(rules),
             Action::Again => self.read_anew(),
             Action::Begin(region) => {
@@ -278,7 +317,7 @@ impl State {
 
     fn judge(&mut self, rules: &Rules) {
         if let Phase::Adopt(end) = self.new.phase {
-            if (0..end).all(|number| Self::holders(&self.new.view, number) >= rules.quorum) {
+            if (0..end).all(|number| Self::givers(&self.new.view, number) >= rules.quorum) {
                 (self.new.taken, self.new.knows) = (end, true);
                 self.show_up(rules);
             }
@@ -338,7 +377,7 @@ fn holdings(view: &Cells) -> Holdings<usize> {
     let mut holdings = BTreeMap::new();
     for (region, cells) in view.iter().enumerate() {
         for (number, cell) in cells.iter().enumerate().filter(|(_, cell)| **cell != Cell::Empty) {
-            let holding = if *cell == Cell::Wal { Holding::Wal } else { Holding::Seal };
+            let holding = if *cell == Cell::Seal { Holding::Seal } else { Holding::Wal };
             holdings.entry(number as u64).or_insert_with(BTreeMap::new).insert(region, holding);
         }
     }
@@ -392,10 +431,12 @@ fn gets_on(mut state: State, rules: &Rules) -> bool {
         if state.new.phase == Phase::Streams {
             return true;
         }
-        let of_old = |action: &Action| {
-            matches!(action, Action::Send | Action::Arrive(..) | Action::Acknowledge | Action::OldLooks(_))
+        let of_others = |action: &Action| {
+            let of_old =
+                matches!(action, Action::Send | Action::Arrive(..) | Action::Acknowledge | Action::OldLooks(_));
+            of_old || matches!(action, Action::Mend(..))
         };
-        let actions: Vec<_> = state.actions(rules).into_iter().filter(|action| !of_old(action)).collect();
+        let actions: Vec<_> = state.actions(rules).into_iter().filter(|action| !of_others(action)).collect();
         let works =
             |action: &&Action| !matches!(action, Action::Again | Action::Judge) && state.step(rules, **action) != state;
         let Some(action) = actions.iter().find(works).or_else(|| actions.first()) else { return false };
@@ -423,6 +464,13 @@ fn nor_does_any_with_another_quorum() {
 }
 
 #[test]
+fn nor_does_any_while_frames_are_put_beside_seals() {
+    for (regions, quorum, in_flight, frames) in [(3, 2, 1, 2), (2, 1, 2, 2)] {
+        assert_sound(&Rules::of(regions, quorum, in_flight, frames).mended());
+    }
+}
+
+#[test]
 fn without_any_one_of_its_rules_the_protocol_loses() {
     let (two, three) = (Rules::of(2, 2, 2, 3), Rules::of(3, 2, 2, 3));
     let broken = [
@@ -440,7 +488,7 @@ fn without_any_one_of_its_rules_the_protocol_loses() {
 #[test]
 fn long_walks_lose_nothing() {
     for seed in 0..4_000 {
-        let rules = Rules::of(3, 1 + number(seed % 3), 4, 5);
+        let rules = Rules::of(3, 1 + number(seed % 3), 4, 5).mended();
         let (trace, state) = walk(&rules, seed);
         assert!(!state.is_lossy(), "seed {seed} of {rules:?} loses: {trace:?}");
     }
@@ -451,7 +499,7 @@ fn long_walks_lose_nothing() {
 fn wherever_the_old_owner_falls_asleep_the_new_one_gets_on() {
     for seed in 0..3_000 {
         let (regions, quorum) = [(2, 2), (2, 1), (3, 2), (3, 1), (3, 3)][number(seed % 5)];
-        let rules = Rules::of(regions, quorum, 3, 4);
+        let rules = Rules::of(regions, quorum, 3, 4).mended();
         let mut state = State::first(&rules);
         for action in walk(&rules, seed).0 {
             assert!(gets_on(state, &rules), "seed {seed} of {rules:?} is stuck at {state:?}");

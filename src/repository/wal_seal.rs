@@ -19,57 +19,13 @@ use tokio::time::timeout;
 use crate::model::{EpochId, Error, Kind, RegionName, Result};
 use crate::repository::handle::{Repository, Writer};
 use crate::repository::regions::Region;
-use crate::repository::wal_frame::{Frame, FrameHeader, FrameKind, FramePlace, HEADER_LIMIT, IN_FLIGHT, WalSpan};
+use crate::repository::wal_closing::{Closing, Holding, Holdings, closing, holding};
+use crate::repository::wal_frame::{Frame, FrameHeader, FrameKind, FramePlace, WalSpan};
 use crate::repository::wal_index::WalIndex;
 use crate::store::{Digest, StoreError};
 
 /// A region that hangs counts as one that is away.
 const ANSWER_TIME: Duration = Duration::from_secs(20);
-
-/// What a region holds under one number of an epoch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Holding {
-    /// A frame with WAL, or the one with which the writer began.
-    Wal,
-    /// The writer closed its epoch.
-    End,
-    /// Another owner closed it.
-    Seal,
-    /// Bytes that are no frame. Nobody can take the name any more.
-    Damaged,
-}
-
-/// What is held near the end of an epoch: number, region, what.
-pub type Holdings<R> = BTreeMap<u64, BTreeMap<R, Holding>>;
-
-/// Whether an epoch is closed, and where its WAL ends.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Closing {
-    /// By its writer, which had everything before acknowledged.
-    Ended,
-    /// By another owner: no number from here on was or will be acknowledged.
-    Sealed(u64),
-    /// Not yet. This is where the SEAL has to stand.
-    Open(u64),
-}
-
-/// Judges an epoch by what the regions hold of its last frames. `needed` of them were read at least. As many SEALs as
-/// `barrier`, which is N−W+1, leave no W regions for a frame, whoever else has it.
-///
-/// The two differ where somebody gave regions up: what these may hold is lost, but a frame that a region is seen to have
-/// may have been acknowledged with them.
-pub fn closing<R: Ord>(holdings: &Holdings<R>, (needed, barrier): (usize, usize)) -> Closing {
-    if holdings.values().flat_map(BTreeMap::values).any(|holding| *holding == Holding::End) {
-        return Closing::Ended;
-    }
-    let mut at = holdings.keys().next().copied().unwrap_or_default();
-    let seals = |held: &BTreeMap<R, Holding>| held.values().filter(|holding| **holding == Holding::Seal).count();
-    let is_taken = |held: &BTreeMap<R, Holding>| seals(held) < held.len() && seals(held) < barrier;
-    while holdings.get(&at).is_some_and(is_taken) {
-        at += 1;
-    }
-    if holdings.get(&at).map_or(0, seals) >= needed { Closing::Sealed(at) } else { Closing::Open(at) }
-}
 
 /// The end of one epoch, as the regions that answer show it.
 #[derive(Debug)]
@@ -88,32 +44,7 @@ impl Ending {
     /// A region listed a frame and does not give it.
     pub async fn look(repository: &Repository, (index, epoch): Sealed<'_>, needed: usize) -> Result<Self> {
         let enough = (needed, repository.regions.read_quorum());
-        let mut holdings = Holdings::new();
-        let Some(seqs) = index.epochs().get(epoch) else {
-            return Ok(Self { holdings, enough, closing: Closing::Open(0) });
-        };
-        let mut lowest = seqs.last_key_value().map_or(0, |(last, _)| *last);
-        for (seq, held) in seqs.iter().rev() {
-            // Below are only frames that were acknowledged before the first SEAL was tried.
-            if seq + IN_FLIGHT <= lowest {
-                break;
-            }
-            let regions: Vec<&Region> = held.iter().filter_map(|name| repository.regions.named(name).ok()).collect();
-            let (place, size) = (index.place(epoch, *seq), index.size(epoch, *seq));
-            let read = join_all(regions.iter().map(|region| holding(repository, region, &place, size))).await;
-            let mut found = BTreeMap::new();
-            for (region, read) in regions.into_iter().zip(read) {
-                found.extend(read?.map(|(holding, _)| (region.name.clone(), holding)));
-            }
-            if found.values().any(|holding| *holding == Holding::Seal) {
-                lowest = *seq;
-            }
-            let ended = found.values().any(|holding| *holding == Holding::End);
-            holdings.insert(*seq, found);
-            if ended {
-                break;
-            }
-        }
+        let holdings = index.holdings(repository, epoch).await?;
         let closing = closing(&holdings, enough);
         Ok(Self { holdings, enough, closing })
     }
@@ -223,38 +154,6 @@ async fn put_seal(
         }
         Err(error) => Err(error.into()),
     }
-}
-
-/// What one region holds under a name, and the bytes that said so; a range of them if they are many.
-async fn holding(
-    repository: &Repository,
-    region: &Region,
-    place: &FramePlace,
-    size: u64,
-) -> Result<Option<(Holding, Bytes)>> {
-    let key = place.key();
-    let head = region.store.get(&key, Some(0..size.min(HEADER_LIMIT))).await;
-    // Sizes differ where a frame and a SEAL have one name, and a damaged copy may have any.
-    let judged = head.as_ref().ok().and_then(|bytes| judge(repository, place, bytes));
-    let (holding, bytes) = match (judged, head) {
-        (Some(holding), Ok(bytes)) => (holding, bytes),
-        (_, Err(error)) if error.is_not_found() => return Ok(None),
-        _ => match region.store.get(&key, None).await {
-            Ok(bytes) => (judge(repository, place, &bytes).unwrap_or(Holding::Damaged), bytes),
-            Err(error) if error.is_not_found() => return Ok(None),
-            Err(error) => return Err(Error::from(error).during(format!("read {key} in {}", region.name))),
-        },
-    };
-    Ok(Some((holding, bytes)))
-}
-
-fn judge(repository: &Repository, place: &FramePlace, bytes: &[u8]) -> Option<Holding> {
-    let header = Frame::header(bytes, &repository.id, place, &repository.trust).ok()?;
-    Some(match header.kind {
-        FrameKind::Begin | FrameKind::Data => Holding::Wal,
-        FrameKind::End => Holding::End,
-        FrameKind::Seal => Holding::Seal,
-    })
 }
 
 /// The SEAL that stands in the way of a frame, if that is what stands there.

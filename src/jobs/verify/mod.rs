@@ -357,6 +357,7 @@ impl Look<'_> {
                 let now = self.context.clock.now();
                 let repository = &self.context.repository;
                 report.problems.extend(scrub::missing_frames(repository, index, region, now).await);
+                report.problems.extend(scrub::displaced_frames(repository, index, region).await);
                 if let (Level::L2, Ok(alone)) = (self.options.level, scrub::alone(repository, &region.name)) {
                     let ring = self.context.ring.within(alone.regions);
                     report.problems.extend(scrub::check_wal_wraps(repository, &ring, index, region).await);

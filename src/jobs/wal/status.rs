@@ -239,11 +239,13 @@ async fn branch_wal(
     let repository = &context.repository;
     let index = WalIndex::load(&repository.regions, branch.clone()).await;
     let total = index.frames().count() as u64;
+    let displaced = index.displaced(repository).await;
     let mut errors: Vec<Error> = Vec::new();
     let mut regions = Vec::new();
     for region in repository.regions.all() {
         let unreadable = index.unreadable().iter().find(|(name, _)| *name == region.name).map(|(_, why)| why.clone());
-        let frames = index.frames().filter(|(_, held)| held.contains(&region.name)).count() as u64;
+        let lacks = displaced.iter().filter(|displaced| displaced.lacking.contains(&region.name)).count() as u64;
+        let frames = index.frames().filter(|(_, held)| held.contains(&region.name)).count() as u64 - lacks;
         let (runs, more) = index.runs(repository, Some(&region.name)).await;
         errors.extend(more);
         let missing_frames = if unreadable.is_some() { 0 } else { total - frames };

@@ -15,9 +15,10 @@ use crate::repository::handle::Repository;
 use crate::repository::layout;
 use crate::repository::prune::facts::Facts;
 use crate::repository::tombs;
+use crate::repository::wal_closing::Closing;
 use crate::repository::wal_frame::{FrameHeader, FrameKind};
 use crate::repository::wal_index::{BranchId, WalIndex, branches};
-use crate::repository::wal_seal::{Closing, Ending};
+use crate::repository::wal_seal::Ending;
 
 /// An epoch of which nobody needs anything any more.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -92,11 +92,7 @@ impl WalIndex {
     pub fn take_in(&mut self, arrivals: impl IntoIterator<Item = Arrival>) -> bool {
         let mut grown = false;
         for Arrival { region, epoch, seq, size } in arrivals {
-            let known = self.sizes.entry((epoch.clone(), seq)).or_default();
-            *known = size.max(*known);
-            let held = self.frames.entry(epoch).or_default().entry(seq).or_default();
-            grown |= held.is_empty();
-            held.insert(region);
+            grown |= self.add_frame((epoch, seq), &region, size);
         }
         grown
     }

@@ -13,6 +13,10 @@ use tokio_postgres::{NoTls, SimpleQueryMessage};
 use super::dirs::{Scratch, give_to_postgres, postgres_user};
 use super::process;
 
+mod pair;
+
+pub use pair::{End, Pair};
+
 /// Every major version under test.
 pub const MAJORS: [u32; 5] = [14, 15, 16, 17, 18];
 
@@ -23,6 +27,7 @@ pub struct Builder {
     wal_segsize_mb: u32,
     checksums: bool,
     settings: Vec<(String, String)>,
+    overrides: Vec<(String, String)>,
 }
 
 impl Builder {
@@ -44,11 +49,18 @@ impl Builder {
         self
     }
 
+    /// A setting of the command line, which no copy of the data directory has.
+    pub fn override_with(mut self, name: &str, value: &str) -> Self {
+        self.overrides.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
     /// initdb and a running server.
     pub async fn start(self) -> Cluster {
         let scratch = Scratch::new();
         let data = scratch.postgres_dir("data");
         let mut cluster = Cluster::at(self.major, scratch, data.clone());
+        cluster.overrides = self.overrides;
         let mut initdb = cluster.tool("initdb");
         initdb.args(["--username=postgres", "--auth=trust", "--locale=C", "--encoding=UTF8", "--no-sync"]);
         initdb.arg(format!("--wal-segsize={}", self.wal_segsize_mb)).arg("--pgdata").arg(&data);
@@ -94,7 +106,7 @@ pub struct Cluster {
 impl Cluster {
     /// A new cluster of a major version.
     pub fn builder(major: u32) -> Builder {
-        Builder { major, wal_segsize_mb: 16, checksums: true, settings: Vec::new() }
+        Builder { major, wal_segsize_mb: 16, checksums: true, settings: Vec::new(), overrides: Vec::new() }
     }
 
     /// A running cluster with the defaults.

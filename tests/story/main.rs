@@ -53,6 +53,7 @@ mod runbooks;
 mod sabotage;
 mod soak;
 mod soak_base;
+mod soak_wal;
 mod standby;
 mod streams;
 mod sync;

@@ -8,12 +8,13 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use chrono::{DateTime, Utc};
+use rand::Rng as _;
 use rand::rngs::StdRng;
-use rand::{Rng, SeedableRng};
 
 use crate::restore::Protected;
 use crate::support::drctl::Background;
 use crate::support::pg::Cluster;
+use crate::support::seed::{self, Seed};
 
 mod thirds;
 
@@ -44,13 +45,10 @@ struct Soak {
 
 #[tokio::test]
 async fn whatever_happens_between_them_every_backup_that_is_not_pruned_comes_back() {
-    let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().unwrap());
-    let rounds = number("DRCTL_SOAK_BASE_ROUNDS").unwrap_or(8);
-    let seed = number("DRCTL_SOAK_SEED").unwrap_or_else(rand::random);
-    let told = Told(format!("DRCTL_SOAK_SEED={seed} scripts/soak base --rounds {rounds}"));
-    println!("{}", told.0);
+    let rounds = seed::number("DRCTL_SOAK_BASE_ROUNDS").unwrap_or(8);
+    let seed = Seed::of_run(&format!("scripts/soak base --rounds {rounds}"));
     let began = Instant::now();
-    let mut soak = Soak::new(seed).await;
+    let mut soak = Soak::new(seed.chance()).await;
     let mut survivors = vec![soak.backup().await];
     let mut thirds = Thirds::default();
     thirds.taken = 1;
@@ -82,19 +80,8 @@ async fn whatever_happens_between_them_every_backup_that_is_not_pruned_comes_bac
     );
 }
 
-/// How to repeat a run that failed.
-struct Told(String);
-
-impl Drop for Told {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            println!("the same choices again: {}", self.0);
-        }
-    }
-}
-
 impl Soak {
-    async fn new(seed: u64) -> Self {
+    async fn new(chance: StdRng) -> Self {
         let protected = Protected::new().await;
         let path = protected.home().join("drctl.toml");
         let drills =
@@ -106,7 +93,6 @@ impl Soak {
         let space = cluster.extra_dir("space").display().to_string();
         cluster.execute(&format!("CREATE TABLESPACE space LOCATION '{space}'")).await;
         cluster.pgbench_init(1).await;
-        let chance = StdRng::seed_from_u64(seed);
         let mut soak = Self { protected, stream, chance, serial: 0, tables: Vec::new(), databases: Vec::new(), space };
         for _ in 0..4 {
             soak.create_table().await;

@@ -126,20 +126,20 @@ impl Rig {
         assert!(self.status().await.is_whole());
     }
 
-    /// Regions go away for WAL: what was a directory is a file.
+    /// Regions go away for WAL: what was a directory is a file, in one step, so that nobody makes a new directory between.
     pub fn take_away(&self, regions: &[&str]) {
         for region in regions {
             let wal = self.scratch.join(&format!("{region}/wal"));
-            std::fs::rename(&wal, wal.with_extension("away")).unwrap();
-            std::fs::write(&wal, "").unwrap();
+            std::fs::write(wal.with_extension("away"), "").unwrap();
+            exchange(&wal, &wal.with_extension("away"));
         }
     }
 
     pub fn give_back(&self, regions: &[&str]) {
         for region in regions {
             let wal = self.scratch.join(&format!("{region}/wal"));
-            std::fs::remove_file(&wal).unwrap();
-            std::fs::rename(wal.with_extension("away"), &wal).unwrap();
+            exchange(&wal, &wal.with_extension("away"));
+            std::fs::remove_file(wal.with_extension("away")).unwrap();
         }
     }
 
@@ -198,6 +198,11 @@ impl Rig {
         }
         compared
     }
+}
+
+fn exchange(one: &std::path::Path, other: &std::path::Path) {
+    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE).unwrap();
 }
 
 /// The server's own files.

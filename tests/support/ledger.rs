@@ -3,12 +3,12 @@
 //! Each transaction moves money between two accounts and writes one numbered row that says so. A row's amount and
 //! accounts follow from its number, so a restored row can be checked too.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
-use drctl::model::Lsn;
+use drctl::model::{Lsn, Timeline};
 use tokio::task::JoinHandle;
 use tokio_postgres::{Client, NoTls};
 
@@ -27,7 +27,11 @@ pub struct Entry {
     pub writer: u32,
     /// Its transaction id, as `--to-xid` takes it.
     pub xid: u64,
-    /// The commit record ends at or before this position.
+    /// Where it was written.
+    pub timeline: Timeline,
+    /// The commit record begins at or behind this position.
+    pub from: Lsn,
+    /// The commit record ends at or before this position; the highest one there is if nobody answered.
     pub lsn: Lsn,
     /// The client's clock before the commit was sent.
     pub sent_at: SystemTime,
@@ -37,9 +41,18 @@ pub struct Entry {
 
 #[derive(Debug, Default)]
 struct Shared {
-    entries: Mutex<Vec<Entry>>,
+    kept: Mutex<Kept>,
     sent: AtomicU64,
     stop: AtomicBool,
+    /// What a writer waits between two transactions.
+    pause: Duration,
+}
+
+#[derive(Debug, Default)]
+struct Kept {
+    entries: Vec<Entry>,
+    /// By number. Each of them may become an entry yet.
+    unanswered: BTreeMap<u64, Entry>,
 }
 
 /// Writers at work. They reconnect when the server goes away, and never send a number twice.
@@ -52,6 +65,12 @@ pub struct Ledger {
 impl Ledger {
     /// Makes the tables and starts `writers` tasks.
     pub async fn start(cluster: &Cluster, writers: u32) -> Self {
+        Self::make_tables(cluster).await;
+        Self::write_at(&cluster.conninfo(), writers, Duration::ZERO)
+    }
+
+    /// Makes the tables.
+    pub async fn make_tables(cluster: &Cluster) {
         let schema = format!(
             "CREATE TABLE account (id bigint PRIMARY KEY, balance bigint NOT NULL);
              CREATE TABLE transfer (number bigint PRIMARY KEY, writer int NOT NULL, source bigint NOT NULL,
@@ -59,14 +78,19 @@ impl Ledger {
              INSERT INTO account SELECT id, {OPENING} FROM generate_series(0, {ACCOUNTS} - 1) id"
         );
         cluster.execute(&schema).await;
-        let shared = Arc::new(Shared::default());
-        let start = |writer| tokio::spawn(write(cluster.conninfo(), writer, shared.clone()));
+    }
+
+    /// Starts `writers` tasks where the tables are, each of which rests for `pause` after a transaction. If `conninfo` names
+    /// several servers, they go where writing is allowed.
+    pub fn write_at(conninfo: &str, writers: u32, pause: Duration) -> Self {
+        let shared = Arc::new(Shared { pause, ..Shared::default() });
+        let start = |writer| tokio::spawn(write(conninfo.to_owned(), writer, shared.clone()));
         Self { writers: (0..writers).map(start).collect(), shared }
     }
 
     /// How many commits were acknowledged.
     pub fn acknowledged(&self) -> usize {
-        self.shared.entries.lock().unwrap().len()
+        self.shared.kept.lock().unwrap().entries.len()
     }
 
     /// Waits for more acknowledged commits.
@@ -75,11 +99,19 @@ impl Ledger {
         process::eventually("commits", Duration::from_secs(60), async || self.acknowledged() >= goal).await;
     }
 
+    /// A look at the book from elsewhere.
+    pub fn glance(&self) -> Glance {
+        Glance(Arc::clone(&self.shared))
+    }
+
     /// What is known now; the writers go on.
     pub fn book(&self) -> Book {
-        // The list first: a number that is on it has been counted as sent.
-        let entries = self.shared.entries.lock().unwrap().clone();
-        Book { entries, sent: self.shared.sent.load(Ordering::SeqCst) }
+        // The lists first: a number that is on them has been counted as sent.
+        let (entries, unanswered) = {
+            let kept = self.shared.kept.lock().unwrap();
+            (kept.entries.clone(), kept.unanswered.clone())
+        };
+        Book { entries, unanswered, sent: self.shared.sent.load(Ordering::SeqCst) }
     }
 
     /// Stops the writers.
@@ -89,6 +121,25 @@ impl Ledger {
             writer.await.unwrap();
         }
         self.book()
+    }
+}
+
+/// Reads the end of the book without copying it.
+#[derive(Debug)]
+pub struct Glance(Arc<Shared>);
+
+impl Glance {
+    /// The oldest acknowledged commit that is not `covered`. Whatever covers one covers those long before it.
+    pub fn oldest(&self, covered: impl Fn(&Entry) -> bool) -> Option<Entry> {
+        const ENOUGH: usize = 200;
+        let (kept, mut in_a_row) = (self.0.kept.lock().unwrap(), 0);
+        let newest_first = kept.entries.iter().rev().map(|entry| (covered(entry), entry));
+        let recent = newest_first.take_while(|(covered, _)| {
+            in_a_row = if *covered { in_a_row + 1 } else { 0 };
+            in_a_row < ENOUGH
+        });
+        let behind = recent.filter(|(covered, _)| !covered).map(|(_, entry)| entry);
+        behind.min_by_key(|entry| entry.acknowledged_at).cloned()
     }
 }
 
@@ -112,8 +163,8 @@ async fn write(conninfo: String, writer: u32, shared: Arc<Shared>) {
         };
         let number = shared.sent.fetch_add(1, Ordering::SeqCst) + 1;
         // A kill between the commit and its acknowledgement can leave a client waiting for ever behind a proxy.
-        match tokio::time::timeout(Duration::from_secs(20), transfer(client, number, writer)).await {
-            Ok(Ok(entry)) => shared.entries.lock().unwrap().push(entry),
+        match tokio::time::timeout(Duration::from_secs(20), transfer(client, (number, writer), &shared)).await {
+            Ok(Ok(())) => tokio::time::sleep(shared.pause).await,
             Ok(Err(_)) | Err(_) => connection = None,
         }
     }
@@ -131,7 +182,7 @@ fn terms(number: u64) -> (u64, u64, u64) {
     (source, (source + 1 + number % (ACCOUNTS - 1)) % ACCOUNTS, 1 + number % 500)
 }
 
-async fn transfer(client: &Client, number: u64, writer: u32) -> Result<Entry, tokio_postgres::Error> {
+async fn transfer(client: &Client, (number, writer): (u64, u32), shared: &Shared) -> Result<(), tokio_postgres::Error> {
     let (source, destination, amount) = terms(number);
     // Accounts are locked in ascending order, so that writers do not deadlock.
     let (first, second) = (source.min(destination), source.max(destination));
@@ -146,12 +197,25 @@ async fn transfer(client: &Client, number: u64, writer: u32) -> Result<Entry, to
             change(second)
         ))
         .await?;
-    let xid: String = client.query_one("SELECT pg_current_xact_id()::text", &[]).await?.get(0);
-    let sent_at = SystemTime::now();
+    let before =
+        "SELECT pg_current_xact_id()::text, lsn::text, pg_walfile_name(lsn) FROM pg_current_wal_insert_lsn() lsn";
+    let before = client.query_one(before, &[]).await?;
+    let text = |column| before.get::<_, String>(column);
+    let (sent_at, timeline) = (SystemTime::now(), Timeline(u32::from_str_radix(&text(2)[..8], 16).unwrap()));
+    let (xid, from, lsn) = (text(0).parse().unwrap(), text(1).parse().unwrap(), Lsn(u64::MAX));
+    let mut entry = Entry { number, writer, xid, timeline, from, lsn, sent_at, acknowledged_at: sent_at };
+    shared.kept.lock().unwrap().unanswered.insert(number, entry.clone());
     client.batch_execute("COMMIT").await?;
-    let acknowledged_at = SystemTime::now();
-    let lsn: String = client.query_one("SELECT pg_current_wal_insert_lsn()::text", &[]).await?.get(0);
-    Ok(Entry { number, writer, xid: xid.parse().unwrap(), lsn: lsn.parse().unwrap(), sent_at, acknowledged_at })
+    entry.acknowledged_at = SystemTime::now();
+    let after = client.query_one("SELECT pg_current_wal_insert_lsn()::text", &[]).await;
+    // Acknowledged is acknowledged, also when the server dies before it says where.
+    if let Ok(row) = &after {
+        entry.lsn = row.get::<_, String>(0).parse().unwrap();
+    }
+    let mut kept = shared.kept.lock().unwrap();
+    kept.unanswered.remove(&number);
+    kept.entries.push(entry);
+    after.map(drop)
 }
 
 /// What the client knows.
@@ -159,15 +223,32 @@ async fn transfer(client: &Client, number: u64, writer: u32) -> Result<Entry, to
 pub struct Book {
     /// Acknowledged commits.
     pub entries: Vec<Entry>,
+    /// Commits that were sent and not answered so far, by number.
+    pub unanswered: BTreeMap<u64, Entry>,
     /// The highest number that was ever sent.
     pub sent: u64,
+}
+
+/// What a restored cluster has to hold of a commit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fate {
+    /// It must be there.
+    There,
+    /// It must not be there.
+    Absent,
+    /// It may be missing; then what its writer did later is missing, too.
+    Open,
+    /// Nothing is known of it.
+    Unknown,
 }
 
 /// What a restored cluster holds of the book.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Verdict {
-    /// Acknowledged commits whose WAL was durable: all of them are there.
+    /// Acknowledged commits that had to be there: all of them are.
     pub durable: usize,
+    /// Acknowledged commits that had to be missing: all of them are.
+    pub absent: usize,
     /// Rows there.
     pub restored: usize,
 }
@@ -185,6 +266,15 @@ impl Book {
     /// # Errors
     /// What is wrong, in words.
     pub async fn verify(&self, restored: &Cluster, durable: Lsn) -> Result<Verdict, String> {
+        let fate = |entry: &Entry| if entry.lsn <= durable { Fate::There } else { Fate::Open };
+        self.judge(restored, fate).await.map_err(|wrong| format!("{wrong}; durable was {durable}"))
+    }
+
+    /// The same, where `fate` says of each commit what has to be.
+    ///
+    /// # Errors
+    /// What is wrong, in words.
+    pub async fn judge(&self, restored: &Cluster, fate: impl Fn(&Entry) -> Fate) -> Result<Verdict, String> {
         let client = restored.client().await;
         let rows = client
             .query("SELECT number, source, destination, amount, writer FROM transfer", &[])
@@ -196,35 +286,60 @@ impl Book {
             let writer = u32::try_from(row.get::<_, i32>(4)).unwrap();
             there.insert(column(0), Row { writer, terms: (column(1), column(2), column(3)) });
         }
-        self.check_rows(&there, durable)?;
+        self.check_rows(&there)?;
+        let (durable, absent) = self.check_fates(&there, fate)?;
         let balances = client.query("SELECT id, balance FROM account ORDER BY id", &[]).await;
         let balances = balances.map_err(|error| format!("the accounts cannot be read: {error:?}"))?;
         check_balances(&there, &balances.iter().map(|row| (row.get(0), row.get(1))).collect::<Vec<(i64, i64)>>())?;
-        let durable = self.entries.iter().filter(|entry| entry.lsn <= durable).count();
-        Ok(Verdict { durable, restored: there.len() })
+        Ok(Verdict { durable, absent, restored: there.len() })
     }
 
-    fn check_rows(&self, there: &BTreeMap<u64, Row>, durable: Lsn) -> Result<(), String> {
-        let mut last_of_writer: BTreeMap<u32, u64> = BTreeMap::new();
+    /// Every row is one that was sent, with its COMMIT.
+    fn check_rows(&self, there: &BTreeMap<u64, Row>) -> Result<(), String> {
+        let known: BTreeSet<u64> =
+            self.entries.iter().map(|entry| entry.number).chain(self.unanswered.keys().copied()).collect();
         for (number, row) in there {
             if *number > self.sent {
                 return Err(format!("row {number} was never sent"));
             }
+            if !known.contains(number) {
+                return Err(format!("row {number} is there, and its COMMIT was never sent"));
+            }
             if row.terms != terms(*number) {
                 return Err(format!("row {number} says {:?}, sent was {:?}", row.terms, terms(*number)));
             }
-            // Numbers ascend, so the last one stays.
-            last_of_writer.insert(row.writer, *number);
-        }
-        for entry in self.entries.iter().filter(|entry| !there.contains_key(&entry.number)) {
-            if entry.lsn <= durable {
-                return Err(format!("row {} (commit at {}) is lost; durable was {durable}", entry.number, entry.lsn));
-            }
-            if last_of_writer.get(&entry.writer).is_some_and(|last| *last > entry.number) {
-                return Err(format!("row {} is missing before later rows of its writer", entry.number));
-            }
         }
         Ok(())
+    }
+
+    /// How many had to be there, and how many had to be missing.
+    fn check_fates(&self, there: &BTreeMap<u64, Row>, fate: impl Fn(&Entry) -> Fate) -> Result<(usize, usize), String> {
+        // Numbers ascend, so the last one stays.
+        let last_of_writer: BTreeMap<u32, u64> = there.iter().map(|(number, row)| (row.writer, *number)).collect();
+        let (mut durable, mut absent) = (0, 0);
+        for entry in &self.entries {
+            let Entry { number, timeline, from, lsn, .. } = entry;
+            let told = || format!("row {number} (commit between {from} and {lsn} of timeline {timeline})");
+            let later = || last_of_writer.get(&entry.writer).is_some_and(|last| *last > *number);
+            match (fate(entry), there.contains_key(number)) {
+                (Fate::There, true) => durable += 1,
+                (Fate::There, false) => return Err(format!("{} is lost", told())),
+                (Fate::Absent, true) => return Err(format!("{} is there and lies behind the point", told())),
+                (Fate::Absent, false) => absent += 1,
+                (Fate::Open, false) if later() => {
+                    return Err(format!("{} is missing before later rows of its writer", told()));
+                }
+                (Fate::Open | Fate::Unknown, _) => {}
+            }
+        }
+        let beyond =
+            self.unanswered.values().find(|entry| there.contains_key(&entry.number) && fate(entry) == Fate::Absent);
+        match beyond {
+            Some(entry) => {
+                Err(format!("row {} (unanswered, behind {}) lies behind the point", entry.number, entry.from))
+            }
+            None => Ok((durable, absent)),
+        }
     }
 }
 

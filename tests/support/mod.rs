@@ -4,6 +4,7 @@
 //! Shared servers come from `scripts/test` through the environment; a missing one fails the test.
 #![allow(
     dead_code,
+    unused_imports,
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
@@ -24,6 +25,7 @@ pub mod process;
 pub mod proxy;
 pub mod s3;
 pub mod schema;
+pub mod seed;
 pub mod tmpfs;
 
 /// A variable that `scripts/test` sets.

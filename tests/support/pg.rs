@@ -14,6 +14,10 @@ use super::clock::FakeClock;
 use super::dirs::{Scratch, give_to_postgres, postgres_user};
 use super::process;
 
+mod pair;
+
+pub use pair::{End, Pair};
+
 /// Every major version under test.
 pub const MAJORS: [u32; 5] = [14, 15, 16, 17, 18];
 
@@ -25,6 +29,7 @@ pub struct Builder {
     checksums: bool,
     settings: Vec<(String, String)>,
     clock: Option<FakeClock>,
+    overrides: Vec<(String, String)>,
 }
 
 impl Builder {
@@ -52,12 +57,19 @@ impl Builder {
         self
     }
 
+    /// A setting of the command line, which no copy of the data directory has.
+    pub fn override_with(mut self, name: &str, value: &str) -> Self {
+        self.overrides.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
     /// initdb and a running server.
     pub async fn start(self) -> Cluster {
         let scratch = Scratch::new();
         let data = scratch.postgres_dir("data");
         let mut cluster = Cluster::at(self.major, scratch, data.clone());
         cluster.clock = self.clock;
+        cluster.overrides = self.overrides;
         let mut initdb = cluster.tool("initdb");
         initdb.args(["--username=postgres", "--auth=trust", "--locale=C", "--encoding=UTF8", "--no-sync"]);
         initdb.arg(format!("--wal-segsize={}", self.wal_segsize_mb)).arg("--pgdata").arg(&data);
@@ -104,7 +116,7 @@ pub struct Cluster {
 impl Cluster {
     /// A new cluster of a major version.
     pub fn builder(major: u32) -> Builder {
-        Builder { major, wal_segsize_mb: 16, checksums: true, settings: Vec::new(), clock: None }
+        Builder { major, wal_segsize_mb: 16, checksums: true, settings: Vec::new(), clock: None, overrides: Vec::new() }
     }
 
     /// A running cluster with the defaults.

@@ -13,7 +13,7 @@ use crate::repository::fan_out::FanOut;
 use crate::repository::handle::Repository;
 use crate::repository::layout;
 use crate::repository::wal_bundle;
-use crate::repository::wal_frame::{Frame, FramePlace, IN_FLIGHT};
+use crate::repository::wal_frame::{Frame, FrameKind, FramePlace, IN_FLIGHT};
 use crate::repository::wal_frames::fetch_object;
 use crate::repository::wal_index::{BranchId, WalIndex};
 use crate::repository::wal_seal::{Closing, Ending};
@@ -22,7 +22,7 @@ use crate::store::Digest;
 /// Frames that are fetched at the same time.
 const READS: usize = 8;
 
-/// Checks a whole bundle: every byte of it belongs to a frame that is signed and stands in its place.
+/// Checks a whole bundle: every byte of it belongs to a frame with WAL that is signed and stands in its place.
 ///
 /// # Errors
 /// What is wrong with it.
@@ -35,7 +35,12 @@ pub fn check_bundle(bytes: &Bytes, numbers: (u64, u64), repository: &Repository,
         let range = contents.range(seq).unwrap_or_default();
         let usize = |at| usize::try_from(at).unwrap_or(usize::MAX);
         let frame = bytes.slice(usize(range.start)..usize(range.end));
-        Frame::decode(&frame, &repository.id, &FramePlace { seq, ..place.clone() }, &repository.trust)?;
+        let place = FramePlace { seq, ..place.clone() };
+        let frame = Frame::decode(&frame, &repository.id, &place, &repository.trust)?;
+        // A SEAL may stand in one region under the name of WAL that others hold.
+        if frame.header.kind != FrameKind::Data {
+            return Err(Error::damaged(format!("a bundle has something else than WAL as frame {seq}")));
+        }
     }
     Ok(())
 }

@@ -1,9 +1,11 @@
 //! Frames in bundles: found by every reader, made alike by everybody, and no bit of them believed that is not right.
 
 use std::ops::ControlFlow;
+use std::time::Duration;
 
 use bytes::Bytes;
 use chrono::TimeDelta;
+use futures::future::join_all;
 
 use crate::model::Lsn;
 use crate::observe::SystemClock;
@@ -16,6 +18,8 @@ use crate::repository::scrub;
 use crate::repository::testing::{Fault, Fixture, log};
 use crate::repository::wal_bundle;
 use crate::repository::wal_bundling::{Bundling, check_bundle, find, make};
+use crate::repository::wal_frame::{Frame, FrameHeader, FrameKind};
+use crate::repository::wal_frames::fetch_object;
 use crate::repository::wal_index::{BranchId, WalIndex};
 use crate::repository::wal_reader::BranchLog;
 
@@ -255,4 +259,70 @@ async fn a_frame_that_was_overtaken_is_missed_only_once_its_epoch_stands_still()
     fixture.clock.advance(61);
     let problems = missing().await;
     assert!(problems.len() == 1 && problems[0].key == frame, "{problems:?}");
+}
+
+/// Whoever fetches ahead misses several frames at the same moment, and one of them looks for all.
+#[tokio::test(start_paused = true)]
+async fn frames_that_are_missed_at_the_same_time_are_all_found_in_their_bundle() {
+    let (fixture, _) = old_epoch().await;
+    let repository = fixture.reopen().await.unwrap();
+    let frames = names(&fixture, 0).await.0;
+    bundle(&fixture).await;
+    for region in 0..3 {
+        lose_bundled_frames(&fixture, region).await;
+    }
+    let region = &repository.regions.all()[0];
+    fixture.stores[0].set(Fault::Slow(Duration::from_millis(10)));
+    let got = join_all(frames[1..9].iter().map(|key| region.store.get(key, None))).await;
+    assert!(got.iter().all(Result::is_ok), "{got:?}");
+}
+
+/// Another bundle over the same numbers that is none hides nothing.
+#[tokio::test]
+async fn a_bundle_that_is_none_does_not_hide_the_one_that_is() {
+    let (fixture, end) = old_epoch().await;
+    bundle(&fixture).await;
+    for region in 0..3 {
+        lose_bundled_frames(&fixture, region).await;
+        let bundle = names(&fixture, region).await.1.remove(0);
+        let other = bundle.replace("0000000001-", "0000000003-");
+        fixture.stores[region]
+            .damage(&other, b"DRCTLB1\nnothing of the kind, but as long as a head may be: ".repeat(4))
+            .await;
+    }
+    let repository = fixture.reopen().await.unwrap();
+    assert_eq!(read(&fixture, &repository, end).await.unwrap(), expected(end));
+}
+
+/// A SEAL may stand where another region holds WAL, and that region may be away.
+#[tokio::test]
+async fn a_seal_is_never_taken_for_wal() {
+    let (fixture, _) = old_epoch().await;
+    let repository = fixture.reopen().await.unwrap();
+    let index = WalIndex::load(&repository.regions, branch()).await;
+    let epoch = index.epochs().keys().next().unwrap().clone();
+    let (place, header) = (index.place(&epoch, 5), index.header(&repository, &epoch, 5).await.unwrap());
+    let frames = join_all((1..=21).map(|seq| {
+        let place = index.place(&epoch, seq);
+        let repository = &repository;
+        async move { fetch_object(repository, &place).await.unwrap() }
+    }));
+    let mut frames = frames.await;
+    let check = |frames: &[Bytes]| {
+        let packed = Bytes::from(wal_bundle::pack(frames));
+        check_bundle(&packed, (1, 21), &repository, &index.place(&epoch, 1))
+    };
+    check(&frames).unwrap();
+    let seal = FrameHeader { kind: FrameKind::Seal, ..header }.encode_bare(&fixture.writer.signer).unwrap();
+    fixture.stores[0].damage(&place.key(), seal.clone()).await;
+    for away in [1, 2] {
+        fixture.stores[away].set(Fault::Deny);
+    }
+    let error = fetch_object(&repository, &place).await.unwrap_err();
+    assert!(error.to_string().contains("ask region"), "{error}");
+    fixture.stores[2].set(Fault::None);
+    assert_eq!(Frame::kind(&fetch_object(&repository, &place).await.unwrap()), Some(FrameKind::Data));
+    frames[4] = Bytes::from(seal);
+    let error = check(&frames).unwrap_err();
+    assert!(error.to_string().contains("something else than WAL"), "{error}");
 }

@@ -27,6 +27,10 @@ const HEADS: usize = 16;
 /// Of so many frames that are missing in an epoch, one is looked for by a list.
 const MISSES: u32 = 64;
 
+/// Looking for the bundles of one epoch: how many frames were missed. Whoever holds it looks, and the others wait: a reader that
+/// fetches ahead misses several frames at once, and each of them is where the list says.
+type Search = Arc<tokio::sync::Mutex<u32>>;
+
 /// A store that finds frames in bundles.
 #[derive(Debug)]
 pub(super) struct Bundled {
@@ -38,7 +42,7 @@ pub(super) struct Bundled {
 struct Known {
     /// What the names of an epoch's frames begin with → the bundles in it, first → last.
     bundles: BTreeMap<String, BTreeMap<u64, u64>>,
-    misses: BTreeMap<String, u32>,
+    searches: BTreeMap<String, Search>,
     heads: VecDeque<(String, Contents)>,
     whole: VecDeque<(String, Whole)>,
 }
@@ -54,9 +58,10 @@ impl Known {
         }
     }
 
-    fn find(&self, prefix: &str, seq: u64) -> Option<(u64, u64)> {
-        let mut before = self.bundles.get(prefix)?.range(..=seq).rev();
-        before.find(|(_, last)| **last >= seq).map(|(first, last)| (*first, *last))
+    /// The bundles that hold a frame. Those that nobody forged do not overlap.
+    fn find(&self, prefix: &str, seq: u64) -> Vec<(u64, u64)> {
+        let before = self.bundles.get(prefix).into_iter().flat_map(|of| of.range(..=seq).rev());
+        before.filter(|(_, last)| **last >= seq).map(|(first, last)| (*first, *last)).collect()
     }
 
     fn whole(&mut self, name: &str) -> Whole {
@@ -87,16 +92,25 @@ impl Bundled {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The bundle that holds a frame, by name and numbers.
-    async fn bundle_of(&self, key: &str) -> Option<(String, u64, (u64, u64))> {
-        let (prefix, number) = split(key)?;
-        let seq = layout::parse_seq(number)?;
-        let mut numbers = self.known().find(prefix, seq);
-        if numbers.is_none() && self.is_to_be_looked_for(prefix) {
-            self.look_for(prefix).await.ok()?;
-            numbers = self.known().find(prefix, seq);
+    /// The bundles that hold a frame, as far as lists tell.
+    async fn bundles_of(&self, prefix: &str, seq: u64) -> Result<Vec<(u64, u64)>, StoreError> {
+        let search = {
+            let mut known = self.known();
+            let found = known.find(prefix, seq);
+            if !found.is_empty() {
+                return Ok(found);
+            }
+            Arc::clone(known.searches.entry(prefix.to_owned()).or_default())
+        };
+        let mut misses = search.lock().await;
+        let found = self.known().find(prefix, seq);
+        if found.is_empty() && misses.is_multiple_of(MISSES) {
+            // One that fails does not count: the next miss looks again.
+            self.look_for(prefix).await?;
         }
-        numbers.map(|numbers| (layout::wal_bundle(prefix, numbers.0, numbers.1), seq, numbers))
+        *misses = misses.wrapping_add(u32::from(found.is_empty()));
+        drop(misses);
+        Ok(self.known().find(prefix, seq))
     }
 
     async fn look_for(&self, prefix: &str) -> Result<(), StoreError> {
@@ -110,25 +124,25 @@ impl Bundled {
         }
     }
 
-    fn is_to_be_looked_for(&self, prefix: &str) -> bool {
-        let mut known = self.known();
-        let misses = known.misses.entry(prefix.to_owned()).or_default();
-        *misses += 1;
-        *misses % MISSES == 1
-    }
-
     /// The frame's bytes; `None` if no bundle holds it. Of a bundle that is none an empty frame comes, which whoever asked
-    /// finds damaged.
-    async fn unbundled(&self, key: &str, range: Option<Range<u64>>) -> Option<Result<Bytes, StoreError>> {
-        let (name, seq, numbers) = self.bundle_of(key).await?;
-        let found = match range {
-            None => self.read_whole(&name, seq, numbers).await,
-            Some(range) => self.read_part(&name, (seq, numbers), range).await,
-        };
-        match found {
-            Err(StoreError::NotFound { .. }) => None,
-            other => Some(other),
+    /// finds damaged, unless another bundle has it.
+    async fn unbundled(&self, key: &str, range: Option<Range<u64>>) -> Result<Option<Bytes>, StoreError> {
+        let Some((prefix, number)) = split(key) else { return Ok(None) };
+        let Some(seq) = layout::parse_seq(number) else { return Ok(None) };
+        let mut best = None;
+        for numbers in self.bundles_of(prefix, seq).await? {
+            let name = layout::wal_bundle(prefix, numbers.0, numbers.1);
+            let found = match range.clone() {
+                None => self.read_whole(&name, seq, numbers).await,
+                Some(range) => self.read_part(&name, (seq, numbers), range).await,
+            };
+            match found {
+                Err(StoreError::NotFound { .. }) => {}
+                Ok(bytes) if bytes.is_empty() => best = Some(bytes),
+                other => return other.map(Some),
+            }
         }
+        Ok(best)
     }
 
     /// Whoever wants a frame wants the next one, too.
@@ -196,7 +210,7 @@ impl ObjectStore for Bundled {
 
     async fn get(&self, key: &str, range: Option<Range<u64>>) -> Result<Bytes, StoreError> {
         match self.inner.get(key, range.clone()).await {
-            Err(missing @ StoreError::NotFound { .. }) => self.unbundled(key, range).await.unwrap_or(Err(missing)),
+            Err(missing @ StoreError::NotFound { .. }) => self.unbundled(key, range).await?.ok_or(missing),
             other => other,
         }
     }

@@ -86,32 +86,50 @@ pub async fn named(repository: &Repository, what: &str) -> Result<(Vec<Backup>, 
 
 /// The names of COMMITs in any region that answers, except of backups that a sweep has begun to remove.
 ///
-/// A tomb alone hides nothing, since whoever may write could write one: a COMMIT must be gone in some region as well. Before
-/// that nothing of the backup is gone anywhere, because COMMITs go first.
+/// A tomb alone hides nothing, since whoever may write could write one: a COMMIT must be gone as well, in a region that holds the
+/// tomb. Before that nothing of the backup is gone anywhere, because COMMITs go first.
 async fn without_pruned(
     repository: &Repository,
     target: Option<&TargetName>,
     lists: Vec<(RegionName, Result<Vec<ListedObject>>)>,
 ) -> Result<BTreeSet<String>> {
-    let mut copies: BTreeMap<String, usize> = BTreeMap::new();
-    let (mut answered, mut first_error) = (0, None);
-    for (_, list) in lists {
+    let mut copies: BTreeMap<String, BTreeSet<RegionName>> = BTreeMap::new();
+    let (mut answered, mut first_error) = (BTreeSet::new(), None);
+    for (region, list) in lists {
         match list {
             Ok(objects) => {
-                answered += 1;
-                objects.into_iter().for_each(|object| *copies.entry(object.key).or_default() += 1);
+                let held = objects.into_iter();
+                for object in held {
+                    copies.entry(object.key).or_default().insert(region.clone());
+                }
+                answered.insert(region);
             }
             Err(error) => first_error = first_error.or(Some(error)),
         }
     }
-    if let (0, Some(error)) = (answered, first_error) {
+    if let (true, Some(error)) = (answered.is_empty(), first_error) {
         return Err(error);
     }
     let id = |key: &String| key.rsplit('/').next()?.parse::<BackupId>().ok();
-    let partial = copies.iter().filter(|(_, copies)| **copies < answered).filter_map(|(key, _)| id(key));
-    let gone = tombs::among(repository, target, &partial.collect()).await?;
+    let partial = copies.iter().filter(|(_, held)| held.len() < answered.len());
+    let partial = partial.filter_map(|(key, held)| Some((id(key)?, answered.difference(held).cloned().collect())));
+    let gone = tombs::gone(repository, target, &partial.collect()).await?;
     let exists = |key: &String| id(key).is_none_or(|id| !gone.contains(&id));
     Ok(copies.into_keys().filter(exists).collect())
+}
+
+/// Whether a backup was pruned: taken, or about to be by a sweep that already took a copy of its COMMIT.
+///
+/// # Errors
+/// No region answers.
+pub async fn is_pruned(repository: &Repository, backup: &BackupId) -> Result<bool> {
+    let target = backup.target()?;
+    let key = layout::commit(&target, backup);
+    let (names, answered) = tombs::holders(repository, &key).await?;
+    let held = names.get(&key).cloned().unwrap_or_default();
+    let lacking: BTreeSet<_> = answered.difference(&held).cloned().collect();
+    let gone = tombs::gone(repository, Some(&target), &BTreeMap::from([(backup.clone(), lacking)])).await?;
+    Ok(gone.contains(backup))
 }
 
 async fn read_commit(repository: &Repository, key: &str) -> Result<Commit> {

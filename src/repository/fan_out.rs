@@ -106,8 +106,6 @@ struct Object {
     key: String,
     body: Bytes,
     digest: Digest,
-    /// Bytes of WAL in it.
-    wal: u64,
     /// When what it belongs to began; `None` = now.
     since: Option<DateTime<Utc>>,
 }
@@ -115,7 +113,51 @@ struct Object {
 enum Delivery {
     Stored,
     LeftBehind,
+    /// Nobody waits for the object any more.
+    GivenUp,
     Fatal(Error),
+}
+
+/// What one region is to hold of an object. It ends as held or as owed; if neither, the put was given up before: then the region
+/// lacks an object that nobody was told of, and the WAL in it is received again under another name.
+struct Due {
+    lane: Arc<Lane>,
+    wal: u64,
+    end: End,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum End {
+    Held,
+    Owed,
+    GivenUp,
+}
+
+impl Due {
+    fn new(lane: &Arc<Lane>, wal: u64) -> Self {
+        lane.unheld.fetch_add(wal, Ordering::Relaxed);
+        Self { lane: Arc::clone(lane), wal, end: End::GivenUp }
+    }
+
+    fn ends(mut self, delivery: &Delivery, at_quorum: bool) {
+        self.end = match delivery {
+            Delivery::Stored => End::Held,
+            Delivery::LeftBehind => End::Owed,
+            Delivery::Fatal(_) if at_quorum => End::Owed,
+            Delivery::Fatal(_) | Delivery::GivenUp => End::GivenUp,
+        };
+    }
+}
+
+impl Drop for Due {
+    fn drop(&mut self) {
+        if self.end != End::Held {
+            self.lane.missing.fetch_add(1, Ordering::Relaxed);
+        }
+        if self.end != End::Owed {
+            self.lane.unheld.fetch_sub(self.wal, Ordering::Relaxed);
+        }
+    }
 }
 
 impl FanOut {
@@ -176,22 +218,26 @@ impl FanOut {
         if self.is_degraded() {
             self.restore_quorum();
         }
-        let object = Arc::new(Object { key, body, digest, wal, since: self.since });
-        for lane in &self.lanes {
-            lane.unheld.fetch_add(wal, Ordering::Relaxed);
-        }
+        let object = Arc::new(Object { key, body, digest, since: self.since });
+        let dues: Vec<_> = self.lanes.iter().map(|lane| Due::new(lane, wal)).collect();
         let (reached, at_quorum) = watch::channel(false);
         let (report, mut deliveries) = mpsc::channel(self.lanes.len());
         let enter_by = tokio::time::Instant::now() + self.patience.laggard;
-        for lane in &self.lanes {
-            let slot = self.enter(lane, enter_by).await;
-            let (lane, object, report) = (Arc::clone(lane), Arc::clone(&object), report.clone());
+        for due in dues {
+            let slot = self.enter(&due.lane, enter_by).await;
+            let (lane, object, report) = (Arc::clone(&due.lane), Arc::clone(&object), report.clone());
             let (at_quorum, cancelled) = (at_quorum.clone(), self.cancelled.subscribe());
             let patience = self.patience;
             self.tasks.spawn(async move {
                 let extra = if slot.is_some() { patience.laggard } else { Duration::ZERO };
+                let seen = at_quorum.clone();
                 let delivery = lane.deliver(&object, at_quorum, cancelled, (patience, extra)).await;
                 drop(slot);
+                let is_late = *seen.borrow();
+                if let (Delivery::Fatal(error), true) = (&delivery, is_late) {
+                    tracing::error!(region = %lane.region.name, %error, "a region holds other bytes than the write quorum");
+                }
+                due.ends(&delivery, is_late);
                 // The receiver is gone once the quorum is reached.
                 let _ = report.send((lane.region.name.clone(), delivery)).await;
             });
@@ -305,7 +351,7 @@ impl FanOut {
             tokio::select! {
                 delivery = deliveries.recv() => match delivery {
                     Some((region, Delivery::Stored)) => drop(stored.insert(region)),
-                    Some((_, Delivery::LeftBehind)) => {}
+                    Some((_, Delivery::LeftBehind | Delivery::GivenUp)) => {}
                     Some((region, Delivery::Fatal(error))) => {
                         return Err(error.during(format!("write {key} to {region}")));
                     }
@@ -361,7 +407,7 @@ impl Lane {
         };
         tokio::select! {
             delivery = work => delivery,
-            held = laggard => if held { self.owe("it lags behind the others", patience) } else { self.miss() },
+            held = laggard => if held { self.owe("it lags behind the others", patience) } else { Delivery::GivenUp },
             _ = cancelled.wait_for(|cancelled| *cancelled) => self.owe("the job ended first", patience),
         }
     }
@@ -373,7 +419,6 @@ impl Lane {
             let error = match self.put(object).await {
                 Ok(_) => {
                     self.behind.store(false, Ordering::Relaxed);
-                    self.unheld.fetch_sub(object.wal, Ordering::Relaxed);
                     return Delivery::Stored;
                 }
                 Err(error) => error,
@@ -421,11 +466,6 @@ impl Lane {
 
     fn owe(&self, reason: &str, patience: Patience) -> Delivery {
         self.leave_behind(reason, patience);
-        self.miss()
-    }
-
-    fn miss(&self) -> Delivery {
-        self.missing.fetch_add(1, Ordering::Relaxed);
         Delivery::LeftBehind
     }
 

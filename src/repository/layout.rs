@@ -206,9 +206,31 @@ pub fn unpin(target: &TargetName, id: &PinId) -> String {
     format!("{UNPINS}{target}/{id}")
 }
 
-/// The record that a backup was pruned.
-pub fn tomb(target: &TargetName, id: &BackupId) -> String {
+/// The record that a sweep takes a backup. Each sweep has its own, so that the end of one says nothing of another.
+pub fn tomb(target: &TargetName, id: &BackupId, sweep: &PruneId) -> String {
+    format!("{PRUNED}backups/{target}/{id}.{sweep}")
+}
+
+/// The name of a record that has none of its sweep's.
+pub fn nameless_tomb(target: &TargetName, id: &BackupId) -> String {
     format!("{PRUNED}backups/{target}/{id}")
+}
+
+/// Reads the last part of [`tomb`] or [`nameless_tomb`].
+pub fn parse_tomb(key: &str) -> Option<(BackupId, Option<PruneId>)> {
+    let name = key.rsplit('/').next()?;
+    let named = name.rsplit_once('.').and_then(|(id, sweep)| Some((id.parse().ok()?, Some(sweep.parse().ok()?))));
+    named.or_else(|| Some((name.parse().ok()?, None)))
+}
+
+/// The record that this sweep left a backup alone after all.
+pub fn spared(target: &TargetName, id: &BackupId, sweep: &PruneId) -> String {
+    format!("{PRUNED}spared/{target}/{id}.{sweep}")
+}
+
+/// These records, of one target or of all.
+pub fn all_spared(target: Option<&TargetName>) -> String {
+    target.map_or_else(|| format!("{PRUNED}spared/"), |target| format!("{PRUNED}spared/{target}/"))
 }
 
 /// The records of pruned backups, of one target or of all.

@@ -251,7 +251,7 @@ impl Mender<'_> {
             return Some(Proof::Listed(line.clone()));
         }
         // What prune left in one region is not lacking in the others.
-        if self.pruned.covers(key, |keyset| self.closure.has_keyset(keyset)) {
+        if self.pruned.is_idle(key) || self.pruned.covers(key, |keyset| self.closure.has_keyset(keyset)) {
             return None;
         }
         let class = key.split('/').next().unwrap_or_default();

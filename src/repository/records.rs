@@ -60,3 +60,21 @@ pub fn decode<T: DeserializeOwned>(repository: &Repository, (kind, key): (&str, 
 pub async fn read<T: DeserializeOwned>(repository: &Repository, (kind, key): (&str, &str)) -> Result<T> {
     repository.regions.read(key, None, |bytes| decode(repository, (kind, key), &bytes)).await.map(|(record, _)| record)
 }
+
+/// Puts a record into every region. One that is in some of them already is spread as it is.
+///
+/// # Errors
+/// A region does not take it.
+pub async fn put_everywhere<T: Serialize>(
+    repository: &Repository,
+    writer: &Writer,
+    (kind, key): (&str, &str),
+    record: &T,
+) -> Result<()> {
+    let check = |bytes: Bytes| verify(repository, (kind, key), &bytes).map(|_| bytes.clone());
+    let body = match repository.regions.read(key, None, check).await {
+        Ok((known, _)) => known,
+        Err(_) => encode(&repository.id, writer, (kind, key), record)?,
+    };
+    repository.regions.put_everywhere(key, body).await
+}

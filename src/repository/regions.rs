@@ -40,7 +40,9 @@ impl Region {
         (body, digest): (Bytes, Digest),
         since: Option<DateTime<Utc>>,
     ) -> std::result::Result<Put, StoreError> {
-        let retain_until = self.lock.as_ref().and_then(|rule| rule.until(key, since));
+        // What began long ago may have been promised nothing any more, and a store refuses a lock that is over.
+        let until = |rule: &Rule| rule.until(key, since).filter(|until| *until > rule.clock.now());
+        let retain_until = self.lock.as_ref().and_then(until);
         self.store.put(key, body, digest, &PutOptions { retain_until }).await
     }
 }

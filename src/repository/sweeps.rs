@@ -4,16 +4,14 @@
 //! A writer announces what it needs (an intent, a pin) and only then looks at what is announced here. Whoever comes second
 //! sees the first, so never do both go on.
 
-use std::collections::BTreeSet;
-
 use chrono::{DateTime, TimeDelta, Utc};
 use serde::{Deserialize, Serialize};
 
 use crate::model::{BackupId, Error, PruneId, Result};
+use crate::repository::catalog;
 use crate::repository::handle::Repository;
 use crate::repository::layout;
 use crate::repository::records;
-use crate::repository::tombs;
 
 /// What the signature of the first record is bound to, beside its name.
 pub const BEGUN: &str = "sweep";
@@ -87,9 +85,7 @@ pub async fn running(repository: &Repository, now: DateTime<Utc>) -> Result<Vec<
 /// # Errors
 /// It is; or whether it is cannot be learned.
 pub async fn refuse_if_condemned(repository: &Repository, backup: &BackupId, now: DateTime<Utc>) -> Result<()> {
-    let target = backup.target()?;
-    let only = BTreeSet::from([backup.clone()]);
-    let gone = !tombs::among(repository, Some(&target), &only).await?.is_empty();
+    let gone = catalog::is_pruned(repository, backup).await?;
     let sweep = running(repository, now).await?.into_iter().find(|sweep| sweep.backups.contains(backup));
     let error = match (gone, sweep) {
         (true, _) => Error::refused(format!("backup {backup} was pruned")),

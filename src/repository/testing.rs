@@ -94,6 +94,8 @@ pub struct FaultyStore {
     /// Versions that may still be deleted before the process dies.
     deletes: AtomicI64,
     held: Mutex<BTreeSet<String>>,
+    /// What is locked, and until when, once a name with this prefix is put.
+    trap: Mutex<Option<(String, String, DateTime<Utc>)>>,
 }
 
 impl FaultyStore {
@@ -142,6 +144,11 @@ impl FaultyStore {
         self.held.lock().unwrap().insert(key.to_owned());
     }
 
+    /// Locks an object as soon as a name that begins with `prefix` is put.
+    pub fn lock_when_put(&self, prefix: &str, key: &str, until: DateTime<Utc>) {
+        *self.trap.lock().unwrap() = Some((prefix.to_owned(), key.to_owned(), until));
+    }
+
     /// All names, with their bytes.
     pub async fn contents(&self) -> Vec<(String, Bytes)> {
         let mut contents = Vec::new();
@@ -183,6 +190,10 @@ impl ObjectStore for FaultyStore {
 
     async fn put(&self, key: &str, body: Bytes, digest: Digest, options: &PutOptions) -> Result<Put, StoreError> {
         self.pass("put", key).await?;
+        let sprung = self.trap.lock().unwrap().take_if(|(prefix, ..)| key.starts_with(prefix.as_str()));
+        if let Some((_, locked, until)) = sprung {
+            self.inner.extend(&locked, until).await?;
+        }
         self.inner.put(key, body, digest, options).await
     }
 
@@ -310,7 +321,15 @@ impl Fixture {
         let wrap = |inner| {
             let (fault, deletes) = (Mutex::new(Fault::None), AtomicI64::new(i64::MAX));
             let (locks, hidden) = (AtomicBool::new(true), AtomicBool::new(false));
-            Arc::new(FaultyStore { inner, fault, locks, hidden, deletes, held: Mutex::default() })
+            Arc::new(FaultyStore {
+                inner,
+                fault,
+                locks,
+                hidden,
+                deletes,
+                held: Mutex::default(),
+                trap: Mutex::default(),
+            })
         };
         let stores: Vec<_> = inner.into_iter().map(wrap).collect();
         let (identity, recipient) = generate_identity(clock.now());

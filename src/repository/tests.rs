@@ -210,6 +210,38 @@ async fn a_write_that_is_given_up_leaves_no_region_behind() {
     assert_eq!(outcomes[1].missing_objects, 1);
 }
 
+/// Given up while it still waits for a place in a queue: what no region was asked to take is lacking in all of them, and is no WAL
+/// that anybody waits for.
+#[tokio::test(start_paused = true)]
+async fn a_write_that_is_given_up_before_it_began_is_accounted_for_in_every_region() {
+    let fixture = Fixture::memory(2, 2).await;
+    fixture.stores[0].set(Fault::Hang);
+    let out = FanOut::new(&fixture.repository.regions, Patience::WAL);
+    let puts = (0..5).map(|put| out.put_wal(format!("wal/{put}"), object(b"frame"), 10));
+    let given_up = tokio::time::timeout(Duration::from_secs(1), futures::future::join_all(puts)).await;
+    assert!(given_up.is_err(), "{given_up:?}");
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(out.unheld(), [0, 0]);
+    let missing: Vec<_> = out.outcomes().iter().map(|region| region.missing_objects).collect();
+    assert_eq!(missing, [5, 1]);
+}
+
+/// The quorum holds the object, and then a region says that it has another one of that name.
+#[tokio::test(start_paused = true)]
+async fn other_bytes_that_are_found_after_the_quorum_are_owed() {
+    let fixture = Fixture::memory(3, 2).await;
+    fixture.stores[2].damage("wal/1", b"another".to_vec()).await;
+    fixture.stores[2].set(Fault::Slow(Duration::from_secs(1)));
+    let out = FanOut::new(&fixture.repository.regions, Patience::WAL);
+    out.put_wal("wal/1".into(), object(b"frame"), 10).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert_eq!(out.unheld(), [0, 0, 10]);
+    let outcomes = out.drain().await;
+    let missing: Vec<_> = outcomes.iter().map(|region| region.missing_objects).collect();
+    assert_eq!(missing, [0, 0, 1]);
+    assert!(outcomes[2].last_error.as_ref().is_some_and(|why| why.contains("wal/1")), "{outcomes:?}");
+}
+
 #[tokio::test(start_paused = true)]
 async fn other_bytes_under_a_name_stop_the_writer() {
     let fixture = Fixture::memory(3, 2).await;

@@ -1,8 +1,13 @@
 //! What prune took away: one record per backup and per WAL epoch, in every region before the first byte goes.
 //!
 //! A sweep that is killed leaves a COMMIT in one region and none in another, and to a repair that looks like a region that
-//! lacks something. The record says otherwise: a backup that has one, and whose COMMIT is gone in some region, does not
-//! exist, wherever objects of it are left.
+//! lacks something. The record says otherwise: a backup that has one, and whose COMMIT is gone in a region *that holds the
+//! record*, does not exist, wherever objects of it are left. A region without the record is one that no sweep ever worked in: it is
+//! new, or was emptied, and what it lacks tells nothing.
+//!
+//! A sweep may end before it took what it had announced. Then a second record says that the backup was spared, and the
+//! first one counts for nothing from then on. It is of one sweep alone: another one that comes later has a tomb of its own, so
+//! a region that missed the second record can neither hide what was spared for good nor bring back what a later sweep took.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,13 +15,17 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
 use crate::model::commit::WalNeed;
-use crate::model::{BackupId, Branch, EpochId, KeysetId, PruneId, Result, SystemId, TargetName, Timeline};
+use crate::model::{
+    BackupId, Branch, EpochId, Error, KeysetId, PruneId, RegionName, Result, SystemId, TargetName, Timeline,
+};
 use crate::repository::handle::Repository;
 use crate::repository::layout;
 use crate::repository::records;
 
 /// What a tomb's signature is bound to, beside its name.
 pub const TOMB: &str = "tomb";
+/// The same of the end of a tomb.
+pub const SPARED: &str = "spared";
 /// The same of a cut.
 pub const CUT: &str = "wal cut";
 
@@ -78,48 +87,150 @@ impl WalCut {
     }
 }
 
-/// The names of pruned backups, of one target or of all, whether their records are intact or not.
+/// The end of a tomb: its sweep took nothing of this backup but copies of its COMMIT, if that, and never will.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Spared {
+    /// Version of the repository format.
+    pub format: u32,
+    /// The backup.
+    pub backup: BackupId,
+    /// What it is of.
+    pub target: TargetName,
+    /// The sweep that left it alone.
+    pub prune: PruneId,
+    /// When this became known.
+    pub at: DateTime<Utc>,
+    /// Why, in words.
+    pub why: String,
+    /// Who says so.
+    pub host: String,
+}
+
+impl Spared {
+    /// The object's name.
+    pub fn key(&self) -> String {
+        layout::spared(&self.target, &self.backup, &self.prune)
+    }
+}
+
+impl Tomb {
+    /// The object's name.
+    pub fn key(&self) -> String {
+        layout::tomb(&self.target, &self.backup, &self.prune)
+    }
+
+    /// Whether it stands where it belongs.
+    pub fn belongs_to(&self, key: &str) -> bool {
+        key == self.key() || key == layout::nameless_tomb(&self.target, &self.backup)
+    }
+}
+
+/// The tombs that count.
+#[derive(Debug, Default)]
+pub struct Standing {
+    /// Those that are intact and did not end, each with the regions that hold it, a backup's by the age of their sweeps.
+    pub tombs: Vec<(Tomb, BTreeSet<RegionName>)>,
+    /// The names of those that ended.
+    pub ended: BTreeSet<String>,
+    /// Records that no region has intact. They count for nothing where backups are looked for: whoever may write into a
+    /// region could hide a backup with one.
+    pub unreadable: Vec<Error>,
+}
+
+/// The tombs of `wanted` backups of one target or of all.
 ///
 /// # Errors
 /// No region answers.
-pub async fn named(repository: &Repository, target: Option<&TargetName>) -> Result<BTreeMap<BackupId, String>> {
-    let keys = repository.regions.list_union(&layout::tombs(target)).await?;
-    let id = |key: &String| key.rsplit('/').next()?.parse::<BackupId>().ok();
-    Ok(keys.iter().filter_map(|key| Some((id(key)?, key.clone()))).collect())
-}
-
-/// Reads one record.
-///
-/// # Errors
-/// No region has it intact.
-pub async fn read(repository: &Repository, key: &str) -> Result<Tomb> {
-    records::read(repository, (TOMB, key)).await
-}
-
-/// Which of the backups `ids` were pruned. A record that is not intact counts for nothing: whoever may write into a region
-/// could hide a backup with it.
-///
-/// # Errors
-/// No region answers.
-pub async fn among(
+pub async fn standing(
     repository: &Repository,
     target: Option<&TargetName>,
-    ids: &BTreeSet<BackupId>,
-) -> Result<BTreeSet<BackupId>> {
-    let mut buried = BTreeSet::new();
-    if ids.is_empty() {
-        return Ok(buried);
+    wanted: impl Fn(&BackupId) -> bool,
+) -> Result<Standing> {
+    let mut standing = Standing::default();
+    let (held, _) = holders(repository, &layout::tombs(target)).await?;
+    let names = held.into_iter().filter(|(key, _)| layout::parse_tomb(key).is_some_and(|(id, _)| wanted(&id)));
+    let names: Vec<_> = names.collect();
+    if names.is_empty() {
+        return Ok(standing);
     }
-    for (id, key) in named(repository, target).await?.into_iter().filter(|(id, _)| ids.contains(id)) {
-        match read(repository, &key).await {
-            Ok(tomb) if tomb.backup == id => {
-                buried.insert(id);
+    let ends = repository.regions.list_union(&layout::all_spared(target)).await?;
+    for (key, regions) in names {
+        let tomb = match records::read::<Tomb>(repository, (TOMB, &key)).await {
+            Ok(tomb) if tomb.belongs_to(&key) => tomb,
+            Ok(_) => {
+                standing.unreadable.push(Error::damaged(format!("{key} names another backup")));
+                continue;
             }
-            Ok(_) => tracing::warn!(key, "the record of a pruned backup names another one"),
-            Err(error) => tracing::warn!(%error, "the record of a pruned backup is not readable"),
+            Err(error) => {
+                standing.unreadable.push(error);
+                continue;
+            }
+        };
+        let end = layout::spared(&tomb.target, &tomb.backup, &tomb.prune);
+        let ended = match ends.contains(&end) {
+            true => records::read::<Spared>(repository, (SPARED, &end)).await.map(|spared| spared.key() == end),
+            false => Ok(false),
+        };
+        match ended {
+            Ok(true) => drop(standing.ended.insert(key)),
+            Ok(false) => standing.tombs.push((tomb, regions)),
+            Err(error) => {
+                standing.unreadable.push(error);
+                standing.tombs.push((tomb, regions));
+            }
         }
     }
-    Ok(buried)
+    Ok(standing)
+}
+
+/// The names below `prefix` with the regions that hold them, and the regions that answered.
+///
+/// # Errors
+/// No region answers.
+pub async fn holders(
+    repository: &Repository,
+    prefix: &str,
+) -> Result<(BTreeMap<String, BTreeSet<RegionName>>, BTreeSet<RegionName>)> {
+    let mut names: BTreeMap<String, BTreeSet<RegionName>> = BTreeMap::new();
+    let (mut answered, mut first_error) = (BTreeSet::new(), None);
+    for (region, list) in repository.regions.list_each(prefix).await {
+        match list {
+            Ok(objects) => {
+                for object in objects {
+                    names.entry(object.key).or_default().insert(region.clone());
+                }
+                answered.insert(region);
+            }
+            Err(error) => first_error = first_error.or(Some(error)),
+        }
+    }
+    match first_error {
+        Some(error) if answered.is_empty() => Err(error),
+        _ => Ok((names, answered)),
+    }
+}
+
+/// Which backups were pruned, of those whose COMMIT the regions beside them do not have.
+///
+/// # Errors
+/// No region answers.
+pub async fn gone(
+    repository: &Repository,
+    target: Option<&TargetName>,
+    lacking: &BTreeMap<BackupId, BTreeSet<RegionName>>,
+) -> Result<BTreeSet<BackupId>> {
+    if lacking.is_empty() {
+        return Ok(BTreeSet::new());
+    }
+    let standing = standing(repository, target, |id| lacking.contains_key(id)).await?;
+    for error in &standing.unreadable {
+        tracing::warn!(%error, "the record of a pruned backup is not readable");
+    }
+    let is_gone = |(tomb, held): &&(Tomb, BTreeSet<RegionName>)| {
+        lacking.get(&tomb.backup).is_some_and(|lacking| !lacking.is_disjoint(held))
+    };
+    Ok(standing.tombs.iter().filter(is_gone).map(|(tomb, _)| tomb.backup.clone()).collect())
 }
 
 /// Up to where each epoch of a branch was pruned.
@@ -151,6 +262,8 @@ pub struct Pruned {
     keysets: BTreeSet<KeysetId>,
     /// By the name that all frames of an epoch begin with.
     epochs: BTreeMap<String, u64>,
+    /// Tombs of backups that exist all the same.
+    idle: BTreeSet<String>,
 }
 
 impl Pruned {
@@ -160,15 +273,23 @@ impl Pruned {
     /// No region answers.
     pub async fn load(repository: &Repository) -> Result<Self> {
         let mut pruned = Self::default();
-        for (id, key) in named(repository, None).await? {
-            match read(repository, &key).await {
-                Ok(tomb) if tomb.backup == id => {
-                    pruned.keysets.extend(tomb.keysets);
-                    pruned.backups.insert(id);
-                }
-                _ => tracing::warn!(key, "the record of a pruned backup is not readable"),
+        let standing = standing(repository, None, |_| true).await?;
+        for error in &standing.unreadable {
+            tracing::warn!(%error, "the record of a pruned backup is not readable");
+        }
+        // After the tombs: what exists now was not taken by a sweep that had announced it before.
+        let (commits, answered) = holders(repository, layout::COMMITS).await?;
+        let nowhere = BTreeSet::new();
+        for (tomb, held) in standing.tombs {
+            let whole = commits.get(&layout::commit(&tomb.target, &tomb.backup)).unwrap_or(&nowhere);
+            if held.intersection(&answered).all(|region| whole.contains(region)) && !whole.is_empty() {
+                pruned.idle.extend([tomb.key(), layout::nameless_tomb(&tomb.target, &tomb.backup)]);
+            } else {
+                pruned.keysets.extend(tomb.keysets);
+                pruned.backups.insert(tomb.backup);
             }
         }
+        pruned.idle.extend(standing.ended);
         for key in repository.regions.list_union(&format!("{}wal/", layout::PRUNED)).await? {
             match records::read::<WalCut>(repository, (CUT, &key)).await {
                 Ok(cut) if cut.key() == key => {
@@ -181,6 +302,12 @@ impl Pruned {
             }
         }
         Ok(pruned)
+    }
+
+    /// Whether this is the tomb of a backup that exists. It must not reach a region that lacks that backup's COMMIT for
+    /// another reason, where it would make it a pruned one.
+    pub fn is_idle(&self, key: &str) -> bool {
+        self.idle.contains(key)
     }
 
     /// Whether this name belongs to what was pruned, so that no region lacks it. `needed` are the keysets of what exists: a

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::keys::keyset::Keyset;
-use crate::model::{EpochId, Error, Lsn, Result};
+use crate::model::{EpochId, Error, Kind, Lsn, Result};
 use crate::observe::task;
 use crate::repository::handle::Repository;
 use crate::repository::keysets::KeyRing;
@@ -145,7 +145,8 @@ pub(super) async fn fetch_object(repository: &Repository, place: &FramePlace) ->
     fetch(repository, place, check, |frame| frame.0).await.map(|(_, bytes)| bytes)
 }
 
-/// A SEAL in one region does not hide the frame that another region took before under the same name, nor one beside it.
+/// A SEAL in one region does not hide the frame that another region took before under the same name, nor one beside it: all
+/// of them are asked, and one that does not answer may be the one that has it.
 async fn fetch<T>(
     repository: &Repository,
     place: &FramePlace,
@@ -156,11 +157,13 @@ async fn fetch<T>(
     if kind(&frame) != FrameKind::Seal {
         return Ok(frame);
     }
+    let mut silent = None;
     for region in repository.regions.all() {
-        let Ok(bytes) = region.store.get(&place.key(), None).await else { continue };
-        match check(bytes) {
+        match region.store.get(&place.key(), None).await.map_err(Error::from).and_then(&check) {
             Ok(other) if kind(&other) != FrameKind::Seal => return Ok(other),
-            _ => {}
+            Ok(_) => {}
+            Err(error) if error.kind() == Kind::NotFound => {}
+            Err(error) => silent = Some(error.during(format!("ask region {} for {}", region.name, place.key()))),
         }
     }
     for region in repository.regions.all() {
@@ -170,7 +173,7 @@ async fn fetch<T>(
             _ => {}
         }
     }
-    Ok(frame)
+    silent.map_or(Ok(frame), |error| Err(error.hint("another region holds a SEAL there, which must not hide WAL")))
 }
 
 /// The bytes of a frame that begins at `start` which lie in `[from, to)`.

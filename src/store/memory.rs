@@ -86,6 +86,9 @@ impl ObjectStore for MemoryStore {
         if Digest::of(&body) != digest {
             return Err(self.invalid(format!("{key} was given a digest of other bytes")));
         }
+        if options.retain_until.is_some_and(|until| until <= self.clock.now()) {
+            return Err(self.invalid(format!("{key} cannot be locked until a time that is over")));
+        }
         let mut objects = self.objects();
         if let Some(stored) = objects.get_mut(key) {
             return if stored.digest == digest {

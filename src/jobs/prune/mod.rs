@@ -13,6 +13,7 @@ use crate::repository::prune::facts::Facts;
 use crate::repository::prune::garbage::{Garbage, Item, Search};
 use crate::repository::prune::locked::{self, Locked};
 use crate::repository::prune::plan::{self, Doomed, Plan};
+use crate::repository::prune::spare;
 use crate::repository::prune::sweep::Sweep;
 use chrono::{DateTime, TimeDelta, Utc};
 
@@ -53,6 +54,13 @@ pub async fn run(context: &Context, options: &Options) -> Result<Report> {
     let _alone = Lock::acquire(&context.state_dir.join("prune.lock"))
         .map_err(|error| Error::from(error).during("another prune runs on this host"))?;
     let looking = context.progress.begin("look at every region", None);
+    if !options.dry_run {
+        // Before the look, which must not take what a dead sweep wrote for a pruned backup.
+        let spared = spare::after_dead_sweeps(&context.repository, writer).await?;
+        if !spared.is_empty() {
+            tracing::warn!(?spared, "an earlier sweep died before it took these backups: they stay as they were");
+        }
+    }
     let mut look = Look::begin(context).await?;
     drop(looking);
     let plan = Plan::new(writer, look.doomed.clone(), std::mem::take(&mut look.garbage.items))?;
@@ -93,6 +101,7 @@ pub async fn run(context: &Context, options: &Options) -> Result<Report> {
         let phase = context.progress.begin("remove", Some(items.iter().map(|item| item.size).sum()));
         let mut swept = sweep.run(items, std::mem::take(&mut look.facts.inventories), &phase).await?;
         look.locked.values().for_each(|locked| swept.tell_locked(locked));
+        report.refusals.extend(swept.doubts.iter().cloned());
         report.swept = Some(swept);
     }
     Ok(report)

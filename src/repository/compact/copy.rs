@@ -17,6 +17,7 @@ use crate::repository::compact::{Copied, Hands, Lines, Original};
 use crate::repository::inventory::{self, InventoryLine};
 use crate::repository::keysets;
 use crate::repository::layout;
+use crate::repository::locks;
 use crate::repository::manifest::PartsSummary;
 use crate::repository::relocation::Relocation;
 use crate::repository::repack;
@@ -64,6 +65,7 @@ impl Run<'_> {
         };
         let compared = self.comparison.compare((self.hands, self.survey), original, (&commit, &closure)).await;
         compared.during(|| "compare the copy with its original")?;
+        self.lock(&commit, &closure).await;
         self.commit(&commit, (original, &beginning)).await?;
         Ok(Copied { original: original.commit.id.clone(), copy: commit.id, stored_bytes: commit.stored_bytes })
     }
@@ -142,6 +144,17 @@ impl Run<'_> {
     fn provenance(&self, original: &Commit) -> Provenance {
         let (host, drctl) = (self.hands.writer.host.clone(), env!("CARGO_PKG_VERSION").to_owned());
         Provenance { host, drctl, ..original.provenance.clone() }
+    }
+
+    /// Before COMMIT, as for every backup: what a copy needs is never locked shorter than the copy itself. A region that refuses owes
+    /// the locks.
+    async fn lock(&self, commit: &Commit, closure: &[InventoryLine]) {
+        let cluster = (&commit.target, commit.wal.as_ref().map(|need| need.system_id));
+        let locks = locks::extend::extend(self.hands.repository, cluster, (closure, commit.started_at)).await;
+        for owing in locks.iter().filter(|locks| locks.owed > 0) {
+            let (region, why) = (&owing.region, owing.error.as_deref().unwrap_or_default());
+            tracing::warn!(%region, owed = owing.owed, why, "objects of a copy are not locked as long as it; drctl repair asks again");
+        }
     }
 
     async fn commit(&self, commit: &Commit, (original, beginning): (&Original, &Beginning)) -> Result<()> {

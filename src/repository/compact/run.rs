@@ -57,10 +57,16 @@ pub(super) struct Written {
 impl<'a> Run<'a> {
     pub(super) fn new(hands: Hands<'a>, survey: &'a Survey) -> Self {
         let plan = &survey.plan;
+        // What is moved belongs to several of them, and is locked as long as the youngest.
+        let since = survey.chosen().map(|original| original.commit.started_at).max();
+        let out = FanOut::new(&hands.repository.regions, Patience::BACKUP);
         Self {
             hands,
             survey,
-            out: FanOut::new(&hands.repository.regions, Patience::BACKUP),
+            out: match since {
+                Some(since) => out.locked_since(since),
+                None => out,
+            },
             left: plan.left(),
             relocation: None,
             renewed: HashMap::new(),

@@ -1,5 +1,7 @@
 //! The names that a backup needs, its inventory's and those beyond it.
 
+use std::collections::BTreeSet;
+
 use crate::model::commit::WalNeed;
 use crate::model::{Error, Result, SystemId, TargetName};
 use crate::repository::handle::Repository;
@@ -20,22 +22,33 @@ pub(super) async fn roots(region: &Region, (target, system): (&TargetName, Optio
     Ok(keys)
 }
 
-/// The frames that a restore of a backup reads at least.
+/// The objects with the frames that a restore of a backup reads at least: a bundle where the region lists one, since the frames in it
+/// go when prune comes by.
 pub(super) async fn frames(
     repository: &Repository,
     (region, index): (&Region, &WalIndex),
     need: &WalNeed,
-) -> Result<Vec<String>> {
+) -> Result<BTreeSet<String>> {
     let (runs, _) = index.runs(repository, Some(&region.name)).await;
     let hole = |at| Error::not_found(format!("WAL is missing from {at} on"));
     let stretches = cover(index, repository, &runs, (need.start_lsn, need.stop_lsn)).await?.map_err(hole)?;
-    let mut keys = Vec::new();
+    let mut keys = BTreeSet::new();
     for stretch in stretches {
+        let bundles = index
+            .bundles()
+            .iter()
+            .filter(|((epoch, _), held)| *epoch == stretch.epoch && held.contains_key(&region.name));
+        let bundles: Vec<_> = bundles.map(|((_, numbers), _)| *numbers).collect();
         for seq in stretch.first_seq..=stretch.last_seq {
             if index.header(repository, &stretch.epoch, seq).await?.span.start >= stretch.to {
                 break;
             }
-            keys.push(index.place(&stretch.epoch, seq).key());
+            let place = index.place(&stretch.epoch, seq);
+            let bundle = bundles.iter().find(|(first, last)| (*first..=*last).contains(&seq));
+            keys.insert(match bundle {
+                Some((first, last)) => layout::wal_bundle(&place.epoch_prefix(), *first, *last),
+                None => place.key(),
+            });
         }
     }
     Ok(keys)

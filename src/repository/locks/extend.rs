@@ -64,6 +64,9 @@ pub async fn extend(
 /// each of thousands of names.
 pub(super) async fn in_region((region, rule): (&Region, &Rule), keys: Vec<String>, since: DateTime<Utc>) -> Extended {
     let mut done = Extended::nothing(region.name.clone(), Some(rule.promised(since)));
+    if rule.promised(since) <= rule.clock.now() {
+        return done;
+    }
     let all = keys.len() as u64;
     let locks = keys.into_iter().filter_map(|key| Some((rule.until(&key, Some(since))?, key)));
     let locks = stream::iter(locks).map(|(until, key)| async move { region.store.extend(&key, until).await });

@@ -5,7 +5,13 @@ use chrono::{DateTime, TimeDelta, Utc};
 use super::look::{BackupLocks, Looked, State, look, renew};
 use crate::observe::progress::Progress;
 use crate::repository::catalog;
-use crate::repository::testing::{Fault, Fixture, Made};
+use crate::repository::fan_out::{FanOut, Patience};
+use crate::repository::layout;
+use crate::repository::mend::{Scope, mend};
+use crate::repository::testing::{Fault, Fixture, Made, log};
+use crate::repository::wal_bundling::{find, make};
+use crate::repository::wal_index::BranchId;
+use crate::repository::wal_log::Log;
 use crate::store::{ObjectStore as _, StoreError};
 
 const DAY: i64 = 24 * 3600;
@@ -128,6 +134,55 @@ async fn what_was_never_locked_is_weak_and_what_does_not_answer_is_unknown() {
     fixture.clock.advance(31 * DAY);
     let over = looked(&fixture).await;
     assert_eq!((states(&over), over.asked), (vec![State::Over; 2], 0));
+}
+
+/// The frames of a backup went when they lay in a bundle, and the bundle is what has to be locked.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_bundle_is_locked_in_place_of_its_frames() {
+    let mut fixture = Fixture::memory(2, 2).await;
+    fixture.epoch(1000, &[20; 30], true).await;
+    fixture.clock.advance(DAY);
+    let Log { system_id, timeline, branch, .. } = log();
+    let branch = BranchId { system_id, timeline, branch };
+    let found = find(&fixture.repository, &branch, fixture.writer.clock.now()).await.unwrap().0;
+    let out = FanOut::new(&fixture.repository.regions, Patience::PUSH);
+    make(&fixture.repository, &out, &found[0], found[0].bundles[0].0).await.unwrap();
+    out.drain().await;
+    fixture.lock_for(KEEP).await;
+    fixture.next_backup(&files(1)).await;
+    let mut bundle = String::new();
+    for store in &fixture.stores {
+        for (key, _) in store.contents().await.iter().filter(|(key, _)| key.starts_with("wal/")) {
+            match key.rsplit('/').next().unwrap() {
+                name if layout::parse_bundle(name).is_some() => bundle.clone_from(key),
+                "0000000000" => store.extend(key, fixture.writer.clock.now() + KEEP + KEEP).await.unwrap(),
+                _ => store.lose(key).await,
+            }
+        }
+    }
+    let looked_at = looked(&fixture).await;
+    assert_eq!(states(&looked_at), [State::Weak; 2]);
+    assert!(looked_at.backups.iter().all(|locks| locks.weakest.as_ref() == Some(&bundle)), "{looked_at:#?}");
+    renew(&fixture.repository, &looked_at, None).await;
+    assert_eq!(states(&looked(&fixture).await), [State::Locked; 2]);
+    assert!(until(&fixture, 1, &bundle).await.is_some());
+}
+
+/// What was promised a lock that is over by now is stored without one: no store takes a lock of the past.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn repair_brings_back_what_is_older_than_the_lock() {
+    let fixture = locked().await;
+    let id = fixture.next_backup(&files(1)).await.commit.id;
+    fixture.clock.advance(40 * DAY);
+    let manifest = format!("manifests/ledger/{id}/");
+    let lost =
+        fixture.stores[1].contents().await.into_iter().map(|(key, _)| key).find(|key| key.starts_with(&manifest));
+    let lost = lost.unwrap();
+    fixture.stores[1].lose(&lost).await;
+    let phase = Progress::new(fixture.writer.clock.clone()).begin("mend", None);
+    let mended = mend(&fixture.repository, &Scope::default(), &phase).await.unwrap();
+    assert!(mended.iter().all(|region| region.still_missing.is_empty()), "{mended:#?}");
+    assert_eq!(until(&fixture, 1, &lost).await, None);
 }
 
 /// A put that goes around [`Region::put`](crate::repository::regions::Region::put) would be locked nowhere, and nothing would say so.

@@ -293,15 +293,7 @@ async fn proven(repository: &Repository) -> Result<BTreeSet<BackupId>> {
 }
 
 async fn read_tombs(repository: &Repository, refusals: &mut Vec<String>) -> Result<BTreeMap<BackupId, Tomb>> {
-    let mut read = BTreeMap::new();
-    for (id, key) in tombs::named(repository, None).await? {
-        match tombs::read(repository, &key).await {
-            Ok(tomb) if tomb.backup == id => {
-                read.insert(id, tomb);
-            }
-            Ok(_) => refusals.push(format!("{key} names another backup")),
-            Err(error) => refusals.push(format!("a record is not readable: {error}")),
-        }
-    }
-    Ok(read)
+    let standing = tombs::standing(repository, None, |_| true).await?;
+    refusals.extend(standing.unreadable.iter().map(|error| format!("a record is not readable: {error}")));
+    Ok(standing.tombs.into_iter().map(|(tomb, _)| (tomb.backup.clone(), tomb)).collect())
 }

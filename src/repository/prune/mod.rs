@@ -14,6 +14,7 @@ pub mod facts;
 pub mod garbage;
 pub mod locked;
 pub mod plan;
+pub mod spare;
 pub mod sweep;
 pub mod wal;
 
@@ -24,7 +25,7 @@ use crate::repository::handle::Repository;
 use crate::repository::layout;
 use crate::repository::records;
 use crate::repository::sweeps::{self, Begun, Ended};
-use crate::repository::tombs::{self, Tomb, WalCut};
+use crate::repository::tombs::{self, Spared, Tomb, WalCut};
 
 /// What bounds a prune.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,7 +54,11 @@ pub fn check_record(repository: &Repository, key: &str, bytes: &[u8]) -> Result<
     let right = match () {
         () if key.starts_with(&layout::tombs(None)) => {
             let tomb: Tomb = records::decode(repository, (tombs::TOMB, key), bytes)?;
-            layout::tomb(&tomb.target, &tomb.backup) == key
+            tomb.belongs_to(key)
+        }
+        () if key.starts_with(&layout::all_spared(None)) => {
+            let spared: Spared = records::decode(repository, (tombs::SPARED, key), bytes)?;
+            spared.key() == key
         }
         () if key.starts_with(layout::PRUNED) => {
             let cut: WalCut = records::decode(repository, (tombs::CUT, key), bytes)?;

@@ -4,11 +4,16 @@
 //! 2. Everything is looked at once more: pins, intents, COMMITs. What somebody needs by now stays.
 //! 3. Every region gets the records of what goes ([`tombs`]): from here on these backups do not exist.
 //! 4. Once more the needs of all backups that exist are taken off. Then the objects go, COMMITs first, keysets last; a step
-//!    is done in every region before the next one begins.
+//!    is done in every region before the next one begins. WAL is recorded as gone ([`WalCut`](crate::repository::tombs::WalCut))
+//!    immediately before it goes.
+//! 5. What it announced and left alone is told, too ([`spare`](crate::repository::prune::spare)).
 //!
 //! Killed anywhere it leaves garbage, which the next plans find.
 
+mod written;
+
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -27,10 +32,10 @@ use crate::repository::prune::facts::{Facts, Inventories};
 use crate::repository::prune::garbage::{Garbage, Item, Search, Why, phase};
 use crate::repository::prune::locked::{self, Locked};
 use crate::repository::prune::plan::{Plan, enroll};
+use crate::repository::prune::wal::DeadEpoch;
 use crate::repository::records;
-use crate::repository::sweeps::{self, Begun, Ended};
-use crate::repository::tombs::{self, Tomb, WalCut};
-use crate::store::{Digest, StoreError, VersionId};
+use crate::repository::sweeps::{self, Begun};
+use crate::store::{StoreError, VersionId};
 
 /// Deletes in flight.
 const DELETES: usize = 24;
@@ -71,6 +76,8 @@ pub struct Swept {
     pub retained_until: Option<DateTime<Utc>>,
     /// Objects that somebody needs by now.
     pub spared: u64,
+    /// WAL frames that stay because their bundle is not what it should be, and why.
+    pub doubts: Vec<String>,
 }
 
 impl Swept {
@@ -86,6 +93,14 @@ enum Removal {
     Done,
     /// A lock holds it; until when, if the store tells.
     Locked(Option<DateTime<Utc>>),
+    /// Something went wrong with another one first.
+    LeftAlone,
+}
+
+/// What nobody needs by a look in the middle of a sweep, of what it began with.
+struct Dead {
+    items: Vec<Item>,
+    epochs: Vec<DeadEpoch>,
 }
 
 impl Sweep<'_> {
@@ -98,8 +113,9 @@ impl Sweep<'_> {
         let begun = self.announce(&items).await?;
         let mut swept = Swept { id: Some(begun.id.clone()), ..Swept::default() };
         let done = self.work(&begun, items, (known, began), (&mut swept, progress)).await;
+        let spared = self.spare(&begun).await;
         let ended = self.end(&swept, done.as_ref().err()).await;
-        done.and(ended).map(|()| swept)
+        done.and(spared).and(ended).map(|()| swept)
     }
 
     async fn work(
@@ -113,30 +129,33 @@ impl Sweep<'_> {
         let mut facts = self.look(known).await?;
         let free = self.free(&facts, &begun.backups);
         let free = self.unlocked(&facts, free, swept).await?;
-        let items = self.still_dead(&facts, (&free, &items)).await?;
-        self.bury(&facts, (begun, &free), (&items.0, &items.1)).await?;
-        swept.backups = free.iter().cloned().collect();
+        let dead = self.still_dead(&facts, (&free, &items)).await?;
+        self.bury(&facts, (begun, &free)).await?;
         facts = self.look(std::mem::take(&mut facts.inventories)).await?;
         // A pin that was taken meanwhile counts, and so does a lock.
         let free = self.free(&facts, &begun.backups).intersection(&free).cloned().collect();
         let mut free = self.unlocked(&facts, free, swept).await?;
-        swept.backups.retain(|id| free.contains(id));
-        let items = self.still_dead(&facts, (&free, &items.0)).await?.0;
-        let mut items = self.without_doubt(items).await;
-        swept.spared = (wanted - items.len()) as u64;
-        let commits = self.commits(&items).await?;
+        swept.backups = free.iter().cloned().collect();
+        let mut dead = self.still_dead(&facts, (&free, &dead.items)).await?;
+        self.without_doubt(&mut dead.items, swept).await;
+        swept.spared = (wanted - dead.items.len()) as u64;
+        let commits = self.commits(&dead.items).await?;
         for step in 0..=4 {
-            let of_step: Vec<_> = items.iter().filter(|item| phase(&item.key) == step).collect();
+            if step == phase(layout::WAL) {
+                self.cut(begun, &dead).await?;
+            }
+            let of_step: Vec<_> = dead.items.iter().filter(|item| phase(&item.key) == step).collect();
             let locked = self.remove(&of_step, began, (swept, progress)).await?;
             // A backup whose COMMIT a lock holds stays as a whole, with what it needs of others. One that was locked, or held
             // by law, only since it was asked is gone elsewhere by now.
             if step == 0 && !locked.is_empty() {
-                self.bring_back(&facts, &commits, &locked).await?;
+                self.bring_back((begun, &facts), &commits, &locked).await?;
                 swept.backups.retain(|id| !locked.contains(id.as_str()));
                 free.retain(|id| !locked.contains(id.as_str()));
-                items.retain(|item| !locked.contains(&item.of));
+                dead.items.retain(|item| !locked.contains(&item.of));
                 facts = self.look(std::mem::take(&mut facts.inventories)).await?;
-                items = self.still_dead(&facts, (&free, &items)).await?.0;
+                dead = self.still_dead(&facts, (&free, &dead.items)).await?;
+                self.without_doubt(&mut dead.items, swept).await;
             }
         }
         Ok(())
@@ -223,104 +242,34 @@ impl Sweep<'_> {
         Ok(commits)
     }
 
-    /// Puts back the COMMITs of backups that stay after all: one that is missing in a region counts as pruned.
-    async fn bring_back(
-        &self,
-        facts: &Facts,
-        commits: &BTreeMap<String, (String, Bytes)>,
-        locked: &BTreeSet<String>,
-    ) -> Result<()> {
-        for (of, (key, bytes)) in commits.iter().filter(|(of, _)| locked.contains(*of)) {
-            let backup = facts.backups.iter().find(|backup| backup.commit.id.as_str() == of);
-            let since = backup.map(|backup| backup.commit.started_at);
-            for region in self.repository.regions.all() {
-                let put = region.put(key, (bytes.clone(), Digest::of(bytes)), since).await;
-                put.map_err(|error| {
-                    let error = Error::from(error).during(format!("put {key} back into region {}", region.name));
-                    error.hint(format!("{of} is locked in another region and counts as pruned without it"))
-                })?;
+    /// What of `items` nobody needs if `doomed` go, and why by now: WAL that was to go as a whole epoch may be needed again, and go
+    /// only because it lies in a bundle.
+    async fn still_dead(&self, facts: &Facts, (doomed, items): (&BTreeSet<BackupId>, &[Item])) -> Result<Dead> {
+        let search = Search { rules: self.rules, doomed, grace: self.grace, keysets: self.keysets };
+        let Garbage { items: found, epochs, .. } = search.run(self.repository, facts).await?;
+        let name = |item: &Item| (item.region.clone(), item.key.clone(), item.version.clone());
+        let wanted: BTreeSet<_> = items.iter().map(name).collect();
+        Ok(Dead { items: found.into_iter().filter(|item| wanted.contains(&name(item))).collect(), epochs })
+    }
+
+    /// Frames go when each of them was compared with its bundle, in every region, a moment before.
+    async fn without_doubt(&self, items: &mut Vec<Item>, swept: &mut Swept) {
+        let mut bundles: BTreeMap<&str, Vec<&Item>> = BTreeMap::new();
+        for item in items.iter().filter(|item| item.why == Why::Bundled) {
+            bundles.entry(&item.of).or_default().push(item);
+        }
+        let mut broken = BTreeSet::new();
+        for (bundle, frames) in bundles {
+            if let Err(error) = bundled::replaces(self.repository, bundle, &frames).await {
+                let doubt = format!("the WAL frames of {bundle} stay: {error}");
+                tracing::error!(%error, bundle, "WAL frames stay: their bundle is not what it should be");
+                if !swept.doubts.contains(&doubt) {
+                    swept.doubts.push(doubt);
+                }
+                broken.insert(bundle.to_owned());
             }
         }
-        Ok(())
-    }
-
-    /// What of `items` nobody needs if `doomed` go.
-    async fn still_dead(
-        &self,
-        facts: &Facts,
-        (doomed, items): (&BTreeSet<BackupId>, &[Item]),
-    ) -> Result<(Vec<Item>, Garbage)> {
-        let search = Search { rules: self.rules, doomed, grace: self.grace, keysets: self.keysets };
-        let garbage = search.run(self.repository, facts).await?;
-        let name = |item: &Item| (item.region.clone(), item.key.clone(), item.version.clone());
-        let dead: BTreeSet<_> = garbage.items.iter().map(name).collect();
-        Ok((items.iter().filter(|item| dead.contains(&name(item))).cloned().collect(), garbage))
-    }
-
-    /// Frames go when each of them was read in its bundle, in every region, a moment before.
-    async fn without_doubt(&self, mut items: Vec<Item>) -> Vec<Item> {
-        let bundles = items.iter().filter(|item| item.why == Why::Bundled).map(|item| item.of.as_str());
-        let whole = bundled::whole(self.repository, bundles).await;
-        let broken: BTreeSet<String> =
-            whole.iter().filter(|(_, whole)| !**whole).map(|(key, _)| (*key).to_owned()).collect();
         items.retain(|item| item.why != Why::Bundled || !broken.contains(&item.of));
-        items
-    }
-
-    /// Writes down in every region what goes.
-    async fn bury(
-        &self,
-        facts: &Facts,
-        (begun, free): (&Begun, &BTreeSet<BackupId>),
-        (items, garbage): (&[Item], &Garbage),
-    ) -> Result<()> {
-        for commit in facts.backups.iter().map(|backup| &backup.commit).filter(|commit| free.contains(&commit.id)) {
-            let lines = facts.inventories.get(&commit.id).map(Vec::as_slice).unwrap_or_default();
-            let why = self.ripe.head.backups.iter().find(|doomed| doomed.id == commit.id);
-            let tomb = Tomb {
-                format: FORMAT,
-                backup: commit.id.clone(),
-                target: commit.target.clone(),
-                prune: begun.id.clone(),
-                at: begun.at,
-                why: why.map_or_else(String::new, |doomed| doomed.why.clone()),
-                keysets: catalog::keysets(commit, lines).into_iter().collect(),
-                wal: commit.wal.clone(),
-                host: self.writer.host.clone(),
-            };
-            let key = layout::tomb(&commit.target, &commit.id);
-            self.record((tombs::TOMB, &key), &tomb).await.during(|| format!("record the end of {}", commit.id))?;
-        }
-        let taken: BTreeSet<_> = items.iter().map(|item| item.of.as_str()).collect();
-        for epoch in garbage.epochs.iter().filter(|epoch| taken.contains(epoch.prefix.as_str())) {
-            let branch = epoch.branch.clone();
-            let cut = WalCut {
-                format: FORMAT,
-                target: epoch.target.clone(),
-                system_id: branch.system_id,
-                timeline: branch.timeline,
-                branch: branch.branch,
-                epoch: epoch.epoch.clone(),
-                before: epoch.before,
-                keyset: epoch.keyset.clone(),
-                prune: begun.id.clone(),
-                at: begun.at,
-            };
-            let key = cut.key();
-            self.record((tombs::CUT, &key), &cut).await.during(|| "record what WAL is gone")?;
-        }
-        Ok(())
-    }
-
-    /// Puts a record into every region. One that an earlier sweep has put into some of them is spread as it is.
-    async fn record<T: serde::Serialize>(&self, (kind, key): (&str, &str), record: &T) -> Result<()> {
-        let regions = &self.repository.regions;
-        let check = |bytes: Bytes| records::verify(self.repository, (kind, key), &bytes).map(|_| bytes.clone());
-        let body = match regions.read(key, None, check).await {
-            Ok((known, _)) => known,
-            Err(_) => records::encode(&self.repository.id, self.writer, (kind, key), record)?,
-        };
-        regions.put_everywhere(key, body).await
     }
 
     /// Removes objects; tells what the locked ones are of.
@@ -330,8 +279,14 @@ impl Sweep<'_> {
         began: Duration,
         (swept, progress): (&mut Swept, &Phase),
     ) -> Result<BTreeSet<String>> {
-        let mut locked = BTreeSet::new();
-        let mut deletes = stream::iter(items).map(|item| async move { (*item, self.delete(item, began).await) });
+        let (mut locked, mut first_error) = (BTreeSet::new(), None);
+        let stopped = &AtomicBool::new(false);
+        let mut deletes = stream::iter(items).map(|item| async move {
+            match stopped.load(Ordering::Relaxed) {
+                true => (*item, Ok(Removal::LeftAlone)),
+                false => (*item, self.delete(item, began).await),
+            }
+        });
         let mut deletes = std::pin::pin!((&mut deletes).buffer_unordered(DELETES));
         while let Some((item, done)) = deletes.next().await {
             match done {
@@ -345,11 +300,15 @@ impl Sweep<'_> {
                     swept.retained_until = swept.retained_until.max(until);
                     locked.insert(item.of.clone());
                 }
-                // What is in flight may or may not be done; the next plan finds what is left.
-                Err(error) => return Err(error),
+                Ok(Removal::LeftAlone) => {}
+                // Those on their way are waited for: what is gone and what is not is asked next.
+                Err(error) => {
+                    stopped.store(true, Ordering::Relaxed);
+                    first_error = first_error.or(Some(error));
+                }
             }
         }
-        Ok(locked)
+        first_error.map_or(Ok(locked), Err)
     }
 
     async fn delete(&self, item: &Item, began: Duration) -> Result<Removal> {
@@ -362,15 +321,5 @@ impl Sweep<'_> {
             Err(StoreError::Retained { until, .. }) => Ok(Removal::Locked(until)),
             Err(error) => Err(Error::from(error).during(format!("prune region {}", item.region))),
         }
-    }
-
-    async fn end(&self, swept: &Swept, error: Option<&Error>) -> Result<()> {
-        let Some(id) = swept.id.clone() else { return Ok(()) };
-        let Swept { objects, bytes, retained, .. } = *swept;
-        let (stopped, at) = (error.map(ToString::to_string), self.writer.clock.now());
-        let ended = Ended { format: FORMAT, id, objects, bytes, retained, stopped, at };
-        let key = layout::sweep_end(&ended.id);
-        let body = records::encode(&self.repository.id, self.writer, (sweeps::ENDED, &key), &ended)?;
-        self.repository.regions.put_everywhere(&key, body).await.during(|| "record the end of the sweep")
     }
 }

@@ -1,0 +1,149 @@
+//! Sweeps that took nothing: what they announced stays, whatever a region loses later.
+
+use super::{DAY, Scene, rules};
+use crate::jobs::prune::Consent;
+use crate::jobs::repair;
+use crate::model::BackupId;
+use crate::repository::handle::Writer;
+use crate::repository::layout;
+use crate::repository::mend::Scope;
+use crate::repository::prune::spare;
+use crate::repository::testing::need;
+
+const SEGMENT: u64 = 16 << 20;
+
+impl Scene {
+    /// A sweep whose every delete is refused; if `killed`, it could not write another word then.
+    async fn sweep_in_vain(&self, killed: bool) {
+        self.prune(Consent::None).await;
+        self.fixture.clock.advance(DAY + 1);
+        self.fixture.stores.iter().for_each(|store| store.break_after_deletes(0));
+        let error = self.try_prune(Consent::Scheduled).await.unwrap_err();
+        assert!(error.to_string().contains("killed"), "{error}");
+        self.fixture.stores.iter().for_each(|store| store.break_after_deletes(i64::MAX));
+        for (region, store) in self.fixture.stores.iter().enumerate().filter(|_| killed) {
+            let names = self.names(region).await;
+            for key in names.iter().filter(|key| key.starts_with("pruned/spared/") || key.ends_with("/ended")) {
+                store.lose(key).await;
+            }
+        }
+    }
+
+    async fn below(&self, region: usize, prefix: &str) -> Vec<String> {
+        self.names(region).await.into_iter().filter(|key| key.starts_with(prefix)).collect()
+    }
+
+    async fn repair(&self) -> Vec<u64> {
+        let mended = repair::run(&self.context().await, &Scope::default()).await.unwrap();
+        assert!(!mended.has_debts(), "{mended:#?}");
+        mended.regions.iter().map(|region| region.copied).collect()
+    }
+
+    fn commit(id: &BackupId) -> String {
+        layout::commit(&id.target().unwrap(), id)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_sweep_left_alone_is_hidden_by_no_empty_region() {
+    for killed in [false, true] {
+        let mut scene = Scene::new(2).await;
+        let ids = scene.drilled(5).await;
+        scene.sweep_in_vain(killed).await;
+        assert_eq!(scene.below(0, "pruned/backups/").await.len(), 3);
+        assert_eq!(scene.below(0, "pruned/spared/").await.len(), if killed { 0 } else { 3 });
+        scene.rules = rules(10);
+        for key in scene.names(1).await.iter().filter(|key| *key != layout::REPOSITORY) {
+            scene.fixture.stores[1].lose(key).await;
+        }
+        assert_eq!(scene.exist().await, ids, "killed: {killed}");
+        scene.repair().await;
+        assert_eq!(scene.below(1, "commits/").await, scene.below(0, "commits/").await);
+        // Before anybody has spoken for the dead sweep, too.
+        scene.fixture.stores[1].lose(&Scene::commit(&ids[1])).await;
+        assert_eq!(scene.exist().await, ids, "killed: {killed}");
+        assert_eq!(scene.repair().await, [0, 1]);
+        assert!(scene.prune_twice().await.swept.is_none());
+        assert_eq!(scene.below(0, "pruned/spared/").await.len(), 3);
+        assert_eq!(scene.exist().await, ids);
+        scene.is_whole().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_commit_that_is_lost_after_a_sweep_in_vain_is_brought_back() {
+    for killed in [false, true] {
+        let mut scene = Scene::new(2).await;
+        let ids = scene.drilled(5).await;
+        scene.sweep_in_vain(killed).await;
+        scene.rules = rules(10);
+        if killed {
+            scene.prune(Consent::None).await;
+        }
+        scene.fixture.stores[1].lose(&Scene::commit(&ids[0])).await;
+        assert_eq!(scene.exist().await, ids, "killed: {killed}");
+        assert_eq!(scene.repair().await, [0, 1]);
+        scene.is_whole().await;
+    }
+}
+
+/// That one sweep spared a backup says nothing of the next one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_later_sweep_that_is_killed_half_way_brings_nothing_back() {
+    let mut scene = Scene::new(2).await;
+    let ids = scene.drilled(5).await;
+    scene.sweep_in_vain(false).await;
+    assert_eq!(scene.exist().await, ids);
+    scene.fixture.clock.advance(2);
+    assert!(scene.prune_with_kills(3).await > 2);
+    assert_eq!(scene.exist().await, ids[3..]);
+    assert_eq!(scene.names(0).await, scene.names(1).await);
+    // A region that missed the records of what was spared knows of the later sweep nevertheless.
+    for key in scene.below(1, "pruned/spared/").await {
+        scene.fixture.stores[1].lose(&key).await;
+    }
+    assert_eq!(scene.exist().await, ids[3..]);
+    scene.repair().await;
+    assert_eq!(scene.below(0, "pruned/spared/").await, scene.below(1, "pruned/spared/").await);
+    assert_eq!(scene.exist().await, ids[3..]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nobody_speaks_for_a_sweep_that_may_be_at_work() {
+    let mut scene = Scene::new(2).await;
+    let ids = scene.drilled(5).await;
+    scene.sweep_in_vain(true).await;
+    let elsewhere = Writer { host: "there".to_owned(), ..scene.fixture.writer.clone() };
+    let repository = scene.fixture.reopen().await.unwrap();
+    assert!(spare::after_dead_sweeps(&repository, &elsewhere).await.unwrap().is_empty());
+    scene.fixture.clock.advance(7 * 3600);
+    let spared = spare::after_dead_sweeps(&repository, &elsewhere).await.unwrap();
+    assert!(spared.iter().eq(&ids[..3]), "{spared:?}");
+    assert!(spare::after_dead_sweeps(&repository, &elsewhere).await.unwrap().is_empty());
+}
+
+/// A record that WAL is gone, while it is not, would keep repair from bringing it where it is missing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_wal_is_called_gone_before_it_goes() {
+    let mut scene = Scene::new(2).await;
+    for round in 0..5u64 {
+        scene.fixture.clock.advance(DAY);
+        let start = (10 + 4 * round) * SEGMENT;
+        scene.fixture.epoch(start, &[60, 70], true).await;
+        let files = scene.files();
+        let id = scene.fixture.backup(&files, Some(need(start + 5, start + 50))).await.commit.id;
+        scene.drill(&id).await;
+    }
+    scene.sweep_in_vain(false).await;
+    assert_eq!(scene.below(0, "pruned/wal/").await, Vec::<String>::new());
+    scene.rules = rules(10);
+    let frames = scene.below(1, "wal/").await;
+    scene.fixture.stores[1].lose(&frames[4]).await;
+    assert_eq!(scene.repair().await, [0, 1]);
+    assert_eq!(scene.below(1, "wal/").await, frames);
+    scene.rules = rules(2);
+    scene.fixture.clock.advance(2);
+    assert_eq!(scene.prune_twice().await.swept.unwrap().backups.len(), 3);
+    assert!(!scene.below(0, "pruned/wal/").await.is_empty());
+    scene.is_whole().await;
+}

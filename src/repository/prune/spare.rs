@@ -1,0 +1,103 @@
+//! Backups that a sweep announced to take, and left alone: their tombs end.
+//!
+//! A tomb that nobody ends stays loaded: whichever region loses a COMMIT later, by a rotten disk or by hand, would make a pruned
+//! backup of one that everybody relies on. So it ends where the sweep stops early, where a lock keeps the backup, and, if the sweep
+//! was killed, when the next prune begins.
+//!
+//! Only a sweep that cannot take anything any more may be spoken for: itself, or one that is over. And only of a backup that is
+//! whole in every region: what a sweep took the COMMIT of stays gone.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::model::{BackupId, PruneId, Result, ResultExt, TargetName};
+use crate::repository::FORMAT;
+use crate::repository::catalog::{self, Held};
+use crate::repository::handle::{Repository, Writer};
+use crate::repository::layout;
+use crate::repository::prune::plan::enroll;
+use crate::repository::records;
+use crate::repository::sweeps;
+use crate::repository::tombs::{self, Spared, Tomb};
+
+/// Ends the tombs that dead sweeps left on whole backups; tells which.
+///
+/// # Errors
+/// A region does not take the record.
+pub async fn after_dead_sweeps(repository: &Repository, writer: &Writer) -> Result<BTreeSet<BackupId>> {
+    let commits = repository.regions.list_union(layout::COMMITS).await?;
+    let ids: BTreeSet<BackupId> = commits.iter().filter_map(|key| key.rsplit('/').next()?.parse().ok()).collect();
+    let standing = tombs::standing(repository, None, |id| ids.contains(id)).await?;
+    if standing.tombs.is_empty() {
+        return Ok(BTreeSet::new());
+    }
+    // A sweep of this host is dead: the lock of its state directory is ours.
+    let running = sweeps::running(repository, writer.clock.now()).await?.into_iter();
+    let alive: BTreeSet<PruneId> = running.filter(|of| of.host != writer.host).map(|of| of.id).collect();
+    let dead = standing.tombs.into_iter().map(|(tomb, _)| tomb).filter(|tomb| !alive.contains(&tomb.prune));
+    of_whole(repository, writer, (dead.collect(), "its sweep died before it took anything")).await
+}
+
+/// Ends these tombs as far as their backups are whole in every region.
+///
+/// # Errors
+/// As [`after_dead_sweeps`].
+pub async fn of_whole(
+    repository: &Repository,
+    writer: &Writer,
+    (tombs, why): (Vec<Tomb>, &str),
+) -> Result<BTreeSet<BackupId>> {
+    let mut by_target: BTreeMap<TargetName, Vec<Tomb>> = BTreeMap::new();
+    for tomb in tombs {
+        by_target.entry(tomb.target.clone()).or_default().push(tomb);
+    }
+    let mut spared = BTreeSet::new();
+    for (target, tombs) in by_target {
+        let whole = whole(repository, &target, |id| tombs.iter().any(|tomb| tomb.backup == *id)).await?;
+        if spared.is_empty() && !whole.is_empty() {
+            enroll(repository, writer).await?;
+        }
+        for tomb in tombs.into_iter().filter(|tomb| whole.contains(&tomb.backup)) {
+            record(repository, writer, (&target, &tomb.backup, &tomb.prune), why).await?;
+            spared.insert(tomb.backup);
+        }
+    }
+    Ok(spared)
+}
+
+/// Writes into every region that a sweep takes nothing more of a backup.
+///
+/// # Errors
+/// A region does not take it. Where one has it, it counts.
+pub(super) async fn record(
+    repository: &Repository,
+    writer: &Writer,
+    (target, backup, prune): (&TargetName, &BackupId, &PruneId),
+    why: &str,
+) -> Result<()> {
+    let (target, backup, prune) = (target.clone(), backup.clone(), prune.clone());
+    let (at, why, host) = (writer.clock.now(), why.to_owned(), writer.host.clone());
+    let spared = Spared { format: FORMAT, backup, target, prune, at, why, host };
+    let key = spared.key();
+    records::put_everywhere(repository, writer, (tombs::SPARED, &key), &spared)
+        .await
+        .during(|| format!("record that {} was spared", spared.backup))
+}
+
+/// The backups that every region holds all of, by names and sizes.
+async fn whole(
+    repository: &Repository,
+    target: &TargetName,
+    wanted: impl Fn(&BackupId) -> bool,
+) -> Result<BTreeSet<BackupId>> {
+    let (backups, _) = catalog::backups(repository, Some(target)).await?;
+    let held = catalog::held_everywhere(repository, target).await;
+    let mut whole = BTreeSet::new();
+    for commit in backups.into_iter().map(|backup| backup.commit).filter(|commit| wanted(&commit.id)) {
+        let Ok(lines) = catalog::inventory(repository, &commit).await else { continue };
+        let is_whole = |held: &Held| held.debt(&commit, &lines).is_none();
+        if held.iter().all(|(_, held)| is_whole(held)) {
+            whole.insert(commit.id);
+        }
+    }
+    Ok(whole)
+}

@@ -13,8 +13,8 @@ use crate::repository::wal_index::{BranchId, Run, Stretch, WalIndex, Window, cov
 pub use crate::repository::wal_overlap::Contradiction;
 use crate::repository::wal_overlap::{Look, Overlap, Witness, comparable, overlaps};
 
-/// Overlaps that are compared at the same time; each holds a few frames of two epochs.
-const COMPARED_AT_ONCE: usize = 4;
+/// Overlaps that are compared at the same time; each reads two epochs, with the look-ahead of each.
+const COMPARED_AT_ONCE: usize = 2;
 
 /// Takes WAL in order; [`ControlFlow::Break`] ends the reading.
 pub type Sink<'a> = dyn FnMut(Lsn, &[u8]) -> Result<ControlFlow<()>> + Send + 'a;

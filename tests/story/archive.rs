@@ -317,7 +317,7 @@ async fn a_file_is_given_to_recovery_or_it_certainly_does_not_exist() {
     let end = partial.iter().rposition(|byte| *byte != 0).unwrap();
     assert!(partial.len() == 1 << 20 && partial[..=end] == own(&last)[..=end], "the last one ends in zeros");
     assert!(end > 0 && partial.windows(12).any(|bytes| bytes == b"the last one"));
-    for absent in [beyond.as_str(), "00000002.history", "000000090000000000000003"] {
+    for absent in [beyond.as_str(), "00000001.history", "00000002.history", "000000090000000000000003"] {
         fetch(absent, 1).await;
     }
     fetch("pg_control", 255).await;

@@ -73,6 +73,10 @@ impl<'a> Library<'a> {
     }
 
     async fn history(&self, timeline: Timeline) -> Result<Found> {
+        // The first one has none, and PostgreSQL asks for it all the same when a promotion leaves that timeline.
+        if timeline == Timeline::FIRST {
+            return Ok(Found::Absent);
+        }
         let (found, silent) = self.branches(timeline).await;
         match found.as_slice() {
             [] => self.must_be_unknown(timeline, &silent).await.map(|()| Found::Absent),

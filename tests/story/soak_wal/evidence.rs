@@ -85,9 +85,11 @@ impl Promise {
             at < timeline || at == timeline && position.reaches(lsn)
         };
         let behind = ledger.oldest(covered).and_then(|oldest| told.duration_since(oldest.acknowledged_at).ok());
-        if behind.is_some_and(|behind| behind > self.understated) {
-            self.understated = behind.unwrap();
-            println!("       exposure was told {:.1?} too small: {position:?}", self.understated);
+        if let Some(behind) = behind.filter(|behind| *behind > self.understated) {
+            self.understated = behind;
+            if behind > SAMPLE_AGE {
+                println!("       an exposure of {exposure:.1} s was told {behind:.1?} too small: {position:?}");
+            }
         }
     }
 }

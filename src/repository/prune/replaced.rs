@@ -58,7 +58,7 @@ async fn is_in(
     let range = contents.range(seq).ok_or_else(|| Error::damaged(format!("{} is not in it", item.key)))?;
     let usize = |at: u64| usize::try_from(at).unwrap_or(usize::MAX).min(bundle.len());
     let head = |bytes: &[u8]| Frame::header(bytes, &repository.id, &place, &repository.trust);
-    let ours = head(&bundle[usize(range.start)..usize(range.end)])?;
+    let ours = head(&bundle.slice(usize(range.start)..usize(range.end)))?;
     let told = |error: Error| error.during(format!("read {} from {}", item.key, item.region));
     let store = &repository.regions.named(&item.region)?.store;
     let own = store.get(&item.key, Some(0..HEADER_LIMIT.min(item.size))).await;

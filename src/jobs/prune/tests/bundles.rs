@@ -146,7 +146,7 @@ async fn frames_stay_when_the_bundle_has_others_in_their_place() {
     let (key, signer) = (SealingKey::generate(&SystemRng).unwrap(), scene.fixture.writer.signer.clone());
     let sealer = FrameSealer { signer: &signer, key: &key, level: 1 };
     let forge = |header: FrameHeader, good: Bytes| {
-        let wal: Vec<u8> = (header.span.start.0 + 1..=header.span.end.0).map(|at| at as u8).collect();
+        let wal: Vec<u8> = (header.span.start.0 + 1..=header.span.end.0).map(|at| at.to_le_bytes()[0]).collect();
         let forged = sealer.encode(header, &wal).unwrap();
         assert_eq!(forged.len(), good.len());
         forged

@@ -27,11 +27,11 @@ use crate::repository::FORMAT;
 use crate::repository::catalog;
 use crate::repository::handle::{Repository, Writer};
 use crate::repository::layout;
-use crate::repository::prune::bundled;
 use crate::repository::prune::facts::{Facts, Inventories};
 use crate::repository::prune::garbage::{Garbage, Item, Search, Why, phase};
 use crate::repository::prune::locked::{self, Locked};
 use crate::repository::prune::plan::{Plan, enroll};
+use crate::repository::prune::replaced;
 use crate::repository::prune::wal::DeadEpoch;
 use crate::repository::records;
 use crate::repository::sweeps::{self, Begun};
@@ -260,7 +260,7 @@ impl Sweep<'_> {
         }
         let mut broken = BTreeSet::new();
         for (bundle, frames) in bundles {
-            if let Err(error) = bundled::replaces(self.repository, bundle, &frames).await {
+            if let Err(error) = replaced::replaces(self.repository, bundle, &frames).await {
                 let doubt = format!("the WAL frames of {bundle} stay: {error}");
                 tracing::error!(%error, bundle, "WAL frames stay: their bundle is not what it should be");
                 if !swept.doubts.contains(&doubt) {

@@ -3,8 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
+use futures::future::join_all;
 
 use super::{Dead, Sweep, Swept};
+use crate::model::commit::Commit;
 use crate::model::{BackupId, Error, Result, ResultExt};
 use crate::repository::FORMAT;
 use crate::repository::catalog;
@@ -72,22 +74,38 @@ impl Sweep<'_> {
         commits: &BTreeMap<String, (String, Bytes)>,
         locked: &BTreeSet<String>,
     ) -> Result<()> {
-        for (of, (key, bytes)) in commits.iter().filter(|(of, _)| locked.contains(*of)) {
-            let backup = facts.backups.iter().map(|backup| &backup.commit).find(|commit| commit.id.as_str() == of);
-            if let Some(commit) = backup {
-                let tomb = (&commit.target, &commit.id, &begun.id);
-                spare::record(self.repository, self.writer, tomb, "its COMMIT is locked").await?;
-            }
-            for region in self.repository.regions.all() {
-                let since = backup.map(|commit| commit.started_at);
-                let put = region.put(key, (bytes.clone(), Digest::of(bytes)), since).await;
-                put.map_err(|error| {
-                    let error = Error::from(error).during(format!("put {key} back into region {}", region.name));
-                    error.hint(format!("{of} is locked in another region and stays: drctl repair"))
-                })?;
+        let mut first_error = None;
+        for (of, commit) in commits.iter().filter(|(of, _)| locked.contains(*of)) {
+            // One that cannot be brought back is no reason to leave the next one behind.
+            if let Err(error) = self.bring_one_back((begun, facts), (of, commit)).await {
+                first_error = first_error.or(Some(error));
             }
         }
-        Ok(())
+        first_error.map_or(Ok(()), Err)
+    }
+
+    async fn bring_one_back(
+        &self,
+        (begun, facts): (&Begun, &Facts),
+        (of, (key, bytes)): (&str, &(String, Bytes)),
+    ) -> Result<()> {
+        let commit = facts.backups.iter().map(|backup| &backup.commit).find(|commit| commit.id.as_str() == of);
+        let told = match commit {
+            Some(Commit { target, id, .. }) => {
+                let tomb = (target, id, &begun.id);
+                spare::record(self.repository, self.writer, tomb, "its COMMIT is locked").await
+            }
+            None => Ok(()),
+        };
+        let since = commit.map(|commit| commit.started_at);
+        let puts = self.repository.regions.all().iter().map(|region| async move {
+            let put = region.put(key, (bytes.clone(), Digest::of(bytes)), since).await;
+            put.map(drop).map_err(|error| {
+                let error = Error::from(error).during(format!("put {key} back into region {}", region.name));
+                error.hint(format!("{of} is locked in another region and stays: drctl repair"))
+            })
+        });
+        join_all(puts).await.into_iter().chain([told]).collect()
     }
 
     /// Ends the tombs of backups that it left alone, by a pin that came late or because it stopped early. Nothing that it asked

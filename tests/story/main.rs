@@ -51,6 +51,7 @@ mod soak;
 mod soak_base;
 mod standby;
 mod streams;
+mod switchover;
 mod sync;
 mod systemd;
 mod timelines;

@@ -251,6 +251,7 @@ impl PushDesk {
             pushes: told.pushes,
             heartbeat: None,
             slot: None,
+            from_standby: false,
         }
     }
 

@@ -5,10 +5,11 @@
 //! the WAL receivers of this host say is asked every few seconds.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use futures::future::join;
+use futures::future::join3;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tracing::instrument::WithSubscriber;
@@ -21,7 +22,7 @@ use crate::daemon::rebase::Rebase;
 use crate::daemon::standing::Standing;
 use crate::jobs::Target;
 use crate::jobs::metrics::receivers::{self, Positions};
-use crate::jobs::metrics::{self, slots};
+use crate::jobs::metrics::{self, slots, standbys};
 use crate::jobs::wal::{Position, State};
 use crate::model::run::{Outcome, Run};
 use crate::model::schedule::{Job, Schedule};
@@ -55,6 +56,7 @@ pub(super) struct Figures {
 #[derive(Debug, Default)]
 struct Live {
     positions: Positions,
+    standbys: Page,
     flowed: BTreeMap<TargetName, Duration>,
 }
 
@@ -72,6 +74,7 @@ impl Figures {
         let mut page = lock(&self.read).clone();
         page.extend(lock(&self.weighed).clone());
         page.extend(receivers::page(&lock(&self.live).positions));
+        page.extend(lock(&self.live).standbys.clone());
         page.extend(self.meters.page());
         page.extend(self.standing.page());
         page.text(self.meters.histograms())
@@ -150,7 +153,8 @@ impl Reading {
         let (figures, pager) = (Arc::clone(figures), Arc::clone(pager));
         let task = task::spawn("figures", async move {
             let slow = keep_reading(&settings, role, &world, (&figures, &pager, &rebase));
-            join(slow, keep_asking(&targets, world.clock.as_ref(), &figures, &pager)).await;
+            let standbys = keep_asking_standbys(&settings.repository.state_dir, &figures);
+            join3(slow, keep_asking(&targets, world.clock.as_ref(), &figures, &pager), standbys).await;
         });
         Ok(Self { task })
     }
@@ -167,6 +171,14 @@ async fn keep_asking(targets: &[Target], clock: &dyn Clock, figures: &Figures, p
         let positions = receivers::ask(targets).await;
         pager.look(&figures.standing.regions(), &positions, clock.monotonic());
         figures.asked(positions, clock.monotonic());
+        tokio::time::sleep(ASK_EVERY).await;
+    }
+}
+
+async fn keep_asking_standbys(state_dir: &Path, figures: &Figures) {
+    loop {
+        let page = standbys::page(state_dir).await;
+        lock(&figures.live).standbys = page;
         tokio::time::sleep(ASK_EVERY).await;
     }
 }

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use futures::future::try_join_all;
 
 use crate::model::commit::WalNeed;
-use crate::model::{Branch, Error, Result, Timeline};
+use crate::model::{Branch, Error, Lsn, Result, SystemId, Timeline};
 use crate::pg::history::History;
 use crate::repository::handle::Repository;
 use crate::repository::layout;
@@ -72,14 +72,26 @@ pub struct StoredHistory {
 /// # Errors
 /// No region answers, or one of them is not readable.
 pub async fn histories(repository: &Repository, need: &WalNeed, known: &[StoredHistory]) -> Result<Vec<StoredHistory>> {
-    let prefix = layout::histories(need.system_id);
+    histories_of(repository, need.system_id, known).await
+}
+
+/// Every history file of a cluster.
+///
+/// # Errors
+/// As [`histories`].
+pub async fn histories_of(
+    repository: &Repository,
+    system_id: SystemId,
+    known: &[StoredHistory],
+) -> Result<Vec<StoredHistory>> {
+    let prefix = layout::histories(system_id);
     let keys = repository.regions.list_union(&prefix).await?;
     let named = keys.iter().filter_map(|key| key.strip_prefix(&prefix).and_then(layout::parse_branch));
     let reads = named.map(async |(timeline, branch)| {
         if let Some(known) = known.iter().find(|known| known.timeline == timeline && known.branch == branch) {
             return Ok(known.clone());
         }
-        let content = read_history(repository, need.system_id, timeline, &branch).await?;
+        let content = read_history(repository, system_id, timeline, &branch).await?;
         let text = std::str::from_utf8(&content).map_err(|error| {
             Error::damaged(format!("the history of timeline {timeline} is not text")).because(error)
         })?;
@@ -130,6 +142,20 @@ pub fn choose(histories: &[StoredHistory], need: &WalNeed, wanted: Option<&Follo
     )))
 }
 
+/// The timelines that left a branch, and where each did.
+pub fn children<'h>(
+    histories: &'h [StoredHistory],
+    (timeline, branch): (Timeline, &'h Branch),
+) -> impl Iterator<Item = (&'h StoredHistory, Lsn)> {
+    let own = histories.iter().find(|h| h.timeline == timeline && h.branch == *branch);
+    // A timeline whose history is not stored has children that nobody can tell from those of another one.
+    let before = own.map(|own| own.history.entries()).or((timeline == Timeline::FIRST).then_some(&[][..]));
+    histories.iter().filter_map(move |child| {
+        let (last, earlier) = child.history.entries().split_last()?;
+        (last.timeline == timeline && Some(earlier) == before).then_some((child, last.switch))
+    })
+}
+
 /// The branch of an ancestor: the one whose own history is the beginning of the descendant's.
 ///
 /// # Errors
@@ -157,7 +183,7 @@ pub fn branch_of(histories: &[StoredHistory], need: &WalNeed, history: &History,
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Lsn, SystemId, WalSegmentSize};
+    use crate::model::WalSegmentSize;
 
     fn need(timeline: u32, branch: &Branch, stop: u64) -> WalNeed {
         WalNeed {

@@ -39,7 +39,7 @@ pub struct ReportHead {
     pub format: u32,
     /// The report.
     pub id: ReportId,
-    /// What was done: `drill`, `restore`.
+    /// What was done: `drill`, `restore`, `promotion`.
     pub job: String,
     /// To what.
     pub target: TargetName,

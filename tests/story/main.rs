@@ -56,6 +56,7 @@ mod soak_base;
 mod soak_wal;
 mod standby;
 mod streams;
+mod switchover;
 mod sync;
 mod systemd;
 mod tail;

@@ -1,9 +1,14 @@
 //! One owner of a target's WAL at a time, whoever sleeps and wakes; and records that no frame can hold.
 
-use std::path::PathBuf;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use drctl::jobs::wal::{Position, State, control};
+use drctl::model::{Error, Lsn};
+use drctl::repository::scrub;
+use drctl::repository::wal_index::branches;
+use drctl::repository::wal_reader::BranchLog;
 use rustix::process::Signal;
 
 use crate::support::drctl::Drctl;
@@ -139,4 +144,66 @@ async fn a_record_larger_than_a_frame_is_cut_and_comes_back_whole() {
     stream.kill9();
     rig.assert_one_window(flushed).await;
     assert_eq!(rig.stored_wal(&cluster, (before, flushed)).await, rig.server_wal(&cluster, (before, flushed)));
+    lose_a_name_to_a_seal(&rig, &cluster, (before, flushed)).await;
+}
+
+/// The last frame of a receiver that died wins two regions, and the SEAL of its successor the third: that one cannot be
+/// read across the place until it is repaired, and says so.
+async fn lose_a_name_to_a_seal(rig: &Rig, cluster: &Cluster, range: (Lsn, Lsn)) {
+    let frame = last_frame(&rig.scratch.join("a/wal"));
+    let name = frame.strip_prefix(rig.scratch.join("a")).unwrap();
+    let of = |region: &str| rig.scratch.join(region).join(name);
+    let bytes = std::fs::read(&frame).unwrap();
+    let take_over = async || rig.drctl(&["wal", "takeover", "ledger", "--json"]).run().await.ok().json();
+    ["a", "b", "c"].iter().for_each(|region| std::fs::remove_file(of(region)).unwrap());
+    assert_eq!(take_over().await["sealed"], 1);
+    ["b", "c"].iter().for_each(|region| std::fs::remove_file(of(region)).unwrap());
+    std::fs::write(of("b"), &bytes).unwrap();
+    let taken = take_over().await;
+    assert_eq!((&taken["sealed"], &taken["adopted"]), (&1.into(), &1.into()), "{taken}");
+    let seal = std::fs::read(&frame).unwrap();
+    assert!(seal != bytes && std::fs::read(of("c")).unwrap() == bytes);
+
+    let stream = rig.stream().spawn();
+    rig.wait("streaming", SOON, |position| position.state == State::Streaming).await;
+    rig.drctl(&["backup", "ledger", "--fast"]).run().await.ok();
+    stream.terminate().await.ok();
+    let windows = async || rig.windows().await.iter().map(|(_, windows)| windows.len()).collect::<Vec<_>>();
+    assert_eq!(windows().await, [2, 1, 1]);
+    let text = rig.drctl(&["wal", "status", "ledger"]).run().await.ok().stdout;
+    assert!(text.contains("a  owes 1 frames  →  drctl repair"), "{text}");
+    let told = rig.drctl(&["verify", "ledger"]).run().await.code(4).stdout;
+    assert!(told.contains("a SEAL has the name of this WAL frame"), "{told}");
+    assert!(rig.wal_of("a", cluster, range).await.is_err());
+
+    rig.drctl(&["repair"]).run().await.ok();
+    assert_eq!(windows().await, [1, 1, 1]);
+    assert!(rig.status().await.is_whole());
+    rig.drctl(&["verify", "ledger", "--scrub"]).run().await.ok();
+    assert_eq!(rig.wal_of("a", cluster, range).await.unwrap(), rig.server_wal(cluster, range));
+    assert_eq!(std::fs::read(&frame).unwrap(), seal, "nothing is overwritten");
+}
+
+/// The last object of the only epoch.
+fn last_frame(directory: &Path) -> PathBuf {
+    let entries = std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
+    let last = entries.max().unwrap();
+    if last.is_dir() { last_frame(&last) } else { last }
+}
+
+impl Rig {
+    /// What one region alone gives of timeline 1.
+    async fn wal_of(&self, region: &str, cluster: &Cluster, range: (Lsn, Lsn)) -> Result<Vec<u8>, Error> {
+        let context = self.context().await;
+        let alone = scrub::alone(&context.repository, &region.parse().unwrap()).unwrap();
+        let system = cluster.query("SELECT system_identifier FROM pg_control_system()").await.parse().unwrap();
+        let branch = branches(&alone.regions, system).await.unwrap().remove(0);
+        let (log, mut wal) = (BranchLog::load(&alone, branch).await, Vec::new());
+        let mut sink = |_, bytes: &[u8]| {
+            wal.extend_from_slice(bytes);
+            Ok(ControlFlow::Continue(()))
+        };
+        log.read(&alone, &context.ring.within(alone.regions.clone()), range, &mut sink).await?;
+        Ok(wal)
+    }
 }

@@ -18,7 +18,7 @@ fn schema() -> Value {
 }
 
 #[track_caller]
-fn assert_fits(report: &Value) {
+pub fn assert_fits(report: &Value) {
     validate(&schema(), report).unwrap_or_else(|why| panic!("{why}\n{report:#}"));
     // A schema that everything fits would say nothing.
     let mut wrong = report.clone();

@@ -14,22 +14,22 @@ use crate::wal::{DIRECTORIES, Rig};
 
 const MAJOR: u32 = 16;
 
-async fn standby_of(primary: &Cluster, place: &Scratch, name: &str) -> Cluster {
+pub async fn standby_of(primary: &Cluster, major: u32, place: &Scratch, name: &str) -> Cluster {
     let data = place.postgres_dir(name);
     let mut basebackup = primary.tool("pg_basebackup");
     basebackup.arg("-D").arg(&data).args(["-R", "-c", "fast"]);
     process::run_async(basebackup).await;
-    Cluster::try_start_restored(&data, MAJOR, &[], Until::Ready).await.unwrap()
+    Cluster::try_start_restored(&data, major, &[], Until::Ready).await.unwrap()
 }
 
-async fn replayed(standby: &Cluster, lsn: Lsn) {
+pub async fn replayed(standby: &Cluster, lsn: Lsn) {
     process::eventually("the standby has it", SOON, async || {
         standby.query("SELECT pg_last_wal_replay_lsn()").await.parse::<Lsn>().is_ok_and(|at| at >= lsn)
     })
     .await;
 }
 
-async fn promote(standby: &mut Cluster) {
+pub async fn promote(standby: &mut Cluster) {
     standby.execute("SELECT pg_promote()").await;
     standby.wait_promoted(SOON).await.unwrap();
 }
@@ -83,8 +83,8 @@ impl Rig {
 async fn servers_that_were_promoted_independently_are_stored_apart_and_a_person_chooses() {
     let primary = Cluster::builder(MAJOR).setting("wal_keep_size", "1GB").start().await;
     let place = Scratch::new();
-    let mut first = standby_of(&primary, &place, "first").await;
-    let mut second = standby_of(&primary, &place, "second").await;
+    let mut first = standby_of(&primary, MAJOR, &place, "first").await;
+    let mut second = standby_of(&primary, MAJOR, &place, "second").await;
     let rig = Rig::with_more(&primary.conninfo(), DIRECTORIES, "heartbeat = false\n").await;
     let stream = rig.streaming().await;
     rig.drctl(&["backup", "ledger", "--fast"]).run().await.ok();
@@ -139,7 +139,7 @@ async fn a_standby_that_is_promoted_still_has_what_is_not_stored() {
     let builder = builder.setting("min_wal_size", "2MB").setting("max_wal_size", "4MB").setting("wal_keep_size", "0");
     let mut primary = builder.start().await;
     let place = Scratch::new();
-    let mut standby = standby_of(&primary, &place, "standby").await;
+    let mut standby = standby_of(&primary, MAJOR, &place, "standby").await;
     let (a, b) = (primary.socket_dir(), standby.socket_dir());
     let both = format!(
         "host={},{} port={},{} user=postgres dbname=postgres target_session_attrs=primary",

@@ -7,7 +7,7 @@ use crate::app::{self, Role, World};
 use crate::cli::Session;
 use crate::cli::exit::Exit;
 use crate::config::{Settings, load_schedules};
-use crate::jobs::metrics::{self, receivers};
+use crate::jobs::metrics::{self, receivers, standbys};
 use crate::jobs::reach;
 use crate::model::Result;
 use crate::observe::metrics::{Page, table};
@@ -32,6 +32,7 @@ pub async fn run(args: Args, session: &Session) -> Result<Exit> {
     let mut page = Page::default();
     page.set(&table::BUILD_INFO, [env!("CARGO_PKG_VERSION")], 1.0);
     page.extend(receivers::page(&receivers::ask(&app::targets(&settings)?).await));
+    page.extend(standbys::page(&settings.repository.state_dir).await);
     regions(&settings, &world, &mut page).await?;
     let read = read(&settings, &world, &mut page).await;
     page.extend(world.meters.page());

@@ -132,7 +132,8 @@ fn the_one(context: &Context, target: Option<&TargetName>, dir: Option<&Path>) -
 }
 
 async fn start(args: StartArgs, session: &Session) -> Result<Exit> {
-    let context = context(session).await?;
+    let (settings, world) = (session.settings()?, World::real());
+    let mut context = app::context(&settings, Role::Restore, &world).await?;
     let moves = args.tablespace.iter();
     let start = Start {
         directory: absolute(&args.to)?,
@@ -170,6 +171,10 @@ async fn start(args: StartArgs, session: &Session) -> Result<Exit> {
             restored?.0
         }
     };
+    if settings.file.is_some() {
+        // Without a signer the record of a promotion lies beside the directory.
+        context.writer = app::writer(&settings, Role::Restore, &world).await.ok();
+    }
     feed(&context, record, session).await
 }
 

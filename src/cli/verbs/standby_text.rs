@@ -118,6 +118,8 @@ pub(super) fn promoted_text(promoted: &Promoted) -> String {
     line("in all", took(promoted.seconds));
     promoted.silent.iter().for_each(|region| line("silent", region.to_string()));
     promoted.warnings.iter().for_each(|warning| line("warning", warning.clone()));
+    promoted.stored_as.iter().for_each(|id| line("report", id.to_string()));
+    promoted.record.iter().for_each(|path| line("report", path.display().to_string()));
     promoted.next.iter().for_each(|next| line("next", next.clone()));
     lines.join("\n")
 }

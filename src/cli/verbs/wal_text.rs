@@ -8,7 +8,7 @@ use chrono::{DateTime, Utc};
 use crate::cli::figures;
 use crate::cli::render::{Colour, Output};
 use crate::jobs::wal::bundle::Report;
-use crate::jobs::wal::status::{BranchWal, RegionWal, TargetWal};
+use crate::jobs::wal::status::{BranchWal, Diverged, RegionWal, TargetWal};
 use crate::jobs::wal::{Position, WalStatus};
 use crate::model::{Lsn, TargetName};
 
@@ -21,6 +21,9 @@ pub(super) fn status_line(position: &Position) -> String {
         Some(exposure) => write!(line, "  {exposure} exposed"),
         None => write!(line, "  exposure unknown"),
     };
+    if position.from_standby {
+        line.push_str("  from a standby");
+    }
     if let Some(quorum) = position.degraded_to {
         let _ = write!(line, "  DEGRADED: acknowledged at {quorum} region");
     }
@@ -96,6 +99,15 @@ fn branch_text(text: &mut String, branch: &BranchWal, now: DateTime<Utc>, output
             (false, false) => output.paint(Colour::Red, "GAP"),
         };
         let _ = writeln!(text, "    {word}  {} to {}  {bytes}  met {at}: {}", gap.from, gap.to, gap.reason);
+    }
+    for Diverged { timeline, branch: child, from, to } in &branch.diverged {
+        let (word, bytes) = (output.paint(Colour::Yellow, "DIVERGED"), figures::bytes(to.bytes_since(*from)));
+        let own = format!("{}-{}", branch.timeline, branch.branch);
+        let _ = writeln!(
+            text,
+            "    {word}  {from} to {to}  {bytes}  not in timeline {timeline}-{child}, which left at {from}"
+        );
+        let _ = writeln!(text, "              →  drctl restore --timeline {own}, into another directory");
     }
     for error in &branch.errors {
         let _ = writeln!(text, "    {}  {error}", output.paint(Colour::Red, "DAMAGED"));

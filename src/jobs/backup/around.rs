@@ -12,7 +12,7 @@ pub const CONFIGURATION: &str = "configuration";
 
 /// Reads the configuration. A failure costs the document, not the backup: it is reported, and the data is safe.
 pub(super) async fn capture(target: &Target, method: &str) -> Result<Captured> {
-    let client = sql::connect(&target.conninfo.clone().with_application_name("drctl backup")).await?;
+    let client = sql::connect(&target.conninfo.primary().with_application_name("drctl backup")).await?;
     let options = CaptureOptions { local: method == "local", extra: target.config_files.clone() };
     Ok(capture::capture(&client, &options).await?)
 }

@@ -201,7 +201,7 @@ fn together(pages: Vec<LaneOutcome>, wal: Vec<LaneOutcome>) -> Vec<LaneOutcome> 
 
 fn source_options(context: &Context, target: &Target, options: Options) -> postgres::Options {
     postgres::Options {
-        conninfo: target.conninfo.clone().with_application_name("drctl backup"),
+        conninfo: target.conninfo.primary().with_application_name("drctl backup"),
         method: target.method,
         data_directory: target.data_dir.clone(),
         standby: target.standby.as_ref().map(|lender| postgres::Lender {

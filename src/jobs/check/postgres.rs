@@ -37,8 +37,11 @@ pub(super) async fn check(target: &Target, clock: &dyn Clock, deadline: Duration
             };
             rules::judge(&mut findings, &facts, &setup);
             // Without the attribute no pg_hba line helps; the missing grant is told already.
+            if matches!(replication, Ok(true)) && !facts.in_recovery {
+                source(&mut findings, target);
+            }
             if facts.role.replication || facts.role.superuser {
-                entry_for_replication(&mut findings, replication, &facts);
+                entry_for_replication(&mut findings, replication.map(drop), &facts);
             }
             programs(&mut findings, facts.major()).await;
         }
@@ -52,16 +55,37 @@ async fn bounded<T>(deadline: Duration, work: impl Future<Output = Result<T, PgE
 }
 
 async fn gather(target: &Target, clock: &dyn Clock) -> Result<Facts, PgError> {
-    let client = sql::connect(&target.conninfo).await?;
+    let client = sql::connect(&target.conninfo.primary()).await?;
     let clock_ahead = facts::clock_ahead(&client, clock).await?;
     Ok(Facts { clock_ahead, ..facts::gather(&client, &target.slot).await? })
 }
 
-async fn replicate(target: &Target) -> Result<(), PgError> {
+/// Says whether the server that would stream is a standby.
+async fn replicate(target: &Target) -> Result<bool, PgError> {
     let mut client = ReplicationClient::connect(&target.conninfo).await?;
     client.identify_system().await?;
+    let role = client.role().await?;
     client.close().await;
-    Ok(())
+    Ok(role.in_recovery)
+}
+
+/// A server that is a standby as far as SQL goes, too, is told already.
+fn source(findings: &mut Findings, target: &Target) {
+    if target.sync {
+        findings.fail(
+            "WAL is streamed from a standby, and sync = true: no commit can wait for us there",
+            "target_session_attrs=primary in conninfo, or sync = false",
+        );
+        return;
+    }
+    if target.standby_slots {
+        findings.ok("WAL is streamed from a standby; exposure counts from its primary, where our slot is kept, too");
+    } else {
+        findings.warn(
+            "WAL is streamed from a standby, and the primary keeps none for us: if the standby is lost, some may be missing",
+            "standby_slots = true in the target's configuration",
+        );
+    }
 }
 
 fn refused(findings: &mut Findings, what: &str, error: PgError, fix: &str) {

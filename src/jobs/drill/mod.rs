@@ -233,7 +233,7 @@ fn check_plan(
 
 /// One beat before the fault, so that even an idle cluster has something to be found. A primary that is gone cannot beat.
 async fn precede(context: &Context, target: &Target, report: &mut Report) -> Option<(Beat, Lsn)> {
-    let info = target.conninfo.clone().with_application_name("drctl drill").with_dbname(&*target.heartbeat_database);
+    let info = target.conninfo.primary().with_application_name("drctl drill").with_dbname(&*target.heartbeat_database);
     let beat = async {
         let client = sql::connect(&info).await.during(|| "reach the primary")?;
         let before = context.clock.now();

@@ -23,6 +23,7 @@ use crate::repository::survey::{self, State, Survey};
 mod drills;
 pub mod receivers;
 pub mod slots;
+pub mod standbys;
 
 /// Everything that is read from the regions.
 ///

@@ -7,6 +7,7 @@ use crate::model::{Error, Kind, ReportId, Result, TargetName};
 use crate::repository::reports::{self, ReportBody, ReportHead};
 
 pub mod outbox;
+pub mod place;
 
 /// All reports.
 #[derive(Debug, Clone, Serialize)]

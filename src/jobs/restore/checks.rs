@@ -3,6 +3,8 @@
 use std::path::Path;
 use std::time::Duration;
 
+use futures::future::join_all;
+
 use crate::disk::empty::{Contents, contents};
 use crate::disk::space::{free_bytes, taken_bytes};
 use crate::jobs::context::{Context, Target};
@@ -11,6 +13,7 @@ use crate::jobs::restore::words::{Feed, Plan};
 use crate::jobs::restore::{Request, delta};
 use crate::model::commit::Commit;
 use crate::model::{Result, SystemId};
+use crate::pg::conninfo::ConnInfo;
 use crate::pg::instance::{PgBinaries, Postmaster, User, postmaster_of};
 use crate::pg::sql;
 use crate::repository::restore::{CONTROL_FILE, Leftover};
@@ -282,10 +285,17 @@ async fn primary(target: &Target, system: SystemId, plan: &mut Plan) {
     }
 }
 
-/// Whether a primary with this system identifier answers at the target's address.
+/// Whether a primary with this system identifier answers at any of the target's addresses, whichever of them the target
+/// prefers.
 pub(super) async fn primary_answers(target: &Target, system: SystemId) -> bool {
+    let servers: Vec<_> = target.conninfo.each_server().collect();
+    let asked = servers.iter().map(|server| is_primary(server, system));
+    join_all(asked).await.into_iter().any(|answers| answers)
+}
+
+async fn is_primary(server: &ConnInfo, system: SystemId) -> bool {
     let asked = async {
-        let client = sql::connect(&target.conninfo).await.ok()?;
+        let client = sql::connect(server).await.ok()?;
         let row = client
             .query_one("SELECT system_identifier::text, pg_is_in_recovery() FROM pg_control_system()", &[])
             .await

@@ -1,23 +1,20 @@
-//! The record of a restore that was executed, for whoever asks afterwards what was done: beside the backups if this
-//! machine can sign, else beside the restored directory.
+//! The record of a restore that was executed, for whoever asks afterwards what was done.
 
 use std::fmt::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use serde::Serialize;
 
-use crate::disk::place;
 use crate::jobs::context::Context;
-use crate::jobs::reports::outbox;
+use crate::jobs::reports::place::{self, Place};
 use crate::jobs::restore::report::{PhaseTime, Report};
 use crate::jobs::restore::target::Point;
 use crate::jobs::restore::words::Plan;
 use crate::jobs::verdict::Verdict;
-use crate::model::{BackupId, Error, Kind, Lsn, RegionName, ReportId, Result, TargetName, Timeline};
+use crate::model::{BackupId, Error, Lsn, RegionName, ReportId, Result, TargetName, Timeline};
 use crate::repository::FORMAT;
-use crate::repository::handle::Writer;
 use crate::repository::regions::Incident;
 use crate::repository::reports::{ReportBody, ReportHead};
 
@@ -113,29 +110,12 @@ impl Record {
     pub(super) async fn keep(&self, context: &Context) -> Result<Place> {
         let id = ReportId::new(&self.target, self.started_at, context.rng.as_ref())?;
         let (head, body) = (self.head(&id), self.body(&id)?);
-        // What nobody would believe is no record in a region.
-        let signs = |writer: &&Writer| !context.repository.trust.refuses(writer.signer.id());
-        let mut why = None;
-        if let Some(writer) = context.writer.as_ref().filter(signs) {
-            match outbox::keep(context, writer, &head, &body).await {
-                Ok(kept) if kept.is_stored() => return Ok(Place::Regions(id)),
-                // It waits in the state directory of a machine that may be thrown away tomorrow.
-                Ok(_) => why = Some(Error::new(Kind::Unavailable, "no region took the record")),
-                Err(error) => why = Some(error),
-            }
-        }
-        let path = beside(&self.directory);
-        let text = serde_json::to_vec_pretty(&body.report).map_err(not_json)?;
-        place::place(&path, &text, 0o600)?;
-        Ok(Place::File(path, why))
+        place::keep(context, &self.directory, (&head, &body)).await
     }
 
     /// Tells whoever listens outside.
     pub(super) fn tell(&self, context: &Context, kept: Option<&Place>) {
-        let stored = kept.and_then(|place| match place {
-            Place::Regions(id) => Some(id),
-            Place::File(..) => None,
-        });
+        let stored = kept.and_then(Place::stored_as);
         let verdict = Verdict {
             job: self.job,
             target: Some(&self.target),
@@ -212,15 +192,6 @@ impl Record {
     }
 }
 
-/// Where a record is.
-#[derive(Debug)]
-pub(super) enum Place {
-    /// In the regions, or on its way there.
-    Regions(ReportId),
-    /// Beside the directory, and why not in the regions, if that was tried.
-    File(PathBuf, Option<Error>),
-}
-
 /// Tells where the record is.
 pub(super) fn note(report: &mut Report, kept: Result<Place>) {
     match kept {
@@ -231,12 +202,6 @@ pub(super) fn note(report: &mut Report, kept: Result<Place>) {
         }
         Err(error) => report.warnings.push(format!("there is no record of this: {error}")),
     }
-}
-
-fn beside(directory: &Path) -> PathBuf {
-    let mut name = directory.as_os_str().to_owned();
-    name.push(".drctl-report.json");
-    PathBuf::from(name)
 }
 
 fn not_json(error: serde_json::Error) -> Error {

@@ -17,6 +17,7 @@ use crate::jobs::restore::{self, Memory, Point, Request};
 use crate::jobs::socket::Served;
 use crate::jobs::standby::control::{Desk, Order};
 use crate::jobs::standby::record::LOCK;
+use crate::jobs::standby::report::Report;
 use crate::jobs::standby::server::Server;
 use crate::model::commit::WalNeed;
 use crate::model::{Error, Kind, Lsn, RegionName, Result, ResultExt, TargetName};
@@ -28,12 +29,13 @@ use crate::repository::wal_log::branch_of;
 mod control;
 mod promote;
 mod record;
+mod report;
 mod server;
 mod status;
 mod words;
 
 pub use promote::{Plan as PromotionPlan, plan as plan_promotion};
-pub use record::{RECORD, Record, known, the_one};
+pub use record::{RECORD, Record, known, known_in, the_one};
 pub use status::{State, Status};
 pub use words::{Overrides, Promoted, Wish};
 
@@ -296,17 +298,15 @@ impl Standby {
 
     async fn promote(&mut self, wish: Wish, answer: oneshot::Sender<Result<Promoted>>) -> Option<Promoted> {
         self.desk.note(|view| view.promoting = true);
+        let report = Report::begin(&self.context, &self.desk.record, wish);
         let subject = (&self.desk.record, &self.desk.feed, &mut self.server);
-        let promoted = promote::run(&self.context, subject, wish).await;
+        let mut told = promote::run(&self.context, subject, wish).await;
         self.desk.note(|view| view.promoting = false);
-        let kept = promoted.as_ref().ok().cloned();
-        let told = match promoted {
-            Ok(mut promoted) => {
-                promoted.warnings.extend(self.part().err().map(|error| format!("not tidied up: {error}")));
-                Ok(promoted)
-            }
-            Err(error) => Err(error),
-        };
+        if let Ok(promoted) = &mut told {
+            promoted.warnings.extend(self.part().err().map(|error| format!("not tidied up: {error}")));
+        }
+        report.end(&self.context, &mut told).await;
+        let kept = told.as_ref().ok().cloned();
         // Whoever asked may have gone; what was done is done, and told by this process, too.
         let _ = answer.send(told);
         kept

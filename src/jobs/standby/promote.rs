@@ -194,6 +194,8 @@ pub(super) async fn run(
         seconds: seconds(began, opened),
         warnings: warnings(server).await,
         next: next(record),
+        stored_as: None,
+        record: None,
     })
 }
 

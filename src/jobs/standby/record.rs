@@ -104,7 +104,15 @@ fn json<T: Serialize>(value: &T) -> Result<Vec<u8>> {
 /// # Errors
 /// The state directory cannot be read.
 pub fn known(context: &Context, target: Option<&TargetName>) -> Result<Vec<Record>> {
-    let places = context.state_dir.join(KNOWN);
+    known_in(&context.state_dir, target)
+}
+
+/// The same for whoever has no context.
+///
+/// # Errors
+/// As [`known`].
+pub fn known_in(state_dir: &Path, target: Option<&TargetName>) -> Result<Vec<Record>> {
+    let places = state_dir.join(KNOWN);
     let entries = match std::fs::read_dir(&places) {
         Ok(entries) => entries,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
-use crate::model::{Lsn, RegionName, TargetName, Timeline};
+use crate::model::{Lsn, RegionName, ReportId, TargetName, Timeline};
 
 /// How it is to be promoted.
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
@@ -53,4 +53,10 @@ pub struct Promoted {
     pub warnings: Vec<String>,
     /// What to do next.
     pub next: Vec<String>,
+    /// The name of the record of this in the regions.
+    #[serde(default)]
+    pub stored_as: Option<ReportId>,
+    /// The file with the record, where this machine cannot sign one for the regions.
+    #[serde(default)]
+    pub record: Option<PathBuf>,
 }

@@ -27,7 +27,7 @@ pub struct Verdict<'a> {
     /// The stored report.
     pub report: Option<&'a ReportId>,
     /// Name and seconds.
-    pub phases: Vec<(&'static str, f64)>,
+    pub phases: Vec<(&'a str, f64)>,
     /// When it began.
     pub began: DateTime<Utc>,
     /// When it ended.

@@ -14,6 +14,7 @@ mod fill;
 mod give_up;
 pub mod position;
 pub mod pressure;
+mod primary;
 mod pulse;
 pub mod push;
 pub mod receiver;

@@ -94,6 +94,9 @@ pub struct Position {
     /// What the server keeps for our slot, as it was seen last; `null` = unknown, or there is no slot.
     #[serde(default)]
     pub slot: Option<Slot>,
+    /// Whether the server that streams is a standby. Exposure counts from its primary all the same.
+    #[serde(default)]
+    pub from_standby: bool,
 }
 
 /// What `archive_command` handed over to this process.

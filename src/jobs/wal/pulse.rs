@@ -178,7 +178,7 @@ async fn beat(
     let writer = match writer {
         Some(writer) => writer,
         None => {
-            let info = target.conninfo.clone().with_dbname(&target.heartbeat_database);
+            let info = target.conninfo.primary().with_dbname(&target.heartbeat_database);
             let info = info.with_application_name(format!("drctl heartbeat {}", target.name));
             writer.insert(Writer::connect(&info, &target.name).await?)
         }

@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::task::JoinHandle;
@@ -18,6 +19,7 @@ use crate::jobs::wal::buffer::Buffer;
 use crate::jobs::wal::changes::{Tracker, journal_path};
 use crate::jobs::wal::fill::{Filler, fill};
 use crate::jobs::wal::position::{Position, State};
+use crate::jobs::wal::primary::keep_asking;
 use crate::jobs::wal::pulse::keep_beating;
 use crate::jobs::wal::run::{Ended, Run, SlotCare, Trouble};
 use crate::jobs::wal::segments::SharedBook;
@@ -118,7 +120,10 @@ impl Receiver {
             .then(|| task::spawn("slot", keep_looking(target.clone(), Arc::clone(&shared.slot))));
         let keeping = (kind == EpochKind::Stream && target.standby_slots)
             .then(|| task::spawn("standby-slots", keep_slots(target.clone(), Arc::clone(&shared))));
-        let beside = beating.into_iter().chain(looking).chain(keeping).map(AbortOnDropHandle::new).collect();
+        let asking = (kind == EpochKind::Stream)
+            .then(|| task::spawn("primary", keep_asking(target.clone(), Arc::clone(&shared))));
+        let beside =
+            beating.into_iter().chain(looking).chain(keeping).chain(asking).map(AbortOnDropHandle::new).collect();
         Ok(Self { shared, stop, task: Some(task::spawn("wal-receiver", run.until_stopped())), beside })
     }
 
@@ -273,6 +278,7 @@ impl Run {
         let slot = self.prepare_slot(&mut client).await?;
         let server = Server::identify(&mut client).await?;
         self.check_identity(&server)?;
+        self.note_role(&server);
         let (start, reason) = self.place(&mut client, &server).await?;
         self.store_histories(&server);
         let durable = self.settle(&start).await?;
@@ -321,6 +327,17 @@ impl Run {
         }
         let text = format!("{} is system {} now and was {known} before", self.target.name, server.system_id);
         Err(Error::refused(text).hint("if this is meant, start the receiver again"))
+    }
+
+    fn note_role(&self, server: &Server) {
+        let was = self.shared.from_standby.swap(server.in_recovery, Ordering::Relaxed);
+        if server.in_recovery && !was {
+            let target = &self.target.name;
+            tracing::info!(%target, "WAL is streamed from a standby: exposure counts from what its primary says");
+            if self.target.sync {
+                tracing::error!(%target, "sync = true, and no commit waits for a receiver that streams from a standby");
+            }
+        }
     }
 
     /// Where to begin, and why there.

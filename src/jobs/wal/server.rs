@@ -17,6 +17,8 @@ pub(super) struct Server {
     pub(super) system_id: SystemId,
     /// The end of its WAL.
     pub(super) flush_lsn: Lsn,
+    /// Whether it is a standby.
+    pub(super) in_recovery: bool,
     /// `server_version_num`.
     pub(super) version: u32,
     /// Bytes per segment.
@@ -59,10 +61,11 @@ impl Server {
     pub(super) async fn identify(client: &mut ReplicationClient) -> Result<Self> {
         let id = client.identify_system().await.during(|| "identify the server")?;
         let size = client.show("wal_segment_size").await.during(|| "read wal_segment_size")?;
+        let in_recovery = client.role().await.during(|| "ask whether the server is a standby")?.in_recovery;
         let (system_id, flush_lsn) = (id.system_id, id.flush_lsn);
         let (version, segment_size) = (client.server_version(), segment_size(&size)?);
         let lineage = lineage(client, id.timeline).await?;
-        Ok(Self { system_id, flush_lsn, version, segment_size, lineage })
+        Ok(Self { system_id, flush_lsn, in_recovery, version, segment_size, lineage })
     }
 
     /// The first byte of the segment that the server writes now.
@@ -243,6 +246,7 @@ mod tests {
         Server {
             system_id: SystemId(7),
             flush_lsn: Lsn(0x600_0000),
+            in_recovery: false,
             version: 150_000,
             segment_size: WalSegmentSize::DEFAULT,
             lineage: lineage.into_iter().rev().collect(),

@@ -1,5 +1,6 @@
 //! What the tasks of a receiver tell the outside.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -42,6 +43,8 @@ pub(super) struct Shared {
     pub(super) slot: Arc<SlotWatch>,
     /// Whether somebody beats.
     pub(super) beats: bool,
+    /// Whether the server that streams is a standby.
+    pub(super) from_standby: AtomicBool,
 }
 
 impl Shared {
@@ -65,11 +68,20 @@ impl Shared {
             pulse: Arc::default(),
             slot: Arc::default(),
             beats: false,
+            from_standby: AtomicBool::new(false),
         }
     }
 
-    /// The server had WAL up to `end` just now.
+    /// The server that streams had WAL up to `end` just now. Of a standby that says nothing: what was committed is on its
+    /// primary.
     pub(super) fn sample(&self, end: Lsn) {
+        if !self.from_standby.load(Ordering::Relaxed) {
+            self.sample_primary(end);
+        }
+    }
+
+    /// The primary had WAL up to `end` just now.
+    pub(super) fn sample_primary(&self, end: Lsn) {
         self.samples.lock().unwrap_or_else(PoisonError::into_inner).add(end, self.clock.monotonic());
     }
 
@@ -130,6 +142,7 @@ impl Shared {
             degraded_to,
             pushes: Pushes::default(),
             slot: self.slot.held(),
+            from_standby: self.from_standby.load(Ordering::Relaxed),
             heartbeat: self.beats.then(|| self.pulse.heartbeat(shipped.durable)),
         }
     }

@@ -1,6 +1,8 @@
-//! Our slot on every standby, kept where the stored WAL ends: whichever of them is promoted still has what comes next.
+//! Our slot on every server that does not stream, kept where the stored WAL ends: whichever of them is asked next still has
+//! what comes next.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::time::{sleep, timeout};
@@ -14,10 +16,11 @@ use crate::pg::{PgError, sql};
 const EVERY: Duration = Duration::from_secs(5);
 const ANSWER_TIME: Duration = Duration::from_secs(10);
 
-/// What a standby has of our slot. A primary answers nothing, and so does a slot that is somebody else's or in use.
+/// What a server has of our slot. A primary answers nothing, unless a standby is the source; and so does a slot that is
+/// somebody else's or in use.
 const SLOT: &str = "SELECT slot.restart_lsn::text FROM (SELECT 1) AS one
   LEFT JOIN pg_catalog.pg_replication_slots slot ON slot.slot_name = $1
-  WHERE pg_catalog.pg_is_in_recovery()
+  WHERE (pg_catalog.pg_is_in_recovery() OR $2)
     AND (slot.slot_name IS NULL OR slot.slot_type = 'physical' AND NOT slot.active)";
 
 /// Looks after the standbys for as long as nobody drops it. One that does not answer is nobody's trouble but its own.
@@ -26,8 +29,10 @@ pub(super) async fn keep_slots(target: Target, shared: Arc<Shared>) {
     loop {
         for standby in &standbys {
             let durable = shared.shipped.borrow().durable;
+            let is_standby = shared.from_standby.load(Ordering::Relaxed);
             let late = |_| Err(Error::new(Kind::Unavailable, "it does not answer in time"));
-            let kept = timeout(ANSWER_TIME, keep_slot(standby, &target, durable)).await.unwrap_or_else(late);
+            let kept =
+                timeout(ANSWER_TIME, keep_slot(standby, &target, (durable, is_standby))).await.unwrap_or_else(late);
             if let Err(error) = kept {
                 tracing::debug!(target = %target.name, %standby, %error, "the slot of a standby is not kept");
             }
@@ -36,15 +41,18 @@ pub(super) async fn keep_slots(target: Target, shared: Arc<Shared>) {
     }
 }
 
-/// Makes the slot, or moves it to where the stored WAL ends, as far as this standby has replayed.
-async fn keep_slot(standby: &ConnInfo, target: &Target, durable: Lsn) -> Result<()> {
+/// Makes the slot, or moves it to where the stored WAL ends, as far as this standby has replayed. While a standby is the
+/// source the primary is one of the others.
+async fn keep_slot(standby: &ConnInfo, target: &Target, (durable, from_standby): (Lsn, bool)) -> Result<()> {
     let name = format!("drctl slot {}", target.name);
     let client = sql::connect(&standby.clone().with_application_name(name)).await?;
-    let Some(row) = client.query_opt(SLOT, &[&target.slot]).await.map_err(PgError::from)? else { return Ok(()) };
+    let Some(row) = client.query_opt(SLOT, &[&target.slot, &from_standby]).await.map_err(PgError::from)? else {
+        return Ok(());
+    };
     let Some(kept) = row.get::<_, Option<String>>(0).and_then(|lsn| lsn.parse::<Lsn>().ok()) else {
         let make = "SELECT pg_catalog.pg_create_physical_replication_slot($1, true)";
         client.execute(make, &[&target.slot]).await.map_err(PgError::from)?;
-        tracing::info!(target = %target.name, %standby, slot = target.slot, "the slot is kept on this standby from now on");
+        tracing::info!(target = %target.name, %standby, slot = target.slot, "the slot is kept on this server from now on");
         return Ok(());
     };
     if kept < durable {

@@ -6,8 +6,9 @@ use chrono::{DateTime, Utc};
 use serde::Serialize;
 
 use crate::jobs::context::{Context, Target};
+use crate::jobs::lineage::{self, StoredHistory};
 use crate::jobs::wal::control;
-use crate::jobs::wal::position::Position;
+use crate::jobs::wal::position::{Position, reaches};
 use crate::jobs::wal::server;
 use crate::model::commit::WalNeed;
 use crate::model::{Branch, Error, Lsn, RegionName, Result, SystemId, TargetName, Timeline};
@@ -47,8 +48,33 @@ pub struct BranchWal {
     pub regions: Vec<RegionWal>,
     /// Recorded gaps.
     pub gaps: Vec<RecordedGap>,
+    /// What is stored behind the places where later timelines left it.
+    pub diverged: Vec<Diverged>,
     /// What could not be read.
     pub errors: Vec<String>,
+}
+
+/// WAL behind the place where a later timeline left: the old primary wrote it after the other server was promoted, or that
+/// one never got it. It is in no history of the later timeline, and nothing removes it for that.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Diverged {
+    /// The timeline that left.
+    pub timeline: Timeline,
+    /// Its branch.
+    pub branch: Branch,
+    /// Where it left.
+    pub from: Lsn,
+    /// Behind the last complete record that is stored.
+    pub to: Lsn,
+}
+
+impl Diverged {
+    fn behind(branch: &BranchId, histories: &[StoredHistory], union: &[Window]) -> Vec<Self> {
+        let Some(to) = union.iter().filter_map(|window| window.last_record_end).max() else { return Vec::new() };
+        let children = lineage::children(histories, (branch.timeline, &branch.branch));
+        let left = children.filter(|(_, from)| *from < to && !reaches(*from, to));
+        left.map(|(child, from)| Self { timeline: child.timeline, branch: child.branch.clone(), from, to }).collect()
+    }
 }
 
 /// The WAL of one branch in one region.
@@ -153,8 +179,9 @@ pub async fn wal_status(context: &Context, target: Option<&TargetName>) -> Resul
     }
     for (system_id, owner) in owners {
         let mut older: BTreeMap<RegionName, Vec<Span>> = BTreeMap::new();
+        let histories = lineage::histories_of(&context.repository, system_id, &[]).await;
         for branch in branches(&context.repository.regions, system_id).await? {
-            let wal = branch_wal(context, branch, &needs, &older).await?;
+            let wal = branch_wal(context, branch, (&needs, &histories), &older).await?;
             for region in &wal.regions {
                 older.entry(region.name.clone()).or_default().extend(&region.recoverable);
             }
@@ -233,7 +260,7 @@ async fn live_system(target: &Target) -> Option<SystemId> {
 async fn branch_wal(
     context: &Context,
     branch: BranchId,
-    needs: &[WalNeed],
+    (needs, histories): (&[WalNeed], &Result<Vec<StoredHistory>>),
     older: &BTreeMap<RegionName, Vec<Span>>,
 ) -> Result<BranchWal> {
     let repository = &context.repository;
@@ -265,6 +292,13 @@ async fn branch_wal(
     let union = windows(&union);
     let (gaps, more) = gaps::read(repository, &branch).await?;
     errors.extend(more);
+    let diverged = match histories {
+        Ok(histories) => Diverged::behind(&branch, histories, &union),
+        Err(error) => {
+            errors.push(error.clone());
+            Vec::new()
+        }
+    };
     let mut errors: Vec<_> = errors.iter().map(Error::to_string).collect();
     errors.sort_unstable();
     errors.dedup();
@@ -275,6 +309,7 @@ async fn branch_wal(
         branch,
         regions,
         gaps: gaps.into_iter().map(|gap| RecordedGap::new(gap, &union)).collect(),
+        diverged,
         errors,
     })
 }

@@ -141,6 +141,15 @@ table! {
     SLOT_GIVEN_UP = Gauge "drctl_slot_given_up" ["target"]
         "1 while our replication slot is dropped because it filled the server's disk, until regions take WAL again",
         absent "no WAL receiver of the target answers on this host";
+    STANDBY_UP = Gauge "drctl_standby_up" ["target"]
+        "1 while the standby that drctl keeps on this host replays stored WAL, 0 while it does not: nobody feeds it, its server is down, or something stored is in doubt",
+        absent "this host keeps no standby of the target";
+    STANDBY_LAG = Gauge "drctl_standby_lag_seconds" ["target"]
+        "How long the oldest stored WAL that the standby has not replayed has been stored",
+        absent "this host keeps no standby of the target, or nobody feeds it";
+    STANDBY_LAG_BYTES = Gauge "drctl_standby_lag_bytes" ["target"]
+        "Stored WAL that the standby has not replayed",
+        absent "this host keeps no standby of the target, or nobody feeds it";
     WAL_GAPS = Gauge "drctl_wal_gaps" ["target"]
         "Recorded gaps that nothing filled, and WAL stored in two versions, behind which no backup was begun yet: what came after cannot be restored until one is",
         absent "the target has no WAL in any region, or none could be read";

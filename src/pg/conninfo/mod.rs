@@ -251,6 +251,18 @@ impl ConnInfo {
         self.servers.iter().map(alone)
     }
 
+    /// The same login at whichever of several servers is the primary, for what no standby does. One server alone is taken as
+    /// it is: it says itself what it is.
+    #[must_use]
+    pub fn primary(&self) -> Self {
+        let accepted = match self.target_session_attrs {
+            TargetSessionAttrs::ReadWrite => TargetSessionAttrs::ReadWrite,
+            _ if self.servers.len() > 1 => TargetSessionAttrs::Primary,
+            given => given,
+        };
+        Self { target_session_attrs: accepted, ..self.clone() }
+    }
+
     /// The wishes to try in turn over all servers.
     pub(in crate::pg) fn passes(&self) -> Vec<TargetSessionAttrs> {
         match self.target_session_attrs {

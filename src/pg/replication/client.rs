@@ -79,7 +79,11 @@ impl ReplicationClient {
         _ = self.wire.flush().await;
     }
 
-    async fn role(&mut self) -> Result<SessionRole, PgError> {
+    /// Whether the server is a standby.
+    ///
+    /// # Errors
+    /// The server's.
+    pub async fn role(&mut self) -> Result<SessionRole, PgError> {
         let read_only = self.show("transaction_read_only").await? == "on";
         // Before PostgreSQL 14 a walsender cannot say whether it is in recovery; there only a standby refuses writes of a
         // session that did not ask for it.

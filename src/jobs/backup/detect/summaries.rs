@@ -24,7 +24,7 @@ pub(super) async fn changed(target: &Target, version: u32, wanted: &Stretch) -> 
     if version < FIRST {
         return Err(format!("PostgreSQL {} writes no summaries of WAL", version / 10_000));
     }
-    let info = target.conninfo.clone().with_application_name("drctl backup");
+    let info = target.conninfo.primary().with_application_name("drctl backup");
     let client = sql::connect(&info).await.map_err(|error| error.to_string())?;
     let on = rows(&client, "SHOW summarize_wal").await?;
     if on.first().and_then(|row| row.first()) != Some(&Some("on".to_owned())) {

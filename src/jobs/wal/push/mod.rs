@@ -255,6 +255,7 @@ impl PushDesk {
             pushes: told.pushes,
             heartbeat: None,
             slot: None,
+            from_standby: false,
         }
     }
 

@@ -216,27 +216,37 @@ impl WalIndex {
             // The region that lists the largest size may be the damaged one.
             Err(_) => repository.regions.read(&place.key(), None, check).await?.0,
         };
-        let header = self.rather_wal(repository, header).await;
-        let mut headers = self.headers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        headers.insert((epoch.clone(), seq), header.clone());
+        let (header, is_sure) = self.rather_wal(repository, header).await;
+        if is_sure {
+            let mut headers = self.headers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            headers.insert((epoch.clone(), seq), header.clone());
+        }
         Ok(header)
     }
 
     /// A frame that was on its way when another owner sealed its epoch may be in one region and the SEAL in another, both
-    /// under one name: the frame counts.
-    async fn rather_wal(&self, repository: &Repository, header: FrameHeader) -> FrameHeader {
+    /// under one name: the frame counts. Also says whether every region that lists the name gave what it has: a SEAL that is
+    /// remembered ends its epoch for good.
+    async fn rather_wal(&self, repository: &Repository, header: FrameHeader) -> (FrameHeader, bool) {
+        let mut is_sure = true;
         let FramePlace { epoch, seq, .. } = &header.place;
         let held = self.frames.get(epoch).and_then(|seqs| seqs.get(seq));
         let others = held.filter(|_| header.kind == FrameKind::Seal).into_iter().flatten();
         for region in others {
             let Ok(region) = repository.regions.named(region) else { continue };
-            let Ok(bytes) = region.store.get(&header.place.key(), None).await else { continue };
+            let bytes = match region.store.get(&header.place.key(), None).await {
+                Ok(bytes) => bytes,
+                Err(error) => {
+                    is_sure &= error.is_not_found();
+                    continue;
+                }
+            };
             match Frame::header(&bytes, &repository.id, &header.place, &repository.trust) {
-                Ok(other) if other.kind != FrameKind::Seal => return other,
+                Ok(other) if other.kind != FrameKind::Seal => return (other, true),
                 _ => {}
             }
         }
-        header
+        (header, is_sure)
     }
 
     /// The largest size that a region lists for a frame.

@@ -28,8 +28,11 @@ use crate::pg::instance::User;
 mod look;
 mod serve;
 mod stock;
+#[cfg(test)]
+mod tests;
 mod way;
 
+use look::Depth;
 pub use stock::End;
 use stock::Stock;
 pub use way::Way;
@@ -67,6 +70,10 @@ pub struct Position {
     pub replayed: Option<Lsn>,
     /// The end of all that can be served.
     pub end: Option<End>,
+    /// The timeline that is followed; the end is on an older one where WAL between the two is missing.
+    pub newest: Option<Timeline>,
+    /// When the newest frame of a stream that nobody closed was written, by its writer's clock.
+    pub streaming: Option<chrono::DateTime<chrono::Utc>>,
     /// When the oldest WAL that is stored and not replayed was written; `None` when all is replayed.
     pub waiting_since: Option<chrono::DateTime<chrono::Utc>>,
     /// Why the newest WAL may not be seen.
@@ -99,6 +106,7 @@ struct Shared {
     changed: watch::Sender<u64>,
     /// A hole that the last whole look met: where frames are on their way it is none by the next.
     suspected: Mutex<Option<String>>,
+    sight: Mutex<look::Sight>,
     /// One look at a time.
     looking: tokio::sync::Mutex<()>,
 }
@@ -131,11 +139,12 @@ impl Feed {
             position: Mutex::default(),
             changed,
             suspected: Mutex::default(),
+            sight: Mutex::default(),
             looking: tokio::sync::Mutex::default(),
             origin: Mutex::new(options.origin.clone()),
             options,
         });
-        shared.look(true).await.during(|| "look at the stored WAL")?;
+        shared.look(Depth::New).await.during(|| "look at the stored WAL")?;
         let listener = listen(&shared.options)?;
         let serving = task::spawn("feed", serve_all(Arc::clone(&shared), listener));
         let looking = task::spawn("feed-look", look::keep_looking(Arc::clone(&shared)));
@@ -148,12 +157,31 @@ impl Feed {
         self.shared.position().clone()
     }
 
-    /// Looks into every region now, for everything.
+    /// Looks into every region now, for everything that is new.
     ///
     /// # Errors
     /// No region answers, or the way is in doubt.
     pub async fn look(&self) -> Result<()> {
-        self.shared.look(true).await
+        self.shared.look(Depth::New).await
+    }
+
+    /// Lists every region now, whatever is known.
+    ///
+    /// # Errors
+    /// As [`Self::look`].
+    pub async fn look_anew(&self) -> Result<()> {
+        self.shared.look(Depth::All).await
+    }
+
+    /// Grows whenever something that was not known is seen, whether it can be served or not.
+    pub fn growth(&self) -> u64 {
+        *self.shared.changed.borrow()
+    }
+
+    /// What lies behind the end, also if it was met by one look alone; see [`Position::trouble`].
+    pub async fn hole(&self) -> Option<String> {
+        let end = self.position().end?;
+        self.shared.stock.read().await.hole(&end)
     }
 
     /// The history files of the cluster that are stored: a server that is promoted must find the numbers of all of them

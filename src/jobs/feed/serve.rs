@@ -7,6 +7,7 @@ use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
 
+use crate::jobs::feed::look::Depth;
 use crate::jobs::feed::stock::Reach;
 use crate::jobs::feed::{Doubt, Shared};
 use crate::model::{Error, Kind, Lsn, Result, Timeline};
@@ -71,7 +72,7 @@ async fn commands(shared: &Arc<Shared>, stream: UnixStream) -> Result<(), PgErro
 }
 
 async fn identity(shared: &Shared) -> Result<Identity> {
-    shared.look(true).await?;
+    shared.look(Depth::New).await?;
     let stock = shared.stock.read().await;
     let origin = &shared.options.origin;
     let end = stock.end((origin.timeline, origin.stop_lsn))?;

@@ -2,13 +2,16 @@
 
 use std::path::{Path, PathBuf};
 
+use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use crate::disk::{DiskError, place};
 use crate::jobs::context::Context;
+use crate::jobs::restore;
 use crate::model::commit::WalNeed;
 use crate::model::{BackupId, Error, RegionName, Result, TargetName};
+use crate::pg::instance::User;
 
 /// The record's name in the data directory.
 pub const RECORD: &str = "drctl-standby.json";
@@ -43,6 +46,9 @@ pub struct Record {
     pub port: u16,
     /// The addresses that it listens on; none but a socket in the data directory without them.
     pub listen: Option<String>,
+    /// When its server was told to end recovery; written before it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub promotion: Option<DateTime<Utc>>,
 }
 
 /// Where a standby is, as the state directory knows it.
@@ -70,6 +76,14 @@ impl Record {
 
     pub(super) fn document(&self) -> Result<Vec<u8>> {
         json(self)
+    }
+
+    /// Notes that the server is about to be told to end recovery, or (`None`) that it was not after all: whoever finds the
+    /// directory later must not take a primary for a standby.
+    pub(super) fn note_promotion(&self, at: Option<DateTime<Utc>>, owner: Option<User>) -> Result<()> {
+        let path = self.directory.join(RECORD);
+        place::place(&path, &json(&Self { promotion: at, ..self.clone() })?, 0o600)?;
+        restore::give(&path, owner)
     }
 
     /// Lets `status` and the other verbs find it without its directory.

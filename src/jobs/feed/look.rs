@@ -271,7 +271,7 @@ impl Shared {
         };
         let mut position = self.position();
         (position.end, position.waiting_since) = (Some(end), waiting.filter(|_| end.lsn > from.1));
-        (position.newest, position.streaming) = (Some(stock.way.history.timeline()), stock.streaming());
+        (position.newest, position.streaming) = (Some(stock.way.history.timeline()), stock.streaming(&end));
         Ok(())
     }
 

@@ -50,7 +50,13 @@ async fn commands(shared: &Arc<Shared>, stream: UnixStream) -> Result<(), PgErro
             },
             Command::TimelineHistory(timeline) => match history(shared, timeline).await {
                 Ok(content) => session.history(timeline, &content).await?,
-                Err(refusal) => session.refuse(&refusal).await?,
+                Err(refusal) => {
+                    // The walreceiver ends with that and asks again, for ever, and the server's log alone would say why.
+                    let at = shared.position().replayed.unwrap_or(shared.options.origin.stop_lsn);
+                    let why = format!("the history of timeline {timeline} cannot be given: {}", refusal.message);
+                    shared.position().doubt = Some(Doubt { at, why });
+                    session.refuse(&refusal).await?;
+                }
             },
             Command::Show(name) if name == "wal_segment_size" => {
                 let size = shared.options.origin.wal_segment_size.bytes();

@@ -234,9 +234,11 @@ impl Stock {
         later.into_iter().find(|later| self.shelf(*later).is_some_and(|shelf| !shelf.log.runs.is_empty()))
     }
 
-    /// When the newest frame of a stream that nobody closed was written, by its writer's clock.
-    pub(super) fn streaming(&self) -> Option<DateTime<Utc>> {
-        let open = self.shelves.values().flat_map(|shelf| shelf.log.index.open_streams());
+    /// When the newest frame of a stream that nobody closed was written, by its writer's clock. Who streams on a timeline that
+    /// was left already took part in no decision since.
+    pub(super) fn streaming(&self, end: &End) -> Option<DateTime<Utc>> {
+        let ahead = self.shelves.iter().filter(|(branch, _)| branch.timeline >= end.timeline);
+        let open = ahead.flat_map(|(_, shelf)| shelf.log.index.open_streams());
         open.map(|header| header.written_at).max()
     }
 

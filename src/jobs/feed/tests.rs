@@ -239,3 +239,32 @@ async fn who_slept_over_bundling_and_prune_lists_everything_anew() {
     feed.look_anew().await.unwrap();
     assert_eq!(end(&feed), (1, START + 260));
 }
+
+#[tokio::test]
+async fn a_socket_goes_into_no_directory_of_others() {
+    let files = tempfile::tempdir().unwrap();
+    let precious = files.path().join("precious");
+    std::fs::DirBuilder::new().mode(0o755).create(&precious).unwrap();
+    std::fs::set_permissions(&precious, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let linked = place_in(files.path(), &crate::codec::SystemRng).unwrap();
+    std::os::unix::fs::symlink(&precious, &linked).unwrap();
+    let options = |socket_dir: &Path| {
+        let socket_dir = socket_dir.to_owned();
+        Options { socket_dir, owner: None, origin: need(START, START), way: None }
+    };
+    listen(&options(&linked)).unwrap_err();
+    assert_eq!(precious.metadata().unwrap().mode() & 0o777, 0o755);
+    assert_eq!(std::fs::read_dir(&precious).unwrap().count(), 0);
+
+    let own = place_in(files.path(), &crate::codec::SystemRng).unwrap();
+    let first = listen(&options(&own)).unwrap();
+    drop(first);
+    let _again = listen(&options(&own)).unwrap();
+    assert_eq!(socket(&own).symlink_metadata().unwrap().mode() & 0o777, 0o600);
+    assert!(is_place_in(files.path(), &own));
+    for wrong in ["/etc", "/etc/drctl-feed-01234567", "drctl-feed-01234567"] {
+        assert!(!is_place_in(files.path(), Path::new(wrong)), "{wrong}");
+    }
+    assert!(!is_place_in(files.path(), &files.path().join("base/drctl-feed-01234567")));
+    assert!(!is_place_in(files.path(), &files.path().join("x/../drctl-feed-01234567")));
+}

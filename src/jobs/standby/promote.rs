@@ -199,20 +199,17 @@ pub(super) async fn run(
     let opened = clock.monotonic();
     let (timeline, switch) = switched(record, server).await?;
     let mut warnings = warnings(server).await;
-    let stored_to = match feed.look_anew().await {
-        Ok(()) => feed.position().end.map_or(end.lsn, |later| later.lsn.max(end.lsn)),
-        Err(error) => {
-            warnings.push(format!("whether more was stored meanwhile is not known: {error}"));
-            end.lsn
-        }
-    };
+    let stored_to = stored_since(feed, end.lsn).await.unwrap_or_else(|warning| {
+        warnings.push(warning);
+        end.lsn
+    });
     let lost_to = (switch < stored_to && !reaches(switch, stored_to)).then_some(stored_to);
     let seconds = |from: Duration, to: Duration| (to - from).as_secs_f64();
     let phases = [("drain", seconds(began, drained)), ("promote", seconds(drained, opened))];
     Ok(Promoted {
         target: record.target.clone(),
         directory: record.directory.clone(),
-        recovered_to: end.lsn.min(switch),
+        recovered_to: lost_to.map_or(end.lsn, |_| end.lsn.min(switch)),
         switch,
         lost_to,
         old_timeline: end.timeline,
@@ -225,6 +222,13 @@ pub(super) async fn run(
         warnings,
         next: next(record, lost_to),
     })
+}
+
+/// Up to where the old timeline is stored once the new one has begun, or a word on why nobody knows.
+async fn stored_since(feed: &Feed, end: Lsn) -> std::result::Result<Lsn, String> {
+    let unknown = |error: Error| format!("whether more was stored meanwhile is not known: {error}");
+    feed.look_anew().await.map_err(unknown)?;
+    Ok(feed.position().end.map_or(end, |later| later.lsn.max(end)))
 }
 
 /// How long the primary's receiver lets WAL wait.
@@ -304,16 +308,17 @@ async fn must_know_every_timeline(context: &Context, (record, feed): (&Record, &
 
 /// A server takes the number behind the highest that it finds a history of: every stored one must be there.
 async fn take_numbers(record: &Record, feed: &Feed, server: &Server) -> Result<()> {
+    let pg_wal = record.directory.join("pg_wal");
+    if pg_wal.is_symlink() {
+        return Err(Error::refused(format!("{} is a link, and nothing is written through links", pg_wal.display())));
+    }
     for stored in feed.histories().await {
-        let path = record.directory.join("pg_wal").join(stored.timeline.history_file_name());
+        let path = pg_wal.join(stored.timeline.history_file_name());
         if path.exists() {
             continue;
         }
         place::place(&path, &stored.content, 0o600)?;
-        if let Some(owner) = server.owner() {
-            let io = |error| crate::disk::DiskError::new("chown", &path, error);
-            std::os::unix::fs::chown(&path, Some(owner.uid), Some(owner.gid)).map_err(io)?;
-        }
+        restore::give(&path, server.owner())?;
     }
     Ok(())
 }

@@ -135,10 +135,7 @@ impl Server {
     pub(super) fn promote(&self) -> Result<()> {
         let path = self.record.directory.join(PROMOTE);
         place::place(&path, b"", 0o600)?;
-        if let Some(User { uid, gid }) = self.owner {
-            let io = |error| DiskError::new("chown", &path, error);
-            std::os::unix::fs::chown(&path, Some(uid), Some(gid)).map_err(io)?;
-        }
+        restore::give(&path, self.owner)?;
         self.tell(Signal::USR1)
     }
 

@@ -5,7 +5,7 @@ use std::io::{Read, Seek, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-use rustix::fs::FlockOperation;
+use rustix::fs::{FlockOperation, OFlags};
 use rustix::io::Errno;
 
 use super::{At, DiskError};
@@ -26,6 +26,8 @@ impl Lock {
     pub fn acquire(path: &Path) -> Result<Self, DiskError> {
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
+        // Root locks in directories of others, who could lead it to any file, and the holder's number is written there.
+        options.custom_flags(OFlags::NOFOLLOW.bits().cast_signed());
         let mut file = options.open(path).at("open", path)?;
         match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
@@ -68,5 +70,15 @@ mod tests {
         }
         drop(lock);
         Lock::acquire(&path).unwrap();
+    }
+
+    #[test]
+    fn nothing_is_written_through_a_link() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("precious");
+        crate::disk::place::place(&target, b"kept", 0o600).unwrap();
+        std::os::unix::fs::symlink(&target, dir.path().join("lock")).unwrap();
+        Lock::acquire(&dir.path().join("lock")).unwrap_err();
+        assert_eq!(std::fs::read(&target).unwrap(), b"kept");
     }
 }

@@ -153,15 +153,19 @@ impl WalIndex {
 
     /// Returns whether no region was known to list it.
     fn add_frame(&mut self, (epoch, seq): (EpochId, u64), region: &RegionName, size: u64) -> bool {
-        let known = self.sizes.entry((epoch.clone(), seq)).or_insert(size);
-        if *known != size {
-            self.uneven.insert((epoch.clone(), seq));
-        }
-        *known = size.max(*known);
+        self.note_size(&(epoch.clone(), seq), size);
         let held = self.frames.entry(epoch).or_default().entry(seq).or_default();
         let is_new = held.is_empty();
         held.insert(region.clone());
         is_new
+    }
+
+    fn note_size(&mut self, at: &(EpochId, u64), size: u64) {
+        let known = self.sizes.entry(at.clone()).or_insert(size);
+        if *known != size {
+            self.uneven.insert(at.clone());
+        }
+        *known = size.max(*known);
     }
 
     fn add_bundle(&mut self, bundle: Bundle, region: &RegionName, size: u64) {
@@ -235,9 +239,11 @@ impl WalIndex {
             // The only region that lists it may be the damaged one.
             Err(_) => repository.regions.read(&place.key(), None, check).await?.0,
         };
-        let header = self.rather_wal(repository, header).await;
-        let mut headers = self.headers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        headers.insert((epoch.clone(), seq), header.clone());
+        let (header, is_sure) = self.rather_wal(repository, header).await;
+        if is_sure {
+            let mut headers = self.headers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            headers.insert((epoch.clone(), seq), header.clone());
+        }
         Ok(header)
     }
 

@@ -119,8 +119,8 @@ impl Warm {
     }
 
     /// Runs the command that the plan prints.
-    async fn promote(&self) -> Value {
-        let plan = self.plan(&[]).await.ok().json();
+    async fn promote(&self, options: &[&str]) -> Value {
+        let plan = self.plan(options).await.ok().json();
         self.protected.here(Drctl::pasted(plan["command"].as_str().unwrap())).run().await.ok().json()
     }
 
@@ -176,7 +176,10 @@ async fn a_standby_follows_survives_its_feed_and_a_region_and_is_promoted_with_e
     let feed = warm.start();
     let status = warm.wait_replayed(durable).await;
     assert_eq!(status["server_pid"].as_u64().unwrap(), first_pid, "the server went on: {status:#}");
-    let promoted = warm.promote().await;
+    // Nobody closed the stream, and it may be less than half a minute old: as far as drctl knows the primary streams on.
+    assert!(status["streamed_at"].is_string(), "{status:#}");
+    let promoted = warm.promote(&["--primary-is-fenced"]).await;
+    assert!(promoted["lost_to"].is_null(), "{promoted:#}");
     assert!(promoted["last_commit"].is_string() && promoted["stored_at"].is_string(), "{promoted:#}");
     assert_eq!((&promoted["timeline"], &promoted["old_timeline"]), (&2.into(), &1.into()), "{promoted:#}");
     let told = feed.wait().await.ok();
@@ -221,7 +224,7 @@ async fn a_standby_follows_a_timeline_switch() {
         warm.protected.cluster.stop().await;
         let feed = warm.start();
         warm.wait("following", |status| status["state"] == "following").await;
-        let promoted = warm.promote().await;
+        let promoted = warm.promote(&[]).await;
         assert_eq!(promoted["timeline"], 3, "{promoted:#}");
         feed.wait().await.ok();
         assert_eq!(warm.cluster().await.query("SELECT sum(n) FROM mark").await, "6");
@@ -277,5 +280,30 @@ async fn what_is_damaged_is_never_applied() {
     fs::write(&paths[1], &whole).unwrap();
     warm.wait_replayed(durable).await;
     assert_eq!(warm.query("SELECT max(n)::bigint FROM mark").await, 5);
-    feed.terminate().await.ok();
+    what_others_promote_is_left_alone(&warm, feed).await;
+}
+
+/// A standby that somebody promoted by other means is a primary: nobody feeds it, and drctl neither stops nor starts it.
+async fn what_others_promote_is_left_alone(warm: &Warm, feed: Background) {
+    assert_eq!(warm.query("SELECT pg_promote()::int::bigint").await, 1);
+    let told = feed.wait().await.code(5);
+    assert!(told.stderr.contains("no standby any more"), "{told}");
+    assert_eq!(warm.query("SELECT pg_is_in_recovery()::int::bigint").await, 0);
+    let pid = fs::read_to_string(warm.directory.join("postmaster.pid")).unwrap();
+    let pid: u32 = pid.lines().next().unwrap().parse().unwrap();
+    warm.protected.drctl(["standby", "stop", "ledger"]).run().await.code(5);
+    warm.start().wait().await.code(5);
+    assert!(process::is_alive(pid));
+    stop(&warm.directory, pid).await;
+    warm.start().wait().await.code(5);
+    assert!(!warm.directory.join("postmaster.pid").exists());
+
+    // One that drctl promoted, and whose end it did not live to see, is tidied up behind and left alone as well.
+    let record = warm.directory.join("drctl-standby.json");
+    let noted = fs::read_to_string(&record).unwrap().replacen('{', "{\"promotion\": \"2026-01-01T00:00:00Z\",", 1);
+    fs::write(&record, noted).unwrap();
+    let told = warm.start().wait().await.code(5);
+    assert!(told.stderr.contains("was promoted on 2026-01-01"), "{told}");
+    assert!(!record.exists() && !warm.directory.join("postmaster.pid").exists());
+    assert!(!fs::read_to_string(warm.directory.join("postgresql.auto.conf")).unwrap().contains("primary_conninfo"));
 }

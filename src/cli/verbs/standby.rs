@@ -52,7 +52,7 @@ enum Action {
         /// Do exactly the plan with this digest, or nothing
         #[arg(long, value_name = "DIGEST")]
         plan: Option<String>,
-        /// Although the primary answers: somebody else keeps clients away from it
+        /// Although the primary answers or streamed lately: somebody else keeps clients away from it
         #[arg(long)]
         primary_is_fenced: bool,
         /// Although stored WAL may be missing
@@ -266,12 +266,13 @@ async fn promote(
             }
         }
     }
-    let promoted = standby::order_promotion(&record, Wish { accept_loss: overrides.accept_loss }).await?;
+    let Overrides { accept_loss, primary_lives } = overrides;
+    let promoted = standby::order_promotion(&record, Wish { accept_loss, primary_lives }).await?;
     match session.output.json {
         true => session.output.print_json(&promoted)?,
         false => session.output.print(&promoted_text(&promoted))?,
     }
-    Ok(Exit::Ok)
+    Ok(if promoted.lost_to.is_some() && !accept_loss { Exit::Failed } else { Exit::Ok })
 }
 
 /// The command that runs exactly this plan.

@@ -5,6 +5,7 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 
 use crate::cli::figures;
+use crate::jobs::restore::Primary;
 use crate::jobs::standby::{Promoted, PromotionPlan, Status};
 
 /// One line when something changes.
@@ -83,7 +84,12 @@ pub(super) fn promotion_text(plan: &PromotionPlan, now: DateTime<Utc>) -> String
             None => "what was committed and not shipped".to_owned(),
         },
     );
-    line("primary", if plan.primary_answers { "ANSWERS" } else { "does not answer as one" }.to_owned());
+    let primary = match &plan.primary {
+        Primary::Answers => "ANSWERS",
+        Primary::Silent => "does not answer as one",
+        Primary::Unknown(_) => "UNKNOWN",
+    };
+    line("primary", primary.to_owned());
     match plan.refused.as_slice() {
         [] => line("refused", "–".to_owned()),
         refused => refused.iter().for_each(|refusal| {
@@ -105,11 +111,19 @@ pub(super) fn promoted_text(promoted: &Promoted) -> String {
     let took = |seconds: f64| figures::duration(Duration::try_from_secs_f64(seconds).unwrap_or_default());
     let mut lines = vec![format!("{} is open, on timeline {}", promoted.target, promoted.timeline)];
     let mut line = |name: &str, text: String| lines.push(format!("  {name:<12}{text}"));
-    line("recovered", format!("to {}, the end of what was stored", promoted.recovered_to));
+    match promoted.lost_to {
+        None => line("recovered", format!("to {}, the end of what was stored", promoted.recovered_to)),
+        Some(lost_to) => {
+            line("recovered", format!("to {}", promoted.switch));
+            let old = promoted.old_timeline;
+            line("LOST", format!("timeline {old} is stored up to {lost_to} by now: what lies between is not here"));
+        }
+    }
     line("last commit", promoted.last_commit.map_or_else(|| "unknown".to_owned(), figures::utc));
     line(
         "RPO",
         match promoted.stored_at {
+            _ if promoted.lost_to.is_some() => "acknowledged commits may be lost".to_owned(),
             Some(at) => format!("nothing that was stored is lost; the newest was stored at {}", figures::utc(at)),
             None => "nothing that was stored is lost".to_owned(),
         },

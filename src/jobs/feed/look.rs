@@ -1,10 +1,12 @@
 //! Keeping the stock current: a look at the names of the next frames all the time, a whole look from time to time.
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::jobs::feed::stock::{Reach, Shelf, Stock, contradictions};
+use chrono::{DateTime, Utc};
+
+use crate::jobs::feed::stock::{Reach, Shelf, Stock, recorded};
 use crate::jobs::feed::way::Way;
 use crate::jobs::feed::{Position, Shared};
 use crate::jobs::lineage;
@@ -15,18 +17,44 @@ use crate::repository::wal_index::BranchId;
 
 /// How long WAL that was stored waits before it is seen, at most.
 pub(super) const POLL: Duration = Duration::from_millis(500);
-/// Every so many looks is a whole one: all regions, new epochs, new timelines, recorded contradictions, new signers. These
+/// Every so many looks is a whole one: all regions, new epochs, new timelines, recorded gaps, new signers. These
 /// are listings, which cost ten times as much as the look at a name.
 const WHOLE: u64 = 10;
 /// Whole looks between two times that frames which were replayed long ago are let go.
 const FORGET: u64 = 12;
+/// Whoever did not look for so long lists everything anew: half of the shortest time after which prune takes the frames that
+/// lie in a bundle, too, and which are asked for by their own names.
+const BLINK: Duration = Duration::from_secs(30 * 60);
+/// While something is missing everything is listed anew so often: it may be where nobody asks.
+const SEARCH: Duration = Duration::from_secs(30);
+
+/// When everything was seen for the last time.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Sight {
+    /// The last whole look. By both clocks: one of them may stand still while the machine sleeps.
+    looked_at: Option<(Duration, DateTime<Utc>)>,
+    /// The last list of everything.
+    listed_at: Duration,
+}
+
+/// How thoroughly a look looks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Depth {
+    /// The nearest region is asked for the next frames.
+    Next,
+    /// Every region is asked for everything that is new.
+    New,
+    /// Every region is listed, whatever is known.
+    All,
+}
 
 pub(super) async fn keep_looking(shared: Arc<Shared>) {
     let mut turn: u64 = 0;
     loop {
         tokio::time::sleep(POLL).await;
         turn += 1;
-        if let Err(error) = shared.look(turn.is_multiple_of(WHOLE)).await {
+        let depth = if turn.is_multiple_of(WHOLE) { Depth::New } else { Depth::Next };
+        if let Err(error) = shared.look(depth).await {
             tracing::debug!(%error, "the stored WAL is not seen");
         }
         if turn.is_multiple_of(WHOLE * FORGET) {
@@ -36,17 +64,17 @@ pub(super) async fn keep_looking(shared: Arc<Shared>) {
 }
 
 impl Shared {
-    /// Looks for more. A whole look asks every region for everything; another one asks the nearest for the next frames.
-    pub(super) async fn look(&self, whole: bool) -> Result<()> {
+    /// Looks for more.
+    pub(super) async fn look(&self, depth: Depth) -> Result<()> {
         let _one = self.looking.lock().await;
-        let looked = self.look_once(whole).await;
+        let looked = self.look_once(depth).await;
         let told = match looked {
             Ok(()) => self.tell().await,
             Err(error) => Err(error),
         };
         match &told {
             Err(error) => self.position().trouble = Some(error.to_string()),
-            Ok(()) if whole => self.judge().await,
+            Ok(()) if depth != Depth::Next => self.judge().await,
             Ok(()) => {}
         }
         told
@@ -63,7 +91,8 @@ impl Shared {
         position.trouble = hole.filter(|_| is_known).or_else(|| left_behind(&stock, position.replayed));
     }
 
-    async fn look_once(&self, whole: bool) -> Result<()> {
+    async fn look_once(&self, depth: Depth) -> Result<()> {
+        let whole = depth != Depth::Next;
         if whole {
             // A signer that was enrolled since this process began signs what nobody here can check.
             if self.is_damaged().await {
@@ -76,12 +105,68 @@ impl Shared {
             grown |= self.look_on(&branch, whole, &mut silent).await?;
         }
         if whole {
+            if depth == Depth::All || self.is_out_of_sight() || self.is_back(&silent).await {
+                grown |= self.list_anew(&mut silent).await?;
+            }
+            self.sight().looked_at = Some((self.context.clock.monotonic(), self.context.clock.now()));
             self.position().silent = silent.into_iter().collect();
         }
         if grown {
             self.changed.send_modify(|turn| *turn += 1);
         }
         Ok(())
+    }
+
+    fn sight(&self) -> MutexGuard<'_, Sight> {
+        self.sight.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether what was seen may have gone on unseen, or not be all there is.
+    fn is_out_of_sight(&self) -> bool {
+        let (now, date) = (self.context.clock.monotonic(), self.context.clock.now());
+        let Sight { looked_at, listed_at } = *self.sight();
+        let slept = |(at, on): (Duration, DateTime<Utc>)| {
+            now.saturating_sub(at) > BLINK || (date - on).abs().to_std().is_ok_and(|slept| slept > BLINK)
+        };
+        let is_searched = self.suspected.lock().unwrap_or_else(PoisonError::into_inner).is_some();
+        looked_at.is_some_and(slept) || (is_searched && now.saturating_sub(listed_at) > SEARCH)
+    }
+
+    /// Whether a region answers again that did not: what it holds between known frames no look at the next ones shows.
+    async fn is_back(&self, silent: &BTreeSet<RegionName>) -> bool {
+        let stock = self.stock.read().await;
+        let unlisted = stock.shelves.values().flat_map(|shelf| shelf.log.index.unreadable());
+        let mut missed: BTreeSet<_> = unlisted.map(|(region, _)| region.clone()).collect();
+        missed.extend(self.position().silent.iter().cloned());
+        missed.iter().any(|region| !silent.contains(region))
+    }
+
+    /// Lists the open branches in every region. Returns whether anything new was there.
+    async fn list_anew(&self, silent: &mut BTreeSet<RegionName>) -> Result<bool> {
+        let mut grown = false;
+        for branch in self.open_branches().await {
+            let later = Shelf::load(&self.context, branch.clone()).await?;
+            silent.extend(later.log.index.unreadable().iter().map(|(region, _)| region.clone()));
+            {
+                let mut stock = self.stock.write().await;
+                let Some(shelf) = stock.shelves.get_mut(&branch) else { continue };
+                grown |= shelf.absorb(later);
+            }
+            grown |= self.count(&branch).await;
+        }
+        self.sight().listed_at = self.context.clock.monotonic();
+        Ok(grown)
+    }
+
+    /// Counts the runs of a branch anew. Returns whether they are other ones.
+    async fn count(&self, branch: &BranchId) -> bool {
+        let counted = {
+            let stock = self.stock.read().await;
+            let Some(shelf) = stock.shelves.get(branch) else { return false };
+            shelf.log.index.runs(&self.context.repository, None).await
+        };
+        let mut stock = self.stock.write().await;
+        stock.shelves.get_mut(branch).is_some_and(|shelf| shelf.count(counted))
     }
 
     async fn is_damaged(&self) -> bool {
@@ -118,21 +203,17 @@ impl Shared {
         Ok(())
     }
 
-    /// Branches whose part of the way is not whole yet.
+    /// Branches on which more may come that is served: nobody passes over a hole, wherever in its timeline it is.
     async fn open_branches(&self) -> Vec<BranchId> {
+        let passed = self.position().end.map(|end| end.timeline);
         let stock = self.stock.read().await;
-        let is_open = |timeline: &Timeline| {
-            let Some((_, switch)) = stock.way.next(*timeline) else { return true };
-            let shelf = stock.way.branch(*timeline).and_then(|branch| stock.shelves.get(&branch));
-            shelf.is_none_or(|shelf| !shelf.log.runs.iter().any(|run| run.end() >= switch))
-        };
-        stock.way.branches.keys().filter(|timeline| is_open(timeline)).filter_map(|t| stock.way.branch(*t)).collect()
+        let open = stock.way.branches.keys().filter(|timeline| passed.is_none_or(|passed| **timeline >= passed));
+        open.filter_map(|timeline| stock.way.branch(*timeline)).collect()
     }
 
     /// What came of one branch. Returns whether anything did.
     async fn look_on(&self, branch: &BranchId, whole: bool, silent: &mut BTreeSet<RegionName>) -> Result<bool> {
-        let repository = &self.context.repository;
-        let regions = repository.regions.all();
+        let regions = self.context.repository.regions.all();
         let looks = {
             let stock = self.stock.read().await;
             let Some(shelf) = stock.shelves.get(branch) else { return Ok(false) };
@@ -143,7 +224,7 @@ impl Shared {
             }
             looks
         };
-        let gaps = if whole { Some(contradictions(&self.context, branch).await?) } else { None };
+        let gaps = if whole { Some(recorded(&self.context, branch).await?) } else { None };
         let (mut grown, mut failed) = (false, None::<Error>);
         let mut stock = self.stock.write().await;
         let Some(shelf) = stock.shelves.get_mut(branch) else { return Ok(false) };
@@ -160,8 +241,8 @@ impl Shared {
             }
         }
         if let Some(gaps) = gaps {
-            grown |= gaps != shelf.contradictions;
-            shelf.contradictions = gaps;
+            grown |= gaps != shelf.gaps;
+            shelf.gaps = gaps;
         }
         drop(stock);
         if deaf == asked
@@ -172,16 +253,7 @@ impl Shared {
         // Damage may have been mended.
         let is_damaged = !self.stock.read().await.shelves.get(branch).is_none_or(|shelf| shelf.log.damaged.is_empty());
         if grown || whole && is_damaged {
-            let counted = {
-                let stock = self.stock.read().await;
-                let Some(shelf) = stock.shelves.get(branch) else { return Ok(false) };
-                shelf.log.index.runs(repository, None).await
-            };
-            let mut stock = self.stock.write().await;
-            if let Some(shelf) = stock.shelves.get_mut(branch) {
-                (shelf.log.runs, shelf.log.damaged) = counted;
-            }
-            grown = true;
+            grown |= self.count(branch).await;
         }
         Ok(grown)
     }
@@ -199,6 +271,7 @@ impl Shared {
         };
         let mut position = self.position();
         (position.end, position.waiting_since) = (Some(end), waiting.filter(|_| end.lsn > from.1));
+        (position.newest, position.streaming) = (Some(stock.way.history.timeline()), stock.streaming(&end));
         Ok(())
     }
 

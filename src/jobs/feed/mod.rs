@@ -6,12 +6,15 @@
 //! walreceiver. Whatever is in doubt ends the connection with an error that says why; PostgreSQL then waits and asks again.
 
 use std::collections::BTreeMap;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt, chown};
+use std::fs::{File, OpenOptions};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, lchown};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures::StreamExt as _;
 use futures::stream::FuturesUnordered;
+use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{RwLock, watch};
@@ -28,14 +31,19 @@ use crate::pg::instance::User;
 mod look;
 mod serve;
 mod stock;
+#[cfg(test)]
+mod tests;
 mod way;
 
+use look::Depth;
 pub use stock::End;
 use stock::Stock;
 pub use way::Way;
 
 /// Part of the socket's name; nothing listens on the network.
 pub const PORT: u16 = 5432;
+/// What the name of a directory with a feed's socket begins with.
+const PLACE: &str = "drctl-feed-";
 /// `sun_path` on Linux, less the final zero.
 const MAX_SOCKET_PATH: usize = 107;
 
@@ -67,6 +75,10 @@ pub struct Position {
     pub replayed: Option<Lsn>,
     /// The end of all that can be served.
     pub end: Option<End>,
+    /// The timeline that is followed; the end is on an older one where WAL between the two is missing.
+    pub newest: Option<Timeline>,
+    /// When the newest frame of a stream that nobody closed was written, by its writer's clock.
+    pub streaming: Option<chrono::DateTime<chrono::Utc>>,
     /// When the oldest WAL that is stored and not replayed was written; `None` when all is replayed.
     pub waiting_since: Option<chrono::DateTime<chrono::Utc>>,
     /// Why the newest WAL may not be seen.
@@ -99,6 +111,7 @@ struct Shared {
     changed: watch::Sender<u64>,
     /// A hole that the last whole look met: where frames are on their way it is none by the next.
     suspected: Mutex<Option<String>>,
+    sight: Mutex<look::Sight>,
     /// One look at a time.
     looking: tokio::sync::Mutex<()>,
 }
@@ -131,11 +144,12 @@ impl Feed {
             position: Mutex::default(),
             changed,
             suspected: Mutex::default(),
+            sight: Mutex::default(),
             looking: tokio::sync::Mutex::default(),
             origin: Mutex::new(options.origin.clone()),
             options,
         });
-        shared.look(true).await.during(|| "look at the stored WAL")?;
+        shared.look(Depth::New).await.during(|| "look at the stored WAL")?;
         let listener = listen(&shared.options)?;
         let serving = task::spawn("feed", serve_all(Arc::clone(&shared), listener));
         let looking = task::spawn("feed-look", look::keep_looking(Arc::clone(&shared)));
@@ -148,12 +162,31 @@ impl Feed {
         self.shared.position().clone()
     }
 
-    /// Looks into every region now, for everything.
+    /// Looks into every region now, for everything that is new.
     ///
     /// # Errors
     /// No region answers, or the way is in doubt.
     pub async fn look(&self) -> Result<()> {
-        self.shared.look(true).await
+        self.shared.look(Depth::New).await
+    }
+
+    /// Lists every region now, whatever is known.
+    ///
+    /// # Errors
+    /// As [`Self::look`].
+    pub async fn look_anew(&self) -> Result<()> {
+        self.shared.look(Depth::All).await
+    }
+
+    /// Grows whenever something that was not known is seen, whether it can be served or not.
+    pub fn growth(&self) -> u64 {
+        *self.shared.changed.borrow()
+    }
+
+    /// What lies behind the end, also if it was met by one look alone; see [`Position::trouble`].
+    pub async fn hole(&self) -> Option<String> {
+        let end = self.position().end?;
+        self.shared.stock.read().await.hole(&end)
     }
 
     /// The history files of the cluster that are stored: a server that is promoted must find the numbers of all of them
@@ -218,8 +251,15 @@ fn socket(socket_dir: &Path) -> PathBuf {
 pub fn place_in(directory: &Path, rng: &dyn Rng) -> Result<PathBuf> {
     let mut bytes = [0; 4];
     rng.fill(&mut bytes)?;
-    let place = directory.join(format!("drctl-feed-{}", hex::encode(bytes)));
+    let place = directory.join(format!("{PLACE}{}", hex::encode(bytes)));
     check_place(&place).map(|()| place)
+}
+
+/// Whether that is how [`place_in`] names a place in this directory.
+pub fn is_place_in(directory: &Path, place: &Path) -> bool {
+    let name = place.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_prefix(PLACE));
+    let is_named = name.is_some_and(|name| name.len() == 8 && name.bytes().all(|byte| byte.is_ascii_hexdigit()));
+    is_named && *place == directory.join(place.file_name().unwrap_or_default())
 }
 
 /// Refuses a directory below which no socket fits.
@@ -231,7 +271,9 @@ fn check_place(socket_dir: &Path) -> Result<()> {
     Err(error.hint("a socket's path has at most 107 bytes: use a shorter directory"))
 }
 
-/// Only the reader's account reaches what is in the directory; that account could read all of the cluster anyway.
+/// Only the reader's account reaches the socket; that account could read all of the cluster anyway. The directory stays this
+/// account's: it lies among files of the other one, which could put anything in place of what is there, and therefore is
+/// looked at and used by a handle.
 fn listen(Options { socket_dir, owner, .. }: &Options) -> Result<UnixListener> {
     check_place(socket_dir)?;
     remove(socket_dir);
@@ -241,18 +283,38 @@ fn listen(Options { socket_dir, owner, .. }: &Options) -> Result<UnixListener> {
     };
     match std::fs::DirBuilder::new().mode(0o700).create(socket_dir) {
         // Of a feed that was killed.
-        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists && socket_dir.is_dir() => {}
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
         made => made.map_err(io("create", socket_dir))?,
     }
-    std::fs::set_permissions(socket_dir, std::fs::Permissions::from_mode(0o700)).map_err(io("protect", socket_dir))?;
-    let path = socket(socket_dir);
-    let listener = UnixListener::bind(&path).map_err(io("listen on", &path))?;
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).map_err(io("protect", &path))?;
+    let place = only_ours(socket_dir)?;
+    let inside = PathBuf::from(format!("/proc/self/fd/{}", place.as_raw_fd()));
+    let path = socket(&inside);
+    if let Err(error) = std::fs::remove_file(&path)
+        && error.kind() != std::io::ErrorKind::NotFound
+    {
+        return Err(io("remove", &socket(socket_dir))(error));
+    }
+    let listener = UnixListener::bind(&path).map_err(io("listen on", &socket(socket_dir)))?;
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))
+        .map_err(io("protect", &socket(socket_dir)))?;
+    let mode = if owner.is_some() { 0o755 } else { 0o700 };
+    place.set_permissions(std::fs::Permissions::from_mode(mode)).map_err(io("protect", socket_dir))?;
     if let Some(User { uid, gid }) = *owner {
-        chown(&path, Some(uid), Some(gid)).map_err(io("chown", &path))?;
-        chown(socket_dir, Some(uid), Some(gid)).map_err(io("chown", socket_dir))?;
+        lchown(&path, Some(uid), Some(gid)).map_err(io("chown", &socket(socket_dir)))?;
     }
     Ok(listener)
+}
+
+/// A directory of this account; no link.
+fn only_ours(directory: &Path) -> Result<File> {
+    let io = |error| DiskError::new("open", directory, error);
+    let flags = (OFlags::NOFOLLOW | OFlags::DIRECTORY).bits().cast_signed();
+    let place = OpenOptions::new().read(true).custom_flags(flags).open(directory).map_err(io)?;
+    if place.metadata().map_err(io)?.uid() == rustix::process::geteuid().as_raw() {
+        return Ok(place);
+    }
+    let error = Error::refused(format!("{} belongs to another account", directory.display()));
+    Err(error.hint("remove it"))
 }
 
 /// Removes the socket that an earlier feed left, and its directory, if nothing else is in it.

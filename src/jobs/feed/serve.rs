@@ -7,6 +7,7 @@ use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
 
+use crate::jobs::feed::look::Depth;
 use crate::jobs::feed::stock::Reach;
 use crate::jobs::feed::{Doubt, Shared};
 use crate::model::{Error, Kind, Lsn, Result, Timeline};
@@ -49,7 +50,13 @@ async fn commands(shared: &Arc<Shared>, stream: UnixStream) -> Result<(), PgErro
             },
             Command::TimelineHistory(timeline) => match history(shared, timeline).await {
                 Ok(content) => session.history(timeline, &content).await?,
-                Err(refusal) => session.refuse(&refusal).await?,
+                Err(refusal) => {
+                    // The walreceiver ends with that and asks again, for ever, and the server's log alone would say why.
+                    let at = shared.position().replayed.unwrap_or(shared.options.origin.stop_lsn);
+                    let why = format!("the history of timeline {timeline} cannot be given: {}", refusal.message);
+                    shared.position().doubt = Some(Doubt { at, why });
+                    session.refuse(&refusal).await?;
+                }
             },
             Command::Show(name) if name == "wal_segment_size" => {
                 let size = shared.options.origin.wal_segment_size.bytes();
@@ -71,7 +78,7 @@ async fn commands(shared: &Arc<Shared>, stream: UnixStream) -> Result<(), PgErro
 }
 
 async fn identity(shared: &Shared) -> Result<Identity> {
-    shared.look(true).await?;
+    shared.look(Depth::New).await?;
     let stock = shared.stock.read().await;
     let origin = &shared.options.origin;
     let end = stock.end((origin.timeline, origin.stop_lsn))?;

@@ -15,17 +15,17 @@ use crate::jobs::feed::way::Way;
 use crate::jobs::lineage::StoredHistory;
 use crate::model::{Error, Lsn, Result, Timeline};
 use crate::repository::gaps::{self, Gap};
-use crate::repository::wal_index::{BranchId, Window};
+use crate::repository::wal_index::{BranchId, Run, Window, windows};
 use crate::repository::wal_reader::BranchLog;
 
 /// WAL that is read at once: enough to have several frames on their way, and little to hold.
 const PIECE: u64 = 16 << 20;
 
-/// The log of one branch, and where it contradicts itself.
+/// The log of one branch, and the gaps that were recorded of it.
 #[derive(Debug)]
 pub(super) struct Shelf {
     pub(super) log: BranchLog,
-    pub(super) contradictions: Vec<Gap>,
+    pub(super) gaps: Vec<Gap>,
 }
 
 /// Everything that is known of what is stored.
@@ -62,11 +62,28 @@ pub struct End {
 
 impl Shelf {
     pub(super) async fn load(context: &Context, branch: BranchId) -> Result<Self> {
-        let contradictions = contradictions(context, &branch).await?;
+        let gaps = recorded(context, &branch).await?;
         let mut log = BranchLog::load(&context.repository, branch).await;
         // With commit times, which nobody needs who only reads: the end tells its last commit.
         (log.runs, log.damaged) = log.index.runs(&context.repository, None).await;
-        Ok(Self { log, contradictions })
+        Ok(Self { log, gaps })
+    }
+
+    /// Takes a later look at the whole branch in. Returns whether anything is new; the runs are to be counted anew then.
+    pub(super) fn absorb(&mut self, later: Self) -> bool {
+        let is_changed = self.gaps != later.gaps;
+        self.gaps = later.gaps;
+        self.log.index.absorb(later.log.index) || is_changed
+    }
+
+    /// Takes runs that were counted anew. Returns whether they are other ones.
+    pub(super) fn count(&mut self, (runs, damaged): (Vec<Run>, Vec<Error>)) -> bool {
+        let ends = |runs: &[Run]| -> Vec<_> {
+            runs.iter().map(|run| (run.first.place.clone(), run.last.place.seq, run.last.kind)).collect()
+        };
+        let is_changed = ends(&self.log.runs) != ends(&runs) || self.log.damaged.len() != damaged.len();
+        (self.log.runs, self.log.damaged) = (runs, damaged);
+        is_changed
     }
 
     /// The end of what may be served in the window that holds `at`, if it is behind `at`.
@@ -76,7 +93,7 @@ impl Shelf {
             Some(cap) if window.end >= cap => Some(cap),
             _ => window.last_record_end.map(|end| cap.map_or(end, |cap| end.min(cap))),
         };
-        let first = self.contradictions.iter().filter(|gap| gap.to > at).min_by_key(|gap| gap.from);
+        let first = self.gaps.iter().filter(|gap| gap.contradiction && gap.to > at).min_by_key(|gap| gap.from);
         match first {
             Some(gap) if gap.from <= at => {
                 let text = format!("the WAL from {} to {} was stored in two versions", gap.from, gap.to);
@@ -91,13 +108,13 @@ impl Shelf {
     }
 }
 
-/// The recorded contradictions of a branch.
-pub(super) async fn contradictions(context: &Context, branch: &BranchId) -> Result<Vec<Gap>> {
+/// The recorded gaps of a branch, contradictions among them.
+pub(super) async fn recorded(context: &Context, branch: &BranchId) -> Result<Vec<Gap>> {
     let (recorded, unreadable) = gaps::read(&context.repository, branch).await?;
     if let Some(error) = unreadable.into_iter().next() {
         return Err(error);
     }
-    Ok(recorded.into_iter().filter(|gap| gap.contradiction).collect())
+    Ok(recorded)
 }
 
 impl Stock {
@@ -181,19 +198,48 @@ impl Stock {
         Ok(End { timeline, lsn: at, written_at, last_commit: window.and_then(|window| window.last_commit) })
     }
 
-    /// WAL that is stored behind the end, and what lies between.
+    /// What lies behind the end although nothing that can be served leads there: WAL that is stored, WAL that is known to be
+    /// missing, or a timeline that begins there.
     pub(super) fn hole(&self, end: &End) -> Option<String> {
-        let shelf = self.shelf(end.timeline)?;
-        if let Some(damage) = shelf.log.damaged.first() {
+        let shelf = self.shelf(end.timeline);
+        if let Some(damage) = shelf.and_then(|shelf| shelf.log.damaged.first()) {
             return Some(damage.to_string());
         }
         if self.way.until.is_some_and(|until| end.lsn >= until) {
             return None;
         }
+        let timeline = end.timeline;
+        if let Some((next, switch)) = self.way.next(timeline) {
+            let (at, later) = (end.lsn, self.stored_after(timeline));
+            let later = later.map_or_else(String::new, |later| format!(", and WAL of timeline {later} is stored"));
+            return Some(format!(
+                "the WAL of timeline {timeline} ends at {at}; timeline {next} left it behind that, at {switch}{later}"
+            ));
+        }
+        let shelf = shelf?;
+        let windows = windows(&shelf.log.runs);
+        let is_stored = |from, to| windows.iter().any(|window| window.covers(from, to));
+        let is_ahead = |gap: &&Gap| !gap.contradiction && gap.to > end.lsn && gap.is_open(is_stored);
+        if let Some(Gap { from, to, reason, .. }) = shelf.gaps.iter().find(is_ahead) {
+            return Some(format!("the WAL of timeline {timeline} from {from} to {to} was never stored: {reason}"));
+        }
         let window_end = shelf.window_at(end.lsn).map_or(end.lsn, |window| window.end);
         let next = shelf.log.runs.iter().map(|run| run.start()).filter(|start| *start > window_end).min()?;
-        let timeline = end.timeline;
         Some(format!("the WAL of timeline {timeline} has a hole from {window_end}; it goes on at {next}"))
+    }
+
+    /// The first timeline of the way behind this one of which WAL is stored.
+    fn stored_after(&self, timeline: Timeline) -> Option<Timeline> {
+        let later = self.way.history.ancestry().map(|reign| reign.timeline).filter(|later| *later > timeline);
+        later.into_iter().find(|later| self.shelf(*later).is_some_and(|shelf| !shelf.log.runs.is_empty()))
+    }
+
+    /// When the newest frame of a stream that nobody closed was written, by its writer's clock. Who streams on a timeline that
+    /// was left already took part in no decision since.
+    pub(super) fn streaming(&self, end: &End) -> Option<DateTime<Utc>> {
+        let ahead = self.shelves.iter().filter(|(branch, _)| branch.timeline >= end.timeline);
+        let open = ahead.flat_map(|(_, shelf)| shelf.log.index.open_streams());
+        open.map(|header| header.written_at).max()
     }
 
     /// When the oldest stored WAL behind `at` was written.

@@ -1,25 +1,17 @@
 //! What speaks against a plan on this machine.
 
 use std::path::Path;
-use std::time::Duration;
-
-use futures::future::join_all;
 
 use crate::disk::empty::{Contents, contents};
 use crate::disk::space::{free_bytes, taken_bytes};
 use crate::jobs::context::{Context, Target};
 use crate::jobs::restore::marker::{is_free, is_unfinished};
 use crate::jobs::restore::words::{Feed, Plan};
-use crate::jobs::restore::{Request, delta};
+use crate::jobs::restore::{Primary, Request, delta, primary};
 use crate::model::commit::Commit;
 use crate::model::{Result, SystemId};
-use crate::pg::conninfo::ConnInfo;
 use crate::pg::instance::{PgBinaries, Postmaster, User, postmaster_of};
-use crate::pg::sql;
 use crate::repository::restore::{CONTROL_FILE, Leftover};
-
-/// How long the old primary may take to answer.
-const PRIMARY_DEADLINE: Duration = Duration::from_secs(3);
 
 /// What is checked.
 #[derive(Debug)]
@@ -276,32 +268,11 @@ async fn programs(request: &Request, plan: &mut Plan) {
 
 /// A primary that still answers would take writes that nobody restores.
 async fn primary(target: &Target, system: SystemId, plan: &mut Plan) {
-    if primary_answers(target, system).await {
+    if primary::ask(target, system).await == Primary::Answers {
         let servers = target.conninfo.servers().iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
         let warning = format!(
             "the primary at {servers} still answers with this system identifier: fence it before clients reconnect"
         );
         plan.warnings.push(warning);
     }
-}
-
-/// Whether a primary with this system identifier answers at any of the target's addresses, whichever of them the target
-/// prefers.
-pub(super) async fn primary_answers(target: &Target, system: SystemId) -> bool {
-    let servers: Vec<_> = target.conninfo.each_server().collect();
-    let asked = servers.iter().map(|server| is_primary(server, system));
-    join_all(asked).await.into_iter().any(|answers| answers)
-}
-
-async fn is_primary(server: &ConnInfo, system: SystemId) -> bool {
-    let asked = async {
-        let client = sql::connect(server).await.ok()?;
-        let row = client
-            .query_one("SELECT system_identifier::text, pg_is_in_recovery() FROM pg_control_system()", &[])
-            .await
-            .ok()?;
-        let (id, standby): (String, bool) = (row.get(0), row.get(1));
-        (id == system.to_string() && !standby).then_some(())
-    };
-    matches!(tokio::time::timeout(PRIMARY_DEADLINE, asked).await, Ok(Some(())))
 }

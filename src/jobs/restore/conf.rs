@@ -1,11 +1,15 @@
 //! Configuration of a restored cluster: recovery settings between markers, and the captured files where PGDATA had none.
 
+use std::fs::OpenOptions;
+use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use base64::Engine as _;
+use rustix::fs::OFlags;
 use serde::Serialize;
 
-use crate::disk::place;
+use crate::disk::{DiskError, place};
 use crate::model::{Error, Lsn, Result, Timeline};
 
 const BEGIN: &str = "# drctl recovery settings begin";
@@ -86,7 +90,10 @@ fn shell(path: &Path) -> Result<String> {
 /// Appends the block to the directory's `postgresql.auto.conf`, replacing one that is there.
 pub(super) fn append(directory: &Path, block: &str) -> Result<()> {
     let path = directory.join(AUTO_CONF);
-    let mut text = without_block(&std::fs::read_to_string(&path).unwrap_or_default());
+    let mut text = match read(&path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
+        read => without_block(&read.map_err(|error| DiskError::new("read", &path, error))?),
+    };
     if !text.is_empty() && !text.ends_with('\n') {
         text.push('\n');
     }
@@ -94,10 +101,18 @@ pub(super) fn append(directory: &Path, block: &str) -> Result<()> {
     Ok(place::place(&path, text.as_bytes(), 0o600)?)
 }
 
+/// The file itself. Its account could have put a link to what only root reads in its place, and gets back what is written.
+fn read(path: &Path) -> std::io::Result<String> {
+    let mut options = OpenOptions::new();
+    let mut file = options.read(true).custom_flags(OFlags::NOFOLLOW.bits().cast_signed()).open(path)?;
+    let mut text = String::new();
+    file.read_to_string(&mut text).map(|_| text)
+}
+
 /// Takes the block out again.
 pub(super) fn remove(directory: &Path) -> Result<()> {
     let path = directory.join(AUTO_CONF);
-    let text = std::fs::read_to_string(&path).map_err(|error| crate::disk::DiskError::new("read", &path, error))?;
+    let text = read(&path).map_err(|error| DiskError::new("read", &path, error))?;
     Ok(place::place(&path, without_block(&text).as_bytes(), 0o600)?)
 }
 
@@ -224,6 +239,11 @@ mod tests {
         assert_eq!(read(), format!("work_mem = '5MB'\n{block}"));
         remove(dir.path()).unwrap();
         assert_eq!(read(), "work_mem = '5MB'\n");
+        let secret = dir.path().join("secret");
+        place::place(&secret, b"of root", 0o600).unwrap();
+        std::fs::remove_file(dir.path().join(AUTO_CONF)).unwrap();
+        std::os::unix::fs::symlink(&secret, dir.path().join(AUTO_CONF)).unwrap();
+        append(dir.path(), &block).unwrap_err();
     }
 
     #[test]

@@ -28,7 +28,8 @@ use crate::repository::restore::{CONTROL_FILE, CONTROL_FILE_PENDING, Leftover, W
 /// Recovers to its target and opens.
 pub(super) const RECOVERY_SIGNAL: &str = "recovery.signal";
 /// The same, and waits for more where its WAL ends.
-pub(super) const STANDBY_SIGNAL: &str = "standby.signal";
+/// What makes a server a standby.
+pub(in crate::jobs) const STANDBY_SIGNAL: &str = "standby.signal";
 /// The files that PostgreSQL or `pg_verifybackup` must not find as they were on the source.
 const NOT_RESTORED: [&str; 5] =
     [RECOVERY_SIGNAL, STANDBY_SIGNAL, "postmaster.pid", "postmaster.opts", "tablespace_map"];

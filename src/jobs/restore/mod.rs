@@ -22,6 +22,7 @@ pub mod feed;
 mod files;
 mod marker;
 mod plan;
+mod primary;
 mod record;
 mod recover;
 mod report;
@@ -37,7 +38,9 @@ pub use report::{PhaseTime, Report, Started};
 pub use target::Point;
 pub use words::{Feed, Needs, Plan, Refusal, RegionState, Reuse, WalLeg};
 
+pub(in crate::jobs) use files::STANDBY_SIGNAL;
 pub use plan::{Prepared, quoted};
+pub use primary::Primary;
 use record::Record;
 
 use crate::pg::instance::{Instance, Network, User};
@@ -212,9 +215,9 @@ pub fn give(path: &Path, owner: Option<User>) -> Result<()> {
     stage::give(path, owner)
 }
 
-/// Whether the primary of a target still answers as the primary of this cluster.
-pub async fn primary_answers(target: &Target, system_id: SystemId) -> bool {
-    checks::primary_answers(target, system_id).await
+/// Asks whether the primary of a target still answers as the primary of this cluster.
+pub async fn ask_primary(target: &Target, system_id: SystemId) -> Primary {
+    primary::ask(target, system_id).await
 }
 
 /// Writes settings behind all others of a restored cluster, in place of those that drctl wrote there before.

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::ops::ControlFlow;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, chown};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, lchown};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
@@ -226,10 +226,12 @@ impl Segment {
     }
 }
 
-/// Hands a file to the account that PostgreSQL runs as.
+/// Hands a file to the account that PostgreSQL runs as. Never what a link leads to: that account may have put it there.
 pub(super) fn give(path: &Path, owner: Option<User>) -> Result<()> {
     let Some(User { uid, gid }) = owner else { return Ok(()) };
-    chown(path, Some(uid), Some(gid)).map_err(|error| DiskError::new("chown", path, error)).during(|| "hand over files")
+    lchown(path, Some(uid), Some(gid))
+        .map_err(|error| DiskError::new("chown", path, error))
+        .during(|| "hand over files")
 }
 
 /// The segments of the plan. Where timelines meet inside a segment it carries the name of the newer one.

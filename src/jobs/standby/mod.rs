@@ -27,6 +27,7 @@ use crate::repository::nearest::nearest;
 use crate::repository::wal_log::branch_of;
 
 mod control;
+mod drain;
 mod promote;
 mod record;
 mod report;
@@ -161,6 +162,7 @@ impl Start {
             region: self.region.clone(),
             port: self.port,
             listen: self.listen.clone(),
+            promotion: None,
         };
         let document = (RECORD, record.document()?);
         let laid = restore::lay_standby(context, &self.request(), prepared, document).await?;
@@ -184,11 +186,19 @@ impl Standby {
     /// Feeds a standby whose directory is there, and starts its server unless it runs.
     ///
     /// # Errors
-    /// Another process feeds it, no region answers, or PostgreSQL does not start.
-    pub async fn open(context: &Context, record: Record) -> Result<Self> {
+    /// Another process feeds it, no region answers, PostgreSQL does not start, or it is no standby any more.
+    pub async fn open(context: &Context, mut record: Record) -> Result<Self> {
         let owner = record.run_as.as_deref().map(User::named).transpose()?;
         let lock = Lock::acquire(&record.directory.join(LOCK)).during(|| "another drctl feeds this standby")?;
         restore::give(&record.directory.join(LOCK), owner)?;
+        if let Err(promoted) = server::must_be_standby(&record.directory).await {
+            return Err(forsake(context, &record, owner, promoted));
+        }
+        if record.promotion.take().is_some() {
+            // Whatever wakes the server up would promote it with this.
+            server::withdraw_promotion(&record.directory)?;
+            record.note_promotion(None, owner)?;
+        }
         if let Err(error) = record.remember(context) {
             tracing::warn!(%error, "the state directory does not know this standby: name it with --dir");
         }
@@ -255,6 +265,9 @@ impl Standby {
                     None => return Err(Error::failed("the standby lost its orders")),
                 },
                 _ = turns.tick() => {
+                    if let Err(promoted) = server::must_be_standby(&self.desk.record.directory).await {
+                        return self.leave(promoted).await;
+                    }
                     turn += 1;
                     self.tend(turn.is_multiple_of(LIMITS)).await;
                 }
@@ -317,15 +330,21 @@ impl Standby {
         let Desk { record, .. } = self.desk.as_ref();
         let owner = self.server.owner();
         self.server.leave();
-        restore::unconfigure(&record.directory, owner)?;
-        restore::give(&record.directory.join(record::LOG), owner)?;
-        record.forget(&self.context);
-        let lock = record.directory.join(LOCK);
-        std::fs::remove_file(&lock).map_err(|error| crate::disk::DiskError::new("remove", &lock, error))?;
+        part(&self.context, record, owner)?;
         self.server.reload()
     }
 
+    /// Its server is no standby any more: it goes on without this process.
+    async fn leave(mut self, promoted: Error) -> Result<Ended> {
+        self.server.leave();
+        self.end().await;
+        Err(promoted)
+    }
+
     async fn stop(mut self) -> Result<Ended> {
+        if let Err(promoted) = server::must_be_standby(&self.desk.record.directory).await {
+            return self.leave(promoted).await;
+        }
         let stopped = self.server.stop().await.during(|| "stop the standby's server");
         self.end().await;
         stopped.map(|()| Ended::Stopped)
@@ -336,6 +355,31 @@ impl Standby {
         let Self { desk, control, .. } = self;
         control.stop(FAREWELL).await;
         feed::remove(&desk.record.socket_dir);
+    }
+}
+
+/// Takes away what made a directory a standby of drctl.
+fn part(context: &Context, record: &Record, owner: Option<User>) -> Result<()> {
+    restore::unconfigure(&record.directory, owner)?;
+    restore::give(&record.directory.join(record::LOG), owner)?;
+    record.forget(context);
+    let lock = record.directory.join(LOCK);
+    Ok(std::fs::remove_file(&lock).map_err(|error| crate::disk::DiskError::new("remove", &lock, error))?)
+}
+
+/// A promotion that was ordered here and whose end nobody saw is tidied up behind; whatever else made a primary of a standby
+/// is left to whoever did.
+fn forsake(context: &Context, record: &Record, owner: Option<User>, promoted: Error) -> Error {
+    let Some(at) = record.promotion else { return promoted };
+    match part(context, record, owner) {
+        Ok(()) => {
+            let at = at.format("%Y-%m-%d %H:%M:%S");
+            let error = Error::refused(format!("{} was promoted on {at} UTC", record.directory.display()));
+            error.hint(
+                "it is a cluster of its own now: start and stop it with pg_ctl, let conninfo name it, and back it up",
+            )
+        }
+        Err(error) => promoted.because(format!("not tidied up: {error}")),
     }
 }
 
@@ -371,7 +415,9 @@ pub async fn status(record: &Record) -> Result<Status> {
                 Postmaster::Alive { pid } => Some(pid),
                 _ => None,
             };
-            Ok(Status::not_fed(record, server))
+            let status = Status::not_fed(record, server);
+            let promoted = server::must_be_standby(&record.directory).await.err();
+            Ok(Status { why: promoted.map(|promoted| promoted.to_string()).or(status.why), ..status })
         }
     }
 }
@@ -393,6 +439,7 @@ pub async fn order_promotion(record: &Record, wish: Wish) -> Result<Promoted> {
 /// # Errors
 /// What stopped it.
 pub async fn stop(record: &Record) -> Result<bool> {
+    server::must_be_standby(&record.directory).await?;
     let was_fed = control::order_stop(record).await?.is_some();
     let was_running = matches!(postmaster_of(&record.directory)?, Postmaster::Alive { .. });
     if was_fed {

@@ -9,22 +9,19 @@ use sha2::{Digest as _, Sha256};
 use crate::disk::place;
 use crate::jobs::context::Context;
 use crate::jobs::feed::{Feed, Position};
-use crate::jobs::restore::{self, Refusal};
+use crate::jobs::restore::{self, Primary, Refusal};
 use crate::jobs::standby::control;
+use crate::jobs::standby::drain::{Drain, Seen, Step, streams};
 use crate::jobs::standby::record::Record;
 use crate::jobs::standby::server::Server;
 use crate::jobs::standby::status::{State, Status};
 use crate::jobs::standby::words::{Overrides, Promoted, Wish};
 use crate::jobs::wal::reaches;
-use crate::model::{Clock, Error, Lsn, Result, ResultExt, Timeline};
+use crate::model::{Error, Lsn, Result, ResultExt, Timeline};
 use crate::pg::history::History;
 use crate::repository::wal_index;
 
 const POLL: Duration = Duration::from_millis(200);
-/// Replay that does not move for so long is stuck.
-const STALL: Duration = Duration::from_secs(60);
-/// What is in doubt may be on its way for so long.
-const PATIENCE: Duration = Duration::from_secs(10);
 /// A server that is promoted writes one record first; a large one renames and checks many files.
 const OPENING: Duration = Duration::from_secs(600);
 
@@ -36,7 +33,7 @@ pub struct Plan {
     /// How the standby is now.
     pub standby: Status,
     /// Whether the primary still answers as one.
-    pub primary_answers: bool,
+    pub primary: Primary,
     /// What stands in the way.
     pub refused: Vec<Refusal>,
     /// What the reader should know.
@@ -90,23 +87,49 @@ pub async fn plan(context: &Context, record: &Record, overrides: Overrides) -> R
         Some(status) => status,
         None => Status::not_fed(record, None),
     };
-    let primary_answers = match context.target(&record.target) {
-        Ok(target) => restore::primary_answers(target, record.origin.system_id).await,
-        Err(_) => false,
+    let primary = match context.target(&record.target) {
+        Ok(target) => restore::ask_primary(target, record.origin.system_id).await,
+        Err(error) => Primary::Unknown(error.to_string()),
     };
     let mut plan = Plan {
         digest: digest(record, overrides)?,
         standby,
-        primary_answers,
+        primary,
         refused: Vec::new(),
         warnings: Vec::new(),
         command: String::new(),
     };
+    plan.judge_life((context, record), overrides);
     plan.judge(context, overrides);
     Ok(plan)
 }
 
 impl Plan {
+    /// Whether somebody still takes writes.
+    fn judge_life(&mut self, (context, record): (&Context, &Record), overrides: Overrides) {
+        let mut lives = |what: &str, why: String| match overrides.primary_lives {
+            true => self.warnings.push(format!("{what}: {why}")),
+            false => {
+                let next = "stop or fence it, or add --primary-is-fenced".to_owned();
+                self.refused.push(Refusal { what: what.to_owned(), why, next, judges: false });
+            }
+        };
+        let streams = streams(self.standby.streamed_at, context.clock.now(), ship_interval(context, record));
+        match (&self.primary, streams) {
+            (Primary::Answers, _) => {
+                let why = "what it commits from now on would be lost, and two servers would take writes";
+                lives("the primary still answers", why.to_owned());
+            }
+            (_, Some(streams)) => lives("the primary may live", streams),
+            (Primary::Unknown(why), None) => {
+                let warning =
+                    format!("whether the primary lives is not known ({why}): make sure that it takes no writes");
+                self.warnings.push(warning);
+            }
+            (Primary::Silent, None) => {}
+        }
+    }
+
     fn judge(&mut self, context: &Context, overrides: Overrides) {
         let Status { state, why, silent, .. } = self.standby.clone();
         if state == State::NotFed {
@@ -117,13 +140,12 @@ impl Plan {
             let why = why.clone().unwrap_or_else(|| state.words().to_owned());
             self.refuse_because(format!("it is {}", state.words()), why, "see drctl standby status");
         }
-        if self.primary_answers {
-            let what = "the primary still answers";
-            let why = "what it commits from now on would be lost, and two servers would take writes";
-            match overrides.primary_lives {
-                true => self.warnings.push(format!("{what}: {why}")),
-                false => self.refuse_because(what, why, "stop or fence it, or add --primary-is-fenced"),
-            }
+        let (newest, end) = (self.standby.newest_timeline, self.standby.durable_timeline.zip(self.standby.durable_end));
+        if let Some((newest, end)) = newest.zip(end).filter(|(newest, (timeline, _))| newest != timeline) {
+            let error = short_of(newest, end);
+            let next =
+                format!("see drctl wal status; drctl restore {} goes to the end of any timeline", self.standby.target);
+            self.refuse_because(error.message(), error.causes().join("; "), next);
         }
         let mut loss = |what: String, why: String| match overrides.accept_loss {
             true => self.warnings.push(format!("{what}: {why}")),
@@ -165,26 +187,31 @@ pub(super) async fn run(
 ) -> Result<Promoted> {
     let clock = context.clock.as_ref();
     let began = clock.monotonic();
-    let position = drain(context, feed, wish).await.during(|| "drain the standby")?;
+    let position = drain(context, (record, feed), wish).await.during(|| "drain the standby")?;
     must_know_every_timeline(context, (record, feed), wish).await?;
+    must_be_the_end(feed, wish).await?;
     let drained = clock.monotonic();
     let end = position.end.ok_or_else(|| Error::failed("the end of the stored WAL is not known"))?;
     take_numbers(record, feed, server).await?;
+    record.note_promotion(Some(clock.now()), server.owner())?;
     server.promote()?;
     server.opened(OPENING).await.during(|| "promote")?;
     let opened = clock.monotonic();
     let (timeline, switch) = switched(record, server).await?;
-    if switch < end.lsn && !reaches(switch, end.lsn) && !wish.accept_loss {
-        let text = format!("the new timeline {timeline} began at {switch}, and WAL is stored up to {}", end.lsn);
-        return Err(Error::damaged(text).hint("it is open: do not use it; restore to the end instead"));
-    }
+    let mut warnings = warnings(server).await;
+    let stored_to = stored_since(feed, end.lsn).await.unwrap_or_else(|warning| {
+        warnings.push(warning);
+        end.lsn
+    });
+    let lost_to = (switch < stored_to && !reaches(switch, stored_to)).then_some(stored_to);
     let seconds = |from: Duration, to: Duration| (to - from).as_secs_f64();
     let phases = [("drain", seconds(began, drained)), ("promote", seconds(drained, opened))];
     Ok(Promoted {
         target: record.target.clone(),
         directory: record.directory.clone(),
-        recovered_to: end.lsn,
+        recovered_to: lost_to.map_or(end.lsn, |_| end.lsn.min(switch)),
         switch,
+        lost_to,
         old_timeline: end.timeline,
         timeline,
         last_commit: end.last_commit,
@@ -192,50 +219,69 @@ pub(super) async fn run(
         silent: position.silent,
         phases: phases.map(|(name, took)| (name.to_owned(), took)).to_vec(),
         seconds: seconds(began, opened),
-        warnings: warnings(server).await,
-        next: next(record),
+        warnings,
+        next: next(record, lost_to),
         stored_as: None,
         record: None,
     })
 }
 
-/// Waits until everything that is stored is replayed, seen by two whole looks in a row.
-async fn drain(context: &Context, feed: &Feed, wish: Wish) -> Result<Position> {
-    let clock: &dyn Clock = context.clock.as_ref();
-    let (mut before, mut moved_at) = (None, clock.monotonic());
-    let mut sure = false;
+/// Up to where the old timeline is stored once the new one has begun, or a word on why nobody knows.
+async fn stored_since(feed: &Feed, end: Lsn) -> std::result::Result<Lsn, String> {
+    let unknown = |error: Error| format!("whether more was stored meanwhile is not known: {error}");
+    feed.look_anew().await.map_err(unknown)?;
+    Ok(feed.position().end.map_or(end, |later| later.lsn.max(end)))
+}
+
+/// How long the primary's receiver lets WAL wait.
+fn ship_interval(context: &Context, record: &Record) -> Duration {
+    context.target(&record.target).map_or(Duration::from_secs(1), |target| target.ship_interval)
+}
+
+/// Waits until everything that is stored is replayed, and nothing more comes. It begins with a list of everything: what came
+/// into being unseen no look at the next names shows.
+async fn drain(context: &Context, (record, feed): (&Record, &Feed), wish: Wish) -> Result<Position> {
+    let mut drain = Drain::new(wish, ship_interval(context, record));
+    let mut looked = feed.look_anew().await;
     loop {
-        let looked = feed.look().await;
         let position = feed.position();
         let doubt = looked.err().map(|error| error.to_string()).or_else(|| doubts(context, &position));
-        let end = position.end.map(|end| end.lsn);
-        let now = (end, position.replayed);
-        if before != Some(now) {
-            (moved_at, sure) = (clock.monotonic(), false);
+        let seen = Seen {
+            at: context.clock.monotonic(),
+            on: context.clock.now(),
+            growth: feed.growth(),
+            end: position.end.map(|end| end.lsn),
+            replayed: position.replayed,
+            doubt,
+            is_withheld: position.doubt.is_some(),
+            streaming: position.streaming,
+        };
+        match drain.step(seen) {
+            Step::Done => return Ok(position),
+            Step::Refuse(error) => return Err(error),
+            Step::Wait => tokio::time::sleep(POLL).await,
         }
-        let is_done =
-            end.zip(position.replayed).is_some_and(|(end, replayed)| replayed >= end || reaches(replayed, end));
-        let waited = clock.monotonic() - moved_at;
-        match doubt {
-            None if is_done && sure => return Ok(position),
-            Some(_) if wish.accept_loss && (is_done || position.doubt.is_some()) && waited > PATIENCE => {
-                return Ok(position);
-            }
-            Some(doubt) if !wish.accept_loss && waited > PATIENCE => {
-                let error = Error::refused("stored WAL is not all replayed").because(doubt);
-                return Err(error.hint("nothing was promoted; --accept-loss promotes all the same"));
-            }
-            None if waited > STALL => {
-                let at = position.replayed.map_or_else(|| "nowhere".to_owned(), |at| at.to_string());
-                let error = Error::failed(format!("replay stands still at {at}"));
-                return Err(error.hint("nothing was promoted; see the server's log, drctl-standby.log"));
-            }
-            _ => {}
-        }
-        sure = before == Some(now) && is_done;
-        before = Some(now);
-        tokio::time::sleep(POLL).await;
+        looked = feed.look().await;
     }
+}
+
+/// A server that knows of a newer timeline than it has WAL of would call that one its parent, in a history that contradicts
+/// itself.
+async fn must_be_the_end(feed: &Feed, wish: Wish) -> Result<()> {
+    let position = feed.position();
+    let nothing = |error: Error| Err(error.hint("nothing was promoted"));
+    if let Some((newest, end)) = position.newest.zip(position.end).filter(|(newest, end)| *newest != end.timeline) {
+        return nothing(short_of(newest, (end.timeline, end.lsn)));
+    }
+    match feed.hole().await {
+        Some(hole) if !wish.accept_loss => nothing(Error::refused("stored WAL is not all replayed").because(hole)),
+        _ => Ok(()),
+    }
+}
+
+fn short_of(newest: Timeline, (timeline, end): (Timeline, Lsn)) -> Error {
+    let text = format!("the WAL of timeline {timeline} ends at {end}, before timeline {newest} began");
+    Error::refused(text).because("promoted there it would not know whose child it is")
 }
 
 fn doubts(context: &Context, position: &Position) -> Option<String> {
@@ -264,16 +310,17 @@ async fn must_know_every_timeline(context: &Context, (record, feed): (&Record, &
 
 /// A server takes the number behind the highest that it finds a history of: every stored one must be there.
 async fn take_numbers(record: &Record, feed: &Feed, server: &Server) -> Result<()> {
+    let pg_wal = record.directory.join("pg_wal");
+    if pg_wal.is_symlink() {
+        return Err(Error::refused(format!("{} is a link, and nothing is written through links", pg_wal.display())));
+    }
     for stored in feed.histories().await {
-        let path = record.directory.join("pg_wal").join(stored.timeline.history_file_name());
+        let path = pg_wal.join(stored.timeline.history_file_name());
         if path.exists() {
             continue;
         }
         place::place(&path, &stored.content, 0o600)?;
-        if let Some(owner) = server.owner() {
-            let io = |error| crate::disk::DiskError::new("chown", &path, error);
-            std::os::unix::fs::chown(&path, Some(owner.uid), Some(owner.gid)).map_err(io)?;
-        }
+        restore::give(&path, server.owner())?;
     }
     Ok(())
 }
@@ -301,17 +348,20 @@ async fn warnings(server: &Server) -> Vec<String> {
     warnings
 }
 
-fn next(record: &Record) -> Vec<String> {
+fn next(record: &Record, lost_to: Option<Lsn>) -> Vec<String> {
     let listens = record.listen.as_ref().map_or_else(
         || "it listens in its data directory alone: restart it to listen as its configuration says".to_owned(),
         |listen| format!("it listens on {listen}, port {}: let clients in", record.port),
     );
-    vec![
+    let lost = lost_to
+        .map(|_| "let no client in before somebody decided whose commits count: the old timeline went on".to_owned());
+    let steps = [
         listens,
         format!(
             "let the conninfo of {} name it, and stream its WAL: drctl wal stream {}",
             record.target, record.target
         ),
         format!("drctl backup {}", record.target),
-    ]
+    ];
+    lost.into_iter().chain(steps).collect()
 }

@@ -1,14 +1,22 @@
 //! What a standby is, written beside its data, so that whoever starts it again goes on with it.
 
+use std::fs::OpenOptions;
+use std::io::Read;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use chrono::{DateTime, Utc};
+use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use crate::disk::{DiskError, place};
 use crate::jobs::context::Context;
+use crate::jobs::feed;
+use crate::jobs::restore;
 use crate::model::commit::WalNeed;
 use crate::model::{BackupId, Error, RegionName, Result, TargetName};
+use crate::pg::instance::User;
 
 /// The record's name in the data directory.
 pub const RECORD: &str = "drctl-standby.json";
@@ -16,6 +24,8 @@ pub const RECORD: &str = "drctl-standby.json";
 pub(super) const LOCK: &str = "drctl-standby.lock";
 /// What its server prints.
 pub(super) const LOG: &str = "drctl-standby.log";
+/// More than any record has.
+const LIMIT: u64 = 64 * 1024;
 /// Where a host keeps which standbys it has, below the state directory.
 const KNOWN: &str = "standbys";
 
@@ -43,6 +53,9 @@ pub struct Record {
     pub port: u16,
     /// The addresses that it listens on; none but a socket in the data directory without them.
     pub listen: Option<String>,
+    /// When its server was told to end recovery; written before it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub promotion: Option<DateTime<Utc>>,
 }
 
 /// Where a standby is, as the state directory knows it.
@@ -59,17 +72,55 @@ impl Record {
     /// It is not readable.
     pub fn read(directory: &Path) -> Result<Option<Self>> {
         let path = directory.join(RECORD);
-        let bytes = match std::fs::read(&path) {
-            Ok(bytes) => bytes,
+        let mut bytes = Vec::new();
+        let mut options = OpenOptions::new();
+        // A pipe in its place would let us wait for ever.
+        options.read(true).custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed());
+        match options.open(&path).and_then(|file| file.take(LIMIT).read_to_end(&mut bytes)) {
+            Ok(_) => {}
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(DiskError::new("read", &path, error).into()),
+        }
+        let record = serde_json::from_slice::<Self>(&bytes);
+        let record =
+            record.map_err(|error| Error::damaged(format!("{} is not readable", path.display())).because(error))?;
+        record.must_be_of(directory).map(|()| Some(record))
+    }
+
+    /// The record lies among files of the account that PostgreSQL runs as, which may write into it what it likes. So nothing
+    /// in it leads root elsewhere: to no other directory, and to no other account.
+    fn must_be_of(&self, directory: &Path) -> Result<()> {
+        let wrong = |why: String| {
+            let error = Error::refused(format!("{} is not followed", directory.join(RECORD).display()));
+            Err(error.because(why))
         };
-        let record = serde_json::from_slice(&bytes);
-        record.map(Some).map_err(|error| Error::damaged(format!("{} is not readable", path.display())).because(error))
+        let whole = |path: &Path| path.canonicalize().map_err(|error| DiskError::new("find", path, error));
+        let here = whole(directory)?;
+        if self.directory != directory && self.directory.canonicalize().ok() != Some(here) {
+            return wrong(format!("it is of {}", self.directory.display()));
+        }
+        if !feed::is_place_in(&self.directory, &self.socket_dir) {
+            return wrong(format!("it names {} as the place of a socket", self.socket_dir.display()));
+        }
+        if let Some(name) = self.run_as.as_ref().filter(|_| rustix::process::geteuid().is_root()) {
+            let owner = std::fs::metadata(directory).map_err(|error| DiskError::new("look at", directory, error))?;
+            if User::named(name)?.uid != owner.uid() {
+                return wrong(format!("the directory does not belong to {name}, whom it names"));
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn document(&self) -> Result<Vec<u8>> {
         json(self)
+    }
+
+    /// Notes that the server is about to be told to end recovery, or (`None`) that it was not after all: whoever finds the
+    /// directory later must not take a primary for a standby.
+    pub(super) fn note_promotion(&self, at: Option<DateTime<Utc>>, owner: Option<User>) -> Result<()> {
+        let path = self.directory.join(RECORD);
+        place::place(&path, &json(&Self { promotion: at, ..self.clone() })?, 0o600)?;
+        restore::give(&path, owner)
     }
 
     /// Lets `status` and the other verbs find it without its directory.
@@ -147,5 +198,53 @@ pub fn the_one(context: &Context, target: Option<&TargetName>, directory: Option
             Err(error.hint("drctl standby start <target> --to DIR makes one; --dir DIR names one of another state_dir"))
         }
         (Some(_), false) => Err(Error::usage("this host has several standbys").hint("name one: --dir DIR")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::codec::SystemRng;
+    use crate::repository::testing::need;
+
+    fn write(record: &Record, directory: &Path) {
+        place::place(&directory.join(RECORD), &record.document().unwrap(), 0o600).unwrap();
+    }
+
+    #[test]
+    fn a_record_leads_nowhere_else() {
+        let files = tempfile::tempdir().unwrap();
+        let directory = files.path().to_owned();
+        assert_eq!(Record::read(&directory).unwrap(), None);
+        let own = Record {
+            format: 1,
+            target: "ledger".parse().unwrap(),
+            backup: BackupId::new(&"ledger".parse().unwrap(), DateTime::UNIX_EPOCH, &SystemRng).unwrap(),
+            origin: need(1000, 1090),
+            socket_dir: feed::place_in(&directory, &SystemRng).unwrap(),
+            directory: directory.clone(),
+            run_as: None,
+            region: None,
+            port: 5432,
+            listen: None,
+            promotion: None,
+        };
+        write(&own, &directory);
+        assert_eq!(Record::read(&directory).unwrap(), Some(own.clone()));
+        let elsewhere = tempfile::tempdir().unwrap();
+        let wrong = [
+            Record { socket_dir: "/etc".into(), ..own.clone() },
+            Record { socket_dir: elsewhere.path().join("drctl-feed-01234567"), ..own.clone() },
+            Record { directory: elsewhere.path().to_owned(), ..own.clone() },
+        ];
+        for record in wrong {
+            write(&record, &directory);
+            let error = Record::read(&directory).unwrap_err();
+            assert!(error.to_string().contains("is not followed"), "{error}");
+        }
+        std::fs::remove_file(directory.join(RECORD)).unwrap();
+        write(&own, elsewhere.path());
+        std::os::unix::fs::symlink(elsewhere.path().join(RECORD), directory.join(RECORD)).unwrap();
+        Record::read(&directory).unwrap_err();
     }
 }

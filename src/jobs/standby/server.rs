@@ -1,14 +1,17 @@
 //! The standby's PostgreSQL: its settings, its life, and the end of its recovery.
 
+use std::fs::Metadata;
+use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::disk::place;
+use crate::disk::{DiskError, place};
 use crate::jobs::feed;
 use crate::jobs::restore;
-use crate::jobs::standby::record::{LOG, Record};
+use crate::jobs::standby::record::{LOG, RECORD, Record};
 use crate::model::{Error, Result, ResultExt, Timeline};
 use crate::pg::control::{self, ControlFile, StandbyLimits, State};
 use crate::pg::instance::{Instance, InstanceOptions, Network, PgBinaries, Postmaster, StopMode, User, postmaster_of};
@@ -16,6 +19,8 @@ use crate::pg::instance::{Instance, InstanceOptions, Network, PgBinaries, Postma
 /// A checkpoint is written first.
 const STOP_LIMIT: Duration = Duration::from_secs(120);
 const POLL: Duration = Duration::from_millis(50);
+/// A server that finds this when it is signalled ends recovery.
+const PROMOTE: &str = "promote";
 /// Reading while the server overwrites the file.
 const TORN: u32 = 20;
 
@@ -47,6 +52,7 @@ impl Server {
 
     /// Starts it with settings for what its WAL needs by now.
     pub(super) async fn start(&mut self) -> Result<()> {
+        must_be_standby(&self.record.directory).await?;
         let limits = self.control().await?.limits;
         let archive_mode = self.setting("archive_mode").await?;
         let settings = settings(&self.record, limits, &archive_mode);
@@ -127,12 +133,9 @@ impl Server {
 
     /// Ends recovery, as `pg_ctl promote` does.
     pub(super) fn promote(&self) -> Result<()> {
-        let path = self.record.directory.join("promote");
+        let path = self.record.directory.join(PROMOTE);
         place::place(&path, b"", 0o600)?;
-        if let Some(User { uid, gid }) = self.owner {
-            let io = |error| crate::disk::DiskError::new("chown", &path, error);
-            std::os::unix::fs::chown(&path, Some(uid), Some(gid)).map_err(io)?;
-        }
+        restore::give(&path, self.owner)?;
         self.tell(Signal::USR1)
     }
 
@@ -143,7 +146,7 @@ impl Server {
 
     fn tell(&self, signal: Signal) -> Result<()> {
         let gone = || Error::failed("the standby's server does not run");
-        let pid = self.pid().and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?)).ok_or_else(gone)?;
+        let pid = process_of(&self.record.directory)?.ok_or_else(gone)?;
         kill_process(pid, signal).map_err(|error| gone().because(error))
     }
 
@@ -188,9 +191,8 @@ impl Server {
 
 /// Stops a server that another process started.
 pub(super) async fn stop_found(directory: &Path) -> Result<()> {
-    let Postmaster::Alive { pid } = postmaster_of(directory)? else { return Ok(()) };
-    let process = i32::try_from(pid).ok().and_then(Pid::from_raw);
-    let process = process.ok_or_else(|| Error::failed("postmaster.pid names no process"))?;
+    let Some(process) = process_of(directory)? else { return Ok(()) };
+    let pid = process.as_raw_nonzero();
     kill_process(process, Signal::INT)
         .map_err(|error| Error::failed(format!("stop the server (pid {pid})")).because(error))?;
     let ended = async {
@@ -203,12 +205,68 @@ pub(super) async fn stop_found(directory: &Path) -> Result<()> {
     tokio::time::timeout(STOP_LIMIT, ended).await.unwrap_or_else(|_| Err(late()))
 }
 
+/// The server of a data directory, if it runs. After a crash another program may have its process id, and must not get its
+/// signals: a postmaster works in its data directory.
+fn process_of(directory: &Path) -> Result<Option<Pid>> {
+    let Postmaster::Alive { pid } = postmaster_of(directory)? else { return Ok(None) };
+    let same = |one: &Metadata, other: &Metadata| (one.dev(), one.ino()) == (other.dev(), other.ino());
+    let own = std::fs::metadata(directory).map_err(|error| DiskError::new("look at", directory, error))?;
+    let is_ours = match std::fs::metadata(format!("/proc/{pid}/cwd")) {
+        Ok(place) => same(&place, &own),
+        // Where root may not look into processes of others, name and account must do.
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+            let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            let account = std::fs::metadata(format!("/proc/{pid}")).map(|process| process.uid()).ok();
+            name.trim_end() == "postgres" && account == Some(own.uid())
+        }
+        Err(_) => return Ok(None),
+    };
+    if is_ours {
+        return Ok(i32::try_from(pid).ok().and_then(Pid::from_raw));
+    }
+    let text = format!("process {pid} is not the server of {}", directory.display());
+    let error = Error::refused(text).because("postmaster.pid names it, and it works elsewhere");
+    Err(error.hint("if no server runs there, remove postmaster.pid"))
+}
+
+/// Takes back an order that the server did not follow.
+pub(super) fn withdraw_promotion(directory: &Path) -> Result<()> {
+    let path = directory.join(PROMOTE);
+    match std::fs::remove_file(&path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(DiskError::new("remove", &path, error).into()),
+        _ => Ok(()),
+    }
+}
+
+/// Refuses a server that ended recovery, whoever made it: started here it would take writes, and stopped it would take none.
+pub(super) async fn must_be_standby(directory: &Path) -> Result<()> {
+    let promoted = |why: &str| {
+        let error = Error::refused(format!("{} is no standby any more", directory.display())).because(why);
+        Err(error.hint(format!(
+            "it was promoted, and is nobody's but yours: start and stop it with pg_ctl, and remove {} from it",
+            directory.join(RECORD).display()
+        )))
+    };
+    let is_there = |name: &str| {
+        let path = directory.join(name);
+        path.try_exists().map_err(|error| DiskError::new("look at", &path, error))
+    };
+    if !is_there(restore::STANDBY_SIGNAL)? {
+        return promoted("it has no standby.signal");
+    }
+    // The control file in a backup is that of the primary, until recovery has begun.
+    if !is_there("backup_label")? && read_control(directory).await?.state == State::InProduction {
+        return promoted("its control file says that it takes writes");
+    }
+    Ok(())
+}
+
 /// The control file, which a running server overwrites in place.
 pub(super) async fn read_control(directory: &Path) -> Result<ControlFile> {
     let path = directory.join(control::PATH);
     let mut tries = 0;
     loop {
-        let bytes = std::fs::read(&path).map_err(|error| crate::disk::DiskError::new("read", &path, error))?;
+        let bytes = std::fs::read(&path).map_err(|error| DiskError::new("read", &path, error))?;
         match ControlFile::parse(&bytes) {
             Err(error) if error.is_transient() && tries < TORN => tries += 1,
             parsed => return parsed.during(|| format!("read {}", path.display())),
@@ -269,4 +327,38 @@ pub(super) fn settings(record: &Record, limits: StandbyLimits, archive_mode: &st
         settings.push(("sync_replication_slots", "off".to_owned()));
     }
     settings.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_has_no_signal_is_no_standby() {
+        let directory = tempfile::tempdir().unwrap();
+        let error = must_be_standby(directory.path()).await.unwrap_err();
+        assert_eq!(error.kind(), crate::model::Kind::Refused);
+        assert!(error.to_string().contains("no standby.signal"), "{error}");
+        for name in [restore::STANDBY_SIGNAL, "backup_label"] {
+            place::place(&directory.path().join(name), b"", 0o600).unwrap();
+        }
+        must_be_standby(directory.path()).await.unwrap();
+    }
+
+    #[test]
+    fn a_process_that_works_elsewhere_gets_no_signal() {
+        let directory = tempfile::tempdir().unwrap();
+        let own = format!("{}\n", std::process::id());
+        place::place(&directory.path().join("postmaster.pid"), own.as_bytes(), 0o600).unwrap();
+        let error = process_of(directory.path()).unwrap_err();
+        assert!(error.to_string().contains("is not the server of"), "{error}");
+        let mut child = std::process::Command::new("sleep").arg("60").current_dir(directory.path()).spawn().unwrap();
+        let own = format!("{}\n", child.id());
+        place::place(&directory.path().join("postmaster.pid"), own.as_bytes(), 0o600).unwrap();
+        let found = process_of(directory.path()).unwrap().unwrap();
+        assert_eq!(found.as_raw_nonzero().get().unsigned_abs(), child.id());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(process_of(directory.path()).unwrap(), None);
+    }
 }

@@ -75,7 +75,11 @@ pub struct Status {
     pub durable_end: Option<Lsn>,
     /// The timeline of that end.
     pub durable_timeline: Option<Timeline>,
-    /// Bytes between the two.
+    /// The timeline that is followed; the end is on an older one where WAL between the two is missing.
+    pub newest_timeline: Option<Timeline>,
+    /// When the newest frame of a stream that nobody closed was written: somebody wrote then.
+    pub streamed_at: Option<DateTime<Utc>>,
+    /// Bytes between what is replayed and the end.
     pub lag_bytes: Option<u64>,
     /// How long the oldest stored WAL that is not replayed has been stored; `null` = unknown.
     pub lag_seconds: Option<f64>,
@@ -132,6 +136,8 @@ impl Status {
             replayed: position.replayed,
             durable_end: end.map(|end| end.lsn),
             durable_timeline: end.map(|end| end.timeline),
+            newest_timeline: position.newest,
+            streamed_at: position.streaming,
             lag_bytes,
             lag_seconds,
             stored_at: end.and_then(|end| end.written_at),
@@ -155,6 +161,8 @@ impl Status {
             replayed: None,
             durable_end: None,
             durable_timeline: None,
+            newest_timeline: None,
+            streamed_at: None,
             lag_bytes: None,
             lag_seconds: None,
             stored_at: None,

@@ -13,6 +13,9 @@ use crate::model::{Lsn, RegionName, ReportId, TargetName, Timeline};
 pub struct Wish {
     /// Although WAL may be missing.
     pub accept_loss: bool,
+    /// Although the primary may live: somebody else keeps clients away from it.
+    #[serde(default)]
+    pub primary_lives: bool,
 }
 
 /// What may be overridden.
@@ -35,6 +38,9 @@ pub struct Promoted {
     pub recovered_to: Lsn,
     /// Where the new timeline began.
     pub switch: Lsn,
+    /// The old timeline is stored up to here by now: what lies behind `switch` is not in this server.
+    #[serde(default)]
+    pub lost_to: Option<Lsn>,
     /// The timeline that was followed.
     pub old_timeline: Timeline,
     /// The timeline that it writes.

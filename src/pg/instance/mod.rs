@@ -8,10 +8,12 @@ mod postmaster;
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::time::Duration;
 
+use rustix::fs::OFlags;
 use rustix::process::{Pid, Signal};
 use tokio::process::Child;
 
@@ -216,7 +218,9 @@ impl Instance {
             return Err(InstanceError::AlreadyRunning { data_dir: options.data_dir, pid });
         }
         let io = |what: &str, source| InstanceError::Io { what: what.to_owned(), source };
-        let log = OpenOptions::new().create(true).append(true).open(&options.log_file);
+        // Root writes in directories of others, who could lead it to any file.
+        let no_follow = OFlags::NOFOLLOW.bits().cast_signed();
+        let log = OpenOptions::new().create(true).append(true).custom_flags(no_follow).open(&options.log_file);
         let log = log.map_err(|source| io(&format!("open log file `{}`", options.log_file.display()), source))?;
         let log_start = log.metadata().map_err(|source| io("read the size of the log file", source))?.len();
         let both = log.try_clone().map_err(|source| io("share the log file", source))?;

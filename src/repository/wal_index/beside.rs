@@ -103,25 +103,27 @@ impl WalIndex {
         found
     }
 
-    /// The frame that stands under the name of a SEAL in another region, or beside it: the frame counts.
-    pub(super) async fn rather_wal(&self, repository: &Repository, header: FrameHeader) -> FrameHeader {
-        let place = &header.place;
+    /// The frame that stands under the name of a SEAL in another region, or beside it: the frame counts. Also says whether
+    /// every region that lists the name gave what it has: a SEAL that is remembered ends its epoch for good.
+    pub(super) async fn rather_wal(&self, repository: &Repository, header: FrameHeader) -> (FrameHeader, bool) {
+        let (place, mut is_sure) = (&header.place, true);
         let held = self.frames.get(&place.epoch).and_then(|seqs| seqs.get(&place.seq));
         let held = held.filter(|_| header.kind == FrameKind::Seal).into_iter().flatten();
         for region in held {
             let Ok(region) = repository.regions.named(region) else { continue };
-            if let Ok(bytes) = region.store.get(&place.key(), None).await
-                && let Ok(other) = Frame::header(&bytes, &repository.id, place, &repository.trust)
-                && other.kind != FrameKind::Seal
-            {
-                return other;
+            match region.store.get(&place.key(), None).await {
+                Ok(bytes) => match Frame::header(&bytes, &repository.id, place, &repository.trust) {
+                    Ok(other) if other.kind != FrameKind::Seal => return (other, true),
+                    _ => {}
+                },
+                Err(error) => is_sure &= error.is_not_found(),
             }
             if self.lists_beside(place, &region.name)
                 && let Some(other) = header_beside(repository, region, place).await
             {
-                return other;
+                return (other, true);
             }
         }
-        header
+        (header, is_sure)
     }
 }

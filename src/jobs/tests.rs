@@ -19,7 +19,7 @@ use crate::repository::scrub::Trouble;
 use crate::repository::survey::State;
 use crate::repository::testing::{Fault, Fixture, Made, need, tiny};
 
-async fn context(fixture: &Fixture) -> Context {
+pub(super) async fn context(fixture: &Fixture) -> Context {
     let repository = fixture.reopen().await.unwrap();
     let clock = Arc::clone(&fixture.writer.clock);
     Context {

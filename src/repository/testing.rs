@@ -94,12 +94,19 @@ pub struct FaultyStore {
     /// Versions that may still be deleted before the process dies.
     deletes: AtomicI64,
     held: Mutex<BTreeSet<String>>,
+    /// Names that are listed and not given.
+    mute: Mutex<Option<String>>,
 }
 
 impl FaultyStore {
     /// Switches the fault.
     pub fn set(&self, fault: Fault) {
         *self.fault.lock().unwrap() = fault;
+    }
+
+    /// From now on objects whose names contain this are listed and not given; `None` ends it.
+    pub fn mute(&self, part: Option<String>) {
+        *self.mute.lock().unwrap() = part;
     }
 
     /// Allows or forbids to make locks longer.
@@ -193,6 +200,10 @@ impl ObjectStore for FaultyStore {
 
     async fn get(&self, key: &str, range: Option<Range<u64>>) -> Result<Bytes, StoreError> {
         self.pass("get", key).await?;
+        if self.mute.lock().unwrap().as_ref().is_some_and(|part| key.contains(part)) {
+            let (key, address, reason) = (key.to_owned(), self.address(), "switched off".to_owned());
+            return Err(StoreError::Unavailable { operation: "get", key, address, reason });
+        }
         self.inner.get(key, range).await
     }
 
@@ -310,7 +321,15 @@ impl Fixture {
         let wrap = |inner| {
             let (fault, deletes) = (Mutex::new(Fault::None), AtomicI64::new(i64::MAX));
             let (locks, hidden) = (AtomicBool::new(true), AtomicBool::new(false));
-            Arc::new(FaultyStore { inner, fault, locks, hidden, deletes, held: Mutex::default() })
+            Arc::new(FaultyStore {
+                inner,
+                fault,
+                locks,
+                hidden,
+                deletes,
+                held: Mutex::default(),
+                mute: Mutex::default(),
+            })
         };
         let stores: Vec<_> = inner.into_iter().map(wrap).collect();
         let (identity, recipient) = generate_identity(clock.now());
@@ -374,6 +393,11 @@ impl Fixture {
         send(&mut writer, files).await;
         writer.flush().await.unwrap();
         writer.commit(Some(need(1000, 1090))).await.unwrap()
+    }
+
+    /// Mutes part of the names in every region.
+    pub fn mute(&self, part: Option<&str>) {
+        self.stores.iter().for_each(|store| store.mute(part.map(str::to_owned)));
     }
 
     /// Takes over from every earlier writer.

@@ -78,6 +78,7 @@ pub mod wal_closing;
 pub mod wal_frame;
 mod wal_frames;
 pub mod wal_index;
+pub mod wal_left;
 pub mod wal_log;
 #[cfg(test)]
 mod wal_model;

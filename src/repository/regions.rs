@@ -400,11 +400,15 @@ impl Failure {
 }
 
 fn unreadable(key: &str, failures: &[Failure]) -> Error {
+    let is_answer = |failure: &Failure| matches!(failure.kind, Kind::Damaged | Kind::NotFound);
     let all = |kind| failures.iter().all(|failure| failure.kind == kind);
     let any = |kind| failures.iter().any(|failure| failure.kind == kind);
     let (kind, what) = match () {
         () if all(Kind::NotFound) => (Kind::NotFound, "is in no region"),
-        () if any(Kind::Damaged) => (Kind::Damaged, "is damaged in every region that has it"),
+        // A region that does not answer may have it whole.
+        () if any(Kind::Damaged) && failures.iter().all(is_answer) => {
+            (Kind::Damaged, "is damaged in every region that has it")
+        }
         () => (Kind::Unavailable, "cannot be read from any region"),
     };
     let error = Error::new(kind, format!("{key} {what}"));

@@ -96,12 +96,19 @@ pub struct FaultyStore {
     held: Mutex<BTreeSet<String>>,
     /// What is locked, and until when, once a name with this prefix is put.
     trap: Mutex<Option<(String, String, DateTime<Utc>)>>,
+    /// Names that are listed and not given.
+    mute: Mutex<Option<String>>,
 }
 
 impl FaultyStore {
     /// Switches the fault.
     pub fn set(&self, fault: Fault) {
         *self.fault.lock().unwrap() = fault;
+    }
+
+    /// From now on objects whose names contain this are listed and not given; `None` ends it.
+    pub fn mute(&self, part: Option<String>) {
+        *self.mute.lock().unwrap() = part;
     }
 
     /// Allows or forbids to make locks longer.
@@ -204,6 +211,10 @@ impl ObjectStore for FaultyStore {
 
     async fn get(&self, key: &str, range: Option<Range<u64>>) -> Result<Bytes, StoreError> {
         self.pass("get", key).await?;
+        if self.mute.lock().unwrap().as_ref().is_some_and(|part| key.contains(part)) {
+            let (key, address, reason) = (key.to_owned(), self.address(), "switched off".to_owned());
+            return Err(StoreError::Unavailable { operation: "get", key, address, reason });
+        }
         self.inner.get(key, range).await
     }
 
@@ -329,6 +340,7 @@ impl Fixture {
                 deletes,
                 held: Mutex::default(),
                 trap: Mutex::default(),
+                mute: Mutex::default(),
             })
         };
         let stores: Vec<_> = inner.into_iter().map(wrap).collect();
@@ -393,6 +405,11 @@ impl Fixture {
         send(&mut writer, files).await;
         writer.flush().await.unwrap();
         writer.commit(Some(need(1000, 1090))).await.unwrap()
+    }
+
+    /// Mutes part of the names in every region.
+    pub fn mute(&self, part: Option<&str>) {
+        self.stores.iter().for_each(|store| store.mute(part.map(str::to_owned)));
     }
 
     /// Takes over from every earlier writer.

@@ -5,6 +5,7 @@
 //! list, anything signed by another is refused; without one it is read, and the fingerprints are shown.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use bytes::Bytes;
@@ -64,6 +65,8 @@ pub struct Trust {
     listed: BTreeSet<SignerId>,
     keys: Mutex<BTreeMap<SignerId, PublicKey>>,
     unlisted: Mutex<BTreeSet<SignerId>>,
+    /// Whether regions did not give every key that they list.
+    lacks: AtomicBool,
 }
 
 impl Trust {
@@ -73,7 +76,8 @@ impl Trust {
     /// # Errors
     /// No region answers.
     pub async fn load(regions: &Regions, listed: BTreeSet<SignerId>) -> Result<Self> {
-        let trust = Self { listed, keys: Mutex::default(), unlisted: Mutex::default() };
+        let lacks = AtomicBool::new(false);
+        let trust = Self { listed, keys: Mutex::default(), unlisted: Mutex::default(), lacks };
         trust.refresh(regions).await?;
         Ok(trust)
     }
@@ -81,7 +85,8 @@ impl Trust {
     /// Trust in one signer, for a writer that reads back its own records.
     pub fn in_signer(signer: &Signer) -> Self {
         let keys = BTreeMap::from([(signer.id().clone(), signer.public_key().clone())]);
-        Self { listed: BTreeSet::new(), keys: Mutex::new(keys), unlisted: Mutex::default() }
+        let (keys, lacks) = (Mutex::new(keys), AtomicBool::new(false));
+        Self { listed: BTreeSet::new(), keys, unlisted: Mutex::default(), lacks }
     }
 
     /// Reads keys that were enrolled since.
@@ -101,13 +106,23 @@ impl Trust {
                 read.map(|(public, _)| (id, public))
             }
         });
+        let mut lacks = false;
         for read in join_all(reads).await {
             match read {
                 Ok((id, public)) => drop(self.lock().insert(id, public)),
-                Err(error) => tracing::warn!(%error, "signer is not readable"),
+                Err(error) => {
+                    lacks |= error.kind() == Kind::Unavailable;
+                    tracing::warn!(%error, "signer is not readable");
+                }
             }
         }
+        self.lacks.store(lacks, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// Whether a key that a region lists could not be read: what its owner signed looks damaged, and need not be.
+    pub fn lacks_keys(&self) -> bool {
+        self.lacks.load(Ordering::Relaxed)
     }
 
     /// Whether the configuration or the command line lists signers.

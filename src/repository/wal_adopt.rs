@@ -136,17 +136,23 @@ async fn stored(owner: &TakeOver<'_>, branch: &BranchId) -> Result<Option<Stored
         return Ok(None);
     }
     let adopted = adopt(owner, &mut index, &unclean).await?;
-    let (mut runs, errors) = index.runs(repository, None).await;
+    let (mut runs, mut errors) = index.spans(repository).await;
     // Nobody adopts frames of the other kinds: what fewer regions than the quorum hold of them is not durable, and
     // whoever began behind it would tell the server to forget what a single region has.
     let quorum = repository.regions.quorum();
-    let (others, _) = index.runs_of(repository, |held| held.len() >= quorum).await;
+    let (others, unread) = index.spans_of(repository, |held| held.len() >= quorum).await;
+    errors.extend(unread);
     let is_stream = |run: &Run| run.first.epoch_kind == EpochKind::Stream;
     runs.retain(is_stream);
     runs.extend(others.into_iter().filter(|run| !is_stream(run)));
     runs.sort_by_key(|run| (run.start(), run.end()));
+    // What does not answer may be the newest of all. To go on from an older end would be to ask the server for what it
+    // may have removed long ago, and to record a gap that is none.
+    if let Some(at) = errors.iter().position(|error| !is_rot(repository, error)) {
+        return Err(errors.swap_remove(at).during("find the end of stored WAL"));
+    }
     for error in &errors {
-        tracing::warn!(%error, "stored WAL is not readable");
+        tracing::error!(%error, "stored WAL is damaged in every region");
     }
     match (end_of(&runs), errors.into_iter().next()) {
         (Some((window, streamed)), _) => {
@@ -159,6 +165,11 @@ async fn stored(owner: &TakeOver<'_>, branch: &BranchId) -> Result<Option<Stored
         (None, Some(error)) => Err(error.during("find the end of stored WAL")),
         (None, None) => Ok(None),
     }
+}
+
+/// Whether every region that has it gave bytes that are no frame: no waiting brings that back.
+fn is_rot(repository: &Repository, error: &Error) -> bool {
+    error.kind() == Kind::Damaged && !repository.trust.lacks_keys()
 }
 
 /// The window of the newest stream run, and of whatever continues it without a hole: also of what `archive_command` brought
@@ -192,10 +203,10 @@ async fn close_epochs(owner: &TakeOver<'_>, branch: &BranchId) -> Result<Closed>
     must_be_readable(repository, index.unreadable(), needed)?;
     let (mut sealed, mut unclean) = (0, Vec::new());
     for epoch in index.epochs().keys().filter(|epoch| Some(*epoch) != owner.own) {
-        match is_stream(repository, &index, epoch).await {
-            Some(true) if !is_ended(repository, &index, epoch).await => unclean.push(epoch.clone()),
-            Some(_) => owner.known.add(epoch.clone()),
-            None => tracing::error!(%epoch, "no frame of a WAL epoch is readable; it is left as it is"),
+        if is_stream(repository, &index, epoch).await? && !is_ended(repository, &index, epoch).await {
+            unclean.push(epoch.clone());
+        } else {
+            owner.known.add(epoch.clone());
         }
     }
     for epoch in &unclean {
@@ -332,6 +343,34 @@ mod tests {
         fixture.stores[1].lose(&pushed[0]).await;
         let told = end(&fixture).await;
         assert_eq!((told.end, told.adopted), (Lsn(1040), 0), "and nobody adopts it");
+    }
+
+    /// What does not answer may be the newest: to go on from an older end is to ask the server for what it removed.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn an_end_that_cannot_be_read_is_no_older_end() {
+        let fixture = Fixture::memory(3, 2).await;
+        fixture.epoch(1000, &[40], true).await;
+        let before: BTreeSet<_> = fixture.stores[0].contents().await.into_iter().map(|(key, _)| key).collect();
+        fixture.epoch(1040, &[40, 40], true).await;
+        let newest = fixture.stores[0].contents().await.into_iter().map(|(key, _)| key);
+        let newest: Vec<_> = newest.filter(|key| key.starts_with("wal/") && !before.contains(key)).collect();
+        assert_eq!(newest.len(), 3);
+        // Two of its frames tell where it is; the one between is asked for nothing.
+        fixture.mute(Some(&newest[1]));
+        assert_eq!(end(&fixture).await.end, Lsn(1120));
+        let lineage = [Era { branch: branch(), end: None }];
+        for unread in [&newest[0], &newest[2]] {
+            fixture.mute(Some(unread));
+            let error = fixture.take_over(&lineage, None).await.unwrap_err();
+            assert_eq!(error.kind(), Kind::Unavailable, "{unread}: {error:?}");
+        }
+        // One region has rotten bytes, the others do not answer: they may have good ones.
+        fixture.mute(Some(&newest[0]));
+        fixture.stores[0].mute(None);
+        fixture.stores[0].damage(&newest[0], vec![1; 40]).await;
+        assert_eq!(fixture.take_over(&lineage, None).await.unwrap_err().kind(), Kind::Unavailable);
+        fixture.mute(None);
+        assert_eq!(end(&fixture).await.end, Lsn(1120));
     }
 
     /// Streaming from behind a hole would let the server forget the WAL that fills it.

@@ -15,7 +15,7 @@ use crate::repository::handle::Repository;
 use crate::repository::layout;
 use crate::repository::regions::list_prefixes;
 use crate::repository::wal_closing::Closing;
-use crate::repository::wal_frame::{EpochKind, FrameHeader};
+use crate::repository::wal_frame::{EpochKind, Frame, FrameHeader, IN_FLIGHT};
 use crate::repository::wal_index::{BranchId, WalIndex};
 use crate::repository::wal_seal::Ending;
 
@@ -66,16 +66,50 @@ impl Known {
     }
 }
 
-/// Whether an epoch is of the kind that has one owner at a time; `None` if no frame of it is readable.
-pub(super) async fn is_stream(repository: &Repository, index: &WalIndex, epoch: &EpochId) -> Option<bool> {
-    let seqs = index.epochs().get(epoch)?;
-    let ends = [seqs.first_key_value(), seqs.last_key_value()];
-    for (seq, _) in ends.into_iter().flatten() {
-        if let Ok(FrameHeader { epoch_kind, .. }) = index.header(repository, epoch, *seq).await {
-            return Some(epoch_kind == EpochKind::Stream);
+/// Whether an epoch is of the kind that has one owner at a time. Only a header tells: one that a region does not give just
+/// now may be that of a writer who is about to acknowledge.
+///
+/// # Errors
+/// `Unavailable` and transient: no frame of it is readable. One that a signer signed who is not on the configuration's list
+/// is nobody's rival.
+pub(super) async fn is_stream(repository: &Repository, index: &WalIndex, epoch: &EpochId) -> Result<bool> {
+    let Some(seqs) = index.epochs().get(epoch) else { return Ok(false) };
+    let (mut failed, mut refused) = (None, false);
+    let near = seqs.keys().take(1).chain(seqs.keys().skip(1).rev().take(usize::try_from(IN_FLIGHT).unwrap_or(1)));
+    for seq in near {
+        match index.header(repository, epoch, *seq).await {
+            Ok(FrameHeader { epoch_kind, .. }) => return Ok(epoch_kind == EpochKind::Stream),
+            Err(_) if is_refused(repository, index, epoch, *seq).await => refused = true,
+            Err(error) => failed = Some(error),
         }
     }
-    None
+    match failed {
+        Some(error) => Err(unknown(epoch, &error)),
+        None => {
+            tracing::error!(%epoch, refused, "a WAL epoch was signed by nobody on the list of signers; it is left as it is");
+            Ok(false)
+        }
+    }
+}
+
+fn unknown(epoch: &EpochId, error: &Error) -> Error {
+    let text = format!("WAL epoch {epoch} is not readable, so whether its writer still works is not known");
+    let error = Error::new(Kind::Unavailable, text).transient(true).because(error);
+    error.hint("it goes on when a region gives a frame of it: see drctl verify and drctl repair")
+}
+
+/// Whether every region that lists a frame gives one whose signer the list of signers refuses.
+async fn is_refused(repository: &Repository, index: &WalIndex, epoch: &EpochId, seq: u64) -> bool {
+    let key = index.place(epoch, seq).key();
+    let Some(held) = index.epochs().get(epoch).and_then(|seqs| seqs.get(&seq)) else { return false };
+    for region in held {
+        let Ok(region) = repository.regions.named(region) else { return false };
+        let Ok(bytes) = region.store.get(&key, None).await else { return false };
+        if !Frame::claimed_signer(&bytes).is_some_and(|signer| repository.trust.refuses(&signer)) {
+            return false;
+        }
+    }
+    true
 }
 
 /// Looks for other open epochs of the branch, once this writer's own is to be seen at the write quorum.
@@ -92,7 +126,7 @@ pub async fn must_be_alone(repository: &Repository, branch: &BranchId, known: &K
     let needed = known.read_quorum(repository, index.unreadable());
     must_be_readable(repository, index.unreadable(), needed)?;
     for epoch in index.epochs().keys().filter(|epoch| !known.contains(epoch)) {
-        if is_stream(repository, &index, epoch).await == Some(true) {
+        if is_stream(repository, &index, epoch).await? {
             let ending = Ending::look(repository, (&index, epoch), needed).await?;
             if let Closing::Open(_) = ending.closing {
                 return Err(Error::failed(format!("another writer has an open WAL epoch beside this one: {epoch}")));
@@ -135,4 +169,67 @@ pub(super) fn must_be_readable(
     let error = Error::new(Kind::Unavailable, text).transient(true);
     let because = |error: Error, (region, reason): &(RegionName, String)| error.because(format!("{region}: {reason}"));
     Err(unreadable.iter().fold(error, because))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::codec::SystemRng;
+    use crate::codec::sign::Signer;
+    use crate::model::Lsn;
+    use crate::repository::fan_out::{FanOut, Patience};
+    use crate::repository::handle::Writer;
+    use crate::repository::testing::{Fixture, log};
+    use crate::repository::wal_adopt::{Era, TakeOver, take_over};
+    use crate::repository::wal_log::{Epoch, Marks};
+
+    async fn open(fixture: &Fixture, writer: &Writer) -> Epoch {
+        let out = Arc::new(FanOut::new(&fixture.repository.regions, Patience::WAL));
+        Epoch::open(&fixture.repository, writer, (log(), EpochKind::Stream, Lsn(1000)), 1, out).await.unwrap()
+    }
+
+    /// A region that lists a frame and does not give it hides a writer that works.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn an_epoch_that_cannot_be_read_is_nobody_s_leave_to_acknowledge() {
+        let fixture = Fixture::memory(3, 2).await;
+        let (mut rival, known) = (open(&fixture, &fixture.writer).await, Known::default());
+        rival.claim(&Known::default()).await.unwrap();
+        let mut own = open(&fixture, &fixture.writer).await;
+        fixture.mute(Some(rival.id().as_str()));
+        let unknown = own.claim(&known).await.unwrap_err();
+        assert_eq!((unknown.kind(), unknown.is_transient()), (Kind::Unavailable, true), "{unknown:?}");
+        assert!(!known.contains(rival.id()), "it is looked at again");
+        let eras = [Era { branch: log().branch_id(), end: None }];
+        let unknown = fixture.take_over(&eras, None).await.unwrap_err();
+        assert_eq!(unknown.kind(), Kind::Unavailable, "{unknown:?}");
+        fixture.mute(None);
+        assert_eq!(own.claim(&known).await.unwrap_err().kind(), Kind::Failed, "the rival is there");
+        let tail = fixture.take_over(&eras, None).await.unwrap();
+        assert_eq!(tail, None, "neither has stored any WAL");
+        let marks = Marks { last_record: Some((Lsn(1000), Lsn(1040))), ..Marks::default() };
+        let sealed = rival.append(Lsn(1000), vec![1; 40], marks).await.unwrap_err();
+        assert_eq!(sealed.kind(), Kind::Refused, "it was seen and sealed");
+    }
+
+    /// Whoever may write and is on nobody's list must not be able to stop those who are.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn an_epoch_that_no_listed_signer_signed_stops_nobody() {
+        let mut fixture = Fixture::memory(3, 2).await;
+        let stranger = Signer::generate(&SystemRng).unwrap();
+        let stranger = Writer { signer: Arc::new(stranger), ..fixture.writer.clone() };
+        open(&fixture, &stranger).await.claim(&Known::default()).await.unwrap();
+        let listed = BTreeSet::from([fixture.writer.signer.id().clone()]);
+        fixture.repository = Repository::open(fixture.repository.regions.clone(), listed).await.unwrap();
+        let mut own = open(&fixture, &fixture.writer).await;
+        own.claim(&Known::default()).await.unwrap();
+        let marks = Marks { last_record: Some((Lsn(1000), Lsn(1040))), ..Marks::default() };
+        own.append(Lsn(1000), vec![1; 40], marks).await.unwrap();
+        let (known, repository, writer) = (Known::default(), &fixture.repository, &fixture.writer);
+        let owner = TakeOver { repository, writer, own: None, known: &known };
+        let eras = [Era { branch: log().branch_id(), end: None }];
+        let tail = take_over(&owner, (&eras, None)).await.unwrap().unwrap();
+        assert_eq!((tail.end, tail.sealed), (Lsn(1040), 1), "its own alone");
+    }
 }

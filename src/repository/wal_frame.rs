@@ -239,6 +239,12 @@ impl Frame {
         serde_json::from_slice::<FrameHeader>(head).ok().map(|header| header.kind)
     }
 
+    /// Who says that he signed these bytes; whether he did is not looked at.
+    pub(super) fn claimed_signer(bytes: &[u8]) -> Option<SignerId> {
+        let (head, _) = split_head(bytes)?;
+        serde_json::from_slice::<FrameHeader>(head).ok().map(|header| header.signer)
+    }
+
     /// Reads a whole object; the body's digest is checked, no key is needed.
     ///
     /// # Errors

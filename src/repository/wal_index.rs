@@ -313,7 +313,8 @@ impl WalIndex {
         self.spans_of(repository, &[], |_| true).await
     }
 
-    async fn spans_of(
+    /// The same of frames that are listed by regions which `counts`.
+    pub(super) async fn spans_of(
         &self,
         repository: &Repository,
         displaced: &[Displaced],

@@ -44,6 +44,13 @@ pub struct Log {
     pub wal_segment_size: WalSegmentSize,
 }
 
+impl Log {
+    /// The branch that it is of.
+    pub fn branch_id(&self) -> BranchId {
+        BranchId { system_id: self.system_id, timeline: self.timeline, branch: self.branch.clone() }
+    }
+}
+
 /// What the walker found in the WAL of one frame.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Marks {
@@ -132,9 +139,8 @@ impl Epoch {
         if self.next_seq == 0 {
             self.put(FrameKind::Begin, self.bare_span(), Vec::new()).await?;
         }
-        let Log { system_id, timeline, branch, .. } = self.log.clone();
         known.add(self.id.clone());
-        must_be_alone(&self.repository, &BranchId { system_id, timeline, branch }, known).await
+        must_be_alone(&self.repository, &self.log.branch_id(), known).await
     }
 
     /// Stores the next WAL bytes as one frame; returns once they are durable at the write quorum.

@@ -106,6 +106,17 @@ async fn servers_that_were_promoted_independently_are_stored_apart_and_a_person_
     stream.terminate().await.ok();
     assert!(!rig.problems().await.contains("independently"));
 
+    // A receiver that begins again at the old primary may not acknowledge beside it.
+    rig.point(&first, &primary);
+    let stream = rig.stream().spawn();
+    let left = "timeline 1 was left at";
+    rig.wait(left, SOON, |position| position.last_error.as_ref().is_some_and(|why| why.contains(left))).await;
+    primary.execute("INSERT INTO t VALUES ('unheard')").await;
+    let position = rig.position().await.unwrap();
+    assert!(!position.reaches(primary.flush_lsn().await), "{position:?}");
+    stream.terminate().await.ok();
+    rig.point(&primary, &first);
+
     // The second has never heard of the first.
     let settings = second.data_dir().join("postgresql.auto.conf");
     std::fs::write(&settings, "").unwrap();

@@ -42,7 +42,7 @@ impl Run {
         match shipped {
             Some(Ok(())) => self.slot = SlotCare::Ensure,
             // The loop asks the regions where stored WAL ends, and meets the missing slot then.
-            Some(Err(error)) => tracing::debug!(%error, "what was received is not shipped"),
+            Some(Err(trouble)) => tracing::debug!(?trouble, "what was received is not shipped"),
             None => {}
         }
         Ok(false)

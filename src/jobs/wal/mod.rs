@@ -19,10 +19,13 @@ mod pulse;
 pub mod push;
 pub mod receiver;
 mod run;
+#[cfg(test)]
+mod run_tests;
 mod segments;
 mod server;
 mod session;
 mod shared;
+mod shipped;
 mod shipper;
 pub mod slot;
 mod standbys;

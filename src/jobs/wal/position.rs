@@ -226,6 +226,11 @@ impl Samples {
         if self.met.take().is_some() { before } else { before.map(|_| now) }
     }
 
+    /// The server that had WAL beyond this position is not the one that is streamed.
+    pub(super) fn forget_behind(&mut self, lsn: Lsn) {
+        self.ends.retain(|(end, _)| *end <= lsn);
+    }
+
     /// Forgets what is durable, and says for how long the rest has waited; `None` is unknown.
     pub(super) fn exposure(&mut self, durable: Lsn, now: Duration) -> Option<Duration> {
         while self.ends.front().is_some_and(|(end, _)| reaches(durable, *end)) {

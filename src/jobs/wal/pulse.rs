@@ -74,6 +74,11 @@ impl Pulse {
         state.beats.push_back(Beat { xid, at, end: None });
     }
 
+    /// What was committed beyond this position is on a timeline that was left, and what has not streamed by may be.
+    pub(super) fn forget_behind(&self, lsn: Lsn) {
+        self.lock().beats.retain(|beat| beat.end.is_some_and(|end| end <= lsn));
+    }
+
     fn others(&self) -> u64 {
         self.lock().others
     }

@@ -26,6 +26,7 @@ use crate::jobs::wal::segments::SharedBook;
 use crate::jobs::wal::server::{self, Server, Start};
 use crate::jobs::wal::session::Session;
 use crate::jobs::wal::shared::Shared;
+use crate::jobs::wal::shipped::Shipped;
 use crate::jobs::wal::shipper::{self, Means};
 use crate::jobs::wal::slot::keep_looking;
 use crate::jobs::wal::standbys::keep_slots;
@@ -346,11 +347,12 @@ impl Run {
         client: &mut ReplicationClient,
         server: &Server,
     ) -> Result<(Start, &'static str), Trouble> {
-        if self.kind != EpochKind::Stream {
-            return Ok((server.current_segment()?, "the segment that the server writes now"));
-        }
         let cursor = match &self.cursor {
+            // Also of a backup's own receiver, whose timeline ended: what it skips is missing from the backup.
             Some(cursor) => Some(cursor.clone()),
+            None if self.kind != EpochKind::Stream => {
+                return Ok((server.current_segment()?, "the segment that the server writes now"));
+            }
             None => {
                 let tail = self.take_over_alone(server).await?;
                 tail.map(|tail| Start { branch: tail.branch, lsn: tail.end, at_record: tail.at_record })
@@ -379,19 +381,20 @@ impl Run {
         }
     }
 
-    /// What is durable of the history that begins at `start`. If this server left the timeline before the end of what is
-    /// stored, that position is lower than it was.
-    async fn settle(&mut self, start: &Start) -> Result<Lsn> {
-        let durable = self.shared.shipped.borrow().durable;
-        if self.pending.is_empty() && durable == Lsn::INVALID || durable > start.lsn {
-            self.ship_pending().await?;
-            self.shared.shipped.send_modify(|shipped| shipped.durable = start.lsn);
-            return Ok(start.lsn);
+    /// What is durable of the history that begins at `start`. What is on its way of another one must have landed before:
+    /// it may be the beginning of this one, and it may go further than this one has come.
+    pub(super) async fn settle(&mut self, start: &Start) -> Result<Lsn, Trouble> {
+        let known = self.shared.shipped.borrow().on(&start.branch);
+        if let Some(durable) = known.filter(|durable| *durable <= start.lsn) {
+            return Ok(durable);
         }
-        Ok(durable)
+        self.ship_pending().await?;
+        self.shared.stand_at(start);
+        Ok(start.lsn)
     }
 
-    pub(super) async fn ship_pending(&mut self) -> Result<()> {
+    /// Ships what earlier sessions left, and waits until it is durable.
+    pub(super) async fn ship_pending(&mut self) -> Result<(), Trouble> {
         // A frame leaves the queue when there is room for it: whoever stops waiting loses none.
         while let Some(frame) = self.pending.front() {
             let permit = self.shipper.room(frame.chunk.wal.len()).await?;
@@ -399,7 +402,7 @@ impl Run {
                 self.shipper.ship(frame, permit);
             }
         }
-        self.shipper.idle().await.map(drop)
+        self.shipper.landed().await.map_err(|_| Trouble::ShipperGone)
     }
 
     /// Does what can be done about `trouble`, and says whether to wait before the next attempt.
@@ -456,7 +459,7 @@ impl Run {
         };
         tracing::error!(%error, "the epoch cannot be continued; another one is begun");
         self.shared.trouble(State::Reconnecting, &error);
-        self.shared.shipped.send_modify(|shipped| (shipped.busy_since, shipped.epoch) = (None, None));
+        self.shared.shipped.send_modify(Shipped::lose);
         self.pending.clear();
         self.stored_histories.clear();
         self.means.known.clear();
@@ -464,26 +467,34 @@ impl Run {
         Ok(())
     }
 
-    /// The server no longer has the WAL that comes next. That is written down at the quorum before anything else, so
-    /// that no reader takes what follows for a continuation.
+    /// The server no longer has the WAL that comes next. Others may have stored it. If not, that is written down at the
+    /// quorum before anything else, so that no reader takes what follows for a continuation.
     async fn gap(&mut self, reason: &str) -> Result<(), Trouble> {
         let mut client = server::connect(&self.target).await?;
+        let server = Server::identify(&mut client).await?;
+        self.check_identity(&server)?;
+        let Some(cursor) = self.cursor.clone() else { return Ok(()) };
+        self.ship_pending().await?;
+        // Before the slot is dropped, which lets the server remove what it still keeps: regions that do not answer now may
+        // hold all that is missing.
+        if self.is_filled(&cursor, &server).await? {
+            return Ok(());
+        }
         server::renew_slot(&mut client, &self.target.slot).await?;
         let server = Server::identify(&mut client).await?;
         self.check_identity(&server)?;
         let next = server.current_segment()?;
-        let Some(cursor) = self.cursor.clone() else { return Ok(()) };
         if cursor.branch == next.branch && next.lsn <= cursor.lsn {
             return Err(Error::failed(format!("the server lacks WAL at {} that it still writes", cursor.lsn)).into());
         }
-        self.ship_pending().await?;
         self.read_files(&server, (&cursor, next.lsn)).await;
-        if let Some(filled) = self.filled(&cursor, &server).await? {
-            tracing::info!(target = %self.target.name, from = %cursor.lsn, to = %filled.lsn, "archived WAL takes the place of what the server lacks");
-            self.shared.shipped.send_modify(|shipped| shipped.durable = filled.lsn);
-            self.cursor = Some(filled);
+        if self.is_filled(&cursor, &server).await? {
             return Ok(());
         }
+        Ok(self.record_gap(&cursor, next, reason).await?)
+    }
+
+    async fn record_gap(&mut self, cursor: &Start, next: Start, reason: &str) -> Result<()> {
         let now = self.context.clock.now();
         let reason = &self.given_up.as_ref().map_or_else(|| reason.to_owned(), |why| format!("{why}; {reason}"));
         let gap = Gap::new(&self.target.name, &cursor.branch, (cursor.lsn, next.lsn), reason, now);
@@ -491,7 +502,7 @@ impl Run {
         gaps::record(&self.context.repository, self.context.writer()?, &gap, &self.means.out).await?;
         let text = format!("gap from {} to {}: {reason}", gap.from, gap.to);
         self.shared.view.send_modify(|view| (view.gap, view.last_error) = (true, Some(text)));
-        self.shared.shipped.send_modify(|shipped| shipped.durable = next.lsn);
+        self.shared.stand_at(&next);
         self.cursor = Some(next);
         Ok(())
     }
@@ -505,18 +516,24 @@ impl Run {
         }
     }
 
-    /// Where to go on if others stored what the server no longer has, from the cursor on without a hole.
-    async fn filled(&self, cursor: &Start, server: &Server) -> Result<Option<Start>> {
+    /// Whether others stored what the server no longer has, from the cursor on without a hole. Then it goes on behind that.
+    async fn is_filled(&mut self, cursor: &Start, server: &Server) -> Result<bool> {
         let tail = self.take_over(&server.eras(), Some(&cursor.branch)).await?;
         let tail = tail.filter(|tail| tail.branch != cursor.branch || tail.end > cursor.lsn);
-        let tail = tail.filter(|tail| tail.is_reached_from(&cursor.branch, cursor.lsn));
-        Ok(tail.map(|tail| Start { branch: tail.branch, lsn: tail.end, at_record: tail.at_record }))
+        let Some(tail) = tail.filter(|tail| tail.is_reached_from(&cursor.branch, cursor.lsn)) else { return Ok(false) };
+        let filled = Start { branch: tail.branch, lsn: tail.end, at_record: tail.at_record };
+        tracing::info!(target = %self.target.name, from = %cursor.lsn, to = %filled.lsn, "archived WAL takes the place of what the server lacks");
+        self.shared.stand_at(&filled);
+        self.cursor = Some(filled);
+        Ok(true)
     }
 
     async fn finish(mut self) -> Result<Vec<LaneOutcome>> {
-        self.ship_pending().await?;
+        let shipped = self.ship_pending().await;
         let Self { shipper, means, shared, .. } = self;
+        // Why the shipper ended says more than that it did.
         shipper.finish().await.during(|| "close the epoch")?;
+        shipped?;
         shared.enter(State::Stopped);
         Ok(match Arc::into_inner(means.out) {
             Some(out) => out.drain().await,

@@ -11,6 +11,7 @@ use crate::jobs::wal::changes::Tracker;
 use crate::jobs::wal::pulse::Pulse;
 use crate::jobs::wal::run::{Ended, Run, Trouble};
 use crate::jobs::wal::server::Start;
+use crate::jobs::wal::shipped::Shipped;
 use crate::jobs::wal::shipper::Frame;
 use crate::model::{Error, Lsn};
 use crate::pg::replication::{StandbyStatus, WalEvent, WalStream};
@@ -86,6 +87,14 @@ impl Session {
         seen?;
         self.since.get_or_insert_with(Instant::now);
         Ok(())
+    }
+
+    /// Says whether more of what this stream brought is durable than it knew.
+    fn learn(&mut self, shipped: &Shipped) -> bool {
+        let durable = shipped.on(&self.start.branch).map(|durable| durable.min(self.buffer.end()));
+        let is_news = durable.is_some_and(|durable| durable > self.durable);
+        self.durable = durable.unwrap_or_default().max(self.durable);
+        is_news
     }
 
     fn due_at(&self, interval: Duration) -> Option<Instant> {
@@ -172,9 +181,7 @@ impl Run {
                     session.send_status(clock.now()).await?;
                 }
                 _ = shipped.changed() => {
-                    let durable = shipped.borrow_and_update().durable;
-                    if durable > session.durable {
-                        session.durable = durable.min(session.buffer.end());
+                    if session.learn(&shipped.borrow_and_update()) {
                         session.send_status(clock.now()).await?;
                     }
                 }
@@ -221,7 +228,7 @@ impl Run {
 
     /// Everything is shipped: the server is told, so that it keeps no WAL that nobody needs.
     async fn say_goodbye(&self, session: &mut Session) -> Result<Ended, Trouble> {
-        session.durable = self.shared.shipped.borrow().durable.max(session.durable).min(session.buffer.end());
+        session.learn(&self.shared.shipped.borrow());
         let now = self.context.clock.now();
         if let Ok(Err(error)) = timeout(GOODBYE, session.send_status(now)).await {
             tracing::debug!(?error, "the last status did not reach the server");

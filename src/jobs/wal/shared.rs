@@ -8,7 +8,8 @@ use tokio::sync::watch;
 
 use crate::jobs::wal::position::{Position, Pushes, RegionPosition, Samples, State};
 use crate::jobs::wal::pulse::Pulse;
-use crate::jobs::wal::shipper::Shipped;
+use crate::jobs::wal::server::Start;
+use crate::jobs::wal::shipped::Shipped;
 use crate::jobs::wal::slot::SlotWatch;
 use crate::model::{Clock, Lsn, SystemId, TargetName};
 use crate::repository::fan_out::FanOut;
@@ -70,6 +71,16 @@ impl Shared {
             beats: false,
             from_standby: AtomicBool::new(false),
         }
+    }
+
+    /// All of the history that begins at `start` is durable before it. What was seen of another history beyond that is no
+    /// part of this one.
+    pub(super) fn stand_at(&self, start: &Start) {
+        if self.view.borrow().branch.as_ref().is_some_and(|branch| *branch != start.branch) {
+            self.samples.lock().unwrap_or_else(PoisonError::into_inner).forget_behind(start.lsn);
+            self.pulse.forget_behind(start.lsn);
+        }
+        self.shipped.send_modify(|shipped| shipped.stand_at(&start.branch, start.lsn));
     }
 
     /// The server that streams had WAL up to `end` just now. Of a standby that says nothing: what was committed is on its

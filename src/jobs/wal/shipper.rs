@@ -6,17 +6,17 @@ use std::collections::VecDeque;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-use chrono::{DateTime, Utc};
 use futures::StreamExt as _;
 use futures::future::BoxFuture;
 use futures::stream::FuturesOrdered;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
 use crate::jobs::context::Context;
 use crate::jobs::wal::buffer::Chunk;
 use crate::jobs::wal::contradiction;
 use crate::jobs::wal::segments::{self, PassingSegments, SegmentDigest, SegmentKey, SharedBook};
+use crate::jobs::wal::shipped::Shipped;
 use crate::model::{EpochId, Error, Kind, Lsn, Result, SystemId, Timeline};
 use crate::observe::task;
 use crate::repository::fan_out::FanOut;
@@ -50,27 +50,8 @@ pub(super) struct Frame {
 enum Command {
     Frame(Frame, OwnedSemaphorePermit),
     History(SystemId, Timeline, Vec<u8>),
-}
-
-/// What has been shipped.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Shipped {
-    /// Every record that ends at or before this position is durable.
-    pub(super) durable: Lsn,
-    /// Where the newest frame ends that the regions were given.
-    pub(super) begun: Lsn,
-    /// Since when.
-    pub(super) at: Option<DateTime<Utc>>,
-    /// The newest commit time in it.
-    pub(super) last_commit: Option<DateTime<Utc>>,
-    /// The open epoch.
-    pub(super) epoch: Option<EpochId>,
-    /// Since when, on the monotonic clock, a frame has been on its way.
-    pub(super) busy_since: Option<Duration>,
-    /// Why a frame cannot be shipped at present.
-    pub(super) trouble: Option<String>,
-    /// What was streamed and is stored in another version, too.
-    pub(super) contradiction: Option<String>,
+    /// Answered when all that was sent before is durable.
+    Tell(oneshot::Sender<()>),
 }
 
 /// The way to a shipper.
@@ -139,6 +120,17 @@ impl ShipperHandle {
     /// Waits until nothing is on its way.
     pub(super) async fn idle(&self) -> Result<OwnedSemaphorePermit> {
         self.acquire(ROOM).await
+    }
+
+    /// Waits until everything that it was given is durable. A shipper that ends before has nothing on its way either, so
+    /// that to be idle says nothing of what was.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub(super) async fn landed(&self) -> Result<()> {
+        let (tell, told) = oneshot::channel();
+        let _ = self.commands.send(Command::Tell(tell));
+        told.await.map_err(|error| Error::failed("the WAL shipper is gone").because(error))
     }
 
     async fn acquire(&self, share: u32) -> Result<OwnedSemaphorePermit> {
@@ -217,6 +209,11 @@ impl Shipper {
                     Some(Command::History(system_id, timeline, content)) => {
                         store_history(&self.repository, (system_id, timeline), &content, &self.means.out).await?;
                     }
+                    Some(Command::Tell(landed)) => {
+                        self.land().await?;
+                        // Whoever stopped waiting does not need to know.
+                        let _ = landed.send(());
+                    }
                     None => break,
                 },
             }
@@ -253,11 +250,11 @@ impl Shipper {
         self.since.pop_front();
         let place = (&self.repository, &self.writer);
         self.means.note(place, &landed.log, std::mem::take(&mut landed.complete)).await?;
-        let now = self.writer.clock.now();
+        let (now, branch) = (self.writer.clock.now(), landed.log.branch_id());
         self.means.shipped.send_modify(|shipped| {
             // A record that is not complete yet does not count: it may be streamed again.
             if let Some((_, end)) = landed.marks.last_record {
-                shipped.durable = end;
+                shipped.reach(&branch, end);
             }
             shipped.at = Some(now);
             shipped.last_commit = shipped.last_commit.max(landed.marks.commits.map(|(_, last)| last));
@@ -328,11 +325,17 @@ impl Shipper {
         self.means.shipped.send_modify(|shipped| shipped.trouble = Some(error.to_string()));
     }
 
-    /// Waits for what is on its way, and ends the epoch behind it.
-    async fn close(&mut self) -> Result<()> {
+    /// Waits for what is on its way.
+    async fn land(&mut self) -> Result<()> {
         while let Some(landed) = self.flying.next().await {
             self.landed(landed?).await?;
         }
+        Ok(())
+    }
+
+    /// The same, and ends the epoch behind it.
+    async fn close(&mut self) -> Result<()> {
+        self.land().await?;
         match self.open.take() {
             Some(open) => open.epoch.close().await,
             None => Ok(()),
@@ -369,6 +372,7 @@ mod tests {
         let fixture = Fixture::memory(3, 2).await;
         let out = Arc::new(FanOut::new(&fixture.repository.regions, Patience::WAL));
         let shipped_so_far = Arc::new(watch::channel(Shipped::default()).0);
+        shipped_so_far.send_modify(|shipped| shipped.stand_at(&log().branch_id(), Lsn(1000)));
         let means = Means { out, shipped: shipped_so_far, book: None, known: Arc::default() };
         let (repository, writer) = (fixture.repository.clone(), fixture.writer.clone());
         let handle = Shipper::new(repository, writer, (EpochKind::Stream, 1), means.clone()).start();

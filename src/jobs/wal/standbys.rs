@@ -8,10 +8,13 @@ use std::time::Duration;
 use tokio::time::{sleep, timeout};
 
 use crate::jobs::context::Target;
+use crate::jobs::wal::server::Server;
 use crate::jobs::wal::shared::Shared;
 use crate::model::{Error, Kind, Lsn, Result};
 use crate::pg::conninfo::ConnInfo;
+use crate::pg::replication::ReplicationClient;
 use crate::pg::{PgError, sql};
+use crate::repository::wal_index::BranchId;
 
 const EVERY: Duration = Duration::from_secs(5);
 const ANSWER_TIME: Duration = Duration::from_secs(10);
@@ -28,8 +31,10 @@ pub(super) async fn keep_slots(target: Target, shared: Arc<Shared>) {
     let standbys: Vec<_> = target.conninfo.each_server().collect();
     loop {
         for standby in &standbys {
-            let durable = shared.shipped.borrow().durable;
             let is_standby = shared.from_standby.load(Ordering::Relaxed);
+            let Some(durable) = shared.shipped.borrow().at().map(|(branch, lsn)| (branch.clone(), lsn)) else {
+                continue;
+            };
             let late = |_| Err(Error::new(Kind::Unavailable, "it does not answer in time"));
             let kept =
                 timeout(ANSWER_TIME, keep_slot(standby, &target, (durable, is_standby))).await.unwrap_or_else(late);
@@ -43,7 +48,11 @@ pub(super) async fn keep_slots(target: Target, shared: Arc<Shared>) {
 
 /// Makes the slot, or moves it to where the stored WAL ends, as far as this standby has replayed. While a standby is the
 /// source the primary is one of the others.
-async fn keep_slot(standby: &ConnInfo, target: &Target, (durable, from_standby): (Lsn, bool)) -> Result<()> {
+async fn keep_slot(
+    standby: &ConnInfo,
+    target: &Target,
+    ((branch, durable), from_standby): ((BranchId, Lsn), bool),
+) -> Result<()> {
     let name = format!("drctl slot {}", target.name);
     let client = sql::connect(&standby.clone().with_application_name(name)).await?;
     let Some(row) = client.query_opt(SLOT, &[&target.slot, &from_standby]).await.map_err(PgError::from)? else {
@@ -56,6 +65,14 @@ async fn keep_slot(standby: &ConnInfo, target: &Target, (durable, from_standby):
         return Ok(());
     };
     if kept < durable {
+        let mut walsender = ReplicationClient::connect(standby).await?;
+        let server = Server::identify(&mut walsender).await?;
+        // A standby on another timeline has other WAL at that position, and what it has may be stored nowhere.
+        if server.branches().first() != Some(&branch) {
+            return Ok(());
+        }
+        // Up to here at most it was on this timeline: it may change to another one before it moves the slot.
+        let durable = durable.min(server.flush_lsn);
         // The server goes no further than it has replayed.
         let advance = format!("SELECT pg_catalog.pg_replication_slot_advance($1, '{durable}')");
         client.execute(&advance, &[&target.slot]).await.map_err(PgError::from)?;

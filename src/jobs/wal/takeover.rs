@@ -22,6 +22,7 @@ use crate::repository::fan_out::{FanOut, Patience};
 use crate::repository::wal_adopt::{Era, Tail, TakeOver, take_over};
 use crate::repository::wal_claim::Known;
 use crate::repository::wal_index::BranchId;
+use crate::repository::wal_left::successor;
 
 /// A takeover that takes longer than this waits for regions.
 const SLOW: Duration = Duration::from_secs(5);
@@ -132,9 +133,25 @@ impl Run {
     /// Takes over while nobody else can stream through the slot.
     pub(super) async fn take_over_alone(&self, server: &Server) -> Result<Option<Tail>, Trouble> {
         let eras = server.eras();
-        let taken = self.take_over(&eras, None);
+        let taken = async {
+            let tail = self.take_over(&eras, None).await?;
+            self.must_not_be_left(server).await?;
+            Ok::<_, Error>(tail)
+        };
         let tail = while_holding_the_slot((&self.context, &self.target), server, taken).await?;
         Ok(tail.inspect_err(|error| self.shared.trouble(State::WaitingForRegions, error))?)
+    }
+
+    /// A server that stayed on a timeline which another one left is no longer the one that commits are safe with.
+    async fn must_not_be_left(&self, server: &Server) -> Result<()> {
+        let (Some(newest), Some(branch)) = (server.lineage.first(), server.branches().into_iter().next()) else {
+            return Ok(());
+        };
+        let own = (&branch, &newest.history);
+        match successor(&self.context.repository, own, server.flush_lsn, &self.means.known).await? {
+            Some(successor) => Err(successor.refuses(&branch)),
+            None => Ok(()),
+        }
     }
 
     /// Adoption and SEALs need regions, for which it waits as long as it takes: what takes long is told.

@@ -223,12 +223,12 @@ impl Files {
 
     fn flush(&mut self, path: &Path, begun: usize) {
         match self.names.get(path) {
-            Some((Some(file), _)) if self.disk != Disk::ForgetsBytes => {
-                if self.written_at[*file] < begun {
-                    self.files[*file].flushed = self.files[*file].written;
+            Some((Some(file), _)) => {
+                let file = *file;
+                if self.disk != Disk::ForgetsBytes && self.written_at[file] < begun {
+                    self.files[file].flushed = self.files[file].written;
                 }
             }
-            Some((Some(_), _)) => {}
             _ if self.disk != Disk::ForgetsNames => self.flush_directory(path, begun),
             _ => {}
         }

@@ -184,6 +184,12 @@ async fn a_standby_follows_survives_its_feed_and_a_region_and_is_promoted_with_e
     assert_eq!((&promoted["timeline"], &promoted["old_timeline"]), (&2.into(), &1.into()), "{promoted:#}");
     let told = feed.wait().await.ok();
     assert!(told.stdout.contains("is open, on timeline 2"), "{told}");
+    let id = promoted["stored_as"].as_str().unwrap();
+    let stored = warm.protected.drctl(["report", "show", id, "--json"]).run().await.ok().json();
+    let report = &stored["body"]["report"];
+    crate::reports::assert_fits(report);
+    assert_eq!((&report["job"], &report["timeline"]), (&"promotion".into(), &2.into()), "{stored:#}");
+    assert_eq!((&stored["head"]["outcome"], &stored["head"]["level"]), (&"pass".into(), &"L4".into()), "{stored:#}");
     assert!(warm.status().await.is_null());
     let back = warm.cluster().await;
     let verdict = book.verify(&back, durable).await.unwrap();

@@ -196,8 +196,9 @@ const SAMPLES_KEPT: usize = 4096;
 /// Samples come every second. Behind a longer silence nobody knows when it was written what the server shows: it was met
 /// again, or this process slept, and others committed meanwhile.
 const SILENCE: Duration = Duration::from_secs(3);
-/// What comes at once behind a silence is no news: it can have waited all the time on its way to a process that slept.
-const CATCHING_UP: Duration = Duration::from_secs(1);
+/// What comes at once behind a silence is no news: it can have waited all the time on its way to a process that slept, and
+/// the first word of a stream only repeats where it begins.
+const CATCHING_UP: Duration = Duration::from_millis(500);
 
 impl Samples {
     /// The server had WAL up to `end` at `now`.
@@ -212,18 +213,17 @@ impl Samples {
         }
     }
 
-    /// Since when WAL may have existed that is seen at `now`.
+    /// Since when WAL may have existed that is seen at `now`. Of what was there at the first look nobody knows.
     fn since(&mut self, now: Duration) -> Option<Duration> {
         let last = self.last.replace(now);
-        if last.is_some_and(|last| now.saturating_sub(last) > SILENCE) {
+        if last.is_none_or(|last| now.saturating_sub(last) > SILENCE) {
             self.met = Some(now);
         }
         if self.met.is_some_and(|met| now.saturating_sub(met) <= CATCHING_UP) {
             return self.news;
         }
         let before = self.news.replace(now);
-        // What was there when the first look was taken may be of any age.
-        if self.met.take().is_some() { before } else { before.map(|_| now) }
+        if self.met.take().is_some() { before } else { Some(now) }
     }
 
     /// The server that had WAL beyond this position is not the one that is streamed.
@@ -256,10 +256,13 @@ mod tests {
         let seconds = Duration::from_secs;
         let mut samples = Samples::default();
         assert_eq!(samples.exposure(Lsn(100), seconds(1)), None);
+        samples.add(Lsn(50), seconds(1));
         samples.add(Lsn(100), seconds(1));
+        assert_eq!(samples.exposure(Lsn(50), seconds(1)), None, "what is there at first may be of any age");
+        assert_eq!(samples.exposure(Lsn(100), seconds(1)), None, "and may not be all");
+        samples.add(Lsn(100), seconds(2));
         samples.add(Lsn(200), seconds(2));
         samples.add(Lsn(200), seconds(4));
-        assert_eq!(samples.exposure(Lsn(50), seconds(5)), None, "what is there at first may be of any age");
         assert_eq!(samples.exposure(Lsn(100), seconds(5)), Some(seconds(3)));
         assert_eq!(samples.exposure(Lsn(200), seconds(5)), Some(Duration::ZERO));
         assert_eq!(samples.exposure(Lsn(200), seconds(15)), None);
@@ -269,6 +272,7 @@ mod tests {
     fn exposure_counts_from_the_last_time_that_the_server_was_seen() {
         let seconds = Duration::from_secs;
         let mut samples = Samples::default();
+        samples.add(Lsn(100), seconds(0));
         samples.add(Lsn(100), seconds(1));
         assert_eq!(samples.exposure(Lsn(100), seconds(4)), Some(Duration::ZERO));
         assert_eq!(
@@ -279,13 +283,13 @@ mod tests {
         // It is met again, and what it wrote meanwhile was not written now.
         samples.add(Lsn(200), seconds(8));
         assert_eq!(samples.exposure(Lsn(100), seconds(9)), Some(seconds(8)));
-        samples.add(Lsn(300), seconds(9));
+        samples.add(Lsn(300), seconds(8));
         assert_eq!(samples.exposure(Lsn(200), seconds(9)), Some(seconds(8)), "it may have waited on its way");
         assert_eq!(samples.exposure(Lsn(300), seconds(9)), Some(seconds(8)), "so may the word that there is no more");
-        samples.add(Lsn(400), seconds(10));
-        assert_eq!(samples.exposure(Lsn(300), seconds(11)), Some(seconds(10)));
-        samples.add(Lsn(500), seconds(11));
-        assert_eq!(samples.exposure(Lsn(400), seconds(12)), Some(seconds(1)));
+        samples.add(Lsn(400), seconds(9));
+        assert_eq!(samples.exposure(Lsn(300), seconds(10)), Some(seconds(9)));
+        samples.add(Lsn(500), seconds(10));
+        assert_eq!(samples.exposure(Lsn(400), seconds(12)), Some(seconds(2)));
         assert_eq!(samples.exposure(Lsn(500), seconds(12)), Some(Duration::ZERO));
     }
 

@@ -140,7 +140,8 @@ async fn stored(owner: &TakeOver<'_>, branch: &BranchId) -> Result<Option<Stored
     // Nobody adopts frames of the other kinds: what fewer regions than the quorum hold of them is not durable, and
     // whoever began behind it would tell the server to forget what a single region has.
     let quorum = repository.regions.quorum();
-    let (others, unread) = index.spans_of(repository, |held| held.len() >= quorum).await;
+    let displaced = index.displaced(repository).await;
+    let (others, unread) = index.spans_of(repository, &displaced, |held| held.len() >= quorum).await;
     errors.extend(unread);
     let is_stream = |run: &Run| run.first.epoch_kind == EpochKind::Stream;
     runs.retain(is_stream);

@@ -167,22 +167,15 @@ fn is_locked(path: &Path) -> Result<bool> {
 
 /// A reader sees the whole file or none. Not fsynced: PostgreSQL asks again after a crash.
 ///
-/// A second name is as good as a copy, and costs nothing: PostgreSQL writes into a file that it was given only when it uses
-/// it again for new WAL, which it does with files that recovery has left behind for good. Until then it renames it and
-/// removes it, and the staged name stays.
+/// A copy, and no second name: PostgreSQL writes into a segment that it was given once it uses the file again for new WAL, and
+/// the staged one must stay what it is.
 fn give(source: &Path, destination: &Path) -> Result<()> {
     let parent: PathBuf = match destination.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
         _ => PathBuf::from("."),
     };
     let io = |error| Error::from(DiskError::new("copy to", destination, error));
-    let mut named = tempfile::Builder::new();
-    named.prefix(".drctl-");
-    if let Ok(temporary) = named.make_in(&parent, |path| std::fs::hard_link(source, path)) {
-        // Where the destination is this very file already, nothing is renamed; dropping the temporary name removes it.
-        return rustix::fs::rename(temporary.path(), destination).map_err(|errno| io(errno.into()));
-    }
-    let temporary = named.tempfile_in(parent).map_err(io)?;
+    let temporary = tempfile::Builder::new().prefix(".drctl-").tempfile_in(parent).map_err(io)?;
     std::fs::copy(source, temporary.path()).map_err(io)?;
     temporary.persist(destination).map_err(|error| io(error.error))?;
     Ok(())

@@ -20,6 +20,7 @@ pub mod receiver;
 mod run;
 #[cfg(test)]
 mod run_tests;
+mod seam;
 mod segments;
 mod server;
 mod session;

@@ -32,6 +32,8 @@ pub struct Tail {
     pub end: Lsn,
     /// Whether `end` is the end of a complete record, rather than the start of WAL that held none.
     pub at_record: bool,
+    /// Where that record begins.
+    pub last_record: Option<Lsn>,
     /// Epochs of other writers that were open and were sealed.
     pub sealed: u64,
     /// Frames that were copied to reach the write quorum.
@@ -159,7 +161,8 @@ async fn stored(owner: &TakeOver<'_>, branch: &BranchId) -> Result<Option<Stored
         (Some((window, streamed)), _) => {
             let (end, at_record) = window.last_record_end.map_or((window.start, false), |end| (end, true));
             let unbroken = vec![(branch.clone(), window.start)];
-            let tail = Tail { branch: branch.clone(), end, at_record, sealed, adopted, unbroken };
+            let last_record = window.last_record.filter(|_| at_record);
+            let tail = Tail { branch: branch.clone(), end, at_record, last_record, sealed, adopted, unbroken };
             Ok(Some(Stored { tail, window, streamed }))
         }
         // Not to be able to read the end is not to have none: a fresh start would be a gap without a word.

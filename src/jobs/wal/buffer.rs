@@ -4,8 +4,8 @@
 //! buffer: a server that crashes may write that part differently afterwards, and so the log never holds a torso that
 //! somebody has to tell from the real thing. Only a record larger than a frame is cut.
 
-use crate::model::{Error, Lsn, Result};
-use crate::pg::wal::{Pushed, Record, RecordWalker};
+use crate::model::{Lsn, Result};
+use crate::pg::wal::{Pushed, Record, RecordWalker, WalError};
 use crate::repository::wal_log::{FRAME_LIMIT, Marks};
 
 /// As much as one message of the server may add to a buffer that is not full yet.
@@ -47,15 +47,15 @@ impl Buffer {
     /// # Errors
     /// They do not follow those before, or they are not WAL of this history. Nothing of them is kept.
     pub(super) fn push(&mut self, at: Lsn, data: &[u8]) -> Result<()> {
-        self.push_seen(at, data, |_| ())
+        Ok(self.push_seen(at, data, |_| ())?)
     }
 
     /// The same; `see` is shown every record that became complete.
     ///
     /// # Errors
     /// As [`push`](Self::push).
-    pub(super) fn push_seen(&mut self, at: Lsn, data: &[u8], see: impl FnMut(&Record)) -> Result<()> {
-        let found = self.walker.push(at, data, see).map_err(Error::from)?;
+    pub(super) fn push_seen(&mut self, at: Lsn, data: &[u8], see: impl FnMut(&Record)) -> Result<(), WalError> {
+        let found = self.walker.push(at, data, see)?;
         self.found.merge(&found);
         self.wal.extend_from_slice(data);
         Ok(())
@@ -92,9 +92,9 @@ impl Buffer {
         if self.found.last.is_some() { self.complete() } else { self.wal.len() }
     }
 
-    /// Where to stream again after the connection was lost: behind the last complete record, if there was one.
-    pub(super) fn resume_at(&self) -> Option<Lsn> {
-        self.walker.last_complete().map(|(_, end)| end)
+    /// Start and end of the last complete record, behind which to stream again after the connection was lost.
+    pub(super) fn resume_at(&self) -> Option<(Lsn, Lsn)> {
+        self.walker.last_complete()
     }
 
     /// Everything, also the torso of a record: its timeline ends here.

@@ -21,6 +21,7 @@ pub mod receiver;
 mod run;
 #[cfg(test)]
 mod run_tests;
+mod seam;
 mod segments;
 mod server;
 mod session;

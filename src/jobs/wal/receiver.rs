@@ -21,7 +21,8 @@ use crate::jobs::wal::fill::{Filler, fill};
 use crate::jobs::wal::position::{Position, State};
 use crate::jobs::wal::primary::keep_asking;
 use crate::jobs::wal::pulse::keep_beating;
-use crate::jobs::wal::run::{Ended, Run, SlotCare, Trouble};
+use crate::jobs::wal::run::{Ended, Past, Run, SlotCare, Trouble};
+use crate::jobs::wal::seam::Seam;
 use crate::jobs::wal::segments::SharedBook;
 use crate::jobs::wal::server::{self, Server, Start};
 use crate::jobs::wal::session::Session;
@@ -109,6 +110,7 @@ impl Receiver {
             system_id: None,
             sessions: 0,
             slot: SlotCare::Trust,
+            past: Past::Compare,
             given_up: None,
             stored_histories: BTreeSet::new(),
             tracker,
@@ -282,7 +284,12 @@ impl Run {
         self.note_role(&server);
         let (start, reason) = self.place(&mut client, &server).await?;
         self.store_histories(&server);
-        let durable = self.settle(&start).await?;
+        let stored = start.lsn;
+        let compares = self.kind == EpochKind::Stream && self.past != Past::Trust;
+        let seam = compares.then(|| Seam::before(&start, &server)).flatten();
+        self.past = if seam.is_some() { Past::Comparing } else { Past::Compare };
+        let start = seam.as_ref().map_or(start, |seam| seam.begin().clone());
+        let durable = self.settle(&start, seam.is_some()).await?;
         let mut walker = server.walker(&start)?;
         if self.tracker.is_some() {
             walker = walker.reading_blocks();
@@ -293,15 +300,15 @@ impl Run {
             view.system_id = Some(server.system_id);
             view.branch = Some(start.branch.clone());
             view.received = start.lsn;
-            view.start.get_or_insert((start.lsn, reason.to_owned()));
+            view.start.get_or_insert((stored, reason.to_owned()));
         });
         self.sessions += 1;
         let log = server.log(&self.target, &start.branch);
         if let Some(tracker) = &mut self.tracker {
-            tracker.begin(&log, start.lsn);
+            tracker.begin(&log, stored);
         }
         let session = Session::new((self.sessions, log), start, stream, Buffer::new(walker), durable);
-        Ok(session.synchronous(self.target.sync && self.kind == EpochKind::Stream))
+        Ok(session.towards(seam).synchronous(self.target.sync && self.kind == EpochKind::Stream))
     }
 
     async fn prepare_slot(&mut self, client: &mut ReplicationClient) -> Result<String, Trouble> {
@@ -355,7 +362,12 @@ impl Run {
             }
             None => {
                 let tail = self.take_over_alone(server).await?;
-                tail.map(|tail| Start { branch: tail.branch, lsn: tail.end, at_record: tail.at_record })
+                tail.map(|tail| Start {
+                    branch: tail.branch,
+                    lsn: tail.end,
+                    at_record: tail.at_record,
+                    last: tail.last_record,
+                })
             }
         };
         let Some(cursor) = cursor else {
@@ -382,10 +394,11 @@ impl Run {
     }
 
     /// What is durable of the history that begins at `start`. What is on its way of another one must have landed before:
-    /// it may be the beginning of this one, and it may go further than this one has come.
-    pub(super) async fn settle(&mut self, start: &Start) -> Result<Lsn, Trouble> {
+    /// it may be the beginning of this one, and it may go further than this one has come. `anew`: whose it is has yet to
+    /// be seen.
+    pub(super) async fn settle(&mut self, start: &Start, anew: bool) -> Result<Lsn, Trouble> {
         let known = self.shared.shipped.borrow().on(&start.branch);
-        if let Some(durable) = known.filter(|durable| *durable <= start.lsn) {
+        if let Some(durable) = known.filter(|durable| !anew && *durable <= start.lsn) {
             return Ok(durable);
         }
         self.ship_pending().await?;
@@ -411,6 +424,11 @@ impl Run {
             return Err(trouble.into());
         }
         match trouble {
+            Trouble::Server(PgError::WalRemoved { .. }) if self.past == Past::Comparing => {
+                self.past = Past::Trust;
+                return Ok(false);
+            }
+            Trouble::OtherPast(at, error) => self.contradict(at, &error).await?,
             Trouble::Server(PgError::WalRemoved { message, .. }) => {
                 let (stop, slot) = (self.stop.clone(), Arc::clone(&self.shared.slot));
                 let filled = tokio::select! {
@@ -507,6 +525,21 @@ impl Run {
         Ok(())
     }
 
+    /// Two servers wrote one branch. The one that is stored stays, and whoever looks for it is told.
+    async fn contradict(&mut self, at: Lsn, error: &Error) -> Result<()> {
+        let Some(branch) = self.cursor.as_ref().map(|cursor| cursor.branch.clone()) else { return Ok(()) };
+        let (name, now) = (&self.target.name, self.context.clock.now());
+        let gap = Gap::new(name, &branch, (at, Lsn(at.0 + 1)), error.message(), now).contradicted();
+        tracing::error!(target = %name, %at, timeline = branch.timeline.0, %error, "WAL contradicts what is stored: two servers write one timeline");
+        self.tell(&error.to_string());
+        let recorded = gaps::record(&self.context.repository, self.context.writer()?, &gap, &self.means.out).await;
+        if let Err(error) = recorded {
+            // It is met again before anything is acknowledged.
+            tracing::warn!(%error, "that WAL contradicts itself is not recorded yet");
+        }
+        Ok(())
+    }
+
     async fn read_files(&self, server: &Server, range: (&Start, Lsn)) {
         let target = &self.target.name;
         match fill((&self.context, &self.target), &self.filler, server, range).await {
@@ -521,7 +554,7 @@ impl Run {
         let tail = self.take_over(&server.eras(), Some(&cursor.branch)).await?;
         let tail = tail.filter(|tail| tail.branch != cursor.branch || tail.end > cursor.lsn);
         let Some(tail) = tail.filter(|tail| tail.is_reached_from(&cursor.branch, cursor.lsn)) else { return Ok(false) };
-        let filled = Start { branch: tail.branch, lsn: tail.end, at_record: tail.at_record };
+        let filled = Start { branch: tail.branch, lsn: tail.end, at_record: tail.at_record, last: tail.last_record };
         tracing::info!(target = %self.target.name, from = %cursor.lsn, to = %filled.lsn, "archived WAL takes the place of what the server lacks");
         self.shared.stand_at(&filled);
         self.cursor = Some(filled);
@@ -547,7 +580,7 @@ fn trouble_text(trouble: &Trouble) -> String {
         Trouble::Server(error) => error.to_string(),
         Trouble::Pressure(_) => "the replication slot fills the server's disk".to_owned(),
         Trouble::ShipperGone => "the epoch cannot be continued".to_owned(),
-        Trouble::Other(error) => error.to_string(),
+        Trouble::OtherPast(_, error) | Trouble::Other(error) => error.to_string(),
     }
 }
 

@@ -12,7 +12,7 @@ use crate::jobs::wal::fill::Filler;
 use crate::jobs::wal::server::Start;
 use crate::jobs::wal::shared::Shared;
 use crate::jobs::wal::shipper::{Frame, Means, ShipperHandle};
-use crate::model::{Error, SystemId};
+use crate::model::{Error, Lsn, SystemId};
 use crate::pg::PgError;
 use crate::repository::wal_frame::EpochKind;
 use crate::repository::wal_index::BranchId;
@@ -33,6 +33,8 @@ pub(super) enum Trouble {
     Server(PgError),
     /// The slot fills the server's disk, to this share, and is to go.
     Pressure(u8),
+    /// The server is not the one whose WAL is stored up to this position.
+    OtherPast(Lsn, Error),
     /// The shipper met something that waiting does not mend.
     ShipperGone,
     /// Anything else.
@@ -57,7 +59,7 @@ impl From<Trouble> for Error {
             Trouble::Server(error) => error.into(),
             Trouble::Pressure(_) => Self::failed("the replication slot fills the server's disk"),
             Trouble::ShipperGone => Self::failed("the epoch cannot be continued"),
-            Trouble::Other(error) => error,
+            Trouble::OtherPast(_, error) | Trouble::Other(error) => error,
         }
     }
 }
@@ -68,6 +70,17 @@ pub(super) enum SlotCare {
     Trust,
     Ensure,
     Renew,
+}
+
+/// What to do about the seam to what is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Past {
+    /// The next stream begins before it, if it can.
+    Compare,
+    /// A stream is on its way to it.
+    Comparing,
+    /// The server lacks what lies before it: the next stream begins there.
+    Trust,
 }
 
 /// The receiver's own state.
@@ -86,6 +99,7 @@ pub(super) struct Run {
     pub(super) system_id: Option<SystemId>,
     pub(super) sessions: u64,
     pub(super) slot: SlotCare,
+    pub(super) past: Past,
     /// Why the slot was dropped, until WAL flows again.
     pub(super) given_up: Option<String>,
     pub(super) stored_histories: BTreeSet<BranchId>,

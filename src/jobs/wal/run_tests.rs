@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 use crate::jobs::context::{Context, Detection, Objectives, Target};
 use crate::jobs::wal::buffer::Chunk;
 use crate::jobs::wal::fill::Filler;
-use crate::jobs::wal::run::{Run, SlotCare, Trouble};
+use crate::jobs::wal::run::{Past, Run, SlotCare, Trouble};
 use crate::jobs::wal::server::Start;
 use crate::jobs::wal::shared::Shared;
 use crate::jobs::wal::shipper::{self, Frame, Means};
@@ -71,6 +71,7 @@ async fn run(fixture: &Fixture) -> Run {
         system_id: None,
         sessions: 0,
         slot: SlotCare::Trust,
+        past: Past::Compare,
         given_up: None,
         stored_histories: BTreeSet::new(),
         tracker: None,
@@ -87,12 +88,12 @@ fn frame(start: u64, end: u64) -> Frame {
 }
 
 fn old(lsn: u64) -> Start {
-    Start { branch: log().branch_id(), lsn: Lsn(lsn), at_record: true }
+    Start { branch: log().branch_id(), lsn: Lsn(lsn), at_record: true, last: None }
 }
 
 fn new(lsn: u64) -> Start {
     let branch = BranchId { timeline: Timeline(2), branch: branch_of(HISTORY), ..log().branch_id() };
-    Start { branch, lsn: Lsn(lsn), at_record: true }
+    Start { branch, lsn: Lsn(lsn), at_record: true, last: None }
 }
 
 async fn ship(run: &Run, frame: Frame) {
@@ -106,16 +107,20 @@ async fn ship(run: &Run, frame: Frame) {
 async fn frames_of_the_timeline_that_was_left_say_nothing_of_the_new_one() {
     let fixture = Fixture::memory(2, 2).await;
     let mut run = run(&fixture).await;
-    assert_eq!(run.settle(&old(1000)).await.unwrap(), Lsn(1000));
+    assert_eq!(run.settle(&old(1000), false).await.unwrap(), Lsn(1000));
     ship(&run, frame(1000, 1100)).await;
     run.ship_pending().await.unwrap();
-    assert_eq!(run.settle(&old(1100)).await.unwrap(), Lsn(1100), "a connection that is made again waits for nothing");
+    assert_eq!(
+        run.settle(&old(1100), false).await.unwrap(),
+        Lsn(1100),
+        "a connection that is made again waits for nothing"
+    );
     fixture.stores[1].set(Fault::Fail);
     ship(&run, frame(1100, 1150)).await;
     run.pending.push_back(frame(1150, 1200));
     let start = new(1150);
     {
-        let mut settling = std::pin::pin!(run.settle(&start));
+        let mut settling = std::pin::pin!(run.settle(&start, false));
         let early = timeout(Duration::from_millis(300), &mut settling).await;
         assert!(early.is_err(), "what leads to the new timeline is not stored yet: {early:?}");
         fixture.stores[1].set(Fault::None);
@@ -132,13 +137,13 @@ async fn frames_of_the_timeline_that_was_left_say_nothing_of_the_new_one() {
 async fn a_shipper_that_died_has_shipped_nothing() {
     let fixture = Fixture::memory(3, 2).await;
     let mut run = run(&fixture).await;
-    run.settle(&old(1000)).await.unwrap();
+    run.settle(&old(1000), false).await.unwrap();
     ship(&run, frame(1000, 1100)).await;
     run.ship_pending().await.unwrap();
     let eras = [Era { branch: log().branch_id(), end: None }];
     assert_eq!(fixture.take_over(&eras, None).await.unwrap().unwrap().sealed, 1);
     run.pending.push_back(frame(1100, 1200));
-    let settled = run.settle(&new(1200)).await;
+    let settled = run.settle(&new(1200), false).await;
     assert!(matches!(settled, Err(Trouble::ShipperGone)), "{settled:?}");
     assert_eq!(run.shared.shipped.borrow().on(&new(1200).branch), None);
 }

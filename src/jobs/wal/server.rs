@@ -49,6 +49,8 @@ pub(super) struct Start {
     pub(super) lsn: Lsn,
     /// Whether it lies between two records; if not, it is the start of a page.
     pub(super) at_record: bool,
+    /// Where the stored record begins that ends there, if that is known.
+    pub(super) last: Option<Lsn>,
 }
 
 /// Connects to a target's walsender.
@@ -72,7 +74,7 @@ impl Server {
     pub(super) fn current_segment(&self) -> Result<Start> {
         let newest = self.lineage.first().ok_or_else(|| Error::failed("the server has no timeline"))?;
         let lsn = self.segment_size.segment_start(self.flush_lsn);
-        Ok(Start { branch: self.branch(newest), lsn, at_record: false })
+        Ok(Start { branch: self.branch(newest), lsn, at_record: false, last: None })
     }
 
     /// The branches of its history, newest first.
@@ -91,10 +93,16 @@ impl Server {
         let at = self.lineage.iter().position(|descent| self.branch(descent) == cursor.branch)?;
         let switch = self.lineage.get(at).and_then(|descent| descent.reign.end);
         let Some(switch) = switch.filter(|switch| cursor.lsn >= *switch) else { return Some(cursor.clone()) };
-        let older = Start { branch: cursor.branch.clone(), lsn: switch, at_record: true };
+        let last = cursor.last.filter(|_| cursor.lsn == switch);
+        let older = Start { branch: cursor.branch.clone(), lsn: switch, at_record: true, last };
         let Some(child) = at.checked_sub(1).and_then(|child| self.lineage.get(child)) else { return Some(older) };
         // A child that left in the same place wrote nothing; the next one decides.
-        self.continue_at(&Start { branch: self.branch(child), lsn: switch, at_record: true })
+        self.continue_at(&Start { branch: self.branch(child), lsn: switch, at_record: true, last })
+    }
+
+    /// The first position of a branch of its history.
+    pub(super) fn begin_of(&self, branch: &BranchId) -> Option<Lsn> {
+        self.lineage.iter().find(|descent| self.branch(descent) == *branch).map(|descent| descent.reign.begin)
     }
 
     /// The log of a branch of this server.
@@ -111,7 +119,7 @@ impl Server {
     /// Reads WAL from there, and accepts only what this server can have written.
     pub(super) fn walker(&self, start: &Start) -> Result<RecordWalker> {
         let walker = match start.at_record {
-            true => RecordWalker::at_record(start.lsn, self.segment_size),
+            true => RecordWalker::at_record(start.lsn, self.segment_size).map(|walker| walker.following(start.last)),
             false => RecordWalker::new(start.lsn, self.segment_size),
         };
         let descent = self.lineage.iter().find(|descent| self.branch(descent) == start.branch);
@@ -226,10 +234,10 @@ pub(super) fn temporary_slot(context: &Context, target: &Target) -> Result<Strin
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn server(file: &str, timeline: u32) -> Server {
+    pub(in crate::jobs::wal) fn server(file: &str, timeline: u32) -> Server {
         let timeline = Timeline(timeline);
         let history = History::parse(timeline, file).unwrap();
         let descent = |reign: Reign| Descent {
@@ -257,7 +265,12 @@ mod tests {
     fn streaming_continues_on_the_timeline_that_owns_the_next_byte() {
         let server = server("1\t0/3000000\tx\n2\t0/3000000\tx\n3\t0/5000000\tx\n", 4);
         let branches = server.branches();
-        let at = |index: usize, lsn: u64| Start { branch: branches[index].clone(), lsn: Lsn(lsn), at_record: true };
+        let at = |index: usize, lsn: u64| Start {
+            branch: branches[index].clone(),
+            lsn: Lsn(lsn),
+            at_record: true,
+            last: None,
+        };
         let next = |start: Start| server.continue_at(&start).map(|start| (start.branch.timeline.0, start.lsn.0));
         assert_eq!(next(at(3, 0x200_0000)), Some((1, 0x200_0000)));
         assert_eq!(next(at(3, 0x300_0000)), Some((3, 0x300_0000)), "timeline 2 wrote nothing");

@@ -9,12 +9,14 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
 use crate::jobs::wal::buffer::{Buffer, Chunk};
 use crate::jobs::wal::changes::Tracker;
 use crate::jobs::wal::pulse::Pulse;
-use crate::jobs::wal::run::{Ended, Run, Trouble};
+use crate::jobs::wal::run::{Ended, Past, Run, Trouble};
+use crate::jobs::wal::seam::{Seam, other_past};
 use crate::jobs::wal::server::Start;
 use crate::jobs::wal::shipped::Shipped;
 use crate::jobs::wal::shipper::Frame;
 use crate::model::{Error, Lsn};
 use crate::pg::replication::{StandbyStatus, WalEvent, WalStream};
+use crate::pg::wal::WalError;
 use crate::repository::wal_log::{FRAME_LIMIT, Log};
 
 /// The server hears from us this often whatever happens, and answers with the end of its WAL, which is what exposure is
@@ -41,6 +43,7 @@ pub(super) struct Session {
     /// When the first byte in the buffer arrived.
     since: Option<Instant>,
     durable: Lsn,
+    seam: Option<Seam>,
     /// Whether commits wait for what this stream reports.
     sync: bool,
 }
@@ -54,7 +57,13 @@ impl Session {
         buffer: Buffer,
         durable: Lsn,
     ) -> Self {
-        Self { number, log, start, stream, buffer, since: None, durable, sync: false }
+        Self { number, log, start, stream, buffer, since: None, durable, seam: None, sync: false }
+    }
+
+    /// The same, which begins before the end of what is stored. Nothing is acknowledged before that is met.
+    pub(super) fn towards(self, seam: Option<Seam>) -> Self {
+        let durable = if seam.is_some() { Lsn::INVALID } else { self.durable };
+        Self { seam, durable, ..self }
     }
 
     /// The same, for a server that lets commits wait.
@@ -64,18 +73,37 @@ impl Session {
 
     /// Where to go on when this session is over.
     pub(super) fn resume(&self) -> Start {
-        let record =
-            self.buffer.resume_at().map(|lsn| Start { branch: self.start.branch.clone(), lsn, at_record: true });
-        record.unwrap_or_else(|| self.start.clone())
+        if let Some(seam) = self.unmet() {
+            return seam.stored().clone();
+        }
+        let branch = self.start.branch.clone();
+        let record = self.buffer.resume_at();
+        let behind = record.map(|(last, lsn)| Start { branch, lsn, at_record: true, last: Some(last) });
+        behind.unwrap_or_else(|| self.start.clone())
     }
 
     /// The end of the timeline, all of which was received.
     fn at_switch(&self) -> Start {
-        Start { branch: self.start.branch.clone(), lsn: self.buffer.end(), at_record: true }
+        let last = self.resume().last;
+        Start { branch: self.start.branch.clone(), lsn: self.buffer.end(), at_record: true, last }
     }
 
-    fn receive(&mut self, at: Lsn, data: &[u8], (pulse, mut tracker): Watchers<'_>) -> Result<(), Error> {
+    /// The seam to what is stored, on the way to it. What is brought before it may be another server's.
+    fn unmet(&self) -> Option<&Seam> {
+        self.seam.as_ref().filter(|seam| !seam.is_met())
+    }
+
+    fn has_frame(&self) -> bool {
+        self.unmet().is_none() && self.buffer.has_frame()
+    }
+
+    fn receive(&mut self, at: Lsn, data: &[u8], (pulse, mut tracker): Watchers<'_>) -> Result<(), Trouble> {
+        let seam = &mut self.seam;
         let seen = self.buffer.push_seen(at, data, |record| {
+            // What is brought again was seen when it came first.
+            if seam.as_mut().is_some_and(|seam| !seam.see(record)) {
+                return;
+            }
             pulse.see(record);
             if let Some(tracker) = &mut tracker {
                 tracker.see(record);
@@ -84,13 +112,24 @@ impl Session {
         if let Some(tracker) = tracker {
             tracker.save_in_time();
         }
-        seen?;
+        match seen {
+            Err(error @ WalError::OtherPast { at, .. }) => {
+                return Err(Trouble::OtherPast(at, other_past(at, &error.to_string())));
+            }
+            seen => seen.map_err(Error::from)?,
+        }
+        if let Some((seam, error)) = self.unmet().and_then(|seam| Some((seam, seam.broken()?))) {
+            return Err(Trouble::OtherPast(seam.stored().lsn, error));
+        }
         self.since.get_or_insert_with(Instant::now);
         Ok(())
     }
 
     /// Says whether more of what this stream brought is durable than it knew.
     fn learn(&mut self, shipped: &Shipped) -> bool {
+        if self.unmet().is_some() {
+            return false;
+        }
         let durable = shipped.on(&self.start.branch).map(|durable| durable.min(self.buffer.end()));
         let is_news = durable.is_some_and(|durable| durable > self.durable);
         self.durable = durable.unwrap_or_default().max(self.durable);
@@ -98,7 +137,7 @@ impl Session {
     }
 
     fn due_at(&self, interval: Duration) -> Option<Instant> {
-        self.since.filter(|_| self.buffer.has_frame()).map(|since| since + interval)
+        self.since.filter(|_| self.has_frame()).map(|since| since + interval)
     }
 
     fn frame(&mut self, take: impl FnOnce(&mut Buffer) -> Option<Chunk>) -> Option<Frame> {
@@ -110,7 +149,7 @@ impl Session {
     async fn send_status(&mut self, now: chrono::DateTime<chrono::Utc>) -> Result<(), Trouble> {
         let status = StandbyStatus {
             // A server that waits with remote_write takes this for the operating system's hands, and here is only memory.
-            write: if self.sync { self.durable } else { self.buffer.end() },
+            write: if self.sync || self.unmet().is_some() { self.durable } else { self.buffer.end() },
             // Never behind the last complete record: the server may remove what lies before, and an unfinished record
             // is streamed again from its start.
             flush: self.durable,
@@ -129,12 +168,13 @@ impl Run {
         let outcome = self.pump(session).await;
         self.save_changes();
         let rest = match &outcome {
+            _ if session.unmet().is_some() => None,
             Ok(Ended::Timeline) => session.frame(Buffer::take_all),
             _ => session.frame(Buffer::take),
         };
         self.pending.extend(rest);
         self.cursor = Some(match &outcome {
-            Ok(Ended::Timeline) => session.at_switch(),
+            Ok(Ended::Timeline) if session.unmet().is_none() => session.at_switch(),
             _ => session.resume(),
         });
         outcome
@@ -155,7 +195,7 @@ impl Run {
             let stopping = stop.is_cancelled();
             let due_at = session.due_at(ship_interval);
             let next = self.pending.front().map(|frame| frame.chunk.wal.len());
-            let next = next.or_else(|| session.buffer.has_frame().then(|| session.buffer.frame_size()));
+            let next = next.or_else(|| session.has_frame().then(|| session.buffer.frame_size()));
             let due = stopping || !self.pending.is_empty() || self.is_due(session, due_at);
             let may_read = !stopping && !is_full(&self.pending, &session.buffer);
             tokio::select! {
@@ -199,7 +239,7 @@ impl Run {
     }
 
     fn is_due(&self, session: &Session, due_at: Option<Instant>) -> bool {
-        let full = session.buffer.has_frame() && session.buffer.is_full();
+        let full = session.has_frame() && session.buffer.is_full();
         let early = if self.shipper.is_busy() { EARLY_BESIDE_OTHERS } else { EARLY_FRAME };
         full || session.buffer.complete() >= early || due_at.is_some_and(|at| Instant::now() >= at)
     }
@@ -208,6 +248,9 @@ impl Run {
         match event {
             WalEvent::Wal { start, data, server_end, .. } => {
                 session.receive(start, &data, (&self.shared.pulse, self.tracker.as_mut()))?;
+                if session.unmet().is_none() {
+                    self.past = Past::Compare;
+                }
                 self.shared.sample(server_end);
                 let received = session.buffer.end();
                 self.shared.view.send_modify(|view| view.received = received);

@@ -163,6 +163,16 @@ pub enum WalError {
         /// What is wrong.
         what: &'static str,
     },
+    /// The first record does not follow the one before which the walk was told of: another server wrote it.
+    #[error("WAL record {at} follows a record at {got}, not the one at {expected}")]
+    OtherPast {
+        /// Its start.
+        at: Lsn,
+        /// Where the record before it begins.
+        expected: Lsn,
+        /// Where it says that this begins.
+        got: Lsn,
+    },
     /// Zeros where a record must be. In a file that is the end of WAL; a server never streams it.
     #[error("WAL has zeros at {at} instead of a record")]
     Zeros {
@@ -183,9 +193,10 @@ impl From<WalError> for Error {
     fn from(error: WalError) -> Self {
         let kind = match &error {
             WalError::NotContiguous { .. } | WalError::BadStart { .. } => Kind::Failed,
-            WalError::OtherSystem { .. } | WalError::OtherTimeline { .. } | WalError::OtherVersion { .. } => {
-                Kind::Refused
-            }
+            WalError::OtherSystem { .. }
+            | WalError::OtherTimeline { .. }
+            | WalError::OtherVersion { .. }
+            | WalError::OtherPast { .. } => Kind::Refused,
             _ => Kind::Damaged,
         };
         Self::new(kind, error.to_string())

@@ -221,6 +221,22 @@ fn a_length_that_passes_over_whole_records_is_seen() {
 }
 
 #[test]
+fn a_walk_that_knows_the_record_before_it_takes_no_other() {
+    let mut writer = Writer::new(Lsn(0x10_0000));
+    for byte in 0..3 {
+        writer.record(RM_HEAP, 0, &[byte; 38]);
+    }
+    let ((first, _), (second, _)) = (writer.records[0], writer.records[1]);
+    let bytes = &writer.bytes[usize::try_from(second.0 - writer.start.0).unwrap()..];
+    let from = |last| walk(RecordWalker::at_record(second, segment_size()).unwrap().following(last), bytes, 8192);
+    for known in [None, Some(first)] {
+        assert_eq!(positions(&from(known).unwrap().0), writer.records[1..]);
+    }
+    let other = from(Some(Lsn(first.0 + 8))).unwrap_err();
+    assert_eq!(other, WalError::OtherPast { at: second, expected: Lsn(first.0 + 8), got: first });
+}
+
+#[test]
 fn a_switch_is_complete_at_the_end_of_its_segment() {
     let mut writer = Writer::new(Lsn(0x10_0000));
     writer.record(RM_HEAP, 0, b"before");

@@ -106,6 +106,8 @@ pub struct RecordWalker {
     /// Whether records are read for what they change.
     reads_blocks: bool,
     walk_start: Lsn,
+    /// Where the record before the first one begins, if that is known.
+    link: Option<Lsn>,
     position: Lsn,
     /// The part that has come of the header of the current page; empty behind it.
     page: Vec<u8>,
@@ -199,6 +201,7 @@ impl RecordWalker {
             is_file: false,
             reads_blocks: false,
             walk_start: start,
+            link: None,
             position: start,
             page: Vec::with_capacity(LONG_HEADER),
             page_timeline: Timeline(0),
@@ -212,6 +215,13 @@ impl RecordWalker {
     #[must_use]
     pub fn expecting(mut self, expect: Expect) -> Self {
         self.expect = expect;
+        self
+    }
+
+    /// The record before the first one is known to begin there.
+    #[must_use]
+    pub fn following(mut self, last: Option<Lsn>) -> Self {
+        self.link = last;
         self
     }
 
@@ -416,6 +426,9 @@ impl RecordWalker {
         let previous = Lsn(u64_at(&head.bytes, 8).unwrap_or_default());
         // Without a record before it in this walk, the link must at least lead out of the walk: that catches a wrong
         // length of the skipped part, which would otherwise pass over whole records.
+        if let (None, Some(expected)) = (self.last, self.link.filter(|expected| *expected != previous)) {
+            return Err(WalError::OtherPast { at, expected, got: previous });
+        }
         let linked = self.last.map_or(previous < self.walk_start, |(start, _)| previous == start);
         if !linked {
             return Err(WalError::Record { at, what: "it does not link to the record before" });

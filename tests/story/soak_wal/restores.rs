@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use drctl::model::{Lsn, Timeline};
 use rand::Rng as _;
+use serde_json::Value;
 
 use super::evidence::{Judge, Promise};
 use super::{Mode, Soak};
@@ -70,8 +71,7 @@ impl Soak {
         let shown = directory.display().to_string();
         let line = [&["restore", "ledger", "--json", "--target-dir", &shown], options].concat();
         let plan = self.receivers.drctl(&line).run().await.ok().json();
-        // Before a new timeline is stored, the end of the old one is the end of all.
-        judge.tip = Timeline(u32::try_from(plan["timeline"].as_u64().unwrap()).unwrap());
+        judge.tip = tip(&plan);
         assert!(kind != "End" || judge.tip >= judge.promise.tip(&self.past), "{:?}\n{plan:#}", judge.promise);
         // WAL grows meanwhile; the command that a plan prints names the end that was shown.
         self.receivers.here(Drctl::pasted(plan["command"].as_str().unwrap())).run().await.ok();
@@ -92,4 +92,13 @@ impl Soak {
         std::fs::remove_dir_all(&directory).unwrap();
         verdict
     }
+}
+
+/// The timeline at whose end a restore ends. Of a new one nothing may be stored but its history: that ends where the new
+/// one begins, and what the old one holds behind that is no part of it.
+fn tip(plan: &Value) -> Timeline {
+    let last = u32::try_from(plan["timeline"].as_u64().unwrap()).unwrap();
+    let begun = format!("timeline {} has no WAL from {}", last + 1, plan["end_lsn"].as_str().unwrap());
+    let is_begun = plan["unreachable"].as_str().is_some_and(|why| why.starts_with(&begun));
+    Timeline(last + u32::from(is_begun))
 }

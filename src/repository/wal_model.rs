@@ -244,8 +244,8 @@ impl State {
             Action::Seal(region) => {
                 let Phase::Seal(at) = self.new.phase else { return self };
                 // Whoever puts a SEAL looks at this name alone.
-                let own = |cell| if cell == Cell::Beside { Cell::Seal } else { cell };
-                self.new.view[region][at] = own(self.put(at, region, Cell::Seal));
+                let held = self.put(at, region, Cell::Seal);
+                self.new.view[region][at] = if held == Cell::Beside { Cell::Seal } else { held };
                 self.new.done = self.new.done.with(region);
             }
             Action::Copy(number, region) => self.new.view[region][number] = self.put(number, region, Cell::Wal),

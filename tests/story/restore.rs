@@ -95,7 +95,7 @@ impl Protected {
         wanted
     }
 
-    async fn plan(&self, directory: &Path, options: &[&str]) -> Finished {
+    pub async fn plan(&self, directory: &Path, options: &[&str]) -> Finished {
         let directory = directory.display().to_string();
         let fixed = ["restore", "ledger", "--json", "--target-dir", &directory];
         self.drctl(fixed.iter().chain(options)).run().await

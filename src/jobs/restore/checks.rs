@@ -27,7 +27,7 @@ pub(super) async fn check(checked: &Checked<'_>, plan: &mut Plan) -> Result<()> 
     let Checked { context, request, commit, outline } = checked;
     let system = commit.wal.as_ref().map(|need| need.system_id);
     directory(request, system, plan)?;
-    space(request, plan);
+    space(request, *outline, plan);
     if let Some(outline) = outline {
         tablespaces(request, outline, plan)?;
         needs(outline, plan);
@@ -118,7 +118,8 @@ fn standing(directory: &Path, system: Option<SystemId>, plan: &mut Plan) -> Resu
     Ok(())
 }
 
-fn space(request: &Request, plan: &mut Plan) {
+fn space(request: &Request, outline: Option<&Leftover>, plan: &mut Plan) {
+    let room = streamed_room(outline);
     let directory = request.directory.as_path();
     let existing = directory.ancestors().find(|path| path.is_dir());
     // What an unfinished run of this plan left is wiped before anything is written; what is reused takes no new space.
@@ -126,12 +127,12 @@ fn space(request: &Request, plan: &mut Plan) {
         true => taken_bytes(directory).unwrap_or(0),
         false => 0,
     };
-    feed(request, plan);
+    feed(request, room, plan);
     plan.free_bytes = existing.and_then(|path| free_bytes(path).ok()).map(|free| free.saturating_add(left_over));
     let staged = plan.write_bytes.1;
     let is_short = |plan: &Plan| plan.free_bytes.is_some_and(|free| free < plan.write_bytes.0 + plan.write_bytes.1);
     if is_short(plan) && request.start && request.feed.is_none() {
-        plan.stream_wal();
+        plan.stream_wal(room, false);
         if !is_short(plan) {
             plan.warnings.push(format!("there is no room to stage {staged} bytes of WAL: it is streamed"));
         }
@@ -147,10 +148,39 @@ fn space(request: &Request, plan: &mut Plan) {
     }
 }
 
+/// What a server that recovers from a stream keeps in `pg_wal`: by PostgreSQL's word up to a checkpoint's worth more than
+/// `max_wal_size`, which it brings along.
+fn streamed_room(outline: Option<&Leftover>) -> u64 {
+    const DEFAULT: u64 = 1 << 30;
+    let configured = outline.and_then(configuration).and_then(|document| {
+        let settings = document.get("settings")?.as_array()?;
+        let named = settings.iter().find(|setting| setting.get("name").is_some_and(|name| name == "max_wal_size"))?;
+        bytes_of(named.get("value")?.as_str()?)
+    });
+    configured.unwrap_or(DEFAULT).saturating_mul(2)
+}
+
+/// `64MB`, `1GB`, as the server shows a setting that it keeps in megabytes.
+fn bytes_of(text: &str) -> Option<u64> {
+    let (number, unit) = text.split_at_checked(text.find(|c: char| !c.is_ascii_digit())?)?;
+    let unit = match unit {
+        "MB" => 1 << 20,
+        "GB" => 1 << 30,
+        "TB" => 1 << 40,
+        _ => return None,
+    };
+    number.parse::<u64>().ok()?.checked_mul(unit)
+}
+
+fn configuration(outline: &Leftover) -> Option<&serde_json::Value> {
+    let document = outline.documents.iter().find(|(name, _)| name == crate::jobs::backup::CONFIGURATION);
+    document.map(|(_, document)| document)
+}
+
 /// How WAL is asked to reach recovery.
-fn feed(request: &Request, plan: &mut Plan) {
+fn feed(request: &Request, room: u64, plan: &mut Plan) {
     if request.standby || request.feed == Some(Feed::Streamed) {
-        plan.stream_wal();
+        plan.stream_wal(room, request.standby);
     }
     if plan.feed == Feed::Streamed && !request.start {
         let why = "WAL is streamed while drctl watches the recovery";
@@ -213,8 +243,7 @@ fn tablespaces(request: &Request, outline: &Leftover, plan: &mut Plan) -> Result
 }
 
 fn needs(outline: &Leftover, plan: &mut Plan) {
-    let document = outline.documents.iter().find(|(name, _)| name == crate::jobs::backup::CONFIGURATION);
-    let Some((_, document)) = document else {
+    let Some(document) = configuration(outline) else {
         plan.warnings.push("the backup holds no configuration around the cluster".to_owned());
         return;
     };

@@ -26,9 +26,6 @@ use crate::repository::restore::{KeptParts, Memory};
 /// What restore and replay are assumed to manage per second before any drill has measured it.
 const ASSUMED_RATE: u64 = 150_000_000;
 
-/// What a server that recovers from a stream keeps in `pg_wal`: about `max_wal_size`, this by default.
-const STREAMED_ROOM: u64 = 1 << 30;
-
 /// The plan, and what its run needs.
 #[derive(Debug)]
 pub struct Prepared {
@@ -366,9 +363,10 @@ impl Plan {
     }
 
     /// WAL goes to the server as a primary would send it, and stays there back to the last restartpoint.
-    pub(super) fn stream_wal(&mut self) {
+    /// Where more comes all the time, it comes to `room` whatever is stored now.
+    pub(super) fn stream_wal(&mut self, room: u64, goes_on: bool) {
         self.feed = Feed::Streamed;
-        self.write_bytes.1 = self.write_bytes.1.min(STREAMED_ROOM);
+        self.write_bytes.1 = if goes_on { room } else { self.write_bytes.1.min(room) };
     }
 
     pub(super) fn refuse_because(&mut self, what: impl Into<String>, why: impl Into<String>, next: impl Into<String>) {

@@ -13,6 +13,7 @@ use crate::jobs::feed::{Doubt, Shared};
 use crate::model::{Error, Kind, Lsn, Result, Timeline};
 use crate::observe::task;
 use crate::pg::PgError;
+use crate::pg::replication::StandbyStatus;
 use crate::pg::walsender::{Command, Feedback, Identity, Refusal, Session};
 use crate::repository::wal_index;
 
@@ -163,6 +164,8 @@ async fn stream_from(
                 }
                 Some(Ok(Piece::Switch(next, switch))) => return session.end_timeline((next, switch)).await,
                 Some(Err((at, error))) => {
+                    let end = shared.position().sent.unwrap_or(at);
+                    hear_out(shared, session, end).await;
                     shared.position().doubt = Some(Doubt { at, why: error.to_string() });
                     return Err(doubt(session, &error).await);
                 }
@@ -172,12 +175,7 @@ async fn stream_from(
                 }
             },
             feedback = session.feedback() => match feedback? {
-                Feedback::Status(status) => {
-                    let mut position = shared.position();
-                    (position.connected, position.flushed) = (true, Some(status.flush));
-                    // A walreceiver that has just started says 0.
-                    position.replayed = Some(status.apply).filter(|apply| *apply > Lsn::INVALID).or(position.replayed);
-                }
+                Feedback::Status(status) => _ = shared.note(&status),
                 Feedback::Done => return session.end_copy().await,
             },
             _ = ask.tick() => {
@@ -185,6 +183,35 @@ async fn stream_from(
                 session.keepalive(end, now, true).await?;
             }
         }
+    }
+}
+
+impl Shared {
+    /// Notes where the reader is. Returns whether it said how far it has replayed.
+    fn note(&self, status: &StandbyStatus) -> bool {
+        // A walreceiver that has just started says 0.
+        let replayed = Some(status.apply).filter(|apply| *apply > Lsn::INVALID);
+        let mut position = self.position();
+        (position.connected, position.flushed) = (true, Some(status.flush));
+        position.replayed = replayed.or(position.replayed);
+        replayed.is_some()
+    }
+}
+
+/// Asks the reader how far it is before its connection ends with a doubt, which each one after it may do as soon: else nobody
+/// would ever know what was replayed.
+async fn hear_out(shared: &Shared, session: &mut Session, end: Lsn) {
+    let heard = async {
+        session.keepalive(end, shared.context.clock.now(), true).await?;
+        while let Feedback::Status(status) = session.feedback().await? {
+            if shared.note(&status) {
+                break;
+            }
+        }
+        Ok::<_, PgError>(())
+    };
+    if let Ok(Err(error)) = tokio::time::timeout(ASK, heard).await {
+        tracing::debug!(%error, "the walreceiver does not say how far it is");
     }
 }
 

@@ -230,8 +230,8 @@ impl Stock {
 
     /// The first timeline of the way behind this one of which WAL is stored.
     fn stored_after(&self, timeline: Timeline) -> Option<Timeline> {
-        let later = self.way.history.ancestry().map(|reign| reign.timeline).filter(|later| *later > timeline);
-        later.into_iter().find(|later| self.shelf(*later).is_some_and(|shelf| !shelf.log.runs.is_empty()))
+        let mut later = self.way.history.ancestry().map(|reign| reign.timeline).filter(|later| *later > timeline);
+        later.find(|later| self.shelf(*later).is_some_and(|shelf| !shelf.log.runs.is_empty()))
     }
 
     /// When the newest frame of a stream that nobody closed was written, by its writer's clock. Who streams on a timeline that

@@ -47,13 +47,16 @@ pub(super) enum Step {
     Refuse(Error),
 }
 
+/// The end, and what is replayed.
+type Place = (Option<Lsn>, Option<Lsn>);
+
 /// A wait for the end.
 #[derive(Debug)]
 pub(super) struct Drain {
     wish: Wish,
     ship_interval: Duration,
-    /// The end, and what is replayed; since when.
-    stands: Option<((Option<Lsn>, Option<Lsn>), Duration)>,
+    /// Where it is; since when.
+    stands: Option<(Place, Duration)>,
     grew: Option<(u64, Duration)>,
     /// The newest frame of an open stream at the first look.
     began_with: Option<Option<DateTime<Utc>>>,
@@ -67,7 +70,7 @@ impl Drain {
     /// Judges a look. A server ships what it has within its interval, so the end counts when it stood for two.
     pub(super) fn step(&mut self, seen: Seen) -> Step {
         let Seen { at, end, replayed, growth, .. } = seen;
-        let stands = self.stands.filter(|(where_, _)| *where_ == (end, replayed)).unwrap_or(((end, replayed), at));
+        let stands = self.stands.filter(|(place, _)| *place == (end, replayed)).unwrap_or(((end, replayed), at));
         let grew = self.grew.filter(|(known, _)| *known == growth).unwrap_or((growth, at));
         (self.stands, self.grew) = (Some(stands), Some(grew));
         let waited = at.saturating_sub(stands.1);

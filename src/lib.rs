@@ -14,21 +14,21 @@
 //!
 //! # The path of a page
 //! [`source::postgres`] reads it beside a server in backup mode → [`jobs::backup`] hands batches to
-//! [`repository::backup_writer`] → [`repository::packer`] fingerprints, leaves out what the parent holds
-//! ([`repository::parent`]), compresses and seals frames into packs →
-//! [`repository::fan_out`] puts each pack into every region and waits for the write quorum → manifest, inventory and, last,
+//! [`repository::backup::writer`] → [`repository::backup::packer`] fingerprints, leaves out what the parent holds
+//! ([`repository::backup::parent`]), compresses and seals frames into packs →
+//! [`repository::regions::fan_out`] puts each pack into every region and waits for the write quorum → manifest, inventory and, last,
 //! COMMIT. Back: [`repository::catalog`] finds COMMIT → [`jobs::restore`] plans → [`repository::restore`] fetches frames in
 //! pack order, authenticates, writes → WAL is staged, `pg_control` is put in place last.
 //!
 //! # The path of a dump, or of files
 //! [`source::dump`] runs `pg_dump`, [`source::files`] packs a tar archive → [`jobs::backup::streams`] hands the bytes to
-//! [`repository::stream_writer`], which cuts them into files of pages; from there on they are pages like any other. Back:
+//! [`repository::backup::stream`], which cuts them into files of pages; from there on they are pages like any other. Back:
 //! [`repository::restore::streams`] gives the bytes in order, each frame authenticated → [`jobs::restore_streams`] → the
 //! archive is unpacked, or `pg_restore` fed.
 //!
 //! # The path of a WAL record
 //! [`pg::replication`] receives → [`pg::wal`] walks records → [`jobs::wal`] collects a frame of at most a second →
-//! [`repository::wal_log`] seals and fans it out → PostgreSQL is told "flushed". On the way [`jobs::wal::changes`] notes which
+//! [`repository::wal::log`] seals and fans it out → PostgreSQL is told "flushed". On the way [`jobs::wal::changes`] notes which
 //! pages it changes, and the next backup leaves the others unread.
 #![forbid(unsafe_code)]
 

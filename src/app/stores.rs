@@ -9,7 +9,7 @@ use crate::app::{Role, World};
 use crate::config::{AwsAccess, Checksum, LockMode, Region as RegionSettings, S3Settings, Settings, Store};
 use crate::model::{Error, RegionName, Result, ResultExt};
 use crate::repository::handle::RegionRecord;
-use crate::repository::lock_rule::Rule;
+use crate::repository::regions::lock_rule::Rule;
 use crate::repository::regions::{Region, Regions};
 use crate::store::absent::AbsentStore;
 use crate::store::dir::DirStore;

@@ -11,7 +11,7 @@ use crate::model::{Branch, Error, Lsn, Result, SystemId, Timeline};
 use crate::pg::history::History;
 use crate::repository::handle::Repository;
 use crate::repository::layout;
-use crate::repository::wal_log::read_history;
+use crate::repository::wal::log::read_history;
 
 /// A timeline to follow: `2`, or `2-5f0c11aa` where two servers chose one number.
 #[derive(Debug, Clone, PartialEq, Eq)]

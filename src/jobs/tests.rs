@@ -15,8 +15,8 @@ use crate::model::Clock;
 use crate::notify::Courier;
 use crate::observe::progress::Progress;
 use crate::repository::mend::Scope;
-use crate::repository::scrub::Trouble;
 use crate::repository::survey::State;
+use crate::repository::survey::scrub::Trouble;
 use crate::repository::testing::{Fault, Fixture, Made, need, tiny};
 
 pub(super) async fn context(fixture: &Fixture) -> Context {
@@ -31,7 +31,7 @@ pub(super) async fn context(fixture: &Fixture) -> Context {
         retention: BTreeMap::new(),
         prune: crate::repository::prune::Limits::default(),
         levels: Levels { pages: 1, dumps: 1, wal: 1 },
-        pack_size: crate::repository::pack::OBJECT_LIMIT,
+        pack_size: crate::repository::pages::pack::OBJECT_LIMIT,
         state_dir: PathBuf::new(),
         guests: Vec::new(),
         scratch: ScratchPlace { directory: PathBuf::new(), run_as: None, preload: Vec::new() },
@@ -190,8 +190,8 @@ async fn every_frame_is_opened_at_level_two() {
 async fn a_run_that_never_committed_is_an_orphan_once_a_newer_one_began() {
     let fixture = tiny(2, 2).await;
     let unfinished = {
-        use crate::repository::backup_writer::BackupWriter;
-        use crate::repository::parent::Basis;
+        use crate::repository::backup::parent::Basis;
+        use crate::repository::backup::writer::BackupWriter;
         use crate::repository::testing::{options, send};
         fixture.clock.advance(5);
         let writer = BackupWriter::begin(&fixture.repository, &fixture.writer, options(), Basis::nothing("a test"));

@@ -11,9 +11,9 @@ use crate::model::{BackupId, Error, KeysetId, RegionName, RepositoryId, Result, 
 use crate::repository::handle::Repository;
 use crate::repository::inventory::{self, InventoryLine};
 use crate::repository::layout;
-use crate::repository::manifest::PartsSummary;
+use crate::repository::pages::manifest::PartsSummary;
+use crate::repository::records::tombs;
 use crate::repository::regions::list_all;
-use crate::repository::tombs;
 use crate::repository::{FORMAT, regions::Region};
 use crate::store::{Digest, ListedObject};
 

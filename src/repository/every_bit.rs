@@ -14,21 +14,21 @@ use crate::model::{BackupId, Error, Lsn, Result, Timeline};
 use crate::observe::SystemClock;
 use crate::observe::progress::{Phase, Progress};
 use crate::repository::catalog;
-use crate::repository::fan_out::{FanOut, Patience};
-use crate::repository::gaps::{self, Gap};
 use crate::repository::handle::{self, Repository};
 use crate::repository::inventory::InventoryLine;
 use crate::repository::keysets::KeyRing;
 use crate::repository::layout;
 use crate::repository::mend::{Scope, mend};
+use crate::repository::regions::fan_out::{FanOut, Patience};
 use crate::repository::restore::{CONTROL_FILE, Destination, KeptParts, ManifestParts, check_files, restore_files};
-use crate::repository::scrub;
+use crate::repository::survey::scrub;
 use crate::repository::testing::{Fixture, HISTORY, Made, log, need, regions_of, send};
 use crate::repository::trust::Trust;
-use crate::repository::wal_frame::FramePlace;
-use crate::repository::wal_frames::fetch_frame;
-use crate::repository::wal_index::BranchId;
-use crate::repository::wal_log::{branch_of, read_history, store_history};
+use crate::repository::wal::frame::FramePlace;
+use crate::repository::wal::frames::fetch_frame;
+use crate::repository::wal::gaps::{self, Gap};
+use crate::repository::wal::index::BranchId;
+use crate::repository::wal::log::{branch_of, read_history, store_history};
 use crate::store::Digest;
 
 /// A prefix of every class whose bytes somebody relies on.
@@ -261,8 +261,8 @@ async fn fill(fixture: &Fixture, writer: &handle::Writer) {
         let control = Made::new(CONTROL_FILE, vec![round; 100]);
         let files = [Made::new("base/1", format!("tiny {round}").into_bytes()), control];
         let options = crate::repository::testing::options();
-        let basis = crate::repository::parent::Basis::nothing("a test");
-        let begun = crate::repository::backup_writer::BackupWriter::begin(repository, writer, options, basis).await;
+        let basis = crate::repository::backup::parent::Basis::nothing("a test");
+        let begun = crate::repository::backup::writer::BackupWriter::begin(repository, writer, options, basis).await;
         let mut backup = begun.unwrap();
         send(&mut backup, &files).await;
         backup.flush().await.unwrap();
@@ -394,7 +394,7 @@ async fn no_old_object_is_replayed_under_a_new_name() {
     let next = layout::wal_frame(&format!("{epoch}/"), layout::parse_seq(seq).unwrap() + 1);
     vault.put(&next, frames[0].1).await;
     let repository = vault.fresh(1);
-    let loaded = crate::repository::wal_reader::BranchLog::load(&repository, branch()).await;
+    let loaded = crate::repository::wal::reader::BranchLog::load(&repository, branch()).await;
     assert!(loaded.damaged.iter().any(|error| error.to_string().contains(&next)), "{:?}", loaded.damaged);
 }
 

@@ -9,10 +9,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::codec::sign::Signer;
 use crate::model::{Clock, Error, Kind, RegionName, RepositoryId, Result, ResultExt, Rng, SignerId};
-use crate::repository::fan_out::FanOut;
-use crate::repository::identity::{RepositoryRecord, to_json};
 use crate::repository::keysets::Holders;
 use crate::repository::layout;
+use crate::repository::regions::fan_out::FanOut;
+use crate::repository::regions::identity::{RepositoryRecord, to_json};
 use crate::repository::regions::{Region, Regions};
 use crate::repository::trust::{SignerRecord, Trust};
 use crate::store::Digest;

@@ -12,10 +12,10 @@ use tokio::sync::OnceCell;
 use crate::keys::keyset::Keyset;
 use crate::keys::{KeyError, KeyHolder, KeyOpener, Opened, Wrap, WrapContext, open_any, wrap_everywhere};
 use crate::model::{Error, HolderId, KeysetId, Kind, RegionName, RepositoryId, Result, ResultExt, Rng, TargetName};
-use crate::repository::fan_out::FanOut;
 use crate::repository::inventory::InventoryLine;
 use crate::repository::layout;
 use crate::repository::regions::Regions;
+use crate::repository::regions::fan_out::FanOut;
 use crate::store::Digest;
 
 /// How long one key holder may take; the others do not wait for it longer than this.

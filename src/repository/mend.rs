@@ -17,20 +17,20 @@ use crate::model::{Branch, Error, HolderId, KeysetId, Kind, RegionName, Result, 
 use crate::observe::progress::Phase;
 use crate::repository::catalog::{self, Backup};
 use crate::repository::escape;
-use crate::repository::gaps::Gap;
 use crate::repository::handle::Repository;
-use crate::repository::identity::RepositoryRecord;
 use crate::repository::inventory::{self, InventoryLine};
 use crate::repository::layout;
-use crate::repository::pins;
 use crate::repository::prune;
+use crate::repository::records::pins;
+use crate::repository::records::reports;
+use crate::repository::records::runs;
+use crate::repository::records::tombs::Pruned;
 use crate::repository::regions::Region;
-use crate::repository::reports;
-use crate::repository::runs;
-use crate::repository::tombs::Pruned;
+use crate::repository::regions::identity::RepositoryRecord;
 use crate::repository::trust::SignerRecord;
-use crate::repository::wal_bundling::check_bundle;
-use crate::repository::wal_frame::{Frame, FrameKind, FramePlace};
+use crate::repository::wal::bundling::check_bundle;
+use crate::repository::wal::frame::{Frame, FrameKind, FramePlace};
+use crate::repository::wal::gaps::Gap;
 use crate::store::Digest;
 
 mod displaced;

@@ -12,16 +12,16 @@ use crate::model::pages::PAGE_SIZE;
 use crate::model::{Error, Kind, Lsn, Result};
 use crate::observe::SystemClock;
 use crate::observe::progress::Progress;
-use crate::repository::backup_writer::BackupWriter;
+use crate::repository::backup::parent::Basis;
+use crate::repository::backup::writer::BackupWriter;
 use crate::repository::catalog;
-use crate::repository::fan_out::{FanOut, Patience};
 use crate::repository::handle::Repository;
 use crate::repository::keysets::KeyRing;
-use crate::repository::parent::Basis;
+use crate::repository::regions::fan_out::{FanOut, Patience};
 use crate::repository::restore::{CONTROL_FILE, CONTROL_FILE_PENDING, Destination, KeptParts, restore_files};
 use crate::repository::testing::{Fault, Fixture, HISTORY, Made, log, options, send, tiny};
-use crate::repository::wal_index::{BranchId, Stretch, WalIndex, cover, windows};
-use crate::repository::wal_log::read_history;
+use crate::repository::wal::index::{BranchId, Stretch, WalIndex, cover, windows};
+use crate::repository::wal::log::read_history;
 use crate::store::Digest;
 
 pub(super) fn noise(seed: u64, length: usize) -> Vec<u8> {
@@ -425,7 +425,7 @@ async fn learn(fixture: &Fixture) -> Result<(Vec<BTreeMap<String, Vec<u8>>>, Vec
     let mut wal = Vec::new();
     for (place, _) in index.frames() {
         let check = |bytes: Bytes| {
-            crate::repository::wal_frame::Frame::decode(&bytes, &repository.id, &place, &repository.trust)
+            crate::repository::wal::frame::Frame::decode(&bytes, &repository.id, &place, &repository.trust)
         };
         let (frame, _) = repository.regions.read(&place.key(), None, check).await?;
         let keyset = ring.open(&frame.header.target, &frame.header.keyset).await?;

@@ -2,10 +2,10 @@
 
 use crate::model::pages::{BATCH_PAGES, Batch, Claims, FileId, PAGE_SIZE, Piece};
 use crate::model::{Error, Lsn, SystemId};
-use crate::repository::backup_writer::{BackupOptions, BackupWriter, Written};
-use crate::repository::compare::Proof;
-use crate::repository::manifest::Line;
-use crate::repository::parent::{choose, state_path};
+use crate::repository::backup::compare::Proof;
+use crate::repository::backup::parent::{choose, state_path};
+use crate::repository::backup::writer::{BackupOptions, BackupWriter, Written};
+use crate::repository::pages::manifest::Line;
 use crate::repository::testing::{Fixture, Made, need, options};
 use crate::repository::tests::{expected, noise, read_back};
 

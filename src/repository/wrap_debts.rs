@@ -10,9 +10,9 @@ use crate::keys::keyset::Keyset;
 use crate::keys::{KeyError, KeyHolder, Wrap, wrap_everywhere};
 use crate::model::{Clock, HolderId};
 use crate::observe::task;
-use crate::repository::fan_out::FanOut;
 use crate::repository::inventory::InventoryLine;
 use crate::repository::keysets::{HOLDER_DEADLINE, Holders, StoredKeyset, store_wrap};
+use crate::repository::regions::fan_out::FanOut;
 
 /// A holder that was away is asked again after this.
 const PAUSE: Duration = Duration::from_secs(30);

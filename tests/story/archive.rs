@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use drctl::jobs::wal::State;
 use drctl::model::{Lsn, Timeline};
-use drctl::repository::wal_frame::EpochKind;
-use drctl::repository::wal_index::{WalIndex, branches};
+use drctl::repository::wal::frame::EpochKind;
+use drctl::repository::wal::index::{WalIndex, branches};
 
 use crate::support::drctl::{Background, Drctl, Finished};
 use crate::support::pg::{Cluster, Until};

@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use drctl::jobs::wal::{Position, State, control};
 use drctl::model::{Error, Lsn};
-use drctl::repository::scrub;
-use drctl::repository::wal_index::branches;
-use drctl::repository::wal_reader::BranchLog;
+use drctl::repository::survey::scrub;
+use drctl::repository::wal::index::branches;
+use drctl::repository::wal::reader::BranchLog;
 use rustix::process::Signal;
 
 use crate::support::drctl::Drctl;

@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use drctl::jobs::wal::{Position, State};
-use drctl::repository::wal_frame::Frame;
-use drctl::repository::wal_index::{WalIndex, branches};
+use drctl::repository::wal::frame::Frame;
+use drctl::repository::wal::index::{WalIndex, branches};
 
 use crate::support::pg::Cluster;
 use crate::support::process;

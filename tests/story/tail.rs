@@ -4,7 +4,7 @@ use std::fs;
 
 use drctl::jobs::wal::State;
 use drctl::model::Lsn;
-use drctl::repository::wal_frame::{FrameHeader, FrameKind};
+use drctl::repository::wal::frame::{FrameHeader, FrameKind};
 use serde_json::Value;
 
 use crate::archive::SOON;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use drctl::model::Lsn;
-use drctl::repository::wal_frame::{FrameHeader, FrameKind};
+use drctl::repository::wal::frame::{FrameHeader, FrameKind};
 use serde_json::Value;
 
 use super::check::first_configuration;

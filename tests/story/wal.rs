@@ -12,9 +12,9 @@ use drctl::jobs::Context;
 use drctl::jobs::wal::{Position, State, WalStatus, control, wal_status};
 use drctl::keys::generate_identity;
 use drctl::model::{Lsn, SegmentName, Timeline, WalSegmentSize};
-use drctl::repository::wal_frame::{Frame, FrameKind};
-use drctl::repository::wal_index::{WalIndex, branches};
-use drctl::repository::wal_reader::BranchLog;
+use drctl::repository::wal::frame::{Frame, FrameKind};
+use drctl::repository::wal::index::{WalIndex, branches};
+use drctl::repository::wal::reader::BranchLog;
 
 use crate::support::dirs::Scratch;
 use crate::support::drctl::{Background, Drctl};

@@ -128,7 +128,7 @@ fn end(session: &Session, report: &Report, what: &str) -> Result<Exit> {
     Ok(if report.has_debts() { Exit::Debts } else { Exit::Ok })
 }
 
-fn listed(pins: &[crate::repository::pins::Pin], now: DateTime<Utc>) -> String {
+fn listed(pins: &[crate::repository::records::pins::Pin], now: DateTime<Utc>) -> String {
     let mut table = Table::new(["PIN", "WHAT", "SINCE", "UNTIL", "WHY"]);
     for pin in pins {
         let what = pin.backup.as_ref().map_or_else(|| format!("all of {}", pin.target), ToString::to_string);

@@ -10,7 +10,7 @@ use crate::cli::exit::Exit;
 use crate::cli::figures;
 use crate::jobs::show::{self, HeldShown, Report};
 use crate::model::Result;
-use crate::repository::shares::Generation;
+use crate::repository::survey::shares::Generation;
 
 /// Things left out that are shown; the rest is counted.
 const SHOWN: usize = 20;

@@ -9,7 +9,7 @@ use crate::cli::progress;
 use crate::cli::render::Table;
 use crate::jobs::verify::{self, Level, Options, Report};
 use crate::model::{RegionName, Result};
-use crate::repository::scrub::{Problem, Trouble};
+use crate::repository::survey::scrub::{Problem, Trouble};
 
 /// Problems shown per region; the rest is counted.
 const SHOWN: usize = 10;

@@ -163,7 +163,7 @@ fn drawn(region: &RegionWal, (from, to): (Lsn, Lsn)) -> String {
 mod tests {
     use super::*;
     use crate::jobs::wal::status::Span;
-    use crate::repository::wal_index::Window;
+    use crate::repository::wal::index::Window;
 
     #[test]
     fn a_hole_is_seen_however_small_it_is() {

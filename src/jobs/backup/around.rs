@@ -3,8 +3,8 @@
 use crate::jobs::context::Target;
 use crate::model::{Error, Result};
 use crate::pg::sql;
-use crate::repository::backup_writer::BackupWriter;
-use crate::repository::manifest::Line;
+use crate::repository::backup::writer::BackupWriter;
+use crate::repository::pages::manifest::Line;
 use crate::source::postgres::capture::{self, CaptureOptions, Captured};
 
 /// The name of the document in the manifest.

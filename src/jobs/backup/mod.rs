@@ -12,12 +12,12 @@ use crate::disk::lock::Lock;
 use crate::jobs::context::{Context, Target};
 use crate::model::commit::{Commit, WalNeed};
 use crate::model::{Error, HolderId, Kind, Result, ResultExt, TargetName};
-use crate::repository::backup_writer::{BackupOptions, BackupWriter, PageCounts};
-use crate::repository::fan_out::LaneOutcome;
+use crate::repository::backup::parent::{self, Basis, Parent, state_path};
+use crate::repository::backup::repack::Moved;
+use crate::repository::backup::stream::StreamLine;
+use crate::repository::backup::writer::{BackupOptions, BackupWriter, PageCounts};
 use crate::repository::locks::extend::Extended;
-use crate::repository::parent::{self, Basis, Parent, state_path};
-use crate::repository::repack::Moved;
-use crate::repository::stream_writer::StreamLine;
+use crate::repository::regions::fan_out::LaneOutcome;
 use crate::source::postgres;
 use crate::source::{Begun, Finished};
 

@@ -9,12 +9,12 @@ use crate::jobs::context::{Context, Streamed, What};
 use crate::model::commit::{BackupKind, Commit};
 use crate::model::{Error, Result, ResultExt};
 use crate::observe::progress::Phase;
-use crate::repository::backup_writer::{BackupOptions, BackupWriter};
+use crate::repository::backup::parent::Basis;
+use crate::repository::backup::stream::{StreamLine, StreamWriter};
+use crate::repository::backup::writer::{BackupOptions, BackupWriter};
 use crate::repository::catalog;
-use crate::repository::manifest::Line;
-use crate::repository::parent::Basis;
+use crate::repository::pages::manifest::Line;
 use crate::repository::restore::streams::StoredStreams;
-use crate::repository::stream_writer::{StreamLine, StreamWriter};
 use crate::source::{Copied, StreamItem, StreamSource};
 
 /// Chunks of a mebibyte on their way.

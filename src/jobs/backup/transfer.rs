@@ -6,8 +6,8 @@ use tokio::sync::mpsc;
 use crate::jobs::context::Context;
 use crate::model::{Error, Result};
 use crate::observe::progress::Phase;
-use crate::repository::backup_writer::BackupWriter;
-use crate::repository::manifest::Line;
+use crate::repository::backup::writer::BackupWriter;
+use crate::repository::pages::manifest::Line;
 use crate::source::{Begun, Finished, Item, PhysicalSource};
 
 /// Items on their way; a batch is up to 8 MiB, so this bounds memory: see [`super::WORKERS`].

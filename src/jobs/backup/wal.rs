@@ -6,8 +6,8 @@ use crate::jobs::context::{Context, Target};
 use crate::jobs::wal::position::reaches;
 use crate::jobs::wal::{Position, Receiver, State, control, wait_durable_at};
 use crate::model::{Branch, Error, Kind, Result, ResultExt};
-use crate::repository::fan_out::LaneOutcome;
-use crate::repository::wal_index::{BranchId, WalIndex, windows};
+use crate::repository::regions::fan_out::LaneOutcome;
+use crate::repository::wal::index::{BranchId, WalIndex, windows};
 use crate::source::{Begun, Finished};
 
 /// As long as a backup waits for its write quorum.

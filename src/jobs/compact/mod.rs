@@ -13,9 +13,9 @@ use crate::model::retention::{Candidate, Rules, judge};
 use crate::model::{BackupId, Error, Result, ResultExt, TargetName};
 use crate::repository::catalog;
 use crate::repository::compact::{self, Copied, Hands, Plan};
-use crate::repository::fan_out::LaneOutcome;
-use crate::repository::pins::{self, Pin};
-use crate::repository::reports::{self, ReportHead};
+use crate::repository::records::pins::{self, Pin};
+use crate::repository::records::reports::{self, ReportHead};
+use crate::repository::regions::fan_out::LaneOutcome;
 
 /// What a compaction found and did.
 #[derive(Debug, Clone, Serialize)]

@@ -12,7 +12,7 @@ use crate::jobs::drill::select;
 use crate::jobs::drill::stop::Stop;
 use crate::jobs::restore::{self, Memory, Point, Prepared, Request};
 use crate::model::{Kind, Lsn, ResultExt};
-use crate::repository::fan_out::Patience;
+use crate::repository::regions::fan_out::Patience;
 
 /// How long the region may take to hold the beat. Afterwards the drill goes on, and finds an older beat: that is what it
 /// measures.

@@ -9,7 +9,7 @@ use crate::model::{Error, ReportId, Result};
 use crate::pg::instance::Network;
 use crate::repository::FORMAT;
 use crate::repository::handle::Writer;
-use crate::repository::reports::{ReportBody, ReportHead};
+use crate::repository::records::reports::{ReportBody, ReportHead};
 
 /// Brings the report to every region, or keeps it until they answer.
 ///

@@ -11,8 +11,8 @@ use crate::jobs::restore::{self, PhaseTime, Plan};
 use crate::model::schedule::Pick;
 use crate::model::{BackupId, Lsn, RegionName, ReportId, TargetName};
 use crate::pg::instance::Network;
-use crate::repository::fan_out::LaneOutcome;
 use crate::repository::regions::Incident;
+use crate::repository::regions::fan_out::LaneOutcome;
 use crate::source::postgres::heartbeat::Beat;
 
 /// How a drill ended.

@@ -13,7 +13,7 @@ use crate::jobs::lineage;
 use crate::jobs::wal::reaches;
 use crate::model::commit::WalNeed;
 use crate::model::{Error, Lsn, RegionName, Result, Timeline};
-use crate::repository::wal_index::BranchId;
+use crate::repository::wal::index::BranchId;
 
 /// How long WAL that was stored waits before it is seen, at most.
 pub(super) const POLL: Duration = Duration::from_millis(500);

@@ -15,7 +15,7 @@ use crate::observe::task;
 use crate::pg::PgError;
 use crate::pg::replication::StandbyStatus;
 use crate::pg::walsender::{Command, Feedback, Identity, Refusal, Session};
-use crate::repository::wal_index;
+use crate::repository::wal::index;
 
 /// How often the reader is asked how far it is. It hangs up after `wal_receiver_timeout` without a word, a minute.
 const ASK: Duration = Duration::from_secs(1);
@@ -111,7 +111,7 @@ async fn history(shared: &Shared, timeline: Timeline) -> Result<Vec<u8>, Refusal
     if silent >= regions.lowest_quorum() {
         return Err(cannot(Error::failed("too many regions do not answer")));
     }
-    let branches = wal_index::branches(regions, shared.options.origin.system_id).await.map_err(cannot)?;
+    let branches = index::branches(regions, shared.options.origin.system_id).await.map_err(cannot)?;
     if branches.iter().any(|branch| branch.timeline == timeline) {
         return Err(cannot(Error::failed("WAL of that timeline is stored, and its history is in no region")));
     }

@@ -14,9 +14,9 @@ use crate::jobs::context::Context;
 use crate::jobs::feed::way::Way;
 use crate::jobs::lineage::StoredHistory;
 use crate::model::{Error, Lsn, Result, Timeline};
-use crate::repository::gaps::{self, Gap};
-use crate::repository::wal_index::{BranchId, Run, Window, windows};
-use crate::repository::wal_reader::BranchLog;
+use crate::repository::wal::gaps::{self, Gap};
+use crate::repository::wal::index::{BranchId, Run, Window, windows};
+use crate::repository::wal::reader::BranchLog;
 
 /// WAL that is read at once: enough to have several frames on their way, and little to hold.
 const PIECE: u64 = 16 << 20;

@@ -5,14 +5,14 @@ use bytes::Bytes;
 use super::*;
 use crate::jobs::tests::context;
 use crate::model::{Branch, Lsn, Timeline};
-use crate::repository::fan_out::{FanOut, Patience};
-use crate::repository::gaps::{self, Gap};
+use crate::repository::bundle::form;
 use crate::repository::layout;
+use crate::repository::regions::fan_out::{FanOut, Patience};
 use crate::repository::testing::{Fault, Fixture, log, need};
-use crate::repository::wal_bundle;
-use crate::repository::wal_frame::{EpochKind, Frame, FrameHeader, FrameKind, FramePlace, WalSpan};
-use crate::repository::wal_index::BranchId;
-use crate::repository::wal_log::{Epoch, Log, Marks, store_history};
+use crate::repository::wal::frame::{EpochKind, Frame, FrameHeader, FrameKind, FramePlace, WalSpan};
+use crate::repository::wal::gaps::{self, Gap};
+use crate::repository::wal::index::BranchId;
+use crate::repository::wal::log::{Epoch, Log, Marks, store_history};
 
 const START: u64 = 1000;
 
@@ -188,7 +188,7 @@ async fn bundle(fixture: &Fixture, place: &FramePlace, (first, last): (u64, u64)
     }
     let name = layout::wal_bundle(&place.epoch_prefix(), first, last);
     for store in &fixture.stores {
-        store.damage(&name, wal_bundle::pack(&frames)).await;
+        store.damage(&name, form::pack(&frames)).await;
         for key in &keys {
             store.lose(key).await;
         }

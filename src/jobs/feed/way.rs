@@ -6,7 +6,7 @@ use crate::jobs::lineage::{StoredHistory, branch_of, choose};
 use crate::model::commit::WalNeed;
 use crate::model::{Branch, Error, Lsn, Result, SystemId, Timeline};
 use crate::pg::history::{History, Reign};
-use crate::repository::wal_index::BranchId;
+use crate::repository::wal::index::BranchId;
 
 /// A history, the branch of each timeline in it, and where serving ends at the latest.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -5,8 +5,8 @@ use serde::Serialize;
 
 use crate::jobs::Context;
 use crate::model::{HolderId, KeysetId, Result, TargetName};
-use crate::repository::fan_out::{FanOut, LaneOutcome, Patience};
 use crate::repository::keysets::{self, Holders};
+use crate::repository::regions::fan_out::{FanOut, LaneOutcome, Patience};
 
 /// A wrap that was owed.
 #[derive(Debug, Clone, Serialize)]

@@ -11,7 +11,7 @@ use crate::jobs::backup::streams::left_out;
 use crate::model::commit::Commit;
 use crate::model::{BackupId, Lsn, RegionName, Result, TargetName};
 use crate::repository::catalog;
-use crate::repository::shares::Generation;
+use crate::repository::survey::shares::Generation;
 use crate::repository::survey::{self, Reach, State, Survey};
 
 /// Manifests that are read at the same time.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::observe::metrics::{Page, table};
-use crate::repository::reports::ReportHead;
+use crate::repository::records::reports::ReportHead;
 
 /// Every level that a restore proves on its way, the deepest last.
 const PROVEN: [&str; 4] = ["L4", "L5", "L6", "L7"];

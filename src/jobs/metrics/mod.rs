@@ -14,11 +14,11 @@ use crate::model::schedule::Schedule;
 use crate::model::{RegionName, Result, TargetName};
 use crate::observe::metrics::{Page, table};
 use crate::repository::catalog;
-use crate::repository::gaps;
 use crate::repository::handle::Repository;
+use crate::repository::records::reports;
 use crate::repository::regions::list_all;
-use crate::repository::reports;
 use crate::repository::survey::{self, State, Survey};
+use crate::repository::wal::gaps;
 
 mod drills;
 pub mod receivers;

@@ -5,9 +5,10 @@ use serde::Serialize;
 
 use crate::jobs::Context;
 use crate::model::{BackupId, Error, PinId, Result, TargetName};
-use crate::repository::fan_out::LaneOutcome;
-use crate::repository::pins::{self, Pin};
-use crate::repository::{catalog, sweeps};
+use crate::repository::catalog;
+use crate::repository::records::pins::{self, Pin};
+use crate::repository::records::sweeps;
+use crate::repository::regions::fan_out::LaneOutcome;
 
 /// What was done.
 #[derive(Debug, Clone, Serialize)]

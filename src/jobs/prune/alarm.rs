@@ -6,7 +6,7 @@ use crate::jobs::Context;
 use crate::model::commit::Commit;
 use crate::model::retention::{Candidate, Verdict, judge};
 use crate::repository::catalog;
-use crate::repository::reports::ReportHead;
+use crate::repository::records::reports::ReportHead;
 use crate::repository::survey::Survey;
 
 /// How many backups of a target its rules let go although no drill ever proved them; `None` without rules. Pins are not

@@ -13,20 +13,20 @@ use crate::model::retention::{Keep, Rules, Verdict};
 use crate::model::{BackupId, Kind, Lsn, Result, SystemId};
 use crate::notify::Courier;
 use crate::observe::progress::Progress;
-use crate::repository::backup_writer::{BackupOptions, BackupWriter};
+use crate::repository::backup::parent::{Basis, choose, state_path};
+use crate::repository::backup::writer::{BackupOptions, BackupWriter};
 use crate::repository::catalog;
-use crate::repository::fan_out::{FanOut, Patience};
 use crate::repository::handle::Writer;
 use crate::repository::mend::Scope;
-use crate::repository::parent::{Basis, choose, state_path};
 use crate::repository::prune::Limits;
-use crate::repository::reports::{ReportBody, ReportHead, seal_report, spread};
-use crate::repository::scrub;
+use crate::repository::records::reports::{ReportBody, ReportHead, seal_report, spread};
+use crate::repository::regions::fan_out::{FanOut, Patience};
+use crate::repository::survey::scrub;
 use crate::repository::testing::{Fault, Fixture, Made, log, need, options, send};
-use crate::repository::wal_adopt::Era;
-use crate::repository::wal_frame::EpochKind;
-use crate::repository::wal_index::BranchId;
-use crate::repository::wal_log::{Epoch, Log, Marks};
+use crate::repository::wal::adopt::Era;
+use crate::repository::wal::frame::EpochKind;
+use crate::repository::wal::index::BranchId;
+use crate::repository::wal::log::{Epoch, Log, Marks};
 
 mod bundles;
 mod copies;
@@ -79,7 +79,7 @@ impl Scene {
             retention: BTreeMap::from([(options().target, self.rules.clone())]),
             prune: self.limits,
             levels: Levels { pages: 1, dumps: 1, wal: 1 },
-            pack_size: crate::repository::pack::OBJECT_LIMIT,
+            pack_size: crate::repository::pages::pack::OBJECT_LIMIT,
             state_dir: fixture.files.path().to_owned(),
             guests: Vec::new(),
             scratch: ScratchPlace { directory: fixture.files.path().to_owned(), run_as: None, preload: Vec::new() },

@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use crate::jobs::context::Context;
 use crate::model::{Error, Kind, ReportId, Result, TargetName};
-use crate::repository::reports::{self, ReportBody, ReportHead};
+use crate::repository::records::reports::{self, ReportBody, ReportHead};
 
 pub mod outbox;
 pub mod place;

@@ -7,9 +7,9 @@ use std::time::Duration;
 use crate::disk::{DiskError, place};
 use crate::jobs::context::Context;
 use crate::model::{Error, ReportId, Result};
-use crate::repository::fan_out::LaneOutcome;
 use crate::repository::handle::Writer;
-use crate::repository::reports::{self, ReportBody, ReportHead, Sealed};
+use crate::repository::records::reports::{self, ReportBody, ReportHead, Sealed};
+use crate::repository::regions::fan_out::LaneOutcome;
 
 const OUTBOX: &str = "reports";
 

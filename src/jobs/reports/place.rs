@@ -8,7 +8,7 @@ use crate::jobs::context::Context;
 use crate::jobs::reports::outbox;
 use crate::model::{Error, Kind, ReportId, Result};
 use crate::repository::handle::Writer;
-use crate::repository::reports::{ReportBody, ReportHead};
+use crate::repository::records::reports::{ReportBody, ReportHead};
 
 /// Where a record is.
 #[derive(Debug)]

@@ -9,7 +9,7 @@ use crate::model::{BackupId, Error, Kind, Result};
 use crate::repository::catalog::{self, Held};
 use crate::repository::handle::Repository;
 use crate::repository::inventory::InventoryLine;
-use crate::repository::manifest::Line;
+use crate::repository::pages::manifest::Line;
 use crate::repository::restore::{KeptParts, Leftover, read_outline};
 
 #[derive(Debug)]

@@ -6,9 +6,9 @@ use crate::jobs::context::Context;
 use crate::jobs::restore::route::{Leg, Route};
 use crate::jobs::restore::words::Plan;
 use crate::model::{Error, Kind, Lsn, Result};
-use crate::repository::gaps::{self, Gap};
 use crate::repository::handle::Repository;
-use crate::repository::wal_reader::Contradiction;
+use crate::repository::wal::gaps::{self, Gap};
+use crate::repository::wal::reader::Contradiction;
 
 /// What speaks against the WAL of a way, leg by leg.
 #[derive(Debug)]

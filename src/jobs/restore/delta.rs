@@ -14,7 +14,7 @@ use crate::jobs::restore::words::Reuse;
 use crate::jobs::restore::{MARKER, Request};
 use crate::model::{Result, SystemId};
 use crate::pg::control::ControlFile;
-use crate::repository::manifest::Line;
+use crate::repository::pages::manifest::Line;
 use crate::repository::restore::{CONTROL_FILE, CONTROL_FILE_PENDING};
 
 const TABLESPACES: &str = "pg_tblspc";

@@ -15,8 +15,8 @@ use crate::jobs::restore::words::Plan;
 use crate::jobs::verdict::Verdict;
 use crate::model::{BackupId, Error, Lsn, RegionName, ReportId, Result, TargetName, Timeline};
 use crate::repository::FORMAT;
+use crate::repository::records::reports::{ReportBody, ReportHead};
 use crate::repository::regions::Incident;
-use crate::repository::reports::{ReportBody, ReportHead};
 
 /// What was restored and how it went, by `docs/report.schema.json`.
 #[derive(Debug, Clone, Serialize)]

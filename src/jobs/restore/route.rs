@@ -11,8 +11,8 @@ use crate::model::{Error, Lsn, Result, ResultExt, Timeline};
 use crate::pg::history::History;
 use crate::pg::wal::{Expect, Record, RecordWalker, magic_of};
 use crate::repository::handle::Repository;
-use crate::repository::wal_index::{BranchId, Stretch};
-use crate::repository::wal_reader::BranchLog;
+use crate::repository::wal::index::{BranchId, Stretch};
+use crate::repository::wal::reader::BranchLog;
 
 /// WAL of one branch on the way.
 #[derive(Debug)]

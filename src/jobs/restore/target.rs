@@ -14,8 +14,8 @@ use crate::jobs::restore::route::{Leg, Route};
 use crate::model::{Error, Lsn, Result};
 use crate::pg::wal::{Record, RecordKind};
 use crate::repository::handle::Repository;
-use crate::repository::wal_frame::FrameHeader;
-use crate::repository::wal_index::Stretch;
+use crate::repository::wal::frame::FrameHeader;
+use crate::repository::wal::index::Stretch;
 
 /// A point in time, in the words of whoever asks.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

@@ -15,11 +15,11 @@ use crate::model::commit::{BackupKind, Commit};
 use crate::model::{Error, Result, ResultExt};
 use crate::pg::conninfo::ConnInfo;
 use crate::pg::instance::PgBinaries;
+use crate::repository::backup::stream::StreamLine;
 use crate::repository::catalog::{self, Held};
 use crate::repository::handle::Repository;
 use crate::repository::inventory::InventoryLine;
 use crate::repository::restore::streams::StoredStreams;
-use crate::repository::stream_writer::StreamLine;
 use crate::source::{dump, files};
 
 /// What CREATE DATABASE copies.

@@ -15,7 +15,7 @@ use crate::jobs::context::Context;
 use crate::jobs::restore::{PhaseTime, quoted};
 use crate::model::{Error, Result, ResultExt};
 use crate::observe::progress::Phase;
-use crate::repository::stream_writer::StreamLine;
+use crate::repository::backup::stream::StreamLine;
 use crate::source::{dump, files};
 
 /// Pieces of at most 8 MiB on their way.

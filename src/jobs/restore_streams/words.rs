@@ -7,8 +7,8 @@ use serde::Serialize;
 
 use crate::jobs::restore::{PhaseTime, Refusal, RegionState};
 use crate::model::{BackupId, Error, Result, TargetName};
+use crate::repository::backup::stream::StreamLine;
 use crate::repository::regions::Incident;
-use crate::repository::stream_writer::StreamLine;
 
 /// Everything that a restore will do.
 #[derive(Debug, Clone, Serialize)]

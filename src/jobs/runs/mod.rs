@@ -17,7 +17,7 @@ use crate::disk::{DiskError, place};
 use crate::jobs::context::Context;
 use crate::model::run::{Open, Pause, Run, parse_slot, slot_text};
 use crate::model::{Error, Result, ResultExt, ScheduleName};
-use crate::repository::runs::{self, Spread};
+use crate::repository::records::runs::{self, Spread};
 
 #[cfg(test)]
 mod tests;

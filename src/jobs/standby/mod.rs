@@ -23,8 +23,8 @@ use crate::model::commit::WalNeed;
 use crate::model::{Error, Kind, Lsn, RegionName, Result, ResultExt, TargetName};
 use crate::pg::instance::{Postmaster, User, postmaster_of};
 use crate::repository::handle::Repository;
-use crate::repository::nearest::nearest;
-use crate::repository::wal_log::branch_of;
+use crate::repository::regions::nearest::nearest;
+use crate::repository::wal::log::branch_of;
 
 mod control;
 mod drain;

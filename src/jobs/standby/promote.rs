@@ -19,7 +19,7 @@ use crate::jobs::standby::words::{Overrides, Promoted, Wish};
 use crate::jobs::wal::reaches;
 use crate::model::{Error, Lsn, Result, ResultExt, Timeline};
 use crate::pg::history::History;
-use crate::repository::wal_index;
+use crate::repository::wal::index;
 
 const POLL: Duration = Duration::from_millis(200);
 /// A server that is promoted writes one record first; a large one renames and checks many files.
@@ -295,8 +295,8 @@ fn doubts(context: &Context, position: &Position) -> Option<String> {
 /// WAL of a timeline whose history is not stored may be the newest there is, and its number is not free.
 async fn must_know_every_timeline(context: &Context, (record, feed): (&Record, &Feed), wish: Wish) -> Result<()> {
     let known = feed.histories().await;
-    let stored = wal_index::branches(&context.repository.regions, record.origin.system_id).await?;
-    let is_unknown = |branch: &&wal_index::BranchId| {
+    let stored = index::branches(&context.repository.regions, record.origin.system_id).await?;
+    let is_unknown = |branch: &&index::BranchId| {
         branch.timeline > Timeline::FIRST && known.iter().all(|known| known.timeline != branch.timeline)
     };
     match stored.iter().find(is_unknown) {

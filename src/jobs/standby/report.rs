@@ -13,7 +13,7 @@ use crate::jobs::standby::words::{Promoted, Wish};
 use crate::jobs::verdict::Verdict;
 use crate::model::{BackupId, Error, Lsn, RegionName, ReportId, Result, TargetName, Timeline};
 use crate::repository::FORMAT;
-use crate::repository::reports::{ReportBody, ReportHead};
+use crate::repository::records::reports::{ReportBody, ReportHead};
 
 const JOB: &str = "promotion";
 

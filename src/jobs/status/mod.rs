@@ -12,9 +12,9 @@ use crate::jobs::{list, prune};
 use crate::model::schedule::Schedule;
 use crate::model::{BackupId, Lsn, RegionName, ReportId, Result, TargetName, Timeline};
 use crate::repository::catalog;
-use crate::repository::gaps;
-use crate::repository::reports::{self, ReportHead};
+use crate::repository::records::reports::{self, ReportHead};
 use crate::repository::survey::{self, State, Survey};
+use crate::repository::wal::gaps;
 use crate::source::postgres::room::Slot;
 
 mod contents;

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::jobs::Context;
 use crate::model::{ReportId, TargetName};
-use crate::repository::reports::{self, ReportHead};
+use crate::repository::records::reports::{self, ReportHead};
 
 /// Drills that are looked at.
 const DRILLS: usize = 3;

@@ -14,9 +14,9 @@ use crate::observe::progress::Phase;
 use crate::repository::catalog::{self, Backup, Held, held_everywhere};
 use crate::repository::inventory::InventoryLine;
 use crate::repository::regions::Region;
-use crate::repository::scrub::{self, Beside, Problem, Trouble};
-use crate::repository::wal_index::{BranchId, WalIndex};
-use crate::repository::wal_reader::BranchLog;
+use crate::repository::survey::scrub::{self, Beside, Problem, Trouble};
+use crate::repository::wal::index::{BranchId, WalIndex};
+use crate::repository::wal::reader::BranchLog;
 
 mod walk;
 

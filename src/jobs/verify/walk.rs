@@ -5,8 +5,8 @@ use crate::model::commit::WalNeed;
 use crate::model::{Error, Result, ResultExt};
 use crate::pg::wal::{Expect, RecordWalker, magic_of};
 use crate::repository::regions::Region;
-use crate::repository::scrub;
-use crate::repository::wal_index::WalIndex;
+use crate::repository::survey::scrub;
+use crate::repository::wal::index::WalIndex;
 
 pub(super) async fn walk(context: &Context, region: &Region, index: &WalIndex, need: &WalNeed) -> Result<()> {
     let alone = scrub::alone(&context.repository, &region.name)?;

@@ -6,7 +6,7 @@
 
 use crate::model::{Lsn, Result};
 use crate::pg::wal::{Pushed, Record, RecordWalker, WalError};
-use crate::repository::wal_log::{FRAME_LIMIT, Marks};
+use crate::repository::wal::log::{FRAME_LIMIT, Marks};
 
 /// As much as one message of the server may add to a buffer that is not full yet.
 const MESSAGE_ROOM: usize = 1024 * 1024;

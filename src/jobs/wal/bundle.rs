@@ -8,10 +8,10 @@ use serde::Serialize;
 
 use crate::jobs::Context;
 use crate::model::{Branch, EpochId, Error, Result, SystemId, TargetName, Timeline};
-use crate::repository::fan_out::{FanOut, Patience};
 use crate::repository::layout;
-use crate::repository::wal_bundling::{Bundling, find, make};
-use crate::repository::wal_index::branches;
+use crate::repository::regions::fan_out::{FanOut, Patience};
+use crate::repository::wal::bundling::{Bundling, find, make};
+use crate::repository::wal::index::branches;
 
 /// WAL that is younger stays in frames, unless somebody says otherwise.
 pub const OLDER_THAN: Duration = Duration::from_hours(48);

@@ -3,11 +3,11 @@
 
 use crate::jobs::wal::segments::{Contradiction, SegmentDigest, SegmentKey};
 use crate::model::{Lsn, Result, ResultExt};
-use crate::repository::fan_out::FanOut;
-use crate::repository::gaps::{self, Gap};
 use crate::repository::handle::{Repository, Writer};
-use crate::repository::wal_index::BranchId;
-use crate::repository::wal_log::Log;
+use crate::repository::regions::fan_out::FanOut;
+use crate::repository::wal::gaps::{self, Gap};
+use crate::repository::wal::index::BranchId;
+use crate::repository::wal::log::Log;
 
 /// Records one, and tells it. Returns what is to be said of it.
 ///

@@ -49,7 +49,7 @@ use crate::jobs::wal::fill::Filler;
 use crate::jobs::wal::push::{PushDesk, Streamed};
 use crate::jobs::wal::segments::SegmentBook;
 use crate::model::{Lsn, Result};
-use crate::repository::fan_out::LaneOutcome;
+use crate::repository::regions::fan_out::LaneOutcome;
 
 /// Takes the WAL of a target, streamed and handed over, and answers for it on the target's control socket.
 #[derive(Debug)]

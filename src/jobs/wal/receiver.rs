@@ -35,10 +35,10 @@ use crate::model::{Error, Kind, Lsn, Result, ResultExt};
 use crate::observe::task;
 use crate::pg::PgError;
 use crate::pg::replication::ReplicationClient;
-use crate::repository::fan_out::{FanOut, LaneOutcome, Patience};
-use crate::repository::gaps::{self, Gap};
-use crate::repository::parent::state_path;
-use crate::repository::wal_frame::EpochKind;
+use crate::repository::backup::parent::state_path;
+use crate::repository::regions::fan_out::{FanOut, LaneOutcome, Patience};
+use crate::repository::wal::frame::EpochKind;
+use crate::repository::wal::gaps::{self, Gap};
 
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);

@@ -14,8 +14,8 @@ use crate::jobs::wal::shared::Shared;
 use crate::jobs::wal::shipper::{Frame, Means, ShipperHandle};
 use crate::model::{Error, Lsn, SystemId};
 use crate::pg::PgError;
-use crate::repository::wal_frame::EpochKind;
-use crate::repository::wal_index::BranchId;
+use crate::repository::wal::frame::EpochKind;
+use crate::repository::wal::index::BranchId;
 
 /// How a session ended without an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

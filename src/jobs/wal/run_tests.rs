@@ -17,12 +17,12 @@ use crate::jobs::wal::shared::Shared;
 use crate::jobs::wal::shipper::{self, Frame, Means};
 use crate::model::{Lsn, Timeline};
 use crate::pg::conninfo::ConnInfo;
-use crate::repository::fan_out::{FanOut, Patience};
+use crate::repository::regions::fan_out::{FanOut, Patience};
 use crate::repository::testing::{Fault, Fixture, HISTORY, log};
-use crate::repository::wal_adopt::Era;
-use crate::repository::wal_frame::EpochKind;
-use crate::repository::wal_index::BranchId;
-use crate::repository::wal_log::{Marks, branch_of};
+use crate::repository::wal::adopt::Era;
+use crate::repository::wal::frame::EpochKind;
+use crate::repository::wal::index::BranchId;
+use crate::repository::wal::log::{Marks, branch_of};
 use crate::source::postgres::Method;
 
 fn target(place: &Path) -> Target {

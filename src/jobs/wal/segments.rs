@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use crate::codec::fingerprint::{Fingerprint, PageFingerprinter, RunningFingerprint};
 use crate::disk::{DiskError, place};
 use crate::model::{Branch, Lsn, RepositoryId, Result, Rng, SystemId, Timeline};
-use crate::repository::wal_log::Log;
+use crate::repository::wal::log::Log;
 
 /// Segments remembered: 64 GiB of WAL at the usual size. A server that archives later than that stores a second copy.
 const KEPT: usize = 4096;

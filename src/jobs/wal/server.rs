@@ -6,9 +6,9 @@ use crate::pg::PgError;
 use crate::pg::history::{History, Reign};
 use crate::pg::replication::ReplicationClient;
 use crate::pg::wal::{Expect, RecordWalker, magic_of};
-use crate::repository::wal_adopt::Era;
-use crate::repository::wal_index::BranchId;
-use crate::repository::wal_log::{Log, branch_of};
+use crate::repository::wal::adopt::Era;
+use crate::repository::wal::index::BranchId;
+use crate::repository::wal::log::{Log, branch_of};
 
 /// A server, as it introduced itself.
 #[derive(Debug, Clone)]

@@ -17,7 +17,7 @@ use crate::jobs::wal::shipper::Frame;
 use crate::model::{Error, Lsn};
 use crate::pg::replication::{StandbyStatus, WalEvent, WalStream};
 use crate::pg::wal::WalError;
-use crate::repository::wal_log::{FRAME_LIMIT, Log};
+use crate::repository::wal::log::{FRAME_LIMIT, Log};
 
 /// The server hears from us this often whatever happens, and answers with the end of its WAL, which is what exposure is
 /// measured against.

@@ -12,8 +12,8 @@ use crate::jobs::wal::server::Start;
 use crate::jobs::wal::shipped::Shipped;
 use crate::jobs::wal::slot::SlotWatch;
 use crate::model::{Clock, Lsn, SystemId, TargetName};
-use crate::repository::fan_out::FanOut;
-use crate::repository::wal_index::BranchId;
+use crate::repository::regions::fan_out::FanOut;
+use crate::repository::wal::index::BranchId;
 
 /// A frame that is on its way for longer than this waits for regions.
 const SLOW: Duration = Duration::from_secs(5);

@@ -9,7 +9,7 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 
 use crate::model::{EpochId, Lsn};
-use crate::repository::wal_index::BranchId;
+use crate::repository::wal::index::BranchId;
 
 /// What has been shipped.
 #[derive(Debug, Clone, Default)]

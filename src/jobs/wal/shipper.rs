@@ -19,11 +19,11 @@ use crate::jobs::wal::segments::{self, PassingSegments, SegmentDigest, SegmentKe
 use crate::jobs::wal::shipped::Shipped;
 use crate::model::{EpochId, Error, Kind, Lsn, Result, SystemId, Timeline};
 use crate::observe::task;
-use crate::repository::fan_out::FanOut;
 use crate::repository::handle::{Repository, Writer};
-use crate::repository::wal_claim::Known;
-use crate::repository::wal_frame::{EpochKind, IN_FLIGHT};
-use crate::repository::wal_log::{Epoch, Log, Marks, store_history};
+use crate::repository::regions::fan_out::FanOut;
+use crate::repository::wal::claim::Known;
+use crate::repository::wal::frame::{EpochKind, IN_FLIGHT};
+use crate::repository::wal::log::{Epoch, Log, Marks, store_history};
 
 /// A keyset seals no more than a day of WAL.
 const KEYSET_LIFE: Duration = Duration::from_secs(24 * 3600);
@@ -348,10 +348,10 @@ mod tests {
     use std::collections::BTreeSet;
 
     use super::*;
-    use crate::repository::fan_out::Patience;
+    use crate::repository::regions::fan_out::Patience;
     use crate::repository::testing::{Fixture, log};
-    use crate::repository::wal_index::BranchId;
-    use crate::repository::wal_reader::BranchLog;
+    use crate::repository::wal::index::BranchId;
+    use crate::repository::wal::reader::BranchLog;
 
     fn frame(start: u64, end: u64, at_boundary: bool) -> Frame {
         let marks = Marks { first_record: Some(Lsn(start)), last_record: Some((Lsn(start), Lsn(end))), commits: None };

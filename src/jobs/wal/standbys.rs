@@ -14,7 +14,7 @@ use crate::model::{Error, Kind, Lsn, Result};
 use crate::pg::conninfo::ConnInfo;
 use crate::pg::replication::ReplicationClient;
 use crate::pg::{PgError, sql};
-use crate::repository::wal_index::BranchId;
+use crate::repository::wal::index::BranchId;
 
 const EVERY: Duration = Duration::from_secs(5);
 const ANSWER_TIME: Duration = Duration::from_secs(10);

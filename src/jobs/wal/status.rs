@@ -13,9 +13,9 @@ use crate::jobs::wal::server;
 use crate::model::commit::WalNeed;
 use crate::model::{Branch, Error, Lsn, RegionName, Result, SystemId, TargetName, Timeline};
 use crate::repository::catalog;
-use crate::repository::gaps::{self, Gap};
 use crate::repository::layout;
-use crate::repository::wal_index::{BranchId, WalIndex, Window, branches, windows};
+use crate::repository::wal::gaps::{self, Gap};
+use crate::repository::wal::index::{BranchId, WalIndex, Window, branches, windows};
 
 /// The stored WAL of the targets asked for.
 #[derive(Debug, Clone, Serialize)]

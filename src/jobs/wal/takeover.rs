@@ -18,11 +18,11 @@ use crate::jobs::wal::run::{Run, Trouble};
 use crate::jobs::wal::server::{self, Server};
 use crate::model::{EpochId, Error, Lsn, RegionName, Result, TargetName, Timeline};
 use crate::pg::replication::StandbyStatus;
-use crate::repository::fan_out::{FanOut, Patience};
-use crate::repository::wal_adopt::{Era, Tail, TakeOver, take_over};
-use crate::repository::wal_claim::Known;
-use crate::repository::wal_index::BranchId;
-use crate::repository::wal_left::successor;
+use crate::repository::regions::fan_out::{FanOut, Patience};
+use crate::repository::wal::adopt::{Era, Tail, TakeOver, take_over};
+use crate::repository::wal::claim::Known;
+use crate::repository::wal::index::BranchId;
+use crate::repository::wal::left::successor;
 
 /// A takeover that takes longer than this waits for regions.
 const SLOW: Duration = Duration::from_secs(5);

@@ -7,8 +7,8 @@ use crate::codec::compress::Decompressor;
 use crate::codec::seal::Unit;
 use crate::model::{Error, Result};
 use crate::repository::compact::Hands;
-use crate::repository::pack::unpack_frame;
-use crate::repository::page_map::{FrameRef, MapChunk, PackId};
+use crate::repository::pages::map::{FrameRef, MapChunk, PackId};
+use crate::repository::pages::pack::unpack_frame;
 use crate::repository::restore::{Fetched, Flight, Memory, fetch_frames};
 
 /// Chunks that are held in memory at once, of some 40 KiB each.

@@ -11,8 +11,8 @@ use crate::repository::compact::chunks::{self, AT_ONCE, Entries, Place, place};
 use crate::repository::compact::{Hands, Original, Survey};
 use crate::repository::inventory::InventoryLine;
 use crate::repository::layout;
-use crate::repository::manifest::{Begin, FileLine, Line};
-use crate::repository::page_map::{FrameRef, MapChunk, PackId};
+use crate::repository::pages::manifest::{Begin, FileLine, Line};
+use crate::repository::pages::map::{FrameRef, MapChunk, PackId};
 use crate::repository::restore::{Flight, ManifestParts, Memory, fetch_frames};
 
 /// What earlier copies of a run have shown already.

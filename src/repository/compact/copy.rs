@@ -9,7 +9,9 @@ use crate::keys::keyset::Keyset;
 use crate::model::commit::{Commit, CopyOf, Parts, Provenance};
 use crate::model::{BackupId, Error, Kind, Result, ResultExt, TargetName};
 use crate::repository::FORMAT;
-use crate::repository::backup_writer::{Intent, intent_context};
+use crate::repository::backup::repack;
+use crate::repository::backup::uploads::{put_object, put_signed};
+use crate::repository::backup::writer::{Intent, intent_context};
 use crate::repository::catalog::commit_context;
 use crate::repository::compact::manifest::Rewriter;
 use crate::repository::compact::run::{Run, Written};
@@ -18,11 +20,9 @@ use crate::repository::inventory::{self, InventoryLine};
 use crate::repository::keysets;
 use crate::repository::layout;
 use crate::repository::locks;
-use crate::repository::manifest::PartsSummary;
-use crate::repository::relocation::Relocation;
-use crate::repository::repack;
-use crate::repository::sweeps;
-use crate::repository::uploads::{put_object, put_signed};
+use crate::repository::pages::manifest::PartsSummary;
+use crate::repository::pages::relocation::Relocation;
+use crate::repository::records::sweeps;
 
 /// One copy takes no longer. If it is killed, its original is kept for as long.
 const LONGEST: TimeDelta = TimeDelta::days(1);

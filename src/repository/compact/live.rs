@@ -9,8 +9,8 @@ use crate::model::{BackupId, Error, KeysetId, Result};
 use crate::repository::compact::chunks::{self, AT_ONCE, Entries, Place, place, used};
 use crate::repository::compact::numbers::Numbers;
 use crate::repository::compact::{Hands, Original};
-use crate::repository::manifest::Line;
-use crate::repository::page_map::{FrameRef, MapChunk, PackId};
+use crate::repository::pages::manifest::Line;
+use crate::repository::pages::map::{FrameRef, MapChunk, PackId};
 use crate::repository::restore::ManifestParts;
 
 /// A chunk: the number of its pack, and its offset there.

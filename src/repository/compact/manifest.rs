@@ -12,9 +12,9 @@ use crate::repository::compact::chunks::{self, AT_ONCE, Place, place};
 use crate::repository::compact::run::{Run, Written};
 use crate::repository::inventory::InventoryLine;
 use crate::repository::layout;
-use crate::repository::manifest::{Begin, ChunkUse, FileLine, Line, ManifestSeal, ManifestWriter, PartsSummary};
-use crate::repository::pack::{FrameSeal, PackBuilder};
-use crate::repository::page_map::{FrameRef, PackId};
+use crate::repository::pages::manifest::{Begin, ChunkUse, FileLine, Line, ManifestSeal, ManifestWriter, PartsSummary};
+use crate::repository::pages::map::{FrameRef, PackId};
+use crate::repository::pages::pack::{FrameSeal, PackBuilder};
 use crate::repository::restore::ManifestParts;
 
 /// zstd level of maps; they are small.

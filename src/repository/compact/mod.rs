@@ -29,10 +29,10 @@ use crate::model::commit::{BackupKind, Commit};
 use crate::model::{BackupId, Error, Result, ResultExt, TargetName};
 use crate::observe::progress::Progress;
 use crate::repository::catalog;
-use crate::repository::fan_out::LaneOutcome;
 use crate::repository::handle::{Repository, Writer};
 use crate::repository::inventory::InventoryLine;
 use crate::repository::keysets::KeyRing;
+use crate::repository::regions::fan_out::LaneOutcome;
 
 use live::Live;
 pub use plan::{Plan, ThinPack};

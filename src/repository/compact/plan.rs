@@ -5,12 +5,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::Serialize;
 
 use crate::model::{BackupId, TargetName};
+use crate::repository::backup::repack::LIVE_PERCENT;
 use crate::repository::compact::Original;
 use crate::repository::compact::live::Live;
 use crate::repository::inventory::InventoryLine;
 use crate::repository::layout;
-use crate::repository::page_map::PackId;
-use crate::repository::repack::LIVE_PERCENT;
+use crate::repository::pages::map::PackId;
 
 /// Every copy costs a drill: what is gained must be this share of all that the backups refer to which may be copied.
 const GAIN_PERCENT: u64 = 5;

@@ -5,15 +5,15 @@ use std::collections::{BTreeSet, HashMap};
 use crate::model::commit::Parts;
 use crate::model::{BackupId, KeysetId, Result, TargetName};
 use crate::observe::progress::Phase;
+use crate::repository::backup::uploads::put_object;
 use crate::repository::compact::chunks::{Entries, Place};
 use crate::repository::compact::compare::Comparison;
 use crate::repository::compact::numbers::Numbers;
 use crate::repository::compact::{Hands, Lines, Survey};
-use crate::repository::fan_out::{FanOut, LaneOutcome, Patience};
 use crate::repository::inventory::InventoryLine;
-use crate::repository::page_map::{FrameRef, MapChunk, PackId};
-use crate::repository::relocation::Relocation;
-use crate::repository::uploads::put_object;
+use crate::repository::pages::map::{FrameRef, MapChunk, PackId};
+use crate::repository::pages::relocation::Relocation;
+use crate::repository::regions::fan_out::{FanOut, LaneOutcome, Patience};
 
 /// A map chunk that was written anew.
 #[derive(Debug)]

@@ -14,7 +14,7 @@ use crate::repository::catalog;
 use crate::repository::compact::{Copied, Hands, Survey, run, survey};
 use crate::repository::handle::Repository;
 use crate::repository::layout;
-use crate::repository::pack::SMALLEST_PACK;
+use crate::repository::pages::pack::SMALLEST_PACK;
 use crate::repository::testing::{Fault, Fixture, Made, options};
 use crate::repository::tests::{expected, noise, read_back};
 

@@ -7,7 +7,7 @@ use crate::model::{Error, Result, SystemId, TargetName};
 use crate::repository::handle::Repository;
 use crate::repository::layout;
 use crate::repository::regions::{Region, list_all};
-use crate::repository::wal_index::{BranchId, WalIndex, cover};
+use crate::repository::wal::index::{BranchId, WalIndex, cover};
 
 /// What every backup of a target needs, wherever its pages are: the region's identity, the escape hatch, the addresses, the
 /// signers' keys, the histories of its timelines; and the pins, which keep prune away.

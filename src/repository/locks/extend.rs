@@ -10,8 +10,8 @@ use super::closure::roots;
 use crate::model::{RegionName, SystemId, TargetName};
 use crate::repository::handle::Repository;
 use crate::repository::inventory::InventoryLine;
-use crate::repository::lock_rule::Rule;
 use crate::repository::regions::Region;
+use crate::repository::regions::lock_rule::Rule;
 use crate::store::StoreError;
 
 /// What a region's locks came to.

@@ -17,9 +17,9 @@ use crate::observe::progress::Phase;
 use crate::repository::catalog::{self, Backup};
 use crate::repository::handle::Repository;
 use crate::repository::inventory::InventoryLine;
-use crate::repository::lock_rule::Rule;
 use crate::repository::regions::Region;
-use crate::repository::wal_index::{BranchId, WalIndex};
+use crate::repository::regions::lock_rule::Rule;
+use crate::repository::wal::index::{BranchId, WalIndex};
 
 /// Objects between two words of progress.
 const TOLD_EVERY: u64 = 100;

@@ -1,6 +1,6 @@
 //! Object locks: what a region that has them keeps, whoever asks for its removal.
 //!
-//! - Everything is locked when it is put, for as long as the region's [`lock_rule`](crate::repository::lock_rule) says,
+//! - Everything is locked when it is put, for as long as the region's [`lock_rule`](crate::repository::regions::lock_rule) says,
 //!   except what is no evidence: intents, plans of prune, probes. Nothing is asked of the store for it: the lock travels with
 //!   the put.
 //! - All of a backup is locked until the same moment, which counts from when it began; WAL and keysets a little longer,

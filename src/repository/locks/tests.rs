@@ -5,13 +5,13 @@ use chrono::{DateTime, TimeDelta, Utc};
 use super::look::{BackupLocks, Looked, State, look, renew};
 use crate::observe::progress::Progress;
 use crate::repository::catalog;
-use crate::repository::fan_out::{FanOut, Patience};
 use crate::repository::layout;
 use crate::repository::mend::{Scope, mend};
+use crate::repository::regions::fan_out::{FanOut, Patience};
 use crate::repository::testing::{Fault, Fixture, Made, log};
-use crate::repository::wal_bundling::{find, make};
-use crate::repository::wal_index::BranchId;
-use crate::repository::wal_log::Log;
+use crate::repository::wal::bundling::{find, make};
+use crate::repository::wal::index::BranchId;
+use crate::repository::wal::log::Log;
 use crate::store::{ObjectStore as _, StoreError};
 
 const DAY: i64 = 24 * 3600;

@@ -6,13 +6,13 @@ use bytes::Bytes;
 
 use super::{Mender, lock};
 use crate::model::Error;
+use crate::repository::bundle::form;
 use crate::repository::layout;
 use crate::repository::regions::Region;
-use crate::repository::wal_bundle;
-use crate::repository::wal_closing::key_beside;
-use crate::repository::wal_frame::FramePlace;
-use crate::repository::wal_frames::fetch_object;
-use crate::repository::wal_index::{BranchId, WalIndex};
+use crate::repository::wal::closing::key_beside;
+use crate::repository::wal::frame::FramePlace;
+use crate::repository::wal::frames::fetch_object;
+use crate::repository::wal::index::{BranchId, WalIndex};
 use crate::store::Digest;
 
 /// Whether this is the name of a frame beside a SEAL.
@@ -37,7 +37,7 @@ impl Mender<'_> {
             };
             for place in beaten.iter().filter(counts) {
                 match fetch_object(self.repository, place).await {
-                    Ok(frame) => self.put_one(place, &Bytes::from(wal_bundle::pack(&[frame]))).await,
+                    Ok(frame) => self.put_one(place, &Bytes::from(form::pack(&[frame]))).await,
                     Err(error) => tracing::warn!(%error, "a frame is not brought to where a SEAL has its name"),
                 }
             }

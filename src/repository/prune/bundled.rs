@@ -6,11 +6,11 @@ use bytes::Bytes;
 use chrono::TimeDelta;
 
 use crate::model::{Result, TargetName};
+use crate::repository::bundle::form::head_bytes;
 use crate::repository::handle::Repository;
 use crate::repository::layout;
 use crate::repository::prune::facts::{Copy, Facts, list_everywhere};
-use crate::repository::wal_bundle::head_bytes;
-use crate::repository::wal_frame::{Frame, FramePlace, HEADER_LIMIT};
+use crate::repository::wal::frame::{Frame, FramePlace, HEADER_LIMIT};
 
 /// The frames of one bundle.
 #[derive(Debug)]

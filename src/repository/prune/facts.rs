@@ -9,18 +9,18 @@ use futures::future::join_all;
 use crate::model::commit::Commit;
 use crate::model::retention::{Candidate, Rules};
 use crate::model::{BackupId, Clock, Error, RegionName, Result, TargetName};
-use crate::repository::backup_writer::{Intent, intent_context};
+use crate::repository::backup::writer::{Intent, intent_context};
 use crate::repository::catalog::{self, Backup};
 use crate::repository::handle::Repository;
 use crate::repository::health;
 use crate::repository::inventory::InventoryLine;
 use crate::repository::layout;
-use crate::repository::pins::{self, Pin};
+use crate::repository::records::pins::{self, Pin};
+use crate::repository::records::reports::{self, ReportHead};
+use crate::repository::records::sweeps::SKEW;
+use crate::repository::records::tombs::{self, Tomb};
 use crate::repository::regions::{Region, Regions};
-use crate::repository::reports::{self, ReportHead};
 use crate::repository::survey::{self, State};
-use crate::repository::sweeps::SKEW;
-use crate::repository::tombs::{self, Tomb};
 use crate::store::VersionId;
 
 /// How long a region may take to answer a question.

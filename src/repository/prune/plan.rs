@@ -9,11 +9,11 @@ use serde::{Deserialize, Serialize};
 use crate::codec::sign::split_text;
 use crate::model::{BackupId, Error, KeysetId, Kind, PruneId, Result, ResultExt, SignerId, TargetName};
 use crate::repository::FORMAT;
-use crate::repository::fan_out::{FanOut, Patience};
 use crate::repository::handle::{Repository, Writer};
 use crate::repository::layout;
 use crate::repository::prune::garbage::Item;
 use crate::repository::records;
+use crate::repository::regions::fan_out::{FanOut, Patience};
 use crate::store::Digest;
 
 const PLAN: &str = "prune plan";

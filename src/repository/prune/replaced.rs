@@ -4,13 +4,13 @@ use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, stream};
 
 use crate::model::{Error, Result};
+use crate::repository::bundle::form::Contents;
 use crate::repository::handle::Repository;
 use crate::repository::layout;
 use crate::repository::prune::bundled::parse;
 use crate::repository::prune::garbage::Item;
-use crate::repository::wal_bundle::Contents;
-use crate::repository::wal_bundling::check_bundle;
-use crate::repository::wal_frame::{Frame, FramePlace, HEADER_LIMIT};
+use crate::repository::wal::bundling::check_bundle;
+use crate::repository::wal::frame::{Frame, FramePlace, HEADER_LIMIT};
 use crate::store::Digest;
 
 /// Heads of frames that are read at the same time.

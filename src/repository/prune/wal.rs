@@ -14,11 +14,11 @@ use crate::model::{EpochId, Error, KeysetId, Kind, Lsn, Result, SystemId, Target
 use crate::repository::handle::Repository;
 use crate::repository::layout;
 use crate::repository::prune::facts::Facts;
-use crate::repository::tombs;
-use crate::repository::wal_closing::Closing;
-use crate::repository::wal_frame::{FrameHeader, FrameKind};
-use crate::repository::wal_index::{BranchId, WalIndex, branches};
-use crate::repository::wal_seal::Ending;
+use crate::repository::records::tombs;
+use crate::repository::wal::closing::Closing;
+use crate::repository::wal::frame::{FrameHeader, FrameKind};
+use crate::repository::wal::index::{BranchId, WalIndex, branches};
+use crate::repository::wal::seal::Ending;
 
 /// An epoch of which nobody needs anything any more.
 #[derive(Debug, Clone, PartialEq, Eq)]

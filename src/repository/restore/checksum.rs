@@ -101,7 +101,7 @@ fn finish(file: &WindowFile, pool: &FilePool) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::repository::manifest::FileLine;
+    use crate::repository::pages::manifest::FileLine;
 
     #[tokio::test]
     async fn pieces_sum_up_to_the_whole() {

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::repository::manifest::FileLine;
+use crate::repository::pages::manifest::FileLine;
 
 /// What restore needs of a file's mode while it writes it.
 pub(super) const OWNER_WRITES: u32 = 0o600;

@@ -13,8 +13,8 @@ use crate::model::{Error, KeysetId, Kind, Result, TargetName};
 use crate::repository::handle::Repository;
 use crate::repository::keysets::KeyRing;
 use crate::repository::layout;
-use crate::repository::pack::open_frame;
-use crate::repository::page_map::{FrameRef, PackId};
+use crate::repository::pages::map::{FrameRef, PackId};
+use crate::repository::pages::pack::open_frame;
 use crate::repository::restore::memory::Memory;
 
 /// A hole of this size between two frames is read over: cheaper than another request.

@@ -20,7 +20,7 @@ use crate::observe::progress::Phase;
 use crate::repository::handle::Repository;
 use crate::repository::inventory::InventoryLine;
 use crate::repository::keysets::KeyRing;
-use crate::repository::manifest::Line;
+use crate::repository::pages::manifest::Line;
 
 mod checksum;
 mod file;

@@ -14,7 +14,7 @@ use crate::repository::handle::Repository;
 use crate::repository::inventory::InventoryLine;
 use crate::repository::keysets::KeyRing;
 use crate::repository::layout;
-use crate::repository::manifest::{FileLine, Line, ManifestReader, ManifestSeal, PartsSummary};
+use crate::repository::pages::manifest::{FileLine, Line, ManifestReader, ManifestSeal, PartsSummary};
 use crate::repository::restore::Leftover;
 
 /// Parts that are fetched at the same time.

@@ -16,8 +16,8 @@ use crate::disk::sparse::FilePool;
 use crate::model::Result;
 use crate::model::pages::PAGE_SIZE;
 use crate::observe::progress::Phase;
-use crate::repository::manifest::FileLine;
-use crate::repository::page_map::PageEntry;
+use crate::repository::pages::manifest::FileLine;
+use crate::repository::pages::map::PageEntry;
 use crate::repository::restore::file::{OWNER_WRITES, WindowFile};
 use crate::repository::restore::of_file;
 

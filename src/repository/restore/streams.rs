@@ -11,14 +11,14 @@ use tokio::sync::mpsc;
 use crate::model::commit::Commit;
 use crate::model::pages::PAGE_SIZE;
 use crate::model::{Error, Result};
+use crate::repository::backup::stream::{STREAMS, StreamLine, parse_part};
 use crate::repository::handle::Repository;
 use crate::repository::inventory::InventoryLine;
 use crate::repository::keysets::KeyRing;
-use crate::repository::manifest::{ChunkUse, FileLine, Line};
+use crate::repository::pages::manifest::{ChunkUse, FileLine, Line};
 use crate::repository::restore::ManifestParts;
 use crate::repository::restore::memory::Memory;
 use crate::repository::restore::window::{Origin, Secrets, Window};
-use crate::repository::stream_writer::{STREAMS, StreamLine, parse_part};
 
 /// Pieces of at most 8 MiB that are fetched at the same time; each is held three times over: sealed, opened, put together.
 const AHEAD: usize = 3;

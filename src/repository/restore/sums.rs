@@ -116,7 +116,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::repository::manifest::FileLine;
+    use crate::repository::pages::manifest::FileLine;
 
     fn file(path: &str, size: u64) -> WindowFile {
         let line = FileLine { path: path.into(), mode: 0o600, size, chunks: vec![], damaged_blocks: vec![] };

@@ -22,9 +22,9 @@ use crate::jobs::context::{Context, Detection, Target};
 use crate::jobs::wal::changes::{self, Answer, Stretch, journal_path};
 use crate::model::{Branch, Error, Result};
 use crate::pg::wal::ChangedBlocks;
-use crate::repository::backup_writer::PageCounts;
-use crate::repository::compare::{Missed, Proof};
-use crate::repository::parent::{Basis, Parent};
+use crate::repository::backup::compare::{Missed, Proof};
+use crate::repository::backup::parent::{Basis, Parent};
+use crate::repository::backup::writer::PageCounts;
 use crate::source::{Begun, PhysicalSource};
 
 /// The receiver is this far behind the server at most, while it streams.

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::disk::place;
 use crate::model::TargetName;
-use crate::repository::compare::Missed;
+use crate::repository::backup::compare::Missed;
 
 /// Why it is off.
 #[derive(Debug, Serialize, Deserialize)]

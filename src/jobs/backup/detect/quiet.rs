@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::pg::wal::ChangedBlocks;
-use crate::repository::page_state::KnownPages;
+use crate::repository::backup::state::KnownPages;
 use crate::source::Unread;
 use crate::source::postgres::rules;
 

@@ -8,13 +8,13 @@ use crate::codec::seal::SealingKey;
 use crate::jobs::pin::{self, Reason};
 use crate::jobs::prune::{Consent, Look};
 use crate::jobs::wal::bundle::{Options, Report, run};
+use crate::repository::bundle::form;
 use crate::repository::layout;
 use crate::repository::prune::garbage::Why;
 use crate::repository::prune::plan::Plan;
 use crate::repository::prune::sweep::Sweep;
 use crate::repository::testing::{log, need};
-use crate::repository::wal_bundle;
-use crate::repository::wal_frame::{Frame, FrameHeader, FrameKind, FramePlace, FrameSealer};
+use crate::repository::wal::frame::{Frame, FrameHeader, FrameKind, FramePlace, FrameSealer};
 
 const FRAMES: usize = 30;
 
@@ -60,7 +60,7 @@ impl Scene {
     async fn put_bundle(&self, prefix: &str, frames: &[Bytes]) -> String {
         let key = layout::wal_bundle(prefix, 1, 21);
         for store in &self.fixture.stores {
-            store.damage(&key, wal_bundle::pack(frames)).await;
+            store.damage(&key, form::pack(frames)).await;
         }
         key
     }

@@ -10,8 +10,8 @@ use crate::jobs::prune::Consent;
 use crate::model::retention::Verdict;
 use crate::model::{Lsn, Result};
 use crate::repository::testing::{Made, log, need};
-use crate::repository::wal_index::BranchId;
-use crate::repository::wal_reader::BranchLog;
+use crate::repository::wal::index::BranchId;
+use crate::repository::wal::reader::BranchLog;
 use crate::store::ObjectStore as _;
 
 const SEGMENT: u64 = 16 << 20;

@@ -8,7 +8,7 @@ use super::*;
 use crate::disk::place::place;
 use crate::observe::clock::SystemClock;
 use crate::pg::wal::{Locator, Record, RecordKind, Touch};
-use crate::repository::wal_log::Log;
+use crate::repository::wal::log::Log;
 
 const SPACE: u64 = 100;
 

@@ -11,8 +11,8 @@ use super::{Chain, MAGIC, Stretch, print, scan};
 use crate::disk::place;
 use crate::model::{Clock, Error, Lsn, Result};
 use crate::pg::wal::{ChangedBlocks, Record};
-use crate::repository::page_state::StateHead;
-use crate::repository::wal_log::Log;
+use crate::repository::backup::state::StateHead;
+use crate::repository::wal::log::Log;
 
 /// A backup that waits for its first position waits for this long at most, while WAL flows.
 const PACE: Duration = Duration::from_millis(100);

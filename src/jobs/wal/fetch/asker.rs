@@ -6,7 +6,7 @@ use std::path::Path;
 
 use crate::model::{Branch, Error, Result, SystemId, Timeline, WalSegmentSize};
 use crate::pg::control::ControlFile;
-use crate::repository::wal_log::branch_of;
+use crate::repository::wal::log::branch_of;
 
 /// The cluster that asks.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]

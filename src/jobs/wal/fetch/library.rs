@@ -16,9 +16,9 @@ use crate::model::{Branch, Error, Kind, Lsn, RegionName, Result, ResultExt, Segm
 use crate::model::{Timeline, WalSegmentSize};
 use crate::pg::history::{History, Reign};
 use crate::repository::layout;
-use crate::repository::wal_index::{self, BranchId, Window};
-use crate::repository::wal_log::{branch_of, read_history};
-use crate::repository::wal_reader::BranchLog;
+use crate::repository::wal::index::{self, BranchId, Window};
+use crate::repository::wal::log::{branch_of, read_history};
+use crate::repository::wal::reader::BranchLog;
 
 /// What was found.
 pub(super) enum Found {
@@ -124,7 +124,7 @@ impl<'a> Library<'a> {
     /// A repository without any WAL of the cluster is the wrong one, or one that lost it: nobody knows where its WAL ends,
     /// and PostgreSQL would open the database where its backup stopped.
     async fn must_hold_something(&self) -> Result<()> {
-        let stored = wal_index::branches(&self.context.repository.regions, self.system_id).await?;
+        let stored = index::branches(&self.context.repository.regions, self.system_id).await?;
         if !stored.is_empty() {
             return Ok(());
         }
@@ -135,7 +135,7 @@ impl<'a> Library<'a> {
     /// WAL without the history of its timeline is one that is still to come, and not the end of the archive.
     async fn must_be_unknown(&self, timeline: Timeline, silent: &[RegionName]) -> Result<()> {
         self.must_be_all(silent)?;
-        let stored = wal_index::branches(&self.context.repository.regions, self.system_id).await?;
+        let stored = index::branches(&self.context.repository.regions, self.system_id).await?;
         if stored.iter().all(|branch| branch.timeline != timeline) {
             return Ok(());
         }
@@ -148,7 +148,7 @@ impl<'a> Library<'a> {
     async fn must_be_last(&self, history: &History, end: Lsn) -> Result<()> {
         let (known, silent) = self.histories().await;
         self.must_be_all(&silent)?;
-        for stored in wal_index::branches(&self.context.repository.regions, self.system_id).await? {
+        for stored in index::branches(&self.context.repository.regions, self.system_id).await? {
             let BranchId { system_id, timeline, branch } = stored;
             if timeline <= history.timeline() || !known.contains(&(timeline, branch.clone())) {
                 continue;

@@ -17,10 +17,10 @@ use crate::jobs::wal::push::walk::Segment;
 use crate::jobs::wal::segments::{self, SegmentDigest, SegmentKey, SharedBook};
 use crate::model::{Error, Lsn, Result, ResultExt, SystemId, Timeline};
 use crate::pg::wal::{SegmentHeader, check_segment_head};
-use crate::repository::fan_out::{FanOut, LaneOutcome, Patience};
-use crate::repository::wal_frame::EpochKind;
-use crate::repository::wal_index::BranchId;
-use crate::repository::wal_log::{Epoch, Log, branch_of, store_history};
+use crate::repository::regions::fan_out::{FanOut, LaneOutcome, Patience};
+use crate::repository::wal::frame::EpochKind;
+use crate::repository::wal::index::BranchId;
+use crate::repository::wal::log::{Epoch, Log, branch_of, store_history};
 
 /// A keyset seals no more than a day of WAL.
 const KEYSET_LIFE: Duration = Duration::from_secs(24 * 3600);

@@ -27,8 +27,8 @@ use crate::jobs::wal::push::name::Archived;
 use crate::jobs::wal::segments::{SegmentKey, SharedBook};
 use crate::model::{Branch, Error, Kind, Lsn, Result, ResultExt, SegmentName, SystemId, Timeline};
 use crate::observe::task;
-use crate::repository::fan_out::LaneOutcome;
-use crate::repository::wal_log::Log;
+use crate::repository::regions::fan_out::LaneOutcome;
+use crate::repository::wal::log::Log;
 
 /// A segment that was taken: its log, and where it ends.
 type Taken = (Log, Lsn);

@@ -12,7 +12,7 @@ use crate::jobs::context::{Context, Target};
 use crate::jobs::wal::server::{self, Server};
 use crate::model::{Branch, Error, Kind, Lsn, Result, SystemId, Timeline};
 use crate::pg::history::History;
-use crate::repository::wal_log::branch_of;
+use crate::repository::wal::log::branch_of;
 
 /// How long the server may take to say who it is.
 const ANSWER_TIME: Duration = Duration::from_secs(10);

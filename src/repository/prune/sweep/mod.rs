@@ -4,7 +4,7 @@
 //! 2. Everything is looked at once more: pins, intents, COMMITs. What somebody needs by now stays.
 //! 3. Every region gets the records of what goes ([`tombs`]): from here on these backups do not exist.
 //! 4. Once more the needs of all backups that exist are taken off. Then the objects go, COMMITs first, keysets last; a step
-//!    is done in every region before the next one begins. WAL is recorded as gone ([`WalCut`](crate::repository::tombs::WalCut))
+//!    is done in every region before the next one begins. WAL is recorded as gone ([`WalCut`](crate::repository::records::tombs::WalCut))
 //!    immediately before it goes.
 //! 5. What it announced and left alone is told, too ([`spare`](crate::repository::prune::spare)).
 //!
@@ -34,7 +34,7 @@ use crate::repository::prune::plan::{Plan, enroll};
 use crate::repository::prune::replaced;
 use crate::repository::prune::wal::DeadEpoch;
 use crate::repository::records;
-use crate::repository::sweeps::{self, Begun};
+use crate::repository::records::sweeps::{self, Begun};
 use crate::store::{StoreError, VersionId};
 
 /// Deletes in flight.

@@ -2,7 +2,7 @@
 //!
 //! 1. Every region is told that the sweep begins, and which backups it takes ([`sweeps`]).
 //! 2. Everything is looked at once more: pins, intents, COMMITs. What somebody needs by now stays.
-//! 3. Every region gets the records of what goes ([`tombs`]): from here on these backups do not exist.
+//! 3. Every region gets the records of what goes ([`tombs`](crate::repository::records::tombs)): from here on these backups do not exist.
 //! 4. Once more the needs of all backups that exist are taken off. Then the objects go, COMMITs first, keysets last; a step
 //!    is done in every region before the next one begins. WAL is recorded as gone ([`WalCut`](crate::repository::records::tombs::WalCut))
 //!    immediately before it goes.

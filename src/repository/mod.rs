@@ -24,6 +24,7 @@ pub mod records;
 pub mod regions;
 pub mod restore;
 pub mod survey;
+pub mod sweeps;
 #[cfg(test)]
 #[allow(clippy::cast_possible_truncation, reason = "made-up data is small")]
 pub mod testing;

@@ -7,8 +7,8 @@ use crate::jobs::Context;
 use crate::model::{BackupId, Error, PinId, Result, TargetName};
 use crate::repository::catalog;
 use crate::repository::records::pins::{self, Pin};
-use crate::repository::records::sweeps;
 use crate::repository::regions::fan_out::LaneOutcome;
+use crate::repository::sweeps;
 
 /// What was done.
 #[derive(Debug, Clone, Serialize)]

@@ -7,7 +7,7 @@ use crate::jobs::Context;
 use crate::model::{PruneId, Result};
 use crate::repository::prune::garbage::Item;
 use crate::repository::prune::plan::{self, Head, Plan};
-use crate::repository::records::sweeps::{self, Begun, Ended};
+use crate::repository::sweeps::{self, Begun, Ended};
 use crate::repository::{layout, records};
 
 /// Plans and sweeps.

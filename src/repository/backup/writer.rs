@@ -33,8 +33,8 @@ use crate::repository::layout;
 use crate::repository::locks::{self, extend::Extended};
 use crate::repository::pages::manifest::{self, ChunkUse, Line, ManifestSeal, ManifestWriter, PartsSummary};
 use crate::repository::pages::pack::FrameSeal;
-use crate::repository::records::sweeps;
 use crate::repository::regions::fan_out::{FanOut, LaneOutcome, Patience};
+use crate::repository::sweeps;
 use crate::repository::wrap_debts::WrapDebts;
 
 /// A backup under way, so that prune leaves its objects and its parent alone.

@@ -22,7 +22,7 @@ use crate::repository::layout;
 use crate::repository::locks;
 use crate::repository::pages::manifest::PartsSummary;
 use crate::repository::pages::relocation::Relocation;
-use crate::repository::records::sweeps;
+use crate::repository::sweeps;
 
 /// One copy takes no longer. If it is killed, its original is kept for as long.
 const LONGEST: TimeDelta = TimeDelta::days(1);

@@ -17,10 +17,10 @@ use crate::repository::inventory::InventoryLine;
 use crate::repository::layout;
 use crate::repository::records::pins::{self, Pin};
 use crate::repository::records::reports::{self, ReportHead};
-use crate::repository::records::sweeps::SKEW;
 use crate::repository::records::tombs::{self, Tomb};
 use crate::repository::regions::{Region, Regions};
 use crate::repository::survey::{self, State};
+use crate::repository::sweeps::SKEW;
 use crate::store::VersionId;
 
 /// How long a region may take to answer a question.

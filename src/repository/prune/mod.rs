@@ -25,8 +25,8 @@ use crate::model::{Error, Result};
 use crate::repository::handle::Repository;
 use crate::repository::layout;
 use crate::repository::records;
-use crate::repository::records::sweeps::{self, Begun, Ended};
 use crate::repository::records::tombs::{self, Spared, Tomb, WalCut};
+use crate::repository::sweeps::{self, Begun, Ended};
 
 /// What bounds a prune.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -16,8 +16,8 @@ use crate::repository::handle::{Repository, Writer};
 use crate::repository::layout;
 use crate::repository::prune::plan::enroll;
 use crate::repository::records;
-use crate::repository::records::sweeps;
 use crate::repository::records::tombs::{self, Spared, Tomb};
+use crate::repository::sweeps;
 
 /// Ends the tombs that dead sweeps left on whole backups; tells which.
 ///

@@ -3,7 +3,6 @@
 pub mod pins;
 pub mod reports;
 pub mod runs;
-pub mod sweeps;
 pub mod tombs;
 
 use bytes::Bytes;

@@ -34,7 +34,7 @@ use crate::repository::prune::plan::{Plan, enroll};
 use crate::repository::prune::replaced;
 use crate::repository::prune::wal::DeadEpoch;
 use crate::repository::records;
-use crate::repository::records::sweeps::{self, Begun};
+use crate::repository::sweeps::{self, Begun};
 use crate::store::{StoreError, VersionId};
 
 /// Deletes in flight.

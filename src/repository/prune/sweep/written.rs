@@ -15,8 +15,8 @@ use crate::repository::prune::facts::Facts;
 use crate::repository::prune::garbage::{Item, Why};
 use crate::repository::prune::spare;
 use crate::repository::records;
-use crate::repository::records::sweeps::{self, Begun, Ended};
 use crate::repository::records::tombs::{self, Tomb, WalCut};
+use crate::repository::sweeps::{self, Begun, Ended};
 use crate::store::Digest;
 
 impl Sweep<'_> {

@@ -73,8 +73,8 @@ pub struct Position {
     pub durable_at: Option<DateTime<Utc>>,
     /// The newest commit time in durable WAL.
     pub last_commit_at: Option<DateTime<Utc>>,
-    /// For how long the oldest WAL that is not durable yet may have existed; 0 when all is durable that the server has
-    /// shown lately; `null` when that is unknown, as it is of WAL that was there before this process first looked.
+    /// For how long the oldest WAL that is not durable yet has been known; 0 when all is durable that the server has
+    /// shown lately; `null` when that is unknown. What this process did not see, asleep or cut off, counts from when it did.
     pub exposure_seconds: Option<f64>,
     /// What each region lacks of this run.
     pub regions: Vec<RegionPosition>,
@@ -180,50 +180,25 @@ pub fn reaches(durable: Lsn, lsn: Lsn) -> bool {
 /// When which end of WAL was first seen at the server; what exposure is measured against.
 #[derive(Debug, Default)]
 pub(super) struct Samples {
-    /// Each with the time since when WAL up to there may have existed; `None` is unknown.
-    ends: VecDeque<(Lsn, Option<Duration>)>,
-    /// When the server was known to have no more than it had shown.
-    news: Option<Duration>,
-    /// When the last sample came.
-    last: Option<Duration>,
-    /// When the first one came behind a silence that is not over.
-    met: Option<Duration>,
+    ends: VecDeque<(Lsn, Duration)>,
+    newest: Option<Duration>,
 }
 
-/// News older than this says nothing about now.
+/// A sample older than this says nothing about now.
 const FRESH: Duration = Duration::from_secs(10);
 const SAMPLES_KEPT: usize = 4096;
-/// Samples come every second. Behind a longer silence nobody knows when it was written what the server shows: it was met
-/// again, or this process slept, and others committed meanwhile.
-const SILENCE: Duration = Duration::from_secs(3);
-/// What comes at once behind a silence is no news: it can have waited all the time on its way to a process that slept, and
-/// the first word of a stream only repeats where it begins.
-const CATCHING_UP: Duration = Duration::from_millis(500);
 
 impl Samples {
     /// The server had WAL up to `end` at `now`.
     pub(super) fn add(&mut self, end: Lsn, now: Duration) {
-        let since = self.since(now);
+        self.newest = Some(now);
         let is_full = self.ends.len() >= SAMPLES_KEPT;
         match self.ends.back_mut() {
             Some((last, _)) if *last >= end => {}
             // The oldest ones decide; a newer end may wait in the place of the last.
             Some((last, _)) if is_full => *last = end,
-            _ => self.ends.push_back((end, since)),
+            _ => self.ends.push_back((end, now)),
         }
-    }
-
-    /// Since when WAL may have existed that is seen at `now`. Of what was there at the first look nobody knows.
-    fn since(&mut self, now: Duration) -> Option<Duration> {
-        let last = self.last.replace(now);
-        if last.is_none_or(|last| now.saturating_sub(last) > SILENCE) {
-            self.met = Some(now);
-        }
-        if self.met.is_some_and(|met| now.saturating_sub(met) <= CATCHING_UP) {
-            return self.news;
-        }
-        let before = self.news.replace(now);
-        if self.met.take().is_some() { before } else { Some(now) }
     }
 
     /// The server that had WAL beyond this position is not the one that is streamed.
@@ -237,12 +212,8 @@ impl Samples {
             self.ends.pop_front();
         }
         match self.ends.front() {
-            Some((_, since)) => since.map(|since| now.saturating_sub(since)),
-            None => {
-                let silent = now.saturating_sub(self.news?);
-                // Behind the last news anything may have been committed, and nobody would know.
-                (silent <= FRESH).then_some(if silent <= SILENCE { Duration::ZERO } else { silent })
-            }
+            Some((_, since)) => Some(now.saturating_sub(*since)),
+            None => self.newest.filter(|at| now.saturating_sub(*at) <= FRESH).map(|_| Duration::ZERO),
         }
     }
 }
@@ -256,41 +227,13 @@ mod tests {
         let seconds = Duration::from_secs;
         let mut samples = Samples::default();
         assert_eq!(samples.exposure(Lsn(100), seconds(1)), None);
-        samples.add(Lsn(50), seconds(1));
         samples.add(Lsn(100), seconds(1));
-        assert_eq!(samples.exposure(Lsn(50), seconds(1)), None, "what is there at first may be of any age");
-        assert_eq!(samples.exposure(Lsn(100), seconds(1)), None, "and may not be all");
-        samples.add(Lsn(100), seconds(2));
         samples.add(Lsn(200), seconds(2));
         samples.add(Lsn(200), seconds(4));
+        assert_eq!(samples.exposure(Lsn(50), seconds(5)), Some(seconds(4)));
         assert_eq!(samples.exposure(Lsn(100), seconds(5)), Some(seconds(3)));
         assert_eq!(samples.exposure(Lsn(200), seconds(5)), Some(Duration::ZERO));
         assert_eq!(samples.exposure(Lsn(200), seconds(15)), None);
-    }
-
-    #[test]
-    fn exposure_counts_from_the_last_time_that_the_server_was_seen() {
-        let seconds = Duration::from_secs;
-        let mut samples = Samples::default();
-        samples.add(Lsn(100), seconds(0));
-        samples.add(Lsn(100), seconds(1));
-        assert_eq!(samples.exposure(Lsn(100), seconds(4)), Some(Duration::ZERO));
-        assert_eq!(
-            samples.exposure(Lsn(100), seconds(7)),
-            Some(seconds(6)),
-            "others may commit while it is out of sight"
-        );
-        // It is met again, and what it wrote meanwhile was not written now.
-        samples.add(Lsn(200), seconds(8));
-        assert_eq!(samples.exposure(Lsn(100), seconds(9)), Some(seconds(8)));
-        samples.add(Lsn(300), seconds(8));
-        assert_eq!(samples.exposure(Lsn(200), seconds(9)), Some(seconds(8)), "it may have waited on its way");
-        assert_eq!(samples.exposure(Lsn(300), seconds(9)), Some(seconds(8)), "so may the word that there is no more");
-        samples.add(Lsn(400), seconds(9));
-        assert_eq!(samples.exposure(Lsn(300), seconds(10)), Some(seconds(9)));
-        samples.add(Lsn(500), seconds(10));
-        assert_eq!(samples.exposure(Lsn(400), seconds(12)), Some(seconds(2)));
-        assert_eq!(samples.exposure(Lsn(500), seconds(12)), Some(Duration::ZERO));
     }
 
     #[test]

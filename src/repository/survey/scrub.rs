@@ -9,11 +9,12 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
+use futures::future::join_all;
 use futures::{StreamExt, stream};
 use serde::Serialize;
 
 use crate::model::commit::{BackupKind, Commit, WalNeed};
-use crate::model::{BackupId, Error, KeysetId, Kind, Lsn, RegionName, Result, TargetName};
+use crate::model::{BackupId, EpochId, Error, KeysetId, Kind, Lsn, RegionName, Result, TargetName};
 use crate::observe::progress::Phase;
 use crate::repository::backup::writer::Intent;
 use crate::repository::catalog::{self, Backup, Held};
@@ -272,12 +273,17 @@ pub async fn missing_frames(
             let what = format!("{} WAL frames are in no region", lost.len());
             problems.push(Problem::new(region, index.place(epoch, *first).key(), Trouble::Damaged, what));
         }
-        let missing: Vec<_> =
+        let mut missing: Vec<_> =
             seqs.iter().filter(|(seq, held)| **seq >= cut && lacks(held)).map(|(seq, _)| *seq).collect();
-        let (Some(first), Some((last, _))) = (missing.first(), seqs.last_key_value()) else { continue };
+        let (Some(first), Some((last, _))) = (missing.first().copied(), seqs.last_key_value()) else { continue };
         let written = index.header(repository, epoch, *last).await.map(|header| header.written_at);
-        let growing = last - first < 60 && written.is_ok_and(|at| (now - at).num_seconds() < 60);
-        if !growing {
+        let is_young = written.is_ok_and(|at| (now - at).num_seconds() < 60);
+        if is_young && last - first < 60 {
+            missing = not_there(index, region, epoch, missing).await;
+        }
+        let Some(first) = missing.first() else { continue };
+        let tail = last + 1 - first == missing.len() as u64;
+        if !(tail && is_young && missing.len() < 60) {
             let key = index.place(epoch, *first).key();
             let what = format!("{} WAL frames from here on are not there", missing.len());
             problems.push(Problem::new(region, key, Trouble::Missing, what));
@@ -293,6 +299,15 @@ pub async fn displaced_frames(repository: &Repository, index: &WalIndex, region:
     let what =
         "a SEAL has the name of this WAL frame here, and the frame, which counts, is not beside it; drctl repair";
     of_region.map(|displaced| Problem::new(region, displaced.place.key(), Trouble::Missing, what)).collect()
+}
+
+/// Those of the frames that the region does not have now either: they may have come since it was listed.
+async fn not_there(index: &WalIndex, region: &Region, epoch: &EpochId, mut seqs: Vec<u64>) -> Vec<u64> {
+    let looks = seqs.iter().map(|seq| index.place(epoch, *seq).key());
+    let looks: Vec<_> = looks.map(|key| async move { region.store.head(&key).await.is_ok() }).collect();
+    let mut came = join_all(looks).await.into_iter();
+    seqs.retain(|_| !came.next().unwrap_or_default());
+    seqs
 }
 
 /// Level 2: every map and every frame of a backup fetched from this region alone, opened, unpacked and compared with its

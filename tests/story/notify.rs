@@ -67,10 +67,16 @@ async fn a_problem_is_paged_once_and_so_is_its_end() {
     let schedule = "job = \"repair\"\ncron = \"0 0 1 1 *\"\nretry = { max = 0 }\n";
     std::fs::write(dr.join("schedules/all-repair.toml"), schedule).unwrap();
     let daemon = drctl(&receiver, &config, &["daemon", "--grace", "5s"]);
-    let daemon = ["outcome=", "cannot be brought to any region", "a notice waits", "no region tells"]
-        .into_iter()
-        .fold(daemon, Drctl::expect_log)
-        .spawn();
+    let daemon = [
+        "outcome=",
+        "cannot be brought to any region",
+        "a notice waits",
+        "taken from another region",
+        "no region tells",
+    ]
+    .into_iter()
+    .fold(daemon, Drctl::expect_log)
+    .spawn();
     eventually("signs of life", SOON, async || receiver.told("GET /alive").len() > 2).await;
     let run = async || {
         let asked = async || drctl(&receiver, &config, &["run", "all-repair"]).run().await.code == Some(0);
@@ -115,10 +121,16 @@ async fn nobody_who_looks_on_keeps_the_daemon_from_its_work() {
     let listen = format!("\n[daemon]\nlisten = \"{}\"\n", taken.local_addr().unwrap());
     std::fs::write(&config, text + &listen).unwrap();
     let daemon = Drctl::new(["daemon", "--grace", "5s"]).config(&config).env("HOOK", "no address").env("TOKEN", "t");
-    let daemon = ["nothing answers over TCP", "somebody will not be told", "a notice waits", "not everybody was told"]
-        .into_iter()
-        .fold(daemon, Drctl::expect_log)
-        .spawn();
+    let daemon = [
+        "nothing answers over TCP",
+        "somebody will not be told",
+        "a notice waits",
+        "taken from another region",
+        "not everybody was told",
+    ]
+    .into_iter()
+    .fold(daemon, Drctl::expect_log)
+    .spawn();
     eventually("the daemon takes the wish", SOON, async || {
         drctl(&receiver, &config, &["run", "all-repair"]).run().await.code == Some(0)
     })

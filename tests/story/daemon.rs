@@ -93,15 +93,15 @@ fn open(dr: &Path, words: &str) -> bool {
 #[tokio::test]
 async fn a_killed_daemon_leaves_no_slot_without_an_outcome() {
     let (scratch, cluster) = (Scratch::new(), Cluster::start_new(15).await);
-    let rig = Rig::new(&scratch, &cluster, "max_read_rate = \"600kB\"\n").await;
+    let rig = Rig::new(&scratch, &cluster, "max_read_rate = \"1MB\"\n").await;
     rig.schedule("ledger-base", "job = \"backup\"\ntarget = \"ledger\"\nparams = { fast = true }\n", 3);
     rig.schedule("all-repair", "job = \"repair\"\nafter = \"ledger-base\"\ncatch_up = \"one\"\n", 1);
     rig.schedule("never-late", "job = \"repair\"\ncatch_up = \"none\"\n", 2);
 
     // The backup is caught up and is slow; the repair waits for it.
     let daemon = rig.daemon(&[]).spawn();
-    let packs = rig.dr.join("region-a/packs/ledger");
-    eventually("the backup runs", SOON, async || open(&rig.dr, "\"attempts\":1") && packs.exists()).await;
+    let intents = rig.dr.join("region-a/intents");
+    eventually("the backup runs", SOON, async || open(&rig.dr, "\"attempts\":1") && intents.exists()).await;
     eventually("WAL is streamed", SOON, async || rig.dr.join("region-a/wal").exists()).await;
     let second = rig.daemon(&[]).run().await.code(5);
     assert!(second.stderr.contains("another drctl daemon runs with this state directory"), "{second}");
@@ -118,7 +118,7 @@ async fn a_killed_daemon_leaves_no_slot_without_an_outcome() {
     assert_eq!(rig.told("all-repair"), Vec::<String>::new());
 
     // The next one tells what the dead one did, and goes on.
-    let text = std::fs::read_to_string(&rig.config).unwrap().replace("max_read_rate = \"600kB\"\n", "");
+    let text = std::fs::read_to_string(&rig.config).unwrap().replace("max_read_rate = \"1MB\"\n", "");
     std::fs::write(&rig.config, text).unwrap();
     rig.schedule("ledger-again", "job = \"backup\"\ntarget = \"ledger\"\nparams = { fast = true }\n", 1);
     let daemon = rig.daemon(&[]).expect_log("the old ones stay").spawn();

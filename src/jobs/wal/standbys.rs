@@ -32,9 +32,7 @@ pub(super) async fn keep_slots(target: Target, shared: Arc<Shared>) {
     loop {
         for standby in &standbys {
             let is_standby = shared.from_standby.load(Ordering::Relaxed);
-            let Some(durable) = shared.shipped.borrow().at().map(|(branch, lsn)| (branch.clone(), lsn)) else {
-                continue;
-            };
+            let durable = shared.shipped.borrow().at().map(|(branch, lsn)| (branch.clone(), lsn));
             let late = |_| Err(Error::new(Kind::Unavailable, "it does not answer in time"));
             let kept =
                 timeout(ANSWER_TIME, keep_slot(standby, &target, (durable, is_standby))).await.unwrap_or_else(late);
@@ -51,7 +49,7 @@ pub(super) async fn keep_slots(target: Target, shared: Arc<Shared>) {
 async fn keep_slot(
     standby: &ConnInfo,
     target: &Target,
-    ((branch, durable), from_standby): ((BranchId, Lsn), bool),
+    (durable, from_standby): (Option<(BranchId, Lsn)>, bool),
 ) -> Result<()> {
     let name = format!("drctl slot {}", target.name);
     let client = sql::connect(&standby.clone().with_application_name(name)).await?;
@@ -64,7 +62,7 @@ async fn keep_slot(
         tracing::info!(target = %target.name, %standby, slot = target.slot, "the slot is kept on this server from now on");
         return Ok(());
     };
-    if kept < durable {
+    if let Some((branch, durable)) = durable.filter(|(_, durable)| kept < *durable) {
         let mut walsender = ReplicationClient::connect(standby).await?;
         let server = Server::identify(&mut walsender).await?;
         // A standby on another timeline has other WAL at that position, and what it has may be stored nowhere.

@@ -221,17 +221,17 @@ async fn a_damaged_region_is_whole_again_and_a_drill_says_so() {
     bank.backup().await;
     let region = bank.home().join("region-b");
     let whole = super::rig3::files_below(&region);
-    // The newest backup's, whose names end in their time.
-    let damage = || {
-        let backups = fs::read_dir(region.join("packs/ledger")).unwrap().map(|entry| entry.unwrap().path());
-        let pack = largest(&backups.max().unwrap());
+    let damage = async || {
+        let list = bank.drctl(["list", "ledger", "--json"]).run().await.json();
+        let newest = list["backups"].as_array().unwrap().iter().max_by_key(|backup| backup["started_at"].to_string());
+        let pack = largest(&region.join("packs/ledger").join(newest.unwrap()["id"].as_str().unwrap()));
         let mut bad = fs::read(&pack).unwrap();
         let middle = bad.len() / 2;
         bad[middle] ^= 1;
         fs::write(&pack, bad).unwrap();
     };
 
-    damage();
+    damage().await;
     let lost = bank.frames().remove(0);
     fs::remove_file(&lost).unwrap();
     let shell = Shell::new(&bank, &[("TARGET", "ledger")]);
@@ -241,7 +241,7 @@ async fn a_damaged_region_is_whole_again_and_a_drill_says_so() {
     }
 
     // The same damage, found by a drill.
-    damage();
+    damage().await;
     bank.drill(&[]).await.code(1);
     let shell = Shell::new(&bank, &[("TARGET", "ledger"), ("REGION", "region-b")]);
     shell.follow(&Runbook::named("drill-failed")).await;

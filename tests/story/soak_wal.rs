@@ -27,7 +27,7 @@ mod regions;
 mod restores;
 
 use blows::Blow;
-use evidence::{Past, Promise, Witness};
+use evidence::{Past, Promise, SAMPLE_AGE, Witness};
 use receivers::Receivers;
 use regions::Sky;
 use restores::{Moment, Point};
@@ -206,6 +206,7 @@ impl Soak {
             self.mode,
             self.began.elapsed(),
         );
+        assert!(understated <= SAMPLE_AGE, "exposure was told {understated:?} too small");
         assert!(struck >= Blow::ALL.len() && *required > 0 && *refused > 0);
     }
 }

@@ -192,13 +192,25 @@ async fn roles_change_while_wal_streams_and_every_branch_comes_back_exactly() {
     let position = rig.wait("the primary itself", SOON, |position| !position.from_standby).await;
     assert_eq!(position.timeline, Some(Timeline(3)));
     book.switches.push(left(&a, 3));
-    stream.terminate().await.ok();
 
-    // Nobody fenced the dead one: it comes back and writes on.
+    // Nobody fenced the dead one: it comes back, writes on, and archives. It is kept apart, and it is not streamed again.
     b.start().await;
+    b.execute("INSERT INTO t VALUES ('divergent')").await;
+    let lsn = b.flush_lsn().await;
+    book.rows.push(Row { text: "divergent", timeline: 2, lsn });
+    let segment = b.query(&format!("SELECT pg_walfile_name('{lsn}'), pg_switch_wal()")).await;
+    let segment = b.data_dir().join("pg_wal").join(segment.split('|').next().unwrap());
+    rig.drctl(&["wal", "push", "--socket", &rig.socket.display().to_string(), &segment.display().to_string()])
+        .run()
+        .await
+        .ok();
+    stream.terminate().await.ok();
     rig.aim(&b.conninfo());
-    let stream = rig.begin().await;
-    book.rows.push(rig.add(&b, "divergent", 2).await);
+    let why = "timeline 2 was left at";
+    let stream = rig.stream().expect_log(why).spawn();
+    let refused = |position: &Position| position.last_error.as_ref().is_some_and(|told| told.contains(why));
+    let position = rig.wait("it is refused", SOON, refused).await;
+    assert!(!position.reaches(lsn), "{position:?}");
     stream.terminate().await.ok();
     let status = rig.status().await;
     assert!(status.is_whole(), "{status:?}");

@@ -4,6 +4,8 @@ use crate::jobs::drill::report::Level;
 use crate::jobs::drill::scratch::Scratch;
 use crate::model::{Error, Kind};
 
+const FULL: &str = "the disk of the scratch cluster is full";
+
 /// Whether an error says something about the backup, or only that nothing could be found out.
 pub(super) fn is_inconclusive(error: &Error) -> bool {
     matches!(error.kind(), Kind::Unavailable | Kind::Cancelled | Kind::Refused | Kind::Usage)
@@ -38,11 +40,17 @@ impl Stop {
         let full = scratch.is_full();
         let judges = !full && !is_inconclusive(&error);
         let damaged = matches!(error.kind(), Kind::Damaged | Kind::NoKey);
-        let error = if full { error.during("the disk of the scratch cluster is full") } else { error };
+        let error = if full { error.during(FULL) } else { error };
         match damaged {
             true => Self { error, what: "every frame opens", level: Level::L2, judges },
             false => Self { error, what: "starts, replays and is promoted", level: Level::L4, judges },
         }
+    }
+
+    /// While the restored cluster was examined, on a disk that was full by then.
+    pub(super) fn full(error: Option<Error>) -> Self {
+        let error = error.map_or_else(|| Error::refused(FULL), |error| error.during(FULL));
+        Self { error, what: "answers questions", level: Level::L5, judges: false }
     }
 
     /// While the restored cluster was examined.

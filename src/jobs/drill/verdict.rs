@@ -20,6 +20,17 @@ impl Report {
         self.checks.push(Check { name: name.into(), level, outcome, detail });
     }
 
+    /// The disk is full, so no check behind the first `seen` ones speaks against the backup any more, and no control that
+    /// caught nothing against its check. Whether there was one.
+    pub(super) fn excuse(&mut self, seen: usize) -> bool {
+        let failed = self.checks.iter_mut().skip(seen).filter(|check| check.outcome != Outcome::Pass);
+        let failed = failed.map(|check| check.outcome = Outcome::Inconclusive).count();
+        let idle = self.idle_controls().len();
+        self.control = self.control.take().filter(|control| control.caught);
+        self.controls.retain(|control| control.caught);
+        failed + idle > 0
+    }
+
     /// What kept the drill from going on.
     pub(super) fn stopped_by(&mut self, stop: &Stop) {
         self.outcome = if stop.judges { Outcome::Fail } else { Outcome::Inconclusive };

@@ -73,8 +73,8 @@ pub struct Position {
     pub durable_at: Option<DateTime<Utc>>,
     /// The newest commit time in durable WAL.
     pub last_commit_at: Option<DateTime<Utc>>,
-    /// For how long the oldest WAL that is not durable yet has been known; 0 when all is durable that the server has
-    /// shown lately; `null` when that is unknown. What this process did not see, asleep or cut off, counts from when it did.
+    /// For how long the oldest WAL that is not durable yet may have existed; 0 when all is durable that the server has
+    /// shown in the last seconds; `null` when that is unknown, as it is of WAL that was there before it was first asked.
     pub exposure_seconds: Option<f64>,
     /// What each region lacks of this run.
     pub regions: Vec<RegionPosition>,
@@ -180,25 +180,36 @@ pub fn reaches(durable: Lsn, lsn: Lsn) -> bool {
 /// When which end of WAL was first seen at the server; what exposure is measured against.
 #[derive(Debug, Default)]
 pub(super) struct Samples {
-    ends: VecDeque<(Lsn, Duration)>,
-    newest: Option<Duration>,
+    /// Each with the time since when WAL up to there may have existed; `None` is unknown.
+    ends: VecDeque<(Lsn, Option<Duration>)>,
+    /// All WAL that the server had then has been seen.
+    seen_all: Option<Duration>,
 }
 
-/// A sample older than this says nothing about now.
+/// News older than this says nothing about now.
 const FRESH: Duration = Duration::from_secs(10);
 const SAMPLES_KEPT: usize = 4096;
+/// The server is asked every second. Behind a longer silence nobody knows when it was written what it shows: it was out of
+/// reach, or this process slept while word from the server waited.
+const SILENCE: Duration = Duration::from_secs(3);
 
 impl Samples {
-    /// The server had WAL up to `end` at `now`.
+    /// The server has WAL up to `end`, as is heard at `now`.
     pub(super) fn add(&mut self, end: Lsn, now: Duration) {
-        self.newest = Some(now);
+        // What was there when the server was first asked may be of any age.
+        let since = self.seen_all.map(|asked| if now.saturating_sub(asked) <= SILENCE { now } else { asked });
         let is_full = self.ends.len() >= SAMPLES_KEPT;
         match self.ends.back_mut() {
             Some((last, _)) if *last >= end => {}
             // The oldest ones decide; a newer end may wait in the place of the last.
             Some((last, _)) if is_full => *last = end,
-            _ => self.ends.push_back((end, now)),
+            _ => self.ends.push_back((end, since)),
         }
+    }
+
+    /// What the server had when it was asked, at `asked`, has been added.
+    pub(super) fn saw_all(&mut self, asked: Duration) {
+        self.seen_all = self.seen_all.max(Some(asked));
     }
 
     /// The server that had WAL beyond this position is not the one that is streamed.
@@ -212,8 +223,12 @@ impl Samples {
             self.ends.pop_front();
         }
         match self.ends.front() {
-            Some((_, since)) => Some(now.saturating_sub(*since)),
-            None => self.newest.filter(|at| now.saturating_sub(*at) <= FRESH).map(|_| Duration::ZERO),
+            Some((_, since)) => since.map(|since| now.saturating_sub(since)),
+            None => {
+                let silent = now.saturating_sub(self.seen_all?);
+                // Since then anything may have been committed, and nobody would know.
+                (silent <= FRESH).then_some(if silent <= SILENCE { Duration::ZERO } else { silent })
+            }
         }
     }
 }
@@ -228,12 +243,42 @@ mod tests {
         let mut samples = Samples::default();
         assert_eq!(samples.exposure(Lsn(100), seconds(1)), None);
         samples.add(Lsn(100), seconds(1));
+        assert_eq!(samples.exposure(Lsn(50), seconds(1)), None, "what is there at first may be of any age");
+        samples.saw_all(seconds(1));
+        assert_eq!(samples.exposure(Lsn(50), seconds(1)), None, "for ever");
+        assert_eq!(samples.exposure(Lsn(100), seconds(1)), Some(Duration::ZERO));
         samples.add(Lsn(200), seconds(2));
         samples.add(Lsn(200), seconds(4));
-        assert_eq!(samples.exposure(Lsn(50), seconds(5)), Some(seconds(4)));
+        samples.saw_all(seconds(4));
         assert_eq!(samples.exposure(Lsn(100), seconds(5)), Some(seconds(3)));
         assert_eq!(samples.exposure(Lsn(200), seconds(5)), Some(Duration::ZERO));
         assert_eq!(samples.exposure(Lsn(200), seconds(15)), None);
+    }
+
+    #[test]
+    fn exposure_counts_from_the_last_time_that_all_was_seen() {
+        let seconds = Duration::from_secs;
+        let mut samples = Samples::default();
+        samples.add(Lsn(100), seconds(0));
+        assert_eq!(samples.exposure(Lsn(100), seconds(0)), None, "it may have more");
+        samples.saw_all(seconds(0));
+        assert_eq!(samples.exposure(Lsn(100), seconds(3)), Some(Duration::ZERO));
+        assert_eq!(
+            samples.exposure(Lsn(100), seconds(7)),
+            Some(seconds(7)),
+            "others may commit while it is out of sight"
+        );
+        // It is met again, and what it wrote meanwhile was not written now; nor what waited on its way since.
+        samples.add(Lsn(200), seconds(8));
+        samples.add(Lsn(300), seconds(9));
+        assert_eq!(samples.exposure(Lsn(200), seconds(9)), Some(seconds(9)));
+        // Now it answers, and what comes from here on is new.
+        samples.saw_all(seconds(9));
+        samples.saw_all(seconds(8));
+        samples.add(Lsn(400), seconds(10));
+        assert_eq!(samples.exposure(Lsn(200), seconds(11)), Some(seconds(11)));
+        assert_eq!(samples.exposure(Lsn(300), seconds(11)), Some(seconds(1)));
+        assert_eq!(samples.exposure(Lsn(400), seconds(11)), Some(Duration::ZERO));
     }
 
     #[test]

@@ -31,8 +31,9 @@ pub(super) async fn keep_asking(target: Target, shared: Arc<Shared>) {
             continue;
         }
         let late = |_| Err(Error::new(Kind::Unavailable, "the primary does not answer in time"));
+        let asked = shared.clock.monotonic();
         match timeout(ANSWER_TIME, ask(&target, &mut client)).await.unwrap_or_else(late) {
-            Ok(end) => shared.sample_primary(end),
+            Ok(end) => shared.sample_primary(end, asked),
             Err(error) => {
                 client = None;
                 tracing::debug!(target = %target.name, %error, "the end of the primary's WAL is unknown");

@@ -14,13 +14,12 @@ use crate::jobs::wal::seam::{Seam, other_past};
 use crate::jobs::wal::server::Start;
 use crate::jobs::wal::shipped::Shipped;
 use crate::jobs::wal::shipper::Frame;
-use crate::model::{Error, Lsn};
+use crate::model::{Clock, Error, Lsn};
 use crate::pg::replication::{StandbyStatus, WalEvent, WalStream};
 use crate::pg::wal::WalError;
 use crate::repository::wal::log::{FRAME_LIMIT, Log};
 
-/// The server hears from us this often whatever happens, and answers with the end of its WAL, which is what exposure is
-/// measured against.
+/// The server hears from us this often whatever happens, and is asked for a word, which is what exposure is measured against.
 const STATUS: Duration = Duration::from_secs(1);
 /// With this much, a frame does not wait for its time: alone, and while others are on their way. When WAL comes faster
 /// than regions take it in small pieces, the pieces grow.
@@ -31,6 +30,30 @@ const GOODBYE: Duration = Duration::from_secs(2);
 
 /// Who is shown every record.
 type Watchers<'w> = (&'w Pulse, Option<&'w mut Tracker>);
+
+/// What the server was asked. A walsender answers with the end of what it sent, and it may have WAL that it had no room to
+/// send; when it answers once more, that has come too.
+#[derive(Debug, Default)]
+struct Asked {
+    /// A question that is not answered yet.
+    open: Option<Duration>,
+    /// The last one that was.
+    answered: Option<Duration>,
+}
+
+impl Asked {
+    /// Whether it is to be asked now: one question at a time.
+    fn ask(&mut self, now: Duration) -> bool {
+        let asks = self.open.is_none();
+        self.open.get_or_insert(now);
+        asks
+    }
+
+    /// It answered. If that was not the first time, all that it had when it was asked before has come.
+    fn answer(&mut self) -> Option<Duration> {
+        self.answered.replace(self.open.take()?)
+    }
+}
 
 /// A running stream and what it has brought.
 #[derive(Debug)]
@@ -46,6 +69,7 @@ pub(super) struct Session {
     seam: Option<Seam>,
     /// Whether commits wait for what this stream reports.
     sync: bool,
+    asked: Asked,
 }
 
 impl Session {
@@ -57,7 +81,8 @@ impl Session {
         buffer: Buffer,
         durable: Lsn,
     ) -> Self {
-        Self { number, log, start, stream, buffer, since: None, durable, seam: None, sync: false }
+        let asked = Asked::default();
+        Self { number, log, start, stream, buffer, since: None, durable, seam: None, sync: false, asked }
     }
 
     /// The same, which begins before the end of what is stored. Nothing is acknowledged before that is met.
@@ -146,7 +171,17 @@ impl Session {
         Some(Frame { log: self.log.clone(), session: self.number, chunk })
     }
 
-    async fn send_status(&mut self, now: chrono::DateTime<chrono::Utc>) -> Result<(), Trouble> {
+    /// Tells where we are and asks the server for a word, unless one is on its way.
+    async fn ask(&mut self, clock: &dyn Clock) -> Result<(), Trouble> {
+        let asks = self.asked.ask(clock.monotonic());
+        self.tell(clock, asks).await
+    }
+
+    async fn send_status(&mut self, clock: &dyn Clock) -> Result<(), Trouble> {
+        self.tell(clock, false).await
+    }
+
+    async fn tell(&mut self, clock: &dyn Clock, reply_requested: bool) -> Result<(), Trouble> {
         let status = StandbyStatus {
             // A server that waits with remote_write takes this for the operating system's hands, and here is only memory.
             write: if self.sync || self.unmet().is_some() { self.durable } else { self.buffer.end() },
@@ -155,9 +190,9 @@ impl Session {
             flush: self.durable,
             // We apply nothing. A position here would let commits with synchronous_commit = remote_apply return.
             apply: Lsn::INVALID,
-            reply_requested: true,
+            reply_requested,
         };
-        Ok(self.stream.send_status(status, now).await?)
+        Ok(self.stream.send_status(status, clock.now()).await?)
     }
 }
 
@@ -218,11 +253,11 @@ impl Run {
                 () = sleep_until(due_at.unwrap_or_else(Instant::now)), if due_at.is_some() && !due => {}
                 _ = ticks.tick() => {
                     self.save_changes();
-                    session.send_status(clock.now()).await?;
+                    session.ask(&*clock).await?;
                 }
                 _ = shipped.changed() => {
                     if session.learn(&shipped.borrow_and_update()) {
-                        session.send_status(clock.now()).await?;
+                        session.send_status(&*clock).await?;
                     }
                 }
                 share = slot.over() => return Err(Trouble::Pressure(share)),
@@ -258,7 +293,9 @@ impl Run {
             WalEvent::KeepAlive { server_end, reply_requested, .. } => {
                 self.shared.sample(server_end);
                 if reply_requested {
-                    session.send_status(self.context.clock.now()).await?;
+                    session.send_status(&*self.context.clock).await?;
+                } else {
+                    self.answered(session).await?;
                 }
             }
             WalEvent::TimelineEnd { next_timeline, switch_lsn } => {
@@ -269,11 +306,20 @@ impl Run {
         Ok(None)
     }
 
+    /// The server was asked for this word.
+    async fn answered(&mut self, session: &mut Session) -> Result<(), Trouble> {
+        match session.asked.answer() {
+            Some(before) => self.shared.saw_all(before),
+            // The first one proves nothing alone.
+            None => session.ask(&*self.context.clock).await?,
+        }
+        Ok(())
+    }
+
     /// Everything is shipped: the server is told, so that it keeps no WAL that nobody needs.
     async fn say_goodbye(&self, session: &mut Session) -> Result<Ended, Trouble> {
         session.learn(&self.shared.shipped.borrow());
-        let now = self.context.clock.now();
-        if let Ok(Err(error)) = timeout(GOODBYE, session.send_status(now)).await {
+        if let Ok(Err(error)) = timeout(GOODBYE, session.send_status(&*self.context.clock)).await {
             tracing::debug!(?error, "the last status did not reach the server");
         }
         Ok(Ended::Stopped)

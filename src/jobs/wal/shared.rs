@@ -77,23 +77,35 @@ impl Shared {
     /// part of this one.
     pub(super) fn stand_at(&self, start: &Start) {
         if self.view.borrow().branch.as_ref().is_some_and(|branch| *branch != start.branch) {
-            self.samples.lock().unwrap_or_else(PoisonError::into_inner).forget_behind(start.lsn);
+            self.samples().forget_behind(start.lsn);
             self.pulse.forget_behind(start.lsn);
         }
         self.shipped.send_modify(|shipped| shipped.stand_at(&start.branch, start.lsn));
     }
 
-    /// The server that streams had WAL up to `end` just now. Of a standby that says nothing: what was committed is on its
-    /// primary.
+    /// The server that streams has WAL up to `end`. Of a standby that says nothing: what was committed is on its primary.
     pub(super) fn sample(&self, end: Lsn) {
         if !self.from_standby.load(Ordering::Relaxed) {
-            self.sample_primary(end);
+            self.samples().add(end, self.clock.monotonic());
         }
     }
 
-    /// The primary had WAL up to `end` just now.
-    pub(super) fn sample_primary(&self, end: Lsn) {
-        self.samples.lock().unwrap_or_else(PoisonError::into_inner).add(end, self.clock.monotonic());
+    /// All that the server had when it was asked has come.
+    pub(super) fn saw_all(&self, asked: Duration) {
+        if !self.from_standby.load(Ordering::Relaxed) {
+            self.samples().saw_all(asked);
+        }
+    }
+
+    /// The primary had WAL up to `end` when it was asked.
+    pub(super) fn sample_primary(&self, end: Lsn, asked: Duration) {
+        let mut samples = self.samples();
+        samples.add(end, self.clock.monotonic());
+        samples.saw_all(asked);
+    }
+
+    fn samples(&self) -> std::sync::MutexGuard<'_, Samples> {
+        self.samples.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Changes the state; the old one's error stays readable.
@@ -113,10 +125,7 @@ impl Shared {
     pub(super) fn position(&self) -> Position {
         let (view, shipped) = (self.view.borrow().clone(), self.shipped.borrow().clone());
         let now = self.clock.monotonic();
-        let exposure = {
-            let mut samples = self.samples.lock().unwrap_or_else(PoisonError::into_inner);
-            samples.exposure(shipped.durable, now)
-        };
+        let exposure = self.samples().exposure(shipped.durable, now);
         let slow = shipped.busy_since.is_some_and(|since| now.saturating_sub(since) > SLOW);
         let state = match view.state {
             State::Streaming if slow || shipped.trouble.is_some() => State::WaitingForRegions,

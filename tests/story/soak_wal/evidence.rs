@@ -77,13 +77,15 @@ impl Promise {
             *durable = position.durable_lsn.max(*durable);
         }
         let (Some(exposure), Some(timeline)) = (position.exposure_seconds, position.timeline) else { return };
+        // A stream that begins again a little earlier tells what is durable of that server's own WAL; what was durable is.
+        let ever = Position { durable_lsn: self.durable[&timeline], ..position.clone() };
         let told = asked_at - Duration::from_secs_f64(exposure);
         self.point = self.point.max(told - SAMPLE_AGE);
         // The others may be on a timeline that was left before it was followed to its end, and then nobody has them. Where a
         // commit is that a dying server still acknowledged, nobody knows.
         let covered = |entry: &Entry| {
             let (at, lsn) = (entry.timeline, entry.lsn);
-            at < timeline || at == timeline && position.reaches(lsn) || lsn == Lsn(u64::MAX)
+            at < timeline || at == timeline && ever.reaches(lsn) || lsn == Lsn(u64::MAX)
         };
         let behind = ledger.oldest(covered).and_then(|oldest| told.duration_since(oldest.acknowledged_at).ok());
         if let Some(behind) = behind.filter(|behind| *behind > self.understated) {

@@ -62,12 +62,14 @@ async fn beaten(fixture: &Fixture, epoch: &Epoch, seq: u64) -> FramePlace {
     let BranchId { system_id, timeline, branch } = branch();
     let place = FramePlace { system_id, timeline, branch, epoch: epoch.id().clone(), seq };
     let key = place.key();
-    let frame = fixture.stores[0].get(&key, None).await.unwrap();
     for store in &fixture.stores {
         // At the quorum, it may still be on its way to the others.
         while store.head(&key).await.is_err() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
+    }
+    let frame = fixture.stores[0].get(&key, None).await.unwrap();
+    for store in &fixture.stores {
         store.lose(&key).await;
     }
     take_over(fixture).await;

@@ -1,11 +1,15 @@
 //! The repository itself: its record, its regions, its signers.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::pin::pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
-use futures::future::{join, join_all};
+use futures::future::{Either, FutureExt as _, ready, select};
+use futures::stream::{FuturesUnordered, Stream, StreamExt as _};
 use serde::{Deserialize, Serialize};
+use tokio::time::{Instant, timeout_at};
 
 use crate::codec::sign::Signer;
 use crate::model::{Clock, Error, Kind, RegionName, RepositoryId, Result, ResultExt, Rng, SignerId};
@@ -13,9 +17,12 @@ use crate::repository::keysets::Holders;
 use crate::repository::layout;
 use crate::repository::regions::fan_out::FanOut;
 use crate::repository::regions::identity::{RepositoryRecord, to_json};
-use crate::repository::regions::{Region, Regions};
+use crate::repository::regions::{Region, Regions, Shown};
 use crate::repository::trust::{SignerRecord, Trust};
 use crate::store::Digest;
+
+/// While others have answered, a region is waited for this long. The record is small, and nothing else is on the way yet.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Where one region is, for a machine that knows only a sibling.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -65,43 +72,49 @@ impl Repository {
     /// # Errors
     /// No region answers; none holds a repository; two hold different ones; or its format is newer than this program.
     pub async fn open(regions: Regions, listed_signers: BTreeSet<SignerId>) -> Result<Self> {
-        let (record, trust) = join(Self::identify(&regions), Trust::load(&regions, listed_signers)).await;
+        let keys = |regions: Regions| {
+            let listed = listed_signers.clone();
+            async move { Trust::load(&regions, listed).await.during(|| "read the signers' public keys") }
+        };
+        let early = pin!(keys(regions.clone()));
+        let (record, early) = match select(pin!(Self::identify(&regions)), early).await {
+            Either::Left((record, early)) => (record, early.left_future()),
+            Either::Right((trust, record)) => (record.await, ready(trust).right_future()),
+        };
         let (RepositoryRecord { repository: id, .. }, shown) = record?;
-        let trust = trust.during(|| "read the signers' public keys")?;
+        let is_silent = shown.values().any(|shown| *shown == Shown::Silent);
         let regions = regions.proven(&id, &shown);
+        // Whoever reads the keys already waits for the region that is silent, too.
+        let trust = if is_silent { keys(regions.clone()).await? } else { early.await? };
         Ok(Self { id, regions, trust: Arc::new(trust) })
     }
 
     /// A repository that was opened before, while none of its regions answers: what is sealed for it here waits for them.
     /// Nothing in it can be read, so nobody's signature counts but our own.
     pub fn remembered(id: RepositoryId, regions: Regions, signer: &Signer) -> Self {
-        let regions = regions.proven(&id, &BTreeSet::new());
+        let regions = regions.proven(&id, &BTreeMap::new());
         Self { id, regions, trust: Arc::new(Trust::in_signer(signer)) }
     }
 
-    /// The record, and the regions that show it.
-    async fn identify(regions: &Regions) -> Result<(RepositoryRecord, BTreeSet<RegionName>)> {
+    /// The record, and which regions show it. Nobody waits long for one while another has answered.
+    async fn identify(regions: &Regions) -> Result<(RepositoryRecord, BTreeMap<RegionName, Shown>)> {
         let mut found: Option<(RepositoryRecord, RegionName)> = None;
-        let mut shown = BTreeSet::new();
+        let mut shown: BTreeMap<_, _> =
+            regions.all().iter().map(|region| (region.name.clone(), Shown::Silent)).collect();
         let mut errors = Vec::new();
-        for (region, record) in join_all(regions.all().iter().map(read_record)).await {
-            match record {
-                Ok(record) => match &found {
-                    Some((first, other)) if first.repository != record.repository => {
-                        let text = format!("regions {other} and {region} hold different repositories");
-                        return Err(
-                            Error::usage(text).because(format!("{} and {}", first.repository, record.repository))
-                        );
-                    }
-                    Some(_) => {
-                        shown.insert(region);
-                    }
-                    None => {
-                        shown.insert(region.clone());
-                        found = Some((record, region));
-                    }
-                },
-                Err(error) => errors.push((region, error)),
+        let mut answers: FuturesUnordered<_> = regions.all().iter().map(read_record).collect();
+        let mut until = None;
+        while let Some((region, record)) = next_until(&mut answers, until).await {
+            shown.insert(region.clone(), if record.is_ok() { Shown::Yes } else { Shown::No });
+            match (record, &found) {
+                (Ok(record), Some((first, other))) if first.repository != record.repository => {
+                    let text = format!("regions {other} and {region} hold different repositories");
+                    let why = format!("{} and {}", first.repository, record.repository);
+                    return Err(Error::usage(text).because(why));
+                }
+                (Ok(_), Some(_)) => {}
+                (Ok(record), None) => (found, until) = (Some((record, region)), Some(Instant::now() + PATIENCE)),
+                (Err(error), _) => errors.push((region, error)),
             }
         }
         if let Some((record, _)) = found {
@@ -165,6 +178,13 @@ impl Repository {
             self.trust.refresh(&self.regions).await?;
         }
         Ok(())
+    }
+}
+
+async fn next_until<S: Stream + Unpin>(answers: &mut S, until: Option<Instant>) -> Option<S::Item> {
+    match until {
+        Some(until) => timeout_at(until, answers.next()).await.ok().flatten(),
+        None => answers.next().await,
     }
 }
 

@@ -5,6 +5,7 @@ pub mod identity;
 pub mod lock_rule;
 pub mod nearest;
 mod proven;
+mod silence;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -22,6 +23,7 @@ use crate::repository::bundle::view::Bundled;
 use crate::repository::layout;
 use crate::repository::regions::lock_rule::Rule;
 use crate::repository::regions::proven::Proven;
+pub(in crate::repository) use crate::repository::regions::proven::Shown;
 use crate::store::{Depth, Digest, ListedObject, ObjectStore, Put, PutOptions, StoreError};
 
 /// One independent copy of the repository.
@@ -137,10 +139,14 @@ impl Regions {
         Self { clock: Some(clock), ..self }
     }
 
-    /// The same regions, none of which gives or takes anything before it has shown the record of `repository`; `shown` did.
-    pub(in crate::repository) fn proven(mut self, repository: &RepositoryId, shown: &BTreeSet<RegionName>) -> Self {
+    /// The same regions, none of which gives or takes anything before it has shown the record of `repository`.
+    pub(in crate::repository) fn proven(
+        mut self,
+        repository: &RepositoryId,
+        shown: &BTreeMap<RegionName, Shown>,
+    ) -> Self {
         for region in &mut self.list {
-            let shown = shown.contains(&region.name);
+            let shown = shown.get(&region.name).unwrap_or(&Shown::No);
             region.store = Arc::new(Proven::new(Arc::clone(&region.store), repository.clone(), shown));
         }
         self

@@ -3,6 +3,7 @@
 //! A file system that is not mounted leaves an empty directory behind, and a bucket can be made anew: both answer, and hold
 //! nothing. What is written there is in no region, and what is not found there may well exist.
 
+use std::future::Future;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,6 +15,7 @@ use chrono::{DateTime, Utc};
 use crate::model::{Kind, RepositoryId};
 use crate::repository::layout;
 use crate::repository::regions::identity::RepositoryRecord;
+use crate::repository::regions::silence::Silence;
 use crate::store::{
     Capabilities, Depth, Digest, ListPage, ListToken, ObjectInfo, ObjectStore, Put, PutOptions, StoreError, VersionId,
     VersionPage,
@@ -25,12 +27,43 @@ pub(in crate::repository) struct Proven {
     inner: Arc<dyn ObjectStore>,
     repository: RepositoryId,
     proven: AtomicBool,
+    silence: Arc<Silence>,
+}
+
+/// What a region did when it was asked for its record.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(in crate::repository) enum Shown {
+    /// It showed it.
+    Yes,
+    /// It did not answer while others did.
+    Silent,
+    /// It showed none.
+    No,
 }
 
 impl Proven {
-    /// `proven` = its record was seen just now.
-    pub(in crate::repository) fn new(inner: Arc<dyn ObjectStore>, repository: RepositoryId, proven: bool) -> Self {
-        Self { inner, repository, proven: AtomicBool::new(proven) }
+    pub(in crate::repository) fn new(inner: Arc<dyn ObjectStore>, repository: RepositoryId, shown: &Shown) -> Self {
+        let silence = Arc::new(Silence::default());
+        if *shown == Shown::Silent {
+            silence.begin(&inner, "no answer while others answered".to_owned());
+        }
+        Self { inner, repository, proven: AtomicBool::new(*shown == Shown::Yes), silence }
+    }
+
+    /// Asks the region, unless it is silent or no region.
+    async fn ask<T>(
+        &self,
+        (operation, key): (&'static str, &str),
+        call: impl Future<Output = Result<T, StoreError>> + Send,
+    ) -> Result<T, StoreError> {
+        self.silence.check(operation, key, self.inner.as_ref())?;
+        let waiting = self.silence.wait(&self.inner);
+        let outcome = match self.prove().await {
+            Ok(()) => call.await,
+            Err(error) => Err(error),
+        };
+        waiting.ended(&outcome);
+        outcome
     }
 
     async fn prove(&self) -> Result<(), StoreError> {
@@ -50,6 +83,9 @@ impl Proven {
     /// A damaged record proves as much as a good one: it is there, and repair mends it.
     async fn record(&self) -> Result<Bytes, StoreError> {
         let found = self.inner.get(layout::REPOSITORY, None).await;
+        if !matches!(found, Err(StoreError::Unavailable { .. })) {
+            self.silence.end();
+        }
         let foreign = match &found {
             Ok(bytes) => match RepositoryRecord::parse(bytes) {
                 Ok(record) if record.repository != self.repository => {
@@ -88,60 +124,51 @@ impl ObjectStore for Proven {
     }
 
     async fn probe(&self) -> Result<Capabilities, StoreError> {
-        self.prove().await?;
-        self.inner.probe().await
+        self.ask(("probe", ""), self.inner.probe()).await
     }
 
     async fn put(&self, key: &str, body: Bytes, digest: Digest, options: &PutOptions) -> Result<Put, StoreError> {
-        self.prove().await?;
-        self.inner.put(key, body, digest, options).await
+        self.ask(("put", key), self.inner.put(key, body, digest, options)).await
     }
 
     async fn head(&self, key: &str) -> Result<ObjectInfo, StoreError> {
-        self.prove().await?;
-        self.inner.head(key).await
+        self.ask(("head", key), self.inner.head(key)).await
     }
 
     async fn get(&self, key: &str, range: Option<Range<u64>>) -> Result<Bytes, StoreError> {
         if key == layout::REPOSITORY && range.is_none() {
             return self.record().await;
         }
-        self.prove().await?;
-        self.inner.get(key, range).await
+        self.ask(("get", key), self.inner.get(key, range)).await
     }
 
     async fn list(&self, prefix: &str, depth: Depth, after: Option<&ListToken>) -> Result<ListPage, StoreError> {
-        self.prove().await?;
-        self.inner.list(prefix, depth, after).await
+        self.ask(("list", prefix), self.inner.list(prefix, depth, after)).await
     }
 
     async fn server_time(&self) -> Result<Option<DateTime<Utc>>, StoreError> {
+        self.silence.check("time", "", self.inner.as_ref())?;
         self.inner.server_time().await
     }
 
     async fn list_versions(&self, prefix: &str, after: Option<&ListToken>) -> Result<VersionPage, StoreError> {
-        self.prove().await?;
-        self.inner.list_versions(prefix, after).await
+        self.ask(("list", prefix), self.inner.list_versions(prefix, after)).await
     }
 
     async fn extend(&self, key: &str, until: DateTime<Utc>) -> Result<(), StoreError> {
-        self.prove().await?;
-        self.inner.extend(key, until).await
+        self.ask(("lock", key), self.inner.extend(key, until)).await
     }
 
     async fn locked_until(&self, key: &str, version: Option<&VersionId>) -> Result<Option<DateTime<Utc>>, StoreError> {
-        self.prove().await?;
-        self.inner.locked_until(key, version).await
+        self.ask(("lock", key), self.inner.locked_until(key, version)).await
     }
 
     async fn delete_version(&self, key: &str, version: &VersionId) -> Result<(), StoreError> {
-        self.prove().await?;
-        self.inner.delete_version(key, version).await
+        self.ask(("delete", key), self.inner.delete_version(key, version)).await
     }
 
     async fn delete(&self, key: &str) -> Result<(), StoreError> {
-        self.prove().await?;
-        self.inner.delete(key).await
+        self.ask(("delete", key), self.inner.delete(key)).await
     }
 }
 

@@ -16,7 +16,7 @@ use serde::Serialize;
 use crate::model::commit::{BackupKind, Commit, WalNeed};
 use crate::model::{BackupId, EpochId, Error, KeysetId, Kind, Lsn, RegionName, Result, TargetName};
 use crate::observe::progress::Phase;
-use crate::repository::backup::writer::Intent;
+use crate::repository::backup::intent::{Intent, intent_context};
 use crate::repository::catalog::{self, Backup, Held};
 use crate::repository::handle::Repository;
 use crate::repository::inventory::{self, InventoryLine};
@@ -467,7 +467,7 @@ pub(in crate::repository) async fn read_intent(repository: &Repository, id: &Bac
 }
 
 fn parse_intent(repository: &Repository, trust: &Trust, id: &BackupId, bytes: &[u8]) -> Result<Intent> {
-    let body = trust.verify_text(&crate::repository::backup::writer::intent_context(&repository.id, id), bytes)?;
+    let body = trust.verify_text(&intent_context(&repository.id, id), bytes)?;
     serde_json::from_slice(body).map_err(|error| Error::damaged(layout::intent(id)).because(error))
 }
 

@@ -24,7 +24,7 @@ use crate::repository::handle::Repository;
 use crate::repository::regions::nearest::nearest;
 use crate::repository::wal::log::branch_of;
 
-mod ask;
+pub mod ask;
 mod control;
 mod drain;
 mod promote;
@@ -35,7 +35,6 @@ mod start;
 mod status;
 mod words;
 
-pub use ask::{order_promotion, status, stop};
 pub use promote::{Plan as PromotionPlan, plan as plan_promotion};
 pub use record::{RECORD, Record, known, known_in, the_one};
 pub use start::{Begin, Start};

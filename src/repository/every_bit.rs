@@ -21,7 +21,7 @@ use crate::repository::layout;
 use crate::repository::mend::{Scope, mend};
 use crate::repository::regions::fan_out::{FanOut, Patience};
 use crate::repository::restore::{CONTROL_FILE, Destination, KeptParts, ManifestParts, check_files, restore_files};
-use crate::repository::survey::scrub;
+use crate::repository::survey::beside;
 use crate::repository::testing::{Fixture, HISTORY, Made, log, need, regions_of, send};
 use crate::repository::trust::Trust;
 use crate::repository::wal::frame::FramePlace;
@@ -153,7 +153,7 @@ impl Vault {
                 format!("{:?}", found.ok_or_else(error)?.commit)
             }
             ["intents", id] => {
-                let intent = scrub::read_intent(repository, &id.parse().unwrap()).await;
+                let intent = beside::read_intent(repository, &id.parse().unwrap()).await;
                 format!("{:?}", intent.ok_or_else(missing)?)
             }
             _ => panic!("nobody reads {key}"),

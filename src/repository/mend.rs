@@ -8,32 +8,26 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
 
 use bytes::Bytes;
-use chrono::{DateTime, Utc};
 use futures::{StreamExt, stream};
 use serde::Serialize;
 
-use crate::keys::{Wrap, WrapContext};
-use crate::model::{Branch, Error, HolderId, KeysetId, Kind, RegionName, Result, SignerId, TargetName};
+use crate::model::{RegionName, Result, TargetName};
 use crate::observe::progress::Phase;
-use crate::repository::catalog::{self, Backup};
-use crate::repository::escape;
+use crate::repository::catalog;
 use crate::repository::handle::Repository;
-use crate::repository::inventory::{self, InventoryLine};
 use crate::repository::layout;
-use crate::repository::prune;
-use crate::repository::records::pins;
-use crate::repository::records::reports;
-use crate::repository::records::runs;
+use crate::repository::mend::closure::{Closure, closure};
+use crate::repository::mend::compare::Found;
+use crate::repository::mend::items::Item;
 use crate::repository::records::tombs::Pruned;
 use crate::repository::regions::Region;
-use crate::repository::regions::identity::RepositoryRecord;
-use crate::repository::trust::SignerRecord;
-use crate::repository::wal::bundling::check_bundle;
-use crate::repository::wal::frame::{Frame, FrameKind, FramePlace};
-use crate::repository::wal::gaps::Gap;
 use crate::store::Digest;
 
+mod closure;
+mod compare;
 mod displaced;
+mod items;
+mod judge;
 
 /// Objects in hand; each holds two copies at most.
 const OBJECTS: usize = 8;
@@ -77,27 +71,6 @@ pub struct StillMissing {
     pub why: String,
 }
 
-/// What makes bytes right.
-#[derive(Debug, Clone)]
-enum Proof {
-    /// A signed inventory names size and digest.
-    Listed(InventoryLine),
-    /// The bytes speak for themselves.
-    Own,
-    /// Nothing but agreement: more than half of the regions that hold the name hold these bytes.
-    Majority,
-}
-
-#[derive(Debug)]
-struct Item {
-    key: String,
-    proof: Proof,
-    /// Region → listed size.
-    held: BTreeMap<RegionName, u64>,
-    /// Regions that hold it in a bundle, and need it nowhere else.
-    bundled: BTreeSet<RegionName>,
-}
-
 /// Mends the regions of `scope`.
 ///
 /// # Errors
@@ -136,47 +109,6 @@ fn start(repository: &Repository, scope: &Scope) -> BTreeMap<RegionName, Mended>
     wanted.map(begin).collect()
 }
 
-/// Everything that readable inventories name, and which COMMIT needs it.
-#[derive(Debug, Default)]
-struct Closure {
-    lines: BTreeMap<String, InventoryLine>,
-    needs: BTreeMap<String, Vec<String>>,
-    /// When the youngest backup began that needs an object: its lock counts from there, also where it is brought later.
-    since: BTreeMap<String, DateTime<Utc>>,
-}
-
-impl Closure {
-    fn has_keyset(&self, keyset: &KeysetId) -> bool {
-        let of = |key: &String| key.strip_prefix(layout::KEYSETS)?.split('/').nth(1)?.parse::<KeysetId>().ok();
-        let wraps = self.lines.range(layout::KEYSETS.to_owned()..);
-        wraps
-            .map(|(key, _)| key)
-            .take_while(|key| key.starts_with(layout::KEYSETS))
-            .any(|key| of(key).as_ref() == Some(keyset))
-    }
-}
-
-async fn closure(repository: &Repository, backups: &[Backup]) -> Closure {
-    let mut closure = Closure::default();
-    for Backup { commit } in backups {
-        let mut needs = catalog::own_records(commit);
-        let key = needs.pop().unwrap_or_default();
-        match catalog::inventory(repository, commit).await {
-            Ok(lines) => {
-                needs.extend(lines.iter().map(|line| line.key.clone()));
-                closure.lines.extend(lines.into_iter().map(|line| (line.key.clone(), line)));
-            }
-            Err(error) => tracing::warn!(%error, backup = %commit.id, "its objects cannot be compared"),
-        }
-        for needed in needs.iter().chain([&key]) {
-            let since = closure.since.entry(needed.clone()).or_insert(commit.started_at);
-            *since = commit.started_at.max(*since);
-        }
-        closure.needs.insert(key, needs);
-    }
-    closure
-}
-
 struct Mender<'a> {
     repository: &'a Repository,
     scope: &'a Scope,
@@ -188,86 +120,7 @@ struct Mender<'a> {
     progress: &'a Phase,
 }
 
-/// What one region has under a name.
-enum Found {
-    Good,
-    Wrong,
-    Nothing,
-    Unknown(String),
-}
-
 impl Mender<'_> {
-    /// The objects of one class: those that a region lists, and those that an inventory names.
-    async fn items(&self, class: &str) -> Result<Vec<Item>> {
-        let prefix = self.prefix(class);
-        let mut items: BTreeMap<String, Item> = BTreeMap::new();
-        let mut answered = false;
-        let mut last_error = None;
-        for (region, list) in self.repository.regions.list_each(&prefix).await {
-            match list {
-                Ok(list) => {
-                    answered = true;
-                    // What lies beside a SEAL is made of the frame and comes last.
-                    for object in list.into_iter().filter(|object| !displaced::is_beside(&object.key)) {
-                        let Some(proof) = self.proof(&object.key) else { continue };
-                        let item = |key: String| Item { key, proof, held: BTreeMap::new(), bundled: BTreeSet::new() };
-                        let item = items.entry(object.key.clone()).or_insert_with(|| item(object.key));
-                        item.held.insert(region.clone(), object.size);
-                    }
-                }
-                Err(error) => {
-                    self.still(&region, &prefix, error.to_string());
-                    last_error = Some(error);
-                }
-            }
-        }
-        if let (false, Some(error)) = (answered, last_error) {
-            return Err(error);
-        }
-        for (key, line) in self.closure.lines.range(prefix.clone()..).take_while(|(key, _)| key.starts_with(&prefix)) {
-            let new = || Item {
-                key: key.clone(),
-                proof: Proof::Listed(line.clone()),
-                held: BTreeMap::new(),
-                bundled: BTreeSet::new(),
-            };
-            items.entry(key.clone()).or_insert_with(new);
-        }
-        note_bundled(&mut items);
-        Ok(items.into_values().collect())
-    }
-
-    fn prefix(&self, class: &str) -> String {
-        let of_target = ["keysets/", "packs/", "manifests/", "inventories/", layout::COMMITS];
-        match &self.scope.target {
-            Some(target) if of_target.contains(&class) => format!("{class}{target}/"),
-            _ => class.to_owned(),
-        }
-    }
-
-    /// What proves an object; `None` for one that nothing needs: packs of backups that were never committed.
-    fn proof(&self, key: &str) -> Option<Proof> {
-        if let Some(line) = self.closure.lines.get(key) {
-            return Some(Proof::Listed(line.clone()));
-        }
-        // What prune left in one region is not lacking in the others.
-        if self.pruned.is_idle(key) || self.pruned.covers(key, |keyset| self.closure.has_keyset(keyset)) {
-            return None;
-        }
-        let class = key.split('/').next().unwrap_or_default();
-        match class {
-            "packs" | "manifests" => None,
-            "inventories" => {
-                let needed = self.closure.needs.values().any(|needs| needs.iter().any(|need| need == key));
-                needed.then_some(Proof::Own)
-            }
-            // A wrap is authenticated by its holder alone, and no key is at hand here. A gap that two writers met has two
-            // signed records of it.
-            "escape" | "gaps" | "keysets" => Some(Proof::Majority),
-            _ => Some(Proof::Own),
-        }
-    }
-
     /// Looks at one object everywhere and brings it where it is not.
     async fn settle(&self, item: Item) {
         let names: Vec<_> = lock(&self.done).keys().cloned().collect();
@@ -305,136 +158,6 @@ impl Mender<'_> {
         self.progress.advance(good.len() as u64);
     }
 
-    /// The right bytes, and how each region of the scope stands to them.
-    async fn compare(&self, item: &Item, wanted: &[RegionName]) -> (Option<Bytes>, Vec<(&Region, Found)>) {
-        let regions = self.repository.regions.all();
-        let is_bundled = |region: &Region| item.bundled.contains(&region.name) && !item.held.contains_key(&region.name);
-        let whole =
-            |region: &&Region| is_bundled(region) || self.scope.quick && self.has_listed_size(item, &region.name);
-        // With names and sizes alone nothing is read as long as every region agrees.
-        if regions.iter().filter(|region| wanted.contains(&region.name)).all(|region| whole(&region)) {
-            return (None, Vec::new());
-        }
-        let mut good: Option<(Bytes, Digest)> = None;
-        let (mut seen, mut seals) = (Vec::new(), Vec::new());
-        for region in regions {
-            let read = match item.held.contains_key(&region.name) {
-                true => region.store.get(&item.key, None).await.map_err(Error::from),
-                false => Err(Error::not_found("not there")),
-            };
-            let judged = read.and_then(|bytes| self.judge(item, &bytes).map(|()| bytes));
-            seen.push((region, judged.as_ref().map(|bytes| Digest::of(bytes)).map_err(Clone::clone)));
-            if let (Ok(bytes), Proof::Listed(_) | Proof::Own) = (&judged, &item.proof) {
-                let is_seal = is_seal(&item.key, bytes);
-                seals.extend(is_seal.then_some(&region.name));
-                if good.as_ref().is_none_or(|(first, _)| !is_seal && self::is_seal(&item.key, first)) {
-                    good = Some((bytes.clone(), Digest::of(bytes)));
-                }
-            }
-        }
-        if !seals.is_empty() && good.as_ref().is_some_and(|(bytes, _)| !is_seal(&item.key, bytes)) {
-            lock(&self.beaten).insert(item.key.clone());
-        }
-        if matches!(item.proof, Proof::Majority) {
-            good = self.majority(item, &seen).await;
-        }
-        let right = good.as_ref().map(|(_, digest)| *digest);
-        let found =
-            |(region, read): (&Region, Result<Digest>)| match is_bundled(region) || seals.contains(&&region.name) {
-                true => Found::Good,
-                false => stand(read, right, &item.proof),
-            };
-        let found = |(region, read)| (region, found((region, read)));
-        let found = seen.into_iter().filter(|(region, _)| wanted.contains(&region.name)).map(found);
-        (good.map(|(bytes, _)| bytes), found.collect())
-    }
-
-    fn has_listed_size(&self, item: &Item, region: &RegionName) -> bool {
-        let Some(size) = item.held.get(region) else { return false };
-        match &item.proof {
-            Proof::Listed(line) => line.size == *size,
-            Proof::Own | Proof::Majority => item.held.values().all(|other| other == size),
-        }
-    }
-
-    async fn majority(&self, item: &Item, seen: &[(&Region, Result<Digest>)]) -> Option<(Bytes, Digest)> {
-        let held: Vec<_> = seen.iter().filter_map(|(region, read)| Some((*region, *read.as_ref().ok()?))).collect();
-        let votes = |digest: Digest| held.iter().filter(|(_, other)| *other == digest).count();
-        let most = held.iter().copied().find(|(_, digest)| votes(*digest) * 2 > held.len());
-        // Of the files that drctl itself brings along, this program knows one right copy.
-        let own = escape::FILES.iter().find(|(name, _)| item.key == format!("{}{name}", layout::ESCAPE));
-        let own = own.map(|(_, bytes)| Digest::of(bytes));
-        let (region, digest) = most.or_else(|| held.iter().copied().find(|(_, digest)| Some(*digest) == own))?;
-        let bytes = region.store.get(&item.key, None).await.ok()?;
-        (Digest::of(&bytes) == digest).then_some((bytes, digest))
-    }
-
-    /// Whether these bytes are what this name promises.
-    fn judge(&self, item: &Item, bytes: &Bytes) -> Result<()> {
-        let wrong = |why: &str| Error::damaged(format!("{}: {why}", item.key));
-        match &item.proof {
-            Proof::Listed(line) => {
-                let right = bytes.len() as u64 == line.size && Digest::of(bytes) == line.digest();
-                if right { Ok(()) } else { Err(wrong("its digest is not the one in the inventory")) }
-            }
-            Proof::Majority => self.judge_record(&item.key, bytes).unwrap_or(Ok(())),
-            Proof::Own => self.judge_record(&item.key, bytes).ok_or_else(|| wrong("it does not prove itself"))?,
-        }
-    }
-
-    /// `None` for a name that is not one of ours.
-    fn judge_record(&self, key: &str, bytes: &Bytes) -> Option<Result<()>> {
-        let repository = self.repository;
-        let parts: Vec<_> = key.split('/').collect();
-        Some(match parts.as_slice() {
-            [layout::REPOSITORY] => RepositoryRecord::parse(bytes).and_then(|record| {
-                let own = record.repository == repository.id;
-                if own { Ok(()) } else { Err(Error::damaged("it belongs to another repository")) }
-            }),
-            ["regions", _, digest] => {
-                let right = Digest::of(bytes).to_string().starts_with(digest);
-                if right { Ok(()) } else { Err(Error::damaged("its digest is not the one in its name")) }
-            }
-            ["signers", id] => SignerRecord::decode(&id.parse::<SignerId>().ok()?, bytes).map(|_| ()),
-            ["keysets", target, keyset, holder] => {
-                let target = target.parse().ok()?;
-                let keyset = keyset.parse().ok()?;
-                let context = WrapContext { repository: repository.id.clone(), target, keyset };
-                let damaged = |error| Error::damaged("it is not a wrap of this holder").because(error);
-                Wrap::from_bytes(&holder.parse::<HolderId>().ok()?, bytes).map_err(damaged).and_then(|wrap| {
-                    let own = wrap.context == context;
-                    if own { Ok(()) } else { Err(Error::damaged("it belongs to another keyset")) }
-                })
-            }
-            ["history", _, name] => {
-                let branch: Branch = layout::parse_branch(name)?.1;
-                let right = Branch::from_history_digest(&Digest::of(bytes).0) == branch;
-                if right { Ok(()) } else { Err(Error::damaged("its digest is not the one in its name")) }
-            }
-            ["wal", system, branch, epoch, seq] => {
-                let (timeline, branch) = layout::parse_branch(branch)?;
-                let (epoch, bundle) = (epoch.parse().ok()?, layout::parse_bundle(seq));
-                let seq = bundle.map(|(first, _)| first).or_else(|| layout::parse_seq(seq))?;
-                let place = FramePlace { system_id: system.parse().ok()?, timeline, branch, epoch, seq };
-                if let Some(numbers) = bundle {
-                    return Some(check_bundle(bytes, numbers, repository, &place));
-                }
-                Frame::decode(bytes, &repository.id, &place, &repository.trust).map(|_| ())
-            }
-            ["inventories", _, id, part] => {
-                let (id, part) = (id.parse().ok()?, part.parse().ok()?);
-                inventory::decode_part(bytes, &repository.id, (&id, part), &repository.trust).map(|_| ())
-            }
-            ["gaps", ..] => Gap::decode(repository, key, bytes).map(|_| ()),
-            ["reports", ..] => reports::decode_head(repository, key, bytes).map(|_| ()),
-            ["commits", ..] => catalog::parse_commit(repository, key, bytes).map(|_| ()),
-            ["runs", ..] => runs::decode(repository, key, bytes).map(|_| ()),
-            ["pins" | "unpins", ..] => pins::check(repository, key, bytes),
-            ["pruned" | "sweeps", ..] => prune::check_record(repository, key, bytes),
-            _ => return None,
-        })
-    }
-
     /// An object of the backup that this COMMIT makes exist, and that the region lacks still.
     fn lacking(&self, region: &RegionName, key: &str) -> Option<String> {
         let needs: BTreeSet<&str> = self.closure.needs.get(key)?.iter().map(String::as_str).collect();
@@ -468,26 +191,6 @@ impl Mender<'_> {
     }
 }
 
-/// A SEAL may stand under the name of a frame that another region took first, or of another SEAL. It is right where it is,
-/// and the frame is what other regions need; how the region itself comes to it, see [`displaced`].
-fn is_seal(key: &str, bytes: &[u8]) -> bool {
-    key.starts_with(layout::WAL) && Frame::kind(bytes) == Some(FrameKind::Seal)
-}
-
-fn stand(read: Result<Digest>, right: Option<Digest>, proof: &Proof) -> Found {
-    match read {
-        Ok(digest) if Some(digest) == right => Found::Good,
-        // Both prove themselves: which of them is right cannot be told without a key, so neither is touched.
-        Ok(_) if right.is_none() || matches!(proof, Proof::Own) => {
-            Found::Unknown("regions hold different copies, and nothing tells which is right".to_owned())
-        }
-        Ok(_) => Found::Wrong,
-        Err(error) if error.kind() == Kind::NotFound => Found::Nothing,
-        Err(error) if error.kind() == Kind::Damaged => Found::Wrong,
-        Err(error) => Found::Unknown(error.to_string()),
-    }
-}
-
 /// Removes an object whose bytes are provably not the right ones, so that the right ones can take its name.
 ///
 /// Names are create-only and nothing else in drctl deletes outside of prune. This is the one exception, because the name
@@ -502,28 +205,6 @@ async fn remove_wrong_copy(region: &Region, key: &str, right: Digest) -> Result<
         Err(error) => return Err(error.into()),
     }
     Ok(region.store.delete(key).await?)
-}
-
-/// Branches have a `-` in their names, too.
-fn is_frame(key: &str) -> bool {
-    key.rsplit('/').next().and_then(layout::parse_seq).is_some()
-}
-
-/// What prune took out of one region because it lies there in a bundle is not lacking.
-fn note_bundled(items: &mut BTreeMap<String, Item>) {
-    let bundle = |key: &String, item: &Item| {
-        let (prefix, numbers) = key.split_at_checked(key.rfind('/')? + 1)?;
-        let (first, last) = layout::parse_bundle(numbers)?;
-        key.starts_with(layout::WAL).then(|| (prefix.to_owned(), first, last, item.held.keys().cloned().collect()))
-    };
-    let bundles: Vec<(_, _, _, BTreeSet<_>)> = items.iter().filter_map(|(key, item)| bundle(key, item)).collect();
-    for (prefix, first, last, held) in bundles {
-        let frames = layout::wal_frame(&prefix, first)..=layout::wal_frame(&prefix, last);
-        // The bundles' own names sort among those of their frames.
-        for (_, item) in items.range_mut(frames).filter(|(key, _)| is_frame(key)) {
-            item.bundled.extend(held.iter().cloned());
-        }
-    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

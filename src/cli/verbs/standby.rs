@@ -228,7 +228,7 @@ async fn status(target: Option<&TargetName>, dir: Option<&Path>, session: &Sessi
     };
     let mut all = Vec::new();
     for record in &records {
-        all.push(standby::status(record).await?);
+        all.push(standby::ask::status(record).await?);
     }
     match session.output.json {
         true => session.output.print_json(&serde_json::json!({ "standbys": all }))?,
@@ -267,7 +267,7 @@ async fn promote(
         }
     }
     let Overrides { accept_loss, primary_lives } = overrides;
-    let promoted = standby::order_promotion(&record, Wish { accept_loss, primary_lives }).await?;
+    let promoted = standby::ask::order_promotion(&record, Wish { accept_loss, primary_lives }).await?;
     match session.output.json {
         true => session.output.print_json(&promoted)?,
         false => session.output.print(&promoted_text(&promoted))?,
@@ -290,7 +290,7 @@ fn command(record: &Record, plan: &standby::PromotionPlan, overrides: Overrides,
 async fn stop(target: Option<&TargetName>, dir: Option<&Path>, session: &Session) -> Result<Exit> {
     let context = context(session).await?;
     let record = the_one(&context, target, dir)?;
-    let stopped = standby::stop(&record).await?;
+    let stopped = standby::ask::stop(&record).await?;
     match (session.output.json, stopped) {
         (true, stopped) => session.output.print_json(&serde_json::json!({ "stopped": stopped }))?,
         (false, true) => session.output.print(&format!("the standby of {} is stopped", record.target))?,

@@ -23,7 +23,7 @@ pub async fn page(state_dir: &Path) -> Page {
 }
 
 async fn ask(record: Record) -> (Record, Option<Status>) {
-    let status = timeout(ANSWER_TIME, standby::status(&record)).await;
+    let status = timeout(ANSWER_TIME, standby::ask::status(&record)).await;
     (record, status.ok().and_then(Result::ok))
 }
 

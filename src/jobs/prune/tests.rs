@@ -9,29 +9,24 @@ use crate::jobs::prune::{Consent, Options, Report, run, show};
 use crate::jobs::show::run as show_backup;
 use crate::jobs::verify::{self, Level};
 use crate::jobs::{Context, Levels, ScratchPlace, list, repair};
-use crate::model::retention::{Keep, Rules, Verdict};
-use crate::model::{BackupId, Kind, Lsn, Result, SystemId};
+use crate::model::retention::{Rules, Verdict};
+use crate::model::{BackupId, Kind, Result};
 use crate::notify::Courier;
 use crate::observe::progress::Progress;
-use crate::repository::backup::parent::{Basis, choose, state_path};
-use crate::repository::backup::writer::{BackupOptions, BackupWriter};
 use crate::repository::catalog;
 use crate::repository::handle::Writer;
 use crate::repository::mend::Scope;
 use crate::repository::prune::Limits;
 use crate::repository::records::reports::{ReportBody, ReportHead, seal_report, spread};
-use crate::repository::regions::fan_out::{FanOut, Patience};
 use crate::repository::survey::scrub;
-use crate::repository::testing::{Fault, Fixture, Made, log, need, options, send};
-use crate::repository::wal::adopt::Era;
-use crate::repository::wal::frame::EpochKind;
-use crate::repository::wal::index::BranchId;
-use crate::repository::wal::log::{Epoch, Log, Marks};
+use crate::repository::testing::{Fault, Fixture, Made, options};
 
 mod bundles;
 mod copies;
 mod late;
 mod spared;
+mod under_way;
+mod wal;
 
 const DAY: i64 = 24 * 3600;
 
@@ -365,145 +360,6 @@ async fn pins_and_holds_keep_until_they_end() {
     assert_eq!(scene.prune_twice().await.swept.unwrap().backups, ids[..1]);
     let late = pin::pin(&scene.context().await, ids[0].as_str(), reason()).await.unwrap_err();
     assert_eq!(late.kind(), Kind::NotFound, "{late}");
-    scene.is_whole().await;
-}
-
-async fn begin(scene: &Scene) -> (Basis, BackupOptions) {
-    let target = options().target;
-    let state = state_path(scene.fixture.files.path(), &target);
-    let holders = &scene.fixture.writer.holders;
-    let basis = choose(&scene.fixture.repository, holders, (&target, SystemId(7)), state).await.unwrap();
-    (basis, BackupOptions { state: None, ..options() })
-}
-
-/// An incremental that runs for days keeps its parent; one that starts on a parent that is gone gives up.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_backup_under_way_keeps_its_parent_and_never_leans_on_one_that_is_gone() {
-    let mut scene = Scene::new(2).await;
-    let parent = scene.drilled(1).await.remove(0);
-    let (basis, how) = begin(&scene).await;
-    let mut slow = BackupWriter::begin(&scene.fixture.repository, &scene.fixture.writer, how, basis).await.unwrap();
-    let (late_basis, late_how) = begin(&scene).await;
-    // Others of another host, which share nothing with it.
-    let mut newer = Vec::new();
-    for _ in 0..3 {
-        scene.fixture.clock.advance(DAY / 2);
-        let files = scene.files();
-        let id = scene.fixture.backup(&files, Some(need(1000, 1090))).await.commit.id;
-        scene.drill(&id).await;
-        newer.push(id);
-    }
-    let report = scene.prune_twice().await;
-    let judged = report.targets[0].backups.iter().find(|backup| backup.id == parent).unwrap();
-    assert!(matches!(&judged.verdict, Verdict::Keep(why) if matches!(&why[..], [Keep::Needed(_)])), "{judged:?}");
-    assert!(scene.exist().await.contains(&parent));
-
-    let files = scene.files();
-    send(&mut slow, &files).await;
-    slow.flush().await.unwrap();
-    let child = slow.commit(Some(need(1000, 1090))).await.unwrap().commit;
-    assert_eq!(child.parent.as_ref(), Some(&parent));
-    let swept = scene.prune_twice().await.swept.unwrap();
-    assert!(swept.backups.contains(&parent), "{swept:?}");
-    // What it shares with its parent stays.
-    scene.is_whole().await;
-    let late = BackupWriter::begin(&scene.fixture.repository, &scene.fixture.writer, late_how, late_basis).await;
-    let error = late.unwrap_err();
-    assert!(error.to_string().contains("was pruned"), "{error}");
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_a_killed_backup_left_goes_when_it_cannot_be_alive() {
-    let mut scene = Scene::new(2).await;
-    scene.drilled(2).await;
-    let (fixture, basis) = (&scene.fixture, Basis::nothing("a test"));
-    let mut killed = BackupWriter::begin(&fixture.repository, &fixture.writer, options(), basis).await.unwrap();
-    let id = killed.id().clone();
-    send(&mut killed, &[Made::new("base/1", noise(7, 600 * 8192))]).await;
-    killed.flush().await.unwrap();
-    drop(killed);
-    let packs = format!("packs/ledger/{id}/");
-    let left = async || scene.names(0).await.into_iter().filter(|key| key.starts_with(&packs)).count();
-    assert!(left().await > 0);
-    for _ in 0..3 {
-        assert!(scene.prune_twice().await.swept.is_none());
-    }
-    scene.fixture.clock.advance(6 * DAY);
-    let swept = scene.prune_twice().await.swept.unwrap();
-    assert_eq!((swept.backups.len(), left().await), (0, 0));
-    assert!(!scene.names(1).await.iter().any(|key| key.contains(id.as_str())));
-    scene.is_whole().await;
-}
-
-/// WAL goes with the backups that it leads to; an epoch that nobody closed keeps its end.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn wal_goes_up_to_the_oldest_backup_that_stays() {
-    const SEGMENT: u64 = 16 << 20;
-    let mut scene = Scene::new(2).await;
-    let mut at = 10 * SEGMENT;
-    for round in 0..6u64 {
-        scene.fixture.clock.advance(DAY);
-        let length = usize::try_from(4 * SEGMENT).unwrap() / 3;
-        // An epoch of frames without gaps, the second one left open by a writer that died.
-        scene.fixture.epoch(at, &[length, length, length], round != 1).await;
-        let end = at + 3 * length as u64;
-        let files = scene.files();
-        let id = scene.fixture.backup(&files, Some(need(at + 5, at + 50))).await.commit.id;
-        scene.drill(&id).await;
-        at = end;
-    }
-    let frames = async || scene.names(0).await.into_iter().filter(|key| key.starts_with("wal/")).count();
-    let keysets = async || scene.names(0).await.into_iter().filter(|key| key.starts_with("keysets/")).count();
-    let (all, keys) = (frames().await, keysets().await);
-    assert_eq!(all, 3 + 5 * 4 + 3);
-    assert!(scene.prune_with_kills(5).await > 2);
-    assert_eq!(scene.exist().await.len(), 2);
-    // Six epochs and the one at the very beginning: those of the two that stay and the one before them (PostgreSQL looks
-    // back one segment) are left whole, of the open one its last frame.
-    assert_eq!(frames().await, 3 * 4 + 1);
-    // Four backups, and the epochs that are gone.
-    assert_eq!(keysets().await, keys - 4 - 3);
-    scene.is_whole().await;
-    assert_eq!(scene.prune(Consent::None).await.planned.amount.objects, 0);
-}
-
-/// The SEAL is what stops a writer that was only asleep, however long.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_writer_that_was_sealed_out_stays_so_when_its_wal_is_gone() {
-    const SEGMENT: u64 = 16 << 20;
-    let mut scene = Scene::new(1).await;
-    let start = 10 * SEGMENT;
-    let out = Arc::new(FanOut::new(&scene.fixture.repository.regions, Patience::WAL));
-    let opening = (log(), EpochKind::Stream, Lsn(start));
-    let (repository, writer) = (&scene.fixture.repository, &scene.fixture.writer);
-    let mut asleep = Epoch::open(repository, writer, opening, 1, out).await.unwrap();
-    for at in [start, start + 40] {
-        let marks = Marks { first_record: Some(Lsn(at)), last_record: Some((Lsn(at), Lsn(at + 40))), commits: None };
-        asleep.append(Lsn(at), vec![1; 40], marks).await.unwrap();
-    }
-    let Log { system_id, timeline, branch, .. } = log();
-    let eras = [Era { branch: BranchId { system_id, timeline, branch }, end: None }];
-    assert_eq!(scene.fixture.take_over(&eras, None).await.unwrap().unwrap().sealed, 1);
-    // Its WAL leads to the first backup alone; the two that stay are far behind.
-    for at in [start, 100 * SEGMENT, 200 * SEGMENT] {
-        scene.fixture.clock.advance(DAY);
-        if at > start {
-            scene.fixture.epoch(at, &[200], true).await;
-        }
-        let files = scene.files();
-        let id = scene.fixture.backup(&files, Some(need(at + 5, at + 50))).await.commit.id;
-        scene.drill(&id).await;
-    }
-    let prefix = format!("{}/", asleep.id());
-    let frames = async || {
-        scene.names(0).await.into_iter().filter(|key| key.starts_with("wal/") && key.contains(&prefix)).count()
-    };
-    assert_eq!(frames().await, 3);
-    assert!(scene.prune_twice().await.swept.is_some());
-    assert_eq!(frames().await, 1, "the SEAL");
-    let error = asleep.append(Lsn(start + 80), vec![1; 40], Marks::default()).await.unwrap_err();
-    assert_eq!(error.kind(), Kind::Refused);
-    assert_eq!(scene.fixture.take_over(&eras, None).await.unwrap().unwrap().sealed, 0);
     scene.is_whole().await;
 }
 

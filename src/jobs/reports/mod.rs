@@ -7,6 +7,7 @@ use crate::model::{Error, Kind, ReportId, Result, TargetName};
 use crate::repository::records::reports::{self, ReportBody, ReportHead};
 
 pub mod outbox;
+pub mod page;
 pub mod place;
 
 /// All reports.

@@ -1,13 +1,12 @@
 //! The record of a restore that was executed, for whoever asks afterwards what was done.
 
-use std::fmt::Write as _;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use serde::Serialize;
 
 use crate::jobs::context::Context;
+use crate::jobs::reports::page;
 use crate::jobs::reports::place::{self, Place};
 use crate::jobs::restore::report::{PhaseTime, Report};
 use crate::jobs::restore::target::Point;
@@ -158,8 +157,6 @@ impl Record {
     }
 
     fn markdown(&self, id: &ReportId) -> String {
-        let mut text = format!("# Restore of {}: {}\n\n", self.target, self.outcome);
-        let _ = self.error.iter().try_for_each(|error| writeln!(text, "- {error}\n"));
         let point = serde_json::to_string(&self.point).unwrap_or_default();
         let commit = self.last_commit.map_or_else(|| "unknown".to_owned(), |at| at.to_string());
         let left_out = self.left_out_seconds.map_or_else(|| "unknown".to_owned(), |left| format!("{left:.1} s"));
@@ -176,19 +173,9 @@ impl Record {
             ("ended", self.finished_at.to_string()),
             ("on", self.host.clone()),
         ];
-        text.push_str("| | |\n|---|---|\n");
-        for (name, value) in rows {
-            let _ = writeln!(text, "| {name} | {value} |");
-        }
-        text.push_str("\n| phase | seconds |\n|---|---|\n");
-        for PhaseTime { name, seconds, .. } in &self.phases {
-            let _ = writeln!(
-                text,
-                "| {name} | {:.2} |",
-                Duration::try_from_secs_f64(*seconds).unwrap_or_default().as_secs_f64()
-            );
-        }
-        text
+        let title = format!("Restore of {}: {}", self.target, self.outcome);
+        let phases = self.phases.iter().map(|phase| (phase.name, phase.seconds));
+        page::markdown(&title, self.error.as_deref(), &rows, phases)
     }
 }
 

@@ -2,8 +2,6 @@
 //! [feed] of this process gives its server WAL as it is stored. Whoever kills that process stops nothing
 //! but the feed: the server waits, and the next `start` goes on.
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,30 +11,33 @@ use tokio_util::sync::CancellationToken;
 use crate::disk::lock::Lock;
 use crate::jobs::context::Context;
 use crate::jobs::feed::{self, Feed};
-use crate::jobs::restore::{self, Memory, Point, Request};
+use crate::jobs::restore;
 use crate::jobs::socket::Served;
 use crate::jobs::standby::control::{Desk, Order};
 use crate::jobs::standby::record::LOCK;
 use crate::jobs::standby::report::Report;
 use crate::jobs::standby::server::Server;
 use crate::model::commit::WalNeed;
-use crate::model::{Error, Kind, Lsn, RegionName, Result, ResultExt, TargetName};
-use crate::pg::instance::{Postmaster, User, postmaster_of};
+use crate::model::{Error, Lsn, Result, ResultExt};
+use crate::pg::instance::User;
 use crate::repository::handle::Repository;
 use crate::repository::regions::nearest::nearest;
 use crate::repository::wal::log::branch_of;
 
+pub mod ask;
 mod control;
 mod drain;
 mod promote;
 mod record;
 mod report;
 mod server;
+mod start;
 mod status;
 mod words;
 
 pub use promote::{Plan as PromotionPlan, plan as plan_promotion};
 pub use record::{RECORD, Record, known, known_in, the_one};
+pub use start::{Begin, Start};
 pub use status::{State, Status};
 pub use words::{Overrides, Promoted, Wish};
 
@@ -49,40 +50,6 @@ const FAREWELL: Duration = Duration::from_secs(5);
 /// Turns between two looks at what the primary's WAL demands.
 const LIMITS: u32 = 10;
 
-/// What is wanted.
-#[derive(Debug, Clone)]
-pub struct Start {
-    /// Whose standby.
-    pub target: TargetName,
-    /// The backup to begin with; the newest of the target.
-    pub backup: Option<String>,
-    /// The data directory, absolute.
-    pub directory: PathBuf,
-    /// Location on the source → directory here.
-    pub tablespaces: BTreeMap<String, PathBuf>,
-    /// Read from this region first, instead of from the nearest.
-    pub region: Option<RegionName>,
-    /// The server's port.
-    pub port: u16,
-    /// The addresses that it listens on.
-    pub listen: Option<String>,
-    /// The account that PostgreSQL runs as, when drctl is root.
-    pub run_as: Option<String>,
-    /// What the restore may hold in memory.
-    pub memory: Memory,
-    /// The words before the verb.
-    pub invocation: Vec<String>,
-}
-
-/// What a start does.
-#[derive(Debug)]
-pub enum Begin {
-    /// The directory holds this standby already.
-    Continue(Box<Record>),
-    /// It is restored first.
-    Restore(Box<restore::Prepared>),
-}
-
 /// How a standby ended.
 #[derive(Debug)]
 pub enum Ended {
@@ -90,84 +57,6 @@ pub enum Ended {
     Stopped,
     /// Its server goes on, as a primary.
     Promoted(Box<Promoted>),
-}
-
-impl Start {
-    /// Looks at what is there, and plans the restore of a standby that is not.
-    ///
-    /// # Errors
-    /// The directory is another target's standby, no backup fits, or no region answers.
-    pub async fn plan(&self, context: &Context) -> Result<Begin> {
-        let is_whole = !self.directory.join(restore::MARKER).exists();
-        if let Some(record) = Record::read(&self.directory)?.filter(|_| is_whole) {
-            if record.target != self.target {
-                let directory = self.directory.display();
-                return Err(Error::refused(format!("{directory} is a standby of {}", record.target)));
-            }
-            return Ok(Begin::Continue(Box::new(record)));
-        }
-        let mut prepared = restore::prepare(context, &self.request()).await?;
-        if prepared.plan.target != self.target {
-            let text = format!("{} is a backup of {}", prepared.plan.backup, prepared.plan.target);
-            return Err(Error::refused(text));
-        }
-        prepared.plan.command = match prepared.plan.refused.is_empty() {
-            true => self.command(),
-            false => String::new(),
-        };
-        Ok(Begin::Restore(Box::new(prepared)))
-    }
-
-    fn command(&self) -> String {
-        let word = |text: &str| restore::quoted(text);
-        let mut words: Vec<_> = self.invocation.iter().map(|text| word(text)).collect();
-        let directory = word(&self.directory.display().to_string());
-        words.push(format!("standby start {} --to {directory}", self.target));
-        words.extend(self.run_as.as_ref().map(|user| format!("--run-as {user}")));
-        words.join(" ")
-    }
-
-    fn request(&self) -> Request {
-        Request {
-            what: self.backup.clone().unwrap_or_else(|| self.target.to_string()),
-            directory: self.directory.clone(),
-            tablespaces: self.tablespaces.clone(),
-            region: self.region.clone(),
-            point: Point::End,
-            timeline: None,
-            start: true,
-            feed: Some(restore::Feed::Streamed),
-            standby: true,
-            run_as: self.run_as.clone(),
-            delta: false,
-            memory: self.memory,
-            invocation: self.invocation.clone(),
-            known: None,
-        }
-    }
-
-    /// Restores the data directory of a new standby.
-    ///
-    /// # Errors
-    /// As a restore; or the plan refuses.
-    pub async fn restore(&self, context: &Context, prepared: restore::Prepared) -> Result<(Record, restore::Report)> {
-        let record = Record {
-            format: 1,
-            target: self.target.clone(),
-            backup: prepared.plan.backup.clone(),
-            origin: prepared.need().clone(),
-            directory: self.directory.clone(),
-            socket_dir: feed::place_in(&self.directory, context.rng.as_ref())?,
-            run_as: self.run_as.clone(),
-            region: self.region.clone(),
-            port: self.port,
-            listen: self.listen.clone(),
-            promotion: None,
-        };
-        let document = (RECORD, record.document()?);
-        let laid = restore::lay_standby(context, &self.request(), prepared, document).await?;
-        Ok((record, laid))
-    }
 }
 
 /// A standby that is fed.
@@ -401,62 +290,4 @@ async fn origin(record: &Record) -> Result<WalNeed> {
     let path = record.directory.join("pg_wal").join(timeline.history_file_name());
     let history = std::fs::read(&path).map_err(|error| crate::disk::DiskError::new("read", &path, error))?;
     Ok(WalNeed { timeline, branch: branch_of(&history), stop_lsn: at, ..origin })
-}
-
-/// How a standby is.
-///
-/// # Errors
-/// It answers, and not as it should.
-pub async fn status(record: &Record) -> Result<Status> {
-    match control::status(record, false).await? {
-        Some(status) => Ok(status),
-        None => {
-            let server = match postmaster_of(&record.directory)? {
-                Postmaster::Alive { pid } => Some(pid),
-                _ => None,
-            };
-            let status = Status::not_fed(record, server);
-            let promoted = server::must_be_standby(&record.directory).await.err();
-            Ok(Status { why: promoted.map(|promoted| promoted.to_string()).or(status.why), ..status })
-        }
-    }
-}
-
-/// Promotes a standby that is fed, and waits until it takes writes.
-///
-/// # Errors
-/// Nobody feeds it, or what stopped it.
-pub async fn order_promotion(record: &Record, wish: Wish) -> Result<Promoted> {
-    let nobody = || {
-        let error = Error::new(Kind::Unavailable, format!("nobody feeds the standby of {}", record.target));
-        error.hint(format!("drctl standby start {} --to {}", record.target, record.directory.display()))
-    };
-    control::order_promotion(record, wish).await?.ok_or_else(nobody)
-}
-
-/// Stops feed and server of a standby. Returns whether anything ran.
-///
-/// # Errors
-/// What stopped it.
-pub async fn stop(record: &Record) -> Result<bool> {
-    server::must_be_standby(&record.directory).await?;
-    let was_fed = control::order_stop(record).await?.is_some();
-    let was_running = matches!(postmaster_of(&record.directory)?, Postmaster::Alive { .. });
-    if was_fed {
-        wait_released(&record.directory).await?;
-    } else if was_running {
-        server::stop_found(&record.directory).await?;
-    }
-    Ok(was_fed || was_running)
-}
-
-/// The feed's process lets go of its lock when everything has ended.
-async fn wait_released(directory: &Path) -> Result<()> {
-    loop {
-        match Lock::acquire(&directory.join(LOCK)) {
-            Ok(_lock) => return Ok(()),
-            Err(crate::disk::DiskError::Locked { .. }) => tokio::time::sleep(TURN).await,
-            Err(error) => return Err(error.into()),
-        }
-    }
 }

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use chrono::{DateTime, Utc};
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 
@@ -187,15 +188,11 @@ pub(super) async fn run(
 ) -> Result<Promoted> {
     let clock = context.clock.as_ref();
     let began = clock.monotonic();
-    let position = drain(context, (record, feed), wish).await.during(|| "drain the standby")?;
-    must_know_every_timeline(context, (record, feed), wish).await?;
-    must_be_the_end(feed, wish).await?;
+    let position = reach_the_end(context, (record, feed), wish).await?;
     let drained = clock.monotonic();
     let end = position.end.ok_or_else(|| Error::failed("the end of the stored WAL is not known"))?;
     take_numbers(record, feed, server).await?;
-    record.note_promotion(Some(clock.now()), server.owner())?;
-    server.promote()?;
-    server.opened(OPENING).await.during(|| "promote")?;
+    open(record, server, clock.now()).await?;
     let opened = clock.monotonic();
     let (timeline, switch) = switched(record, server).await?;
     let mut warnings = warnings(server).await;
@@ -224,6 +221,21 @@ pub(super) async fn run(
         stored_as: None,
         record: None,
     })
+}
+
+/// Ends recovery, and waits until the server takes writes.
+async fn open(record: &Record, server: &mut Server, now: DateTime<Utc>) -> Result<()> {
+    record.note_promotion(Some(now), server.owner())?;
+    server.promote()?;
+    server.opened(OPENING).await.during(|| "promote")
+}
+
+/// Replays all that is stored, and makes sure that it is all.
+async fn reach_the_end(context: &Context, of: (&Record, &Feed), wish: Wish) -> Result<Position> {
+    let position = drain(context, of, wish).await.during(|| "drain the standby")?;
+    must_know_every_timeline(context, of, wish).await?;
+    must_be_the_end(of.1, wish).await?;
+    Ok(position)
 }
 
 /// Up to where the old timeline is stored once the new one has begun, or a word on why nobody knows.

@@ -1,12 +1,12 @@
 //! The record of a promotion, for whoever asks afterwards what was done, and what it cost.
 
-use std::fmt::Write as _;
 use std::path::PathBuf;
 
 use chrono::{DateTime, Utc};
 use serde::Serialize;
 
 use crate::jobs::context::Context;
+use crate::jobs::reports::page;
 use crate::jobs::reports::place::{self, Place};
 use crate::jobs::standby::record::Record;
 use crate::jobs::standby::words::{Promoted, Wish};
@@ -167,8 +167,6 @@ impl Report {
     }
 
     fn markdown(&self, id: &ReportId) -> String {
-        let mut text = format!("# Promotion of the standby of {}: {}\n\n", self.target, self.outcome);
-        let _ = self.error.iter().try_for_each(|error| writeln!(text, "- {error}\n"));
         let unknown = || "unknown".to_owned();
         let shown = |position: Option<Lsn>| position.map_or_else(unknown, |at| at.to_string());
         let time = |at: Option<DateTime<Utc>>| at.map_or_else(unknown, |at| at.to_string());
@@ -186,14 +184,8 @@ impl Report {
             ("ended", self.finished_at.to_string()),
             ("on", self.host.clone()),
         ];
-        text.push_str("| | |\n|---|---|\n");
-        for (name, value) in rows {
-            let _ = writeln!(text, "| {name} | {value} |");
-        }
-        text.push_str("\n| phase | seconds |\n|---|---|\n");
-        for Phase { name, seconds } in &self.phases {
-            let _ = writeln!(text, "| {name} | {seconds:.2} |");
-        }
-        text
+        let title = format!("Promotion of the standby of {}: {}", self.target, self.outcome);
+        let phases = self.phases.iter().map(|phase| (phase.name.as_str(), phase.seconds));
+        page::markdown(&title, self.error.as_deref(), &rows, phases)
     }
 }

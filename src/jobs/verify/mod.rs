@@ -14,7 +14,8 @@ use crate::observe::progress::Phase;
 use crate::repository::catalog::{self, Backup, Held, held_everywhere};
 use crate::repository::inventory::InventoryLine;
 use crate::repository::regions::Region;
-use crate::repository::survey::scrub::{self, Beside, Problem, Trouble};
+use crate::repository::survey::beside::{self, Beside};
+use crate::repository::survey::scrub::{self, Problem, Trouble};
 use crate::repository::wal::index::{BranchId, WalIndex};
 use crate::repository::wal::reader::BranchLog;
 
@@ -196,7 +197,7 @@ async fn look(context: &Context, options: &Options) -> Result<Report> {
             backups.push(look.backup(commit, &held).await);
         }
         let of_target: Vec<_> = all.iter().filter(|backup| backup.commit.target == target).cloned().collect();
-        let left = scrub::beside(repository, &target, &held, (&of_target, context.clock.now())).await?;
+        let left = beside::beside(repository, &target, &held, (&of_target, context.clock.now())).await?;
         beside.orphans.extend(left.orphans);
         beside.in_progress.extend(left.in_progress);
     }

@@ -11,8 +11,8 @@ use crate::jobs::wal::changes::Tracker;
 use crate::jobs::wal::fill::Filler;
 use crate::jobs::wal::server::Start;
 use crate::jobs::wal::shared::Shared;
-use crate::jobs::wal::shipper::{Frame, Means, ShipperHandle};
-use crate::model::{Error, Lsn, SystemId};
+use crate::jobs::wal::shipper::{self, Frame, Means, ShipperHandle};
+use crate::model::{Error, Lsn, Result, SystemId};
 use crate::pg::PgError;
 use crate::repository::wal::frame::EpochKind;
 use crate::repository::wal::index::BranchId;
@@ -109,4 +109,38 @@ pub(super) struct Run {
     /// Takes segments that the server still has and does not stream.
     pub(super) filler: Filler,
     pub(super) _lock: Option<Arc<Lock>>,
+}
+
+impl Run {
+    /// One that has not connected yet. It tracks no changes, fills no gaps and holds no lock.
+    ///
+    /// # Errors
+    /// Nobody can write to the repository here.
+    pub(super) fn new(
+        (context, target): (&Context, &Target),
+        kind: EpochKind,
+        (means, shared): (Means, Arc<Shared>),
+        stop: CancellationToken,
+    ) -> Result<Self> {
+        Ok(Self {
+            shipper: shipper::start(context, kind, means.clone())?,
+            context: context.clone(),
+            target: target.clone(),
+            kind,
+            shared,
+            stop,
+            pending: VecDeque::new(),
+            cursor: None,
+            system_id: None,
+            sessions: 0,
+            slot: SlotCare::Trust,
+            past: Past::Compare,
+            given_up: None,
+            stored_histories: BTreeSet::new(),
+            means,
+            tracker: None,
+            filler: Filler::default(),
+            _lock: None,
+        })
+    }
 }

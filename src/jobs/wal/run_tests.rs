@@ -1,6 +1,5 @@
 //! What a receiver may believe to be durable when the server, or its timeline, is another one.
 
-use std::collections::{BTreeSet, VecDeque};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,11 +9,10 @@ use tokio_util::sync::CancellationToken;
 
 use crate::jobs::context::{Context, Detection, Objectives, Target};
 use crate::jobs::wal::buffer::Chunk;
-use crate::jobs::wal::fill::Filler;
-use crate::jobs::wal::run::{Past, Run, SlotCare, Trouble};
+use crate::jobs::wal::run::{Run, Trouble};
 use crate::jobs::wal::server::Start;
 use crate::jobs::wal::shared::Shared;
-use crate::jobs::wal::shipper::{self, Frame, Means};
+use crate::jobs::wal::shipper::{Frame, Means};
 use crate::model::{Lsn, Timeline};
 use crate::pg::conninfo::ConnInfo;
 use crate::repository::regions::fan_out::{FanOut, Patience};
@@ -59,26 +57,8 @@ async fn run(fixture: &Fixture) -> Run {
     let out = Arc::new(FanOut::new(&fixture.repository.regions, Patience::WAL));
     let shared = Arc::new(Shared::new(log().target, Arc::clone(&context.clock), &out));
     let means = Means { out, shipped: Arc::clone(&shared.shipped), book: None, known: Arc::default() };
-    Run {
-        shipper: shipper::start(&context, EpochKind::Stream, means.clone()).unwrap(),
-        target: target(fixture.files.path()),
-        kind: EpochKind::Stream,
-        means,
-        shared,
-        stop: CancellationToken::new(),
-        pending: VecDeque::new(),
-        cursor: None,
-        system_id: None,
-        sessions: 0,
-        slot: SlotCare::Trust,
-        past: Past::Compare,
-        given_up: None,
-        stored_histories: BTreeSet::new(),
-        tracker: None,
-        filler: Filler::default(),
-        _lock: None,
-        context,
-    }
+    let target = target(fixture.files.path());
+    Run::new((&context, &target), EpochKind::Stream, (means, shared), CancellationToken::new()).unwrap()
 }
 
 fn frame(start: u64, end: u64) -> Frame {

@@ -1,6 +1,7 @@
 //! Writing a backup: what changed since the parent, into packs, into every region.
 
 pub mod compare;
+pub mod intent;
 pub mod packer;
 pub mod parent;
 pub mod repack;

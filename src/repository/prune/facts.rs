@@ -9,7 +9,7 @@ use futures::future::join_all;
 use crate::model::commit::Commit;
 use crate::model::retention::{Candidate, Rules};
 use crate::model::{BackupId, Clock, Error, RegionName, Result, TargetName};
-use crate::repository::backup::writer::{Intent, intent_context};
+use crate::repository::backup::intent::{Intent, intent_context};
 use crate::repository::catalog::{self, Backup};
 use crate::repository::handle::Repository;
 use crate::repository::health;

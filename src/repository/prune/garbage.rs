@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::retention::Rules;
 use crate::model::{BackupId, KeysetId, RegionName, Result, TargetName};
-use crate::repository::backup::writer::INTENT_DAYS;
+use crate::repository::backup::intent::{INTENT_DAYS, Intent};
 use crate::repository::catalog;
 use crate::repository::handle::Repository;
 use crate::repository::layout;
@@ -151,7 +151,7 @@ impl Search<'_> {
     fn looks_at(&self, facts: &Facts, target: &TargetName) -> bool {
         let ruled = self.rules.get(target).is_some_and(|rules| !rules.keep_everything());
         // The parent of a backup under way was pruned: that backup will give up, and until then nothing moves.
-        let parent = |intent: &crate::repository::backup::writer::Intent| {
+        let parent = |intent: &Intent| {
             let of_target = |id: &BackupId| id.target().is_ok_and(|of| of == *target);
             intent.leans_on().any(|parent| facts.tombs.contains_key(parent) && of_target(parent))
         };

@@ -9,19 +9,25 @@
 use std::collections::BTreeSet;
 use std::future::Future;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
 use futures::FutureExt as _;
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 use tokio_util::task::TaskTracker;
 
 use crate::model::{Error, Kind, RegionName, Result};
-use crate::repository::layout;
-use crate::repository::regions::{Region, Regions};
-use crate::store::{Digest, Put, StoreError};
+use crate::repository::regions::Regions;
+use crate::repository::regions::fan_out::due::Due;
+use crate::repository::regions::fan_out::lane::{Delivery, Lane, Object};
+use crate::store::Digest;
+
+mod due;
+mod lane;
+
+pub use lane::LaneOutcome;
 
 /// How long the parties wait for each other.
 #[derive(Debug, Clone, Copy)]
@@ -49,9 +55,6 @@ impl Patience {
         Self { laggard: Duration::from_secs(10), quorum: None, retry_after: Some(Duration::from_secs(5)) };
 }
 
-/// Objects in flight per region. With packs of 16 MiB this bounds what a slow region can hold in memory.
-const IN_FLIGHT: usize = 4;
-
 /// How long a job waits for its quorum without a word.
 const TELL_AFTER: Duration = Duration::from_secs(5);
 
@@ -72,113 +75,10 @@ pub struct FanOut {
     since: Option<DateTime<Utc>>,
 }
 
-#[derive(Debug)]
-struct Lane {
-    region: Region,
-    slots: Arc<Semaphore>,
-    /// One object at a time finds out whether a lane that is behind works again.
-    probe: Arc<Semaphore>,
-    behind: AtomicBool,
-    /// Whether the region has shown the repository's record since the lane began, or was left behind; asked by one at a time.
-    asked: AtomicBool,
-    asking: Semaphore,
-    /// When, on tokio's clock in milliseconds since `born`, a lane that is behind may be tried again.
-    retry_at: AtomicU64,
-    born: tokio::time::Instant,
-    missing: AtomicU64,
-    /// WAL in objects that the region was given, or should have been, and does not hold.
-    unheld: AtomicU64,
-    last_error: std::sync::Mutex<Option<String>>,
-}
-
-/// What became of a region during a job.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
-pub struct LaneOutcome {
-    /// The region.
-    pub region: RegionName,
-    /// Objects that it does not hold.
-    pub missing_objects: u64,
-    /// The last thing that went wrong there.
-    pub last_error: Option<String>,
-}
-
-struct Object {
-    key: String,
-    body: Bytes,
-    digest: Digest,
-    /// When what it belongs to began; `None` = now.
-    since: Option<DateTime<Utc>>,
-}
-
-enum Delivery {
-    Stored,
-    LeftBehind,
-    /// Nobody waits for the object any more.
-    GivenUp,
-    Fatal(Error),
-}
-
-/// What one region is to hold of an object. It ends as held or as owed; if neither, the put was given up before: then the region
-/// lacks an object that nobody was told of, and the WAL in it is received again under another name.
-struct Due {
-    lane: Arc<Lane>,
-    wal: u64,
-    end: End,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum End {
-    Held,
-    Owed,
-    GivenUp,
-}
-
-impl Due {
-    fn new(lane: &Arc<Lane>, wal: u64) -> Self {
-        lane.unheld.fetch_add(wal, Ordering::Relaxed);
-        Self { lane: Arc::clone(lane), wal, end: End::GivenUp }
-    }
-
-    fn ends(mut self, delivery: &Delivery, at_quorum: bool) {
-        self.end = match delivery {
-            Delivery::Stored => End::Held,
-            Delivery::LeftBehind => End::Owed,
-            Delivery::Fatal(_) if at_quorum => End::Owed,
-            Delivery::Fatal(_) | Delivery::GivenUp => End::GivenUp,
-        };
-    }
-}
-
-impl Drop for Due {
-    fn drop(&mut self) {
-        if self.end != End::Held {
-            self.lane.missing.fetch_add(1, Ordering::Relaxed);
-        }
-        if self.end != End::Owed {
-            self.lane.unheld.fetch_sub(self.wal, Ordering::Relaxed);
-        }
-    }
-}
-
 impl FanOut {
     /// Lanes to all `regions`. What the configuration says of laggards goes before the job's own patience.
     pub fn new(regions: &Regions, patience: Patience) -> Self {
-        let lane = |region: &Region| {
-            Arc::new(Lane {
-                region: region.clone(),
-                slots: Arc::new(Semaphore::new(IN_FLIGHT)),
-                probe: Arc::new(Semaphore::new(1)),
-                behind: AtomicBool::new(false),
-                asked: AtomicBool::new(false),
-                asking: Semaphore::new(1),
-                retry_at: AtomicU64::new(0),
-                born: tokio::time::Instant::now(),
-                missing: AtomicU64::new(0),
-                unheld: AtomicU64::new(0),
-                last_error: std::sync::Mutex::default(),
-            })
-        };
-        let lanes = regions.all().iter().map(lane).collect();
+        let lanes = regions.all().iter().map(|region| Arc::new(Lane::to(region))).collect();
         let patience = Patience { laggard: regions.detach_after().unwrap_or(patience.laggard), ..patience };
         let (cancelled, _) = watch::channel(false);
         Self {
@@ -224,23 +124,8 @@ impl FanOut {
         let (report, mut deliveries) = mpsc::channel(self.lanes.len());
         let enter_by = tokio::time::Instant::now() + self.patience.laggard;
         for due in dues {
-            let slot = self.enter(&due.lane, enter_by).await;
-            let (lane, object, report) = (Arc::clone(&due.lane), Arc::clone(&object), report.clone());
-            let (at_quorum, cancelled) = (at_quorum.clone(), self.cancelled.subscribe());
-            let patience = self.patience;
-            self.tasks.spawn(async move {
-                let extra = if slot.is_some() { patience.laggard } else { Duration::ZERO };
-                let seen = at_quorum.clone();
-                let delivery = lane.deliver(&object, at_quorum, cancelled, (patience, extra)).await;
-                drop(slot);
-                let is_late = *seen.borrow();
-                if let (Delivery::Fatal(error), true) = (&delivery, is_late) {
-                    tracing::error!(region = %lane.region.name, %error, "a region holds other bytes than the write quorum");
-                }
-                due.ends(&delivery, is_late);
-                // The receiver is gone once the quorum is reached.
-                let _ = report.send((lane.region.name.clone(), delivery)).await;
-            });
+            let slot = due.lane.enter(enter_by, self.patience).await;
+            self.send((due, slot), &object, &at_quorum, &report);
         }
         drop(report);
         let waiting = self.wait_for_quorum(&object.key, &mut deliveries);
@@ -252,6 +137,32 @@ impl FanOut {
             reached.send_replace(true);
         }
         outcome
+    }
+
+    /// Brings an object to one region, in the background, and reports what became of it.
+    fn send(
+        &self,
+        (due, slot): (Due, Option<OwnedSemaphorePermit>),
+        object: &Arc<Object>,
+        at_quorum: &watch::Receiver<bool>,
+        report: &mpsc::Sender<(RegionName, Delivery)>,
+    ) {
+        let (lane, object, report) = (Arc::clone(&due.lane), Arc::clone(object), report.clone());
+        let (at_quorum, cancelled) = (at_quorum.clone(), self.cancelled.subscribe());
+        let patience = self.patience;
+        self.tasks.spawn(async move {
+            let extra = if slot.is_some() { patience.laggard } else { Duration::ZERO };
+            let seen = at_quorum.clone();
+            let delivery = lane.deliver(&object, at_quorum, cancelled, (patience, extra)).await;
+            drop(slot);
+            let is_late = *seen.borrow();
+            if let (Delivery::Fatal(error), true) = (&delivery, is_late) {
+                tracing::error!(region = %lane.region.name, %error, "a region holds other bytes than the write quorum");
+            }
+            due.ends(&delivery, is_late);
+            // The receiver is gone once the quorum is reached.
+            let _ = report.send((lane.region.name.clone(), delivery)).await;
+        });
     }
 
     /// In how many regions a write must be to be acknowledged now.
@@ -307,23 +218,6 @@ impl FanOut {
     /// WAL that each region does not hold of what it was to hold, in the order of [`outcomes`](Self::outcomes).
     pub fn unheld(&self) -> Vec<u64> {
         self.lanes.iter().map(|lane| lane.unheld.load(Ordering::Relaxed)).collect()
-    }
-
-    /// Takes a place in the lane's queue. A queue that stays full while others keep up is left behind. A lane without
-    /// a place is a reserve: it is used only as long as the object lacks its quorum.
-    async fn enter(&self, lane: &Lane, by: tokio::time::Instant) -> Option<tokio::sync::OwnedSemaphorePermit> {
-        if lane.behind.load(Ordering::Relaxed) {
-            let due = self.patience.retry_after.is_some() && tokio::time::Instant::now() >= lane.retry_at();
-            return due.then(|| Arc::clone(&lane.probe).try_acquire_owned().ok()).flatten();
-        }
-        let slot = Arc::clone(&lane.slots).acquire_owned();
-        match tokio::time::timeout_at(by, slot).await {
-            Ok(Ok(permit)) => Some(permit),
-            _ => {
-                lane.leave_behind("its queue stayed full", self.patience);
-                None
-            }
-        }
     }
 
     /// Whoever watches a job that stands still is told what it waits for.
@@ -383,121 +277,5 @@ impl FanOut {
 impl Drop for FanOut {
     fn drop(&mut self) {
         self.cancelled.send_replace(true);
-    }
-}
-
-impl Lane {
-    async fn deliver(
-        &self,
-        object: &Object,
-        mut at_quorum: watch::Receiver<bool>,
-        mut cancelled: watch::Receiver<bool>,
-        (patience, extra): (Patience, Duration),
-    ) -> Delivery {
-        let seen = at_quorum.clone();
-        let work = self.until_stored(object, &seen, patience);
-        // Left behind: the quorum holds the object, and this region has had its extra time. When the put itself is given
-        // up, its sender is dropped: nobody waits for the object any more, and no region is to blame.
-        let laggard = async {
-            let held = at_quorum.wait_for(|reached| *reached).await.is_ok();
-            if held {
-                tokio::time::sleep(extra).await;
-            }
-            held
-        };
-        tokio::select! {
-            delivery = work => delivery,
-            held = laggard => if held { self.owe("it lags behind the others", patience) } else { Delivery::GivenUp },
-            _ = cancelled.wait_for(|cancelled| *cancelled) => self.owe("the job ended first", patience),
-        }
-    }
-
-    async fn until_stored(&self, object: &Object, at_quorum: &watch::Receiver<bool>, patience: Patience) -> Delivery {
-        let mut pause = Duration::from_millis(100);
-        loop {
-            self.wait_out_the_pause().await;
-            let error = match self.put(object).await {
-                Ok(_) => {
-                    self.behind.store(false, Ordering::Relaxed);
-                    return Delivery::Stored;
-                }
-                Err(error) => error,
-            };
-            self.note(&error);
-            match error {
-                StoreError::Conflict { .. } => return Delivery::Fatal(error.into()),
-                // A job that ends does not wait until somebody frees space.
-                ref error if (!error.is_transient() || error.is_full()) && patience.quorum.is_some() => {
-                    return self.owe(&error.to_string(), patience);
-                }
-                ref error if *at_quorum.borrow() && self.behind.load(Ordering::Relaxed) => {
-                    return self.owe(&error.to_string(), patience);
-                }
-                _ => {}
-            }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(Duration::from_secs(5));
-        }
-    }
-
-    /// A region that was replaced by an empty place meanwhile is found out here: reading the record makes it prove itself anew.
-    async fn put(&self, object: &Object) -> Result<Put, StoreError> {
-        let turn = self.asking.acquire().await;
-        if !self.asked.load(Ordering::Relaxed) {
-            match self.region.store.get(layout::REPOSITORY, None).await {
-                Err(error) if error.is_transient() => return Err(error),
-                _ => self.asked.store(true, Ordering::Relaxed),
-            }
-        }
-        drop(turn);
-        self.region.put(&object.key, (object.body.clone(), object.digest), object.since).await
-    }
-
-    /// A lane that is behind is not tried before its pause is over.
-    async fn wait_out_the_pause(&self) {
-        if self.behind.load(Ordering::Relaxed) {
-            tokio::time::sleep_until(self.retry_at()).await;
-        }
-    }
-
-    fn retry_at(&self) -> tokio::time::Instant {
-        self.born + Duration::from_millis(self.retry_at.load(Ordering::Relaxed))
-    }
-
-    fn owe(&self, reason: &str, patience: Patience) -> Delivery {
-        self.leave_behind(reason, patience);
-        Delivery::LeftBehind
-    }
-
-    fn leave_behind(&self, reason: &str, patience: Patience) {
-        // Without a retry the lane still serves an object that cannot reach its quorum otherwise, at a slow pace.
-        let pause = patience.retry_after.unwrap_or(Duration::from_secs(15));
-        let now = self.born.elapsed();
-        // Objects that pass the lane by while it waits must not prolong its pause: at one frame a second it would last
-        // for ever.
-        let waits = self.behind.load(Ordering::Relaxed) && tokio::time::Instant::now() < self.retry_at();
-        if !waits {
-            let at = (now + pause).as_millis();
-            self.retry_at.store(u64::try_from(at).unwrap_or(u64::MAX), Ordering::Relaxed);
-        }
-        let mut last = self.last_error.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        last.get_or_insert_with(|| reason.to_owned());
-        self.asked.store(false, Ordering::Relaxed);
-        if !self.behind.swap(true, Ordering::Relaxed) {
-            tracing::warn!(region = %self.region.name, reason, "region is left behind; repair brings it back");
-        }
-    }
-
-    fn note(&self, error: &StoreError) {
-        tracing::debug!(region = %self.region.name, %error, "put did not succeed");
-        *self.last_error.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(error.to_string());
-    }
-
-    fn outcome(&self) -> LaneOutcome {
-        LaneOutcome {
-            region: self.region.name.clone(),
-            missing_objects: self.missing.load(Ordering::Relaxed),
-            last_error: self.last_error.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone(),
-        }
     }
 }

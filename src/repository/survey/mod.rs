@@ -1,5 +1,6 @@
 //! What can be restored, region by region: backups, the WAL that goes on from them, and how far it reaches in time.
 
+pub mod beside;
 pub mod scrub;
 pub mod shares;
 

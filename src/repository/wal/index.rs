@@ -1,30 +1,30 @@
-//! Which WAL there is: epochs, runs of frames, recoverable windows. Needs no key.
-//!
-//! Inside an epoch frames follow each other without a hole, so the two ends of an unbroken run of sequence numbers tell
-//! its WAL range, and two header reads describe thousands of frames.
+//! Which WAL there is: the frames of a branch that regions list, and from them runs, recoverable windows and the way
+//! through them. Needs no key.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ops::Range;
 use std::sync::Mutex;
 
 use bytes::Bytes;
-use chrono::{DateTime, Utc};
 use futures::future::join_all;
-use futures::{StreamExt, stream};
-use serde::Serialize;
 
-use crate::model::{Branch, EpochId, Error, Lsn, RegionName, Result, SystemId, Timeline};
+use crate::model::{Branch, EpochId, RegionName, Result, SystemId, Timeline};
 use crate::repository::handle::Repository;
 use crate::repository::layout;
 use crate::repository::regions::{Regions, list_all};
-use crate::repository::wal::frame::{BARE_LIMIT, Frame, FrameHeader, FrameKind, FramePlace, HEADER_LIMIT, IN_FLIGHT};
+use crate::repository::wal::frame::{Frame, FrameHeader, FramePlace, HEADER_LIMIT};
 
 mod beside;
 mod ends;
 mod growth;
+mod runs;
+mod stretch;
+mod window;
 
 pub use beside::Displaced;
 pub use growth::Arrival;
+pub use runs::Run;
+pub use stretch::{Stretch, cover};
+pub use window::{Window, windows};
 
 /// One branch of one timeline of one cluster.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -35,55 +35,6 @@ pub struct BranchId {
     pub timeline: Timeline,
     /// The branch.
     pub branch: Branch,
-}
-
-/// An unbroken run of frames of one epoch.
-#[derive(Debug, Clone)]
-pub struct Run {
-    /// The first frame.
-    pub first: FrameHeader,
-    /// The last frame; END counts.
-    pub last: FrameHeader,
-    /// The newest commit time near its end, if it was looked for. Older than `COMMIT_REACH` frames nothing is looked for.
-    pub last_commit: Option<DateTime<Utc>>,
-}
-
-/// How many frames are looked at for a commit time: END holds none, and neither do the records that an idle server
-/// writes for its standbys.
-const COMMIT_REACH: u64 = 32;
-/// Runs whose ends are read at the same time.
-const READS: usize = 32;
-/// Headers that one step of a search reads at the same time: where every request waits for a long way, a step costs as much
-/// as one.
-const PROBES: u64 = 7;
-
-impl Run {
-    /// Position of its first byte.
-    pub const fn start(&self) -> Lsn {
-        self.first.span.start
-    }
-
-    /// Position after its last byte.
-    pub const fn end(&self) -> Lsn {
-        self.last.span.end
-    }
-}
-
-/// A range of WAL without a hole.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub struct Window {
-    /// Position of its first byte.
-    pub start: Lsn,
-    /// Position after its last byte.
-    pub end: Lsn,
-    /// Start of its last complete record: what recovery aims at to reach the end.
-    pub last_record: Option<Lsn>,
-    /// End of that record.
-    pub last_record_end: Option<Lsn>,
-    /// Newest commit time that its last run is known to hold.
-    pub last_commit: Option<DateTime<Utc>>,
-    /// When its last frame was written.
-    pub written_at: DateTime<Utc>,
 }
 
 /// The frames of one branch, by region.
@@ -251,166 +202,6 @@ impl WalIndex {
     pub(in crate::repository) fn size(&self, epoch: &EpochId, seq: u64) -> u64 {
         self.sizes.get(&(epoch.clone(), seq)).copied().unwrap_or_default()
     }
-
-    /// Where another owner sealed an epoch, if it did. What its writer may still have put behind that was never
-    /// acknowledged, and between it and the rest there may be a hole that the SEAL hides.
-    async fn sealed_at(
-        &self,
-        repository: &Repository,
-        epoch: &EpochId,
-        seqs: &BTreeMap<u64, BTreeSet<RegionName>>,
-    ) -> Option<u64> {
-        let ((first, _), (last, _)) = (seqs.first_key_value()?, seqs.last_key_value()?);
-        let small = |seq: &&u64| self.size(epoch, **seq) <= BARE_LIMIT;
-        let near = seqs.range(last.saturating_sub(IN_FLIGHT)..).map(|(seq, _)| seq).filter(small);
-        // The first one is asked for next.
-        let near: BTreeSet<u64> = near.chain([first]).copied().collect();
-        let headers = join_all(near.iter().map(|seq| self.header(repository, epoch, *seq))).await;
-        let sealed = headers.into_iter().flatten().filter(|header| header.kind == FrameKind::Seal);
-        sealed.map(|header| header.place.seq).min()
-    }
-
-    /// The unbroken runs in one region, or (`None`) in all of them together, ascending by start. A frame at the end of a run
-    /// that is nowhere intact is no part of it and is reported beside it.
-    pub async fn runs(&self, repository: &Repository, region: Option<&RegionName>) -> (Vec<Run>, Vec<Error>) {
-        match region {
-            Some(region) => self.runs_of(repository, |held| held.contains(region)).await,
-            None => self.runs_over(repository, &[], |_| true).await,
-        }
-    }
-
-    /// The unbroken runs of frames that are held by regions which `counts`.
-    pub async fn runs_of(
-        &self,
-        repository: &Repository,
-        counts: impl Fn(&BTreeSet<RegionName>) -> bool,
-    ) -> (Vec<Run>, Vec<Error>) {
-        let displaced = self.displaced(repository).await;
-        self.runs_over(repository, &displaced, counts).await
-    }
-
-    async fn runs_over(
-        &self,
-        repository: &Repository,
-        displaced: &[Displaced],
-        counts: impl Fn(&BTreeSet<RegionName>) -> bool,
-    ) -> (Vec<Run>, Vec<Error>) {
-        let (mut runs, errors) = self.spans_of(repository, displaced, counts).await;
-        let found = runs.iter().map(|run| self.last_commit(repository, run)).collect::<Vec<_>>();
-        let found: Vec<_> = stream::iter(found).buffered(READS).collect().await;
-        let (mut errors, mut whole) = (errors, Vec::with_capacity(runs.len()));
-        for (run, found) in runs.drain(..).zip(found) {
-            match found {
-                Ok(last_commit) => whole.push(Run { last_commit, ..run }),
-                Err(error) => errors.push(error),
-            }
-        }
-        (whole, errors)
-    }
-
-    /// As [`runs`](Self::runs) in all regions together, without looking for commit times.
-    pub async fn spans(&self, repository: &Repository) -> (Vec<Run>, Vec<Error>) {
-        self.spans_of(repository, &[], |_| true).await
-    }
-
-    /// The same of frames that are listed by regions which `counts`.
-    pub(in crate::repository) async fn spans_of(
-        &self,
-        repository: &Repository,
-        displaced: &[Displaced],
-        counts: impl Fn(&BTreeSet<RegionName>) -> bool,
-    ) -> (Vec<Run>, Vec<Error>) {
-        let seals = self.frames.iter().map(|(epoch, seqs)| self.sealed_at(repository, epoch, seqs)).collect::<Vec<_>>();
-        let seals: Vec<_> = stream::iter(seals).buffered(READS).collect().await;
-        let mut ends = Vec::new();
-        for ((epoch, seqs), sealed_at) in self.frames.iter().zip(seals) {
-            let here: Vec<_> = displaced.iter().filter(|displaced| displaced.place.epoch == *epoch).collect();
-            let counts = |seq: u64, held: &BTreeSet<RegionName>| match here.iter().find(|lost| lost.place.seq == seq) {
-                Some(lost) => counts(&(held - &lost.lacking)),
-                None => counts(held),
-            };
-            let held = seqs.range(..sealed_at.unwrap_or(u64::MAX)).filter(|(seq, held)| counts(**seq, held));
-            ends.extend(unbroken(held.map(|(seq, _)| *seq)).into_iter().map(|ends| (epoch, ends)));
-        }
-        let reads = ends.into_iter().map(|(epoch, ends)| self.run(repository, epoch, ends)).collect::<Vec<_>>();
-        let (mut runs, mut errors) = (Vec::new(), Vec::new());
-        for (run, damaged) in stream::iter(reads).buffered(READS).collect::<Vec<_>>().await {
-            runs.extend(run);
-            errors.extend(damaged);
-        }
-        runs.sort_by_key(|run| (run.start(), run.end()));
-        (runs, errors)
-    }
-
-    async fn last_commit(&self, repository: &Repository, run: &Run) -> Result<Option<DateTime<Utc>>> {
-        let (first, last) = (run.first.place.seq, &run.last.place);
-        if run.last.span.last_commit.is_some() {
-            return Ok(run.last.span.last_commit);
-        }
-        let reach = first.max(last.seq.saturating_sub(COMMIT_REACH))..last.seq;
-        self.newest_commit(repository, &last.epoch, reach).await
-    }
-
-    /// The newest commit time in these frames, looked for from their end, more of them at a time the longer it takes.
-    async fn newest_commit(
-        &self,
-        repository: &Repository,
-        epoch: &EpochId,
-        seqs: Range<u64>,
-    ) -> Result<Option<DateTime<Utc>>> {
-        let (mut end, mut step) = (seqs.end, 4);
-        while end > seqs.start {
-            let from = seqs.start.max(end.saturating_sub(step));
-            let headers = join_all((from..end).map(|seq| self.header(repository, epoch, seq))).await;
-            for header in headers.into_iter().rev() {
-                if let Some(time) = header?.span.last_commit {
-                    return Ok(Some(time));
-                }
-            }
-            (end, step) = (from, step * 2);
-        }
-        Ok(None)
-    }
-
-    /// Reads headers at the same time, for whoever is going to ask for them one after the other. What cannot be read fails
-    /// when it is asked for.
-    pub async fn read_ahead(&self, repository: &Repository, epoch: &EpochId, seqs: Range<u64>) {
-        let reads = seqs.map(|seq| self.header(repository, epoch, seq)).collect::<Vec<_>>();
-        stream::iter(reads).buffer_unordered(READS).for_each(|_| std::future::ready(())).await;
-    }
-
-    /// The frame of a run that holds the byte at `at`.
-    ///
-    /// # Errors
-    /// A header on the way is nowhere intact.
-    pub async fn locate(&self, repository: &Repository, run: &Run, at: Lsn) -> Result<u64> {
-        let epoch = &run.first.place.epoch;
-        let (mut low, mut high) = (run.first.place.seq, run.last.place.seq);
-        if run.first.span.end > at {
-            return Ok(low);
-        }
-        if run.last.span.start <= at {
-            return Ok(high);
-        }
-        while low < high {
-            let mut probes: Vec<_> = (1..=PROBES).map(|nth| low + (high - low) * nth / (PROBES + 1)).collect();
-            probes.dedup();
-            let headers = join_all(probes.into_iter().map(|seq| self.header(repository, epoch, seq))).await;
-            let (headers, errors): (Vec<_>, Vec<_>) = headers.into_iter().partition(Result::is_ok);
-            // One that is damaged is searched around as long as another tells the way.
-            if let (true, Some(error)) = (headers.is_empty(), errors.into_iter().find_map(Result::err)) {
-                return Err(error);
-            }
-            for header in headers.into_iter().flatten() {
-                if header.span.end > at {
-                    high = header.place.seq;
-                    break;
-                }
-                low = header.place.seq + 1;
-            }
-        }
-        Ok(low)
-    }
 }
 
 /// An epoch, and the first and last number of the frames in a bundle of it.
@@ -424,117 +215,4 @@ fn parse_bundle(key: &str) -> Option<Bundle> {
 fn parse_frame(key: &str) -> Option<(EpochId, u64)> {
     let (epoch, seq) = key.split_once('/')?;
     Some((epoch.parse().ok()?, layout::parse_seq(seq)?))
-}
-
-/// Cuts ascending numbers into unbroken runs.
-fn unbroken(numbers: impl IntoIterator<Item = u64>) -> Vec<(u64, u64)> {
-    let mut runs: Vec<(u64, u64)> = Vec::new();
-    for number in numbers {
-        match runs.last_mut() {
-            Some((_, last)) if *last + 1 == number => *last = number,
-            _ => runs.push((number, number)),
-        }
-    }
-    runs
-}
-
-/// Joins runs into windows. Where one run ends inside another, or exactly where another starts, there is no hole.
-pub fn windows(runs: &[Run]) -> Vec<Window> {
-    let mut windows: Vec<Window> = Vec::new();
-    for run in runs.iter().filter(|run| run.end() > run.start()) {
-        let span = &run.last.span;
-        let window = Window {
-            start: run.start(),
-            end: run.end(),
-            last_record: span.last_record,
-            last_record_end: span.last_record_end,
-            last_commit: run.last_commit,
-            written_at: run.last.written_at,
-        };
-        match windows.last_mut() {
-            Some(open) if window.start <= open.end => open.absorb(window),
-            _ => windows.push(window),
-        }
-    }
-    windows
-}
-
-impl Window {
-    fn absorb(&mut self, next: Self) {
-        self.last_commit = self.last_commit.max(next.last_commit);
-        if next.end > self.end {
-            let last_record = next.last_record.or(self.last_record);
-            let last_record_end = next.last_record_end.or(self.last_record_end);
-            *self = Self { start: self.start, last_record, last_record_end, last_commit: self.last_commit, ..next };
-        }
-    }
-
-    /// Whether the whole range `[from, to)` lies in it.
-    pub fn covers(&self, from: Lsn, to: Lsn) -> bool {
-        self.start <= from && to <= self.end
-    }
-}
-
-/// A step of reading: these frames of one epoch, of which only the bytes in `[from, to)` count.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Stretch {
-    /// The epoch.
-    pub epoch: EpochId,
-    /// First frame.
-    pub first_seq: u64,
-    /// Last frame of the run; reading stops earlier, at `to`.
-    pub last_seq: u64,
-    /// First byte wanted.
-    pub from: Lsn,
-    /// Byte after the last one wanted.
-    pub to: Lsn,
-}
-
-/// Chooses runs that cover `[from, to)` together, as few as possible.
-///
-/// At the end of a run the next one takes over at the last complete record: what stands behind it is the torso of a
-/// record that a crashed server may have written differently afterwards.
-///
-/// # Errors
-/// Where the first hole is.
-pub async fn cover(
-    index: &WalIndex,
-    repository: &Repository,
-    runs: &[Run],
-    (from, to): (Lsn, Lsn),
-) -> Result<std::result::Result<Vec<Stretch>, Lsn>> {
-    let mut stretches: Vec<Stretch> = Vec::new();
-    let mut at = from;
-    loop {
-        let candidates = runs.iter().filter(|run| run.start() <= at && run.end() > at);
-        let Some(run) = candidates.max_by_key(|run| run.end()) else { return Ok(Err(at)) };
-        let first_seq = index.locate(repository, run, at).await?;
-        let reaches = run.end().min(to);
-        let (epoch, last_seq) = (run.first.place.epoch.clone(), run.last.place.seq);
-        stretches.push(Stretch { epoch, first_seq, last_seq, from: at, to: reaches });
-        if reaches >= to {
-            return Ok(Ok(stretches));
-        }
-        let safe = run.last.span.last_record_end.filter(|end| *end > at).unwrap_or(run.end());
-        let goes_on = |position: Lsn| runs.iter().any(|next| next.start() <= position && next.end() > run.end());
-        at = match () {
-            () if goes_on(safe) => safe,
-            () if goes_on(run.end()) => run.end(),
-            () => return Ok(Err(run.end())),
-        };
-        if let Some(last) = stretches.last_mut() {
-            last.to = at;
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn numbers_are_cut_where_one_is_missing() {
-        assert_eq!(unbroken([0, 1, 2, 5, 6, 9]), [(0, 2), (5, 6), (9, 9)]);
-        assert_eq!(unbroken([]), []);
-    }
 }

@@ -1,6 +1,10 @@
 //! The state reads back, and nothing else is believed.
 
+use std::os::unix::fs::FileExt as _;
+
 use super::*;
+use crate::model::commit::StateDigest;
+use crate::repository::FORMAT;
 use crate::repository::pages::map::{FrameId, PackId, PageEntry};
 
 fn frame(ordinal: u32) -> FrameRef {

@@ -7,10 +7,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use futures::future::join;
 
+use super::WalIndex;
 use crate::model::{EpochId, Error, Kind, RegionName, Result};
 use crate::repository::handle::Repository;
 use crate::repository::wal::frame::{Frame, FrameHeader, FrameKind, IN_FLIGHT};
-use crate::repository::wal::index::{Run, WalIndex};
+use crate::repository::wal::index::runs::Run;
 
 impl WalIndex {
     /// The run of the frames from `first` to `last`, and what is damaged at its ends. Where more than a writer has on its way

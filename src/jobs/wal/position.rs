@@ -212,8 +212,11 @@ impl Samples {
         self.seen_all = self.seen_all.max(Some(asked));
     }
 
-    /// The server that had WAL beyond this position is not the one that is streamed.
+    /// The server that had WAL beyond this position is not the one that is streamed. What this one has there may be as old.
     pub(super) fn forget_behind(&mut self, lsn: Lsn) {
+        if let Some((_, since)) = self.ends.iter().find(|(end, _)| *end > lsn) {
+            self.seen_all = self.seen_all.min(*since);
+        }
         self.ends.retain(|(end, _)| *end <= lsn);
     }
 
@@ -279,6 +282,12 @@ mod tests {
         assert_eq!(samples.exposure(Lsn(200), seconds(11)), Some(seconds(11)));
         assert_eq!(samples.exposure(Lsn(300), seconds(11)), Some(seconds(1)));
         assert_eq!(samples.exposure(Lsn(400), seconds(11)), Some(Duration::ZERO));
+        // Another server takes over, which did not have all of it.
+        samples.add(Lsn(500), seconds(12));
+        samples.saw_all(seconds(14));
+        samples.forget_behind(Lsn(450));
+        samples.add(Lsn(480), seconds(16));
+        assert_eq!(samples.exposure(Lsn(450), seconds(17)), Some(seconds(5)));
     }
 
     #[test]

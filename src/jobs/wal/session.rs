@@ -31,8 +31,8 @@ const GOODBYE: Duration = Duration::from_secs(2);
 /// Who is shown every record.
 type Watchers<'w> = (&'w Pulse, Option<&'w mut Tracker>);
 
-/// What the server was asked. A walsender answers with the end of what it sent, and it may have WAL that it had no room to
-/// send; when it answers once more, that has come too.
+/// What the server was asked. A walsender answers with the end of what it sent, before it looks for more; when it answers
+/// once more, a second later, that has come too.
 #[derive(Debug, Default)]
 struct Asked {
     /// A question that is not answered yet.
@@ -294,8 +294,8 @@ impl Run {
                 self.shared.sample(server_end);
                 if reply_requested {
                     session.send_status(&*self.context.clock).await?;
-                } else {
-                    self.answered(session).await?;
+                } else if let Some(before) = session.asked.answer() {
+                    self.shared.saw_all(before);
                 }
             }
             WalEvent::TimelineEnd { next_timeline, switch_lsn } => {
@@ -304,16 +304,6 @@ impl Run {
             }
         }
         Ok(None)
-    }
-
-    /// The server was asked for this word.
-    async fn answered(&mut self, session: &mut Session) -> Result<(), Trouble> {
-        match session.asked.answer() {
-            Some(before) => self.shared.saw_all(before),
-            // The first one proves nothing alone.
-            None => session.ask(&*self.context.clock).await?,
-        }
-        Ok(())
     }
 
     /// Everything is shipped: the server is told, so that it keeps no WAL that nobody needs.

@@ -18,6 +18,7 @@ impl Run {
     pub(super) async fn open(&mut self) -> Result<Session, Trouble> {
         let mut client = server::connect(&self.target).await?;
         let slot = self.prepare_slot(&mut client).await?;
+        let asked = self.context.clock.monotonic();
         let server = Server::identify(&mut client).await?;
         self.check_identity(&server)?;
         self.note_role(&server);
@@ -29,6 +30,8 @@ impl Run {
         self.past = if seam.is_some() { Past::Comparing } else { Past::Compare };
         let start = seam.as_ref().map_or(start, |seam| seam.begin().clone());
         let durable = self.settle(&start, seam.is_some()).await?;
+        self.shared.sample(server.flush_lsn);
+        self.shared.saw_all(asked);
         let mut walker = server.walker(&start)?;
         if self.tracker.is_some() {
             walker = walker.reading_blocks();

@@ -4,9 +4,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::join_all;
+use futures::stream::{FuturesUnordered, StreamExt as _};
+use tokio::time::timeout;
 
 use super::{KeyError, KeyHolder, KeyOpener, Keyset, Wrap, WrapContext, age};
 use crate::model::{Error, HolderId, KeysetId, Kind};
+
+/// A KMS that answers does so in a fraction of this.
+const HURRY: Duration = Duration::from_secs(2);
 
 /// Wraps a keyset with every holder at the same time, each within `deadline`, and returns the outcomes in the order of
 /// `holders`. Whether enough of them answered is the caller's to judge; a missing wrap is a debt.
@@ -17,7 +22,7 @@ pub async fn wrap_everywhere(
 ) -> Vec<(HolderId, Result<Wrap, KeyError>)> {
     let secret = keyset.to_secret();
     let wraps = holders.iter().map(async |holder| {
-        let answer = tokio::time::timeout(deadline, holder.wrap(keyset.context(), &secret)).await;
+        let answer = timeout(deadline, holder.wrap(keyset.context(), &secret)).await;
         let answer = answer.unwrap_or_else(|_| Err(too_slow(holder.describe(), deadline)));
         (holder.id().clone(), answer)
     });
@@ -83,7 +88,8 @@ impl From<NotOpened> for Error {
 }
 
 /// Opens a keyset with the first wrap that opens, holders that answer by themselves before offline ones, each within
-/// `deadline`. A wrap that holds `meta` alone is taken only if none gives the whole keyset.
+/// `deadline`. One that takes its time is not waited for alone: the next is asked beside it. A wrap that holds `meta` alone is
+/// taken only if none gives the whole keyset.
 ///
 /// # Errors
 /// [`NotOpened`], with a reason for every wrap.
@@ -96,21 +102,32 @@ pub async fn open_any(
     let mut wraps: Vec<&Wrap> = wraps.iter().collect();
     wraps.sort_by_key(|wrap| wrap.kind == age::KIND);
     let mut refusals = Vec::new();
-    let mut meta_only = None;
+    let mut attempts = Vec::new();
     for wrap in wraps {
-        let fitting: Vec<_> = openers.iter().filter(|opener| opener.fits(wrap)).collect();
-        if fitting.is_empty() {
+        let fitting = openers.iter().filter(|opener| opener.fits(wrap));
+        let before = attempts.len();
+        attempts.extend(
+            fitting
+                .map(|opener| async move { (&wrap.holder, open_one(opener.as_ref(), context, wrap, deadline).await) }),
+        );
+        if attempts.len() == before {
             let reason = format!("no identity or access at hand fits {} ({})", wrap.key, wrap.holder);
             refusals.push(Refusal { holder: wrap.holder.clone(), error: KeyError::Invalid { reason } });
         }
-        for opener in fitting {
-            match open_one(opener.as_ref(), context, wrap, deadline).await {
-                Ok(keyset) if keyset.data().is_some() => {
-                    return Ok(Opened { keyset, opened_by: wrap.holder.clone(), refusals });
-                }
-                Ok(keyset) => meta_only = meta_only.or(Some((keyset, wrap.holder.clone()))),
-                Err(error) => refusals.push(Refusal { holder: wrap.holder.clone(), error }),
+    }
+    let (mut attempts, mut running) = (attempts.into_iter(), FuturesUnordered::new());
+    let mut meta_only = None;
+    loop {
+        running.extend(attempts.next());
+        let patience = if attempts.len() == 0 { deadline } else { HURRY };
+        match timeout(patience, running.next()).await {
+            Ok(Some((holder, Ok(keyset)))) if keyset.data().is_some() => {
+                return Ok(Opened { keyset, opened_by: holder.clone(), refusals });
             }
+            Ok(Some((holder, Ok(keyset)))) => meta_only = meta_only.or(Some((keyset, holder.clone()))),
+            Ok(Some((holder, Err(error)))) => refusals.push(Refusal { holder: holder.clone(), error }),
+            Ok(None) => break,
+            Err(_) => {}
         }
     }
     match meta_only {
@@ -125,7 +142,7 @@ async fn open_one(
     wrap: &Wrap,
     deadline: Duration,
 ) -> Result<Keyset, KeyError> {
-    let secret = tokio::time::timeout(deadline, opener.open(context, wrap))
+    let secret = timeout(deadline, opener.open(context, wrap))
         .await
         .unwrap_or_else(|_| Err(too_slow(opener.describe(), deadline)))?;
     Keyset::from_secret(context, &secret).map_err(|error| wrap.wrong(error.to_string()))

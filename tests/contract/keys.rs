@@ -346,6 +346,39 @@ async fn offline_holders_are_asked_last_and_still_open() {
     assert!(matches!(opened.refusals[0].error, KeyError::Unavailable { .. }));
 }
 
+/// Takes any wrap of a KMS, and never says a word.
+#[derive(Debug)]
+struct Mute;
+
+#[async_trait::async_trait]
+impl KeyOpener for Mute {
+    fn describe(&self) -> String {
+        "mute".to_owned()
+    }
+
+    fn fits(&self, wrap: &Wrap) -> bool {
+        wrap.kind != "age"
+    }
+
+    async fn open(&self, _: &WrapContext, _: &Wrap) -> Result<zeroize::Zeroizing<Vec<u8>>, KeyError> {
+        std::future::pending().await
+    }
+}
+
+#[tokio::test]
+async fn nobody_waits_for_a_holder_that_hangs_while_another_opens() {
+    let (kms, offline, keyset) = (Kms::a().party().await, age_party(), keyset());
+    let wraps = [wrap(&kms.holder, &keyset).await, wrap(&offline.holder, &keyset).await];
+    let openers: [Arc<dyn KeyOpener>; 2] = [Arc::new(Mute), offline.opener.clone()];
+    tokio::time::pause();
+    let began = tokio::time::Instant::now();
+    let opened = open_any(&openers, keyset.context(), &wraps, DEADLINE).await.unwrap();
+    assert_eq!(&opened.opened_by, offline.holder.id());
+    assert!(began.elapsed() < DEADLINE / 2, "{:?}", began.elapsed());
+    let error = open_any(&openers[..1], keyset.context(), &wraps, DEADLINE).await.unwrap_err();
+    assert!(error.is_transient() && error.refusals.len() == 2, "{error:?}");
+}
+
 #[tokio::test]
 async fn when_nothing_opens_every_holder_says_why() {
     let (kms, offline, stranger, keyset) = (Kms::a().party().await, age_party(), age_party(), keyset());

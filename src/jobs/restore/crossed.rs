@@ -19,6 +19,8 @@ pub(super) struct Crossed {
 #[derive(Debug)]
 struct CrossedLeg {
     recorded: Vec<Gap>,
+    /// Records that no region holds intact.
+    unknown: Vec<Error>,
     found: Vec<Contradiction>,
     unread: Vec<Error>,
 }
@@ -32,7 +34,9 @@ impl Crossed {
 
     /// Tells the plan.
     pub(super) fn tell(self, plan: &mut Plan) {
-        for CrossedLeg { recorded, found, unread } in self.legs {
+        for CrossedLeg { recorded, unknown, found, unread } in self.legs {
+            plan.warnings
+                .extend(unknown.iter().map(|error| format!("what was recorded of the WAL is not readable: {error}")));
             for gap in recorded {
                 let what = format!("the WAL from {} to {} was stored in two versions", gap.from, gap.to);
                 plan.refuse_because(what, gap.reason, before(gap.from));
@@ -54,8 +58,9 @@ impl CrossedLeg {
         let compared = leg.log.compare(repository, &context.ring, (leg.from, leg.to));
         let (recorded, (found, unread)) = join(recorded, compared).await;
         let crossed = |gap: &Gap| gap.contradiction && gap.from < leg.to && leg.from < gap.to;
-        let recorded = recorded?.0.into_iter().filter(crossed).collect();
-        Ok(Self { recorded, found, unread })
+        let (recorded, unknown) = recorded?;
+        let recorded = recorded.into_iter().filter(crossed).collect();
+        Ok(Self { recorded, unknown, found, unread })
     }
 }
 

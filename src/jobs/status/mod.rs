@@ -219,7 +219,8 @@ impl TargetStatus {
         let newest = newest.filter(|commit| self.last_backup.as_ref() == Some(&commit.id));
         let newest = newest.filter_map(|commit| Some((commit.wal.as_ref()?, commit.started_at))).next();
         for branch in &survey.branches {
-            let (gaps, _) = gaps::read(&context.repository, &branch.branch).await?;
+            let (gaps, unknown) = gaps::read(&context.repository, &branch.branch).await?;
+            self.problems.extend(unknown.iter().map(|error| format!("a recorded gap is not readable: {error}")));
             let is_stored = |from, to| branch.union.iter().any(|reach| reach.window.covers(from, to));
             let open = gaps.into_iter().filter(|gap| gap.is_open(is_stored));
             let open = open.filter(|gap| newest.is_none_or(|(need, began)| !gap.is_before(need, began)));

@@ -100,6 +100,11 @@ impl Server {
         self.continue_at(&Start { branch: self.branch(child), lsn: switch, at_record: true, last })
     }
 
+    /// What this server lacks if it has nothing at `cursor`: of a timeline that it left before, it never had that.
+    pub(super) fn lacks_from(&self, cursor: Start) -> Start {
+        self.continue_at(&cursor).unwrap_or(cursor)
+    }
+
     /// The first position of a branch of its history.
     pub(super) fn begin_of(&self, branch: &BranchId) -> Option<Lsn> {
         self.lineage.iter().find(|descent| self.branch(descent) == *branch).map(|descent| descent.reign.begin)
@@ -277,9 +282,13 @@ pub(super) mod tests {
         assert_eq!(next(at(3, 0x3F0_0000)), Some((3, 0x300_0000)), "what is beyond the switch is not this history");
         assert_eq!(next(at(1, 0x500_0000)), Some((4, 0x500_0000)));
         assert_eq!(next(at(0, 0x900_0000)), Some((4, 0x900_0000)));
+        // A gap begins there as well: one from the end of what was stored beyond the switch would end before it begins.
+        let lacks = server.lacks_from(at(3, 0x3F0_0000));
+        assert_eq!((lacks.branch.timeline.0, lacks.lsn.0), (3, 0x300_0000));
         let mut other = at(0, 0x900_0000);
         other.branch.branch = Branch::root();
-        assert_eq!(next(other), None);
+        assert_eq!(next(other.clone()), None);
+        assert_eq!(server.lacks_from(other.clone()).lsn, other.lsn);
     }
 
     #[test]

@@ -23,6 +23,7 @@ use crate::repository::handle::{Repository, Writer};
 use crate::repository::regions::fan_out::FanOut;
 use crate::repository::wal::claim::Known;
 use crate::repository::wal::frame::{EpochKind, IN_FLIGHT};
+use crate::repository::wal::left::{Successor, left};
 use crate::repository::wal::log::{Epoch, Log, Marks, store_history};
 
 /// A keyset seals no more than a day of WAL.
@@ -93,6 +94,8 @@ struct Open {
     epoch: Epoch,
     session: u64,
     since: Duration,
+    /// The timeline that goes on where this one was left, if it was.
+    left: Option<Successor>,
 }
 
 /// A frame that the quorum holds.
@@ -234,6 +237,10 @@ impl Shipper {
         let Chunk { start, wal, marks, .. } = frame.chunk;
         let complete = self.passing.as_mut().map(|passing| passing.pass(&frame.log, start, &wal)).unwrap_or_default();
         let end = Lsn(start.0 + wal.len() as u64);
+        // Up to there both servers have the same. What this one wrote on is acknowledged to nobody.
+        if let Some(left) = open.left.as_ref().filter(|left| end > left.switch) {
+            return Err(left.ends(&frame.log.branch_id()));
+        }
         let (sending, epoch) = (open.epoch.send(start, wal, marks)?, open.epoch.id().clone());
         self.means.shipped.send_modify(|shipped| shipped.begun = end);
         let log = frame.log;
@@ -293,8 +300,9 @@ impl Shipper {
             let out = Arc::clone(&self.means.out);
             match Epoch::open(&self.repository, &self.writer, place, self.level, out).await {
                 Ok(mut epoch) => {
-                    self.claim(&mut epoch).await?;
-                    return Ok(Open { epoch, session: frame.session, since: self.writer.clock.monotonic() });
+                    let left = self.claim(&mut epoch).await?;
+                    let (session, since) = (frame.session, self.writer.clock.monotonic());
+                    return Ok(Open { epoch, session, since, left });
                 }
                 Err(error) => self.tell_closed(&error),
             }
@@ -303,17 +311,21 @@ impl Shipper {
         }
     }
 
-    /// Only stream epochs have one owner at a time.
-    async fn claim(&mut self, epoch: &mut Epoch) -> Result<()> {
+    /// Only stream epochs have one owner at a time. Says where their timeline was left.
+    async fn claim(&mut self, epoch: &mut Epoch) -> Result<Option<Successor>> {
         let mut pause = FIRST_PAUSE;
         if self.kind != EpochKind::Stream {
-            return Ok(());
+            return Ok(None);
         }
+        let (known, branch) = (Arc::clone(&self.means.known), epoch.log().branch_id());
         loop {
-            match epoch.claim(&self.means.known).await {
-                Ok(()) => return Ok(()),
+            let claimed = match epoch.claim(&known).await {
+                Ok(()) => left(&self.repository, &branch, &known).await,
+                Err(error) => Err(error),
+            };
+            match claimed {
                 Err(error) if error.kind() == Kind::Unavailable => self.tell_closed(&error),
-                Err(error) => return Err(error),
+                claimed => return claimed,
             }
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(LONGEST_PAUSE);
@@ -397,5 +409,33 @@ mod tests {
         let range = (Lsn(1000), Lsn(1160));
         stored.read(&fixture.repository, &fixture.ring, range, &mut sink).await.unwrap();
         assert_eq!(read, (1000..1160_u64).map(|at| at.to_le_bytes()[0]).collect::<Vec<_>>());
+    }
+
+    /// A connection that was lost, or a keyset that is a day old, begins another epoch without another takeover.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn behind_the_place_where_a_timeline_was_left_nothing_is_shipped() {
+        let fixture = Fixture::memory(3, 2).await;
+        let out = Arc::new(FanOut::new(&fixture.repository.regions, Patience::WAL));
+        let shipped_so_far = Arc::new(watch::channel(Shipped::default()).0);
+        shipped_so_far.send_modify(|shipped| shipped.stand_at(&log().branch_id(), Lsn(1000)));
+        let means = Means { out: Arc::clone(&out), shipped: shipped_so_far, book: None, known: Arc::default() };
+        let (repository, writer) = (fixture.repository.clone(), fixture.writer.clone());
+        let handle = Shipper::new(repository.clone(), writer.clone(), (EpochKind::Stream, 1), means.clone()).start();
+        let first = shipped(&handle, &means, frame(1000, 1040, true)).await;
+
+        let history = b"1\t0/460\tno recovery target specified\n";
+        let branch = store_history(&repository, (log().system_id, Timeline(2)), history, &out).await.unwrap();
+        let newer = Log { timeline: Timeline(2), branch, ..log() };
+        let opening = (newer, EpochKind::Stream, Lsn(0x460));
+        let mut successor = Epoch::open(&repository, &writer, opening, 1, out).await.unwrap();
+        successor.claim(&Known::default()).await.unwrap();
+
+        fixture.clock.advance(25 * 3600);
+        assert_ne!(shipped(&handle, &means, frame(1040, 1120, true)).await, first, "up to there both have the same");
+        let room = handle.room(40).await.unwrap();
+        handle.ship(frame(1120, 1160, true), room);
+        let ended = handle.finish().await.unwrap_err();
+        assert!(ended.message().contains("timeline 1 was left at 0/460: timeline 2 is stored"), "{ended:?}");
+        assert_eq!(means.shipped.borrow().durable, Lsn(1120));
     }
 }

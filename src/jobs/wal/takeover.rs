@@ -16,8 +16,8 @@ use crate::jobs::wal::acceptance;
 use crate::jobs::wal::position::State;
 use crate::jobs::wal::run::{Run, Trouble};
 use crate::jobs::wal::server::{self, Server};
-use crate::model::{EpochId, Error, Lsn, RegionName, Result, TargetName, Timeline};
-use crate::pg::replication::StandbyStatus;
+use crate::model::{EpochId, Error, Kind, Lsn, RegionName, Result, TargetName, Timeline};
+use crate::pg::replication::{StandbyStatus, WalEvent};
 use crate::repository::regions::fan_out::{FanOut, Patience};
 use crate::repository::wal::adopt::{Era, Tail, TakeOver, take_over};
 use crate::repository::wal::claim::Known;
@@ -93,12 +93,20 @@ async fn while_holding_the_slot<T>(
     let done = loop {
         tokio::select! {
             done = &mut work => break done,
-            event = held.next() => drop(event?),
+            event = held.next() => must_go_on(&event?)?,
             _ = ticks.tick() => held.send_status(nothing_yet(), context.clock.now()).await?,
         }
     };
     held.stop().await?;
     Ok(done)
+}
+
+/// A stream whose timeline ended says so whenever it is asked, and holds no slot any more.
+fn must_go_on(event: &WalEvent) -> Result<()> {
+    let WalEvent::TimelineEnd { next_timeline, switch_lsn } = event else { return Ok(()) };
+    let text = format!("the server went on to timeline {next_timeline} at {switch_lsn} while its WAL was taken over");
+    let error = Error::new(Kind::Unavailable, text).transient(true);
+    Err(error.hint("nothing was lost by that; take over again from where it is now"))
 }
 
 /// The server hears that somebody is there, and no position: nothing is durable by this.
@@ -178,5 +186,19 @@ impl Run {
             self.shipper.ship(frame, permit);
         }
         if self.shipper.is_gone() { self.restart_shipper().await } else { Ok(()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_holds_a_slot_notices_that_its_timeline_ended() {
+        let now = chrono::DateTime::UNIX_EPOCH;
+        must_go_on(&WalEvent::KeepAlive { server_end: Lsn(7), server_time: now, reply_requested: false }).unwrap();
+        let ended = WalEvent::TimelineEnd { next_timeline: Timeline(2), switch_lsn: Lsn(7) };
+        let error = must_go_on(&ended).unwrap_err();
+        assert!(error.is_transient() && error.message().contains("to timeline 2 at 0/7"), "{error:?}");
     }
 }

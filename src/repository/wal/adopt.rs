@@ -131,6 +131,7 @@ pub async fn take_over(owner: &TakeOver<'_>, (lineage, back_to): (&[Era], Option
 /// What is stored of one branch, brought to the write quorum.
 async fn stored(owner: &TakeOver<'_>, branch: &BranchId) -> Result<Option<Stored>> {
     let repository = owner.repository;
+    owner.known.take(branch);
     // Signers may have been enrolled since this process began.
     repository.trust.refresh(&repository.regions).await?;
     let Closed { mut index, sealed, unclean } = close_epochs(owner, branch).await?;

@@ -26,6 +26,8 @@ pub struct Known {
     epochs: Mutex<BTreeSet<EpochId>>,
     /// Regions that somebody gave up, with whatever they alone hold.
     lost: Mutex<BTreeSet<RegionName>>,
+    /// Branches whose epochs this writer has closed.
+    taken: Mutex<BTreeSet<BranchId>>,
 }
 
 impl Known {
@@ -37,6 +39,19 @@ impl Known {
     /// Forgets all: what was this writer's own is another's now.
     pub fn clear(&self) {
         self.lock().clear();
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    /// Notes that the epochs of a branch are being closed.
+    pub(in crate::repository) fn take(&self, branch: &BranchId) {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner).insert(branch.clone());
+    }
+
+    /// A branch, and the older ones that were taken over on the way to it: whoever was asleep may begin again on any of them.
+    fn line(&self, branch: &BranchId) -> BTreeSet<BranchId> {
+        let taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let older = |known: &&BranchId| known.system_id == branch.system_id && known.timeline < branch.timeline;
+        taken.iter().filter(older).chain([branch]).cloned().collect()
     }
 
     /// Whether an epoch is among them.
@@ -120,11 +135,19 @@ async fn is_refused(repository: &Repository, index: &WalIndex, epoch: &EpochId, 
     true
 }
 
-/// Looks for other open epochs of the branch, once this writer's own is to be seen at the write quorum.
+/// Looks for other open epochs of the branch, and of those that were taken over with it, once this writer's own is to be seen at
+/// the write quorum.
 ///
 /// # Errors
 /// `Failed`: there is one, which a takeover must seal first. `Unavailable` and transient: too few regions answer.
 pub async fn must_be_alone(repository: &Repository, branch: &BranchId, known: &Known) -> Result<()> {
+    for branch in known.line(branch) {
+        must_be_alone_on(repository, &branch, known).await?;
+    }
+    Ok(())
+}
+
+async fn must_be_alone_on(repository: &Repository, branch: &BranchId, known: &Known) -> Result<()> {
     let epochs = epochs(repository, branch, known).await?;
     if epochs.iter().all(|epoch| known.contains(epoch)) {
         return Ok(());

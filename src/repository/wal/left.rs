@@ -4,7 +4,7 @@
 
 use std::collections::BTreeSet;
 
-use crate::model::{Error, Lsn, Result, ResultExt};
+use crate::model::{Error, Lsn, Result, ResultExt, Timeline};
 use crate::pg::history::History;
 use crate::repository::handle::Repository;
 use crate::repository::layout;
@@ -24,18 +24,44 @@ pub struct Successor {
 impl Successor {
     /// What to tell whoever would stream the timeline that was left.
     pub fn refuses(&self, older: &BranchId) -> Error {
-        let (left, newer) = (older.timeline, self.branch.timeline);
-        let text =
-            format!("timeline {left} was left at {}: timeline {newer} is stored, which goes on there", self.switch);
+        let text = self.words(older);
         let because =
             "this server is still on the old one: it was not fenced, or the target's conninfo leads to it again";
         let hint = "nothing of it is acknowledged. Point the target at the promoted server and stop this one; if this is \
                     the one to go on, give it a timeline of its own: standby.signal, restart, SELECT pg_promote()";
         Error::refused(text).because(because).hint(hint)
     }
+
+    /// What ends an epoch on the timeline that was left.
+    pub fn ends(&self, older: &BranchId) -> Error {
+        Error::failed(self.words(older))
+    }
+
+    fn words(&self, older: &BranchId) -> String {
+        let (left, newer) = (older.timeline, self.branch.timeline);
+        format!("timeline {left} was left at {}: timeline {newer} is stored, which goes on there", self.switch)
+    }
 }
 
-/// The timeline that is streamed in place of `branch`, which was left at or before `at`. `own` is the branch's own history.
+/// Where a branch was left, for whoever has an epoch on it that is to be seen at the write quorum: of it and its successor, each
+/// of which looks for the other then, at least one sees the other.
+///
+/// # Errors
+/// As of [`successor`]; or the branch's own history is not readable.
+pub async fn left(repository: &Repository, branch: &BranchId, known: &Known) -> Result<Option<Successor>> {
+    let BranchId { system_id, timeline, branch: name } = branch;
+    let own = match *timeline {
+        Timeline::FIRST => History::without_ancestors(Timeline::FIRST),
+        timeline => {
+            let file = read_history(repository, *system_id, timeline, name).await?;
+            History::parse(timeline, &String::from_utf8_lossy(&file))?
+        }
+    };
+    successor(repository, (branch, &own), Lsn(u64::MAX), known).await
+}
+
+/// The timeline that is streamed in place of `branch`, which was left at or before `at`; of several the one that left it
+/// first. `own` is the branch's own history.
 /// One of which no stream is stored took nobody's place: a copy that was promoted for a test may archive its history, too.
 ///
 /// # Errors
@@ -46,6 +72,7 @@ pub async fn successor(
     at: Lsn,
     known: &Known,
 ) -> Result<Option<Successor>> {
+    let mut first = None::<Successor>;
     for candidate in histories(repository, branch, known).await? {
         let BranchId { system_id, timeline, branch: name } = &candidate;
         let file = read_history(repository, *system_id, *timeline, name).await;
@@ -55,11 +82,12 @@ pub async fn successor(
         let descends = history.entries().get(..own.entries().len()) == Some(own.entries());
         let switch = history.reign_of(branch.timeline).and_then(|reign| reign.end);
         let Some(switch) = switch.filter(|switch| descends && *switch <= at) else { continue };
-        if is_streamed(repository, &candidate).await? {
-            return Ok(Some(Successor { branch: candidate, switch }));
+        let is_earlier = first.as_ref().is_none_or(|first| switch < first.switch);
+        if is_earlier && is_streamed(repository, &candidate).await? {
+            first = Some(Successor { branch: candidate, switch });
         }
     }
-    Ok(None)
+    Ok(first)
 }
 
 /// Stored histories of newer timelines. A history is at the write quorum before its timeline is streamed.
@@ -94,9 +122,10 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::model::{Kind, Timeline};
+    use crate::model::Kind;
     use crate::repository::regions::fan_out::{FanOut, Patience};
     use crate::repository::testing::{Fault, Fixture, HISTORY, log};
+    use crate::repository::wal::adopt::{Era, TakeOver, take_over};
     use crate::repository::wal::frame::EpochKind;
     use crate::repository::wal::log::{Epoch, Log, branch_of, store_history};
 
@@ -144,5 +173,40 @@ mod tests {
         let own = History::without_ancestors(Timeline::FIRST);
         let unknown = successor(&fixture.repository, (&older, &own), switch, &Known::default()).await.unwrap_err();
         assert_eq!(unknown.kind(), Kind::Unavailable, "not to know is not to be alone");
+    }
+
+    /// Who took over is not who streams: a receiver that was asleep in between begins on a timeline that was left meanwhile.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn of_two_that_begin_on_a_timeline_and_on_its_successor_one_sees_the_other() {
+        let fixture = Fixture::memory(3, 2).await;
+        let (switch, older) = (Lsn(0x300_0000), log().branch_id());
+        let newer = Log { timeline: Timeline(2), branch: branch_of(HISTORY), ..log() };
+        let lineage = [(newer.branch_id(), None), (older.clone(), Some(switch))];
+        let lineage = lineage.map(|(branch, end)| Era { branch, end });
+        let (known, out) = (Known::default(), Arc::new(FanOut::new(&fixture.repository.regions, Patience::WAL)));
+        let (repository, writer) = (&fixture.repository, &fixture.writer);
+        let owner = TakeOver { repository, writer, own: None, known: &known };
+        assert_eq!(take_over(&owner, (&lineage, None)).await.unwrap(), None);
+        store_history(repository, (older.system_id, Timeline(2)), HISTORY, &out).await.unwrap();
+        let open = async |log: Log| {
+            let opening = (log, EpochKind::Stream, switch);
+            Epoch::open(repository, writer, opening, 1, Arc::clone(&out)).await.unwrap()
+        };
+
+        let (asleep, mut begun) = (Known::default(), open(log()).await);
+        begun.claim(&asleep).await.unwrap();
+        assert_eq!(left(repository, &older, &asleep).await.unwrap(), None);
+        let mut successor = open(newer.clone()).await;
+        let beside = successor.claim(&known).await.unwrap_err();
+        assert!(beside.message().contains(begun.id().as_str()), "{beside:?}");
+        known.clear();
+        assert_eq!(take_over(&owner, (&lineage, None)).await.unwrap(), None);
+        let mut successor = open(newer).await;
+        successor.claim(&known).await.unwrap();
+
+        let mut late = open(log()).await;
+        late.claim(&asleep).await.unwrap();
+        let found = left(repository, &older, &asleep).await.unwrap().unwrap();
+        assert_eq!((found.branch.timeline, found.switch), (Timeline(2), switch));
     }
 }

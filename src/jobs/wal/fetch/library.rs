@@ -16,6 +16,7 @@ use crate::model::{Branch, Error, Kind, Lsn, RegionName, Result, ResultExt, Segm
 use crate::model::{Timeline, WalSegmentSize};
 use crate::pg::history::{History, Reign};
 use crate::repository::layout;
+use crate::repository::wal::gaps::{self, Gap};
 use crate::repository::wal::index::{self, BranchId, Window};
 use crate::repository::wal::log::{branch_of, read_history};
 use crate::repository::wal::reader::BranchLog;
@@ -53,12 +54,14 @@ pub(super) struct Library<'a> {
     /// Where the asking cluster's own history files are, if they can be read here.
     data_dir: Option<&'a Path>,
     logs: Mutex<BTreeMap<BranchId, Arc<BranchLog>>>,
+    /// What their writers recorded of them.
+    gaps: Mutex<BTreeMap<BranchId, Arc<[Gap]>>>,
 }
 
 impl<'a> Library<'a> {
     pub(super) fn new(context: &'a Context, asker: &'a Asker, data_dir: Option<&'a Path>) -> Result<Self> {
-        let (size, logs) = (asker.size()?, Mutex::default());
-        Ok(Self { context, system_id: asker.system_id, size, own: &asker.own, data_dir, logs })
+        let (size, logs, gaps) = (asker.size()?, Mutex::default(), Mutex::default());
+        Ok(Self { context, system_id: asker.system_id, size, own: &asker.own, data_dir, logs, gaps })
     }
 
     /// A file by PostgreSQL's name for it.
@@ -205,6 +208,27 @@ impl<'a> Library<'a> {
         log
     }
 
+    /// WAL of which two versions were stored is not crossed, whichever of them is to be had now.
+    async fn must_be_one_version(&self, part: &Part) -> Result<()> {
+        let branch = part.log.index.branch();
+        let mut known = self.gaps.lock().await;
+        let recorded = match known.get(branch) {
+            Some(recorded) => Arc::clone(recorded),
+            None => {
+                let (recorded, unreadable) = gaps::read(&self.context.repository, branch).await?;
+                if let Some(error) = unreadable.into_iter().next() {
+                    return Err(error);
+                }
+                Arc::clone(known.entry(branch.clone()).or_insert_with(|| recorded.into()))
+            }
+        };
+        drop(known);
+        let crossed = |gap: &&Gap| gap.contradiction && gap.from < part.to && part.from < gap.to;
+        let Some(Gap { from, to, reason, .. }) = recorded.iter().find(crossed) else { return Ok(()) };
+        let error = Error::refused(format!("the WAL from {from} to {to} was stored in two versions")).because(reason);
+        Err(error.hint("recovery must not cross it: begin with a backup behind it, drctl list"))
+    }
+
     /// A segment; `None` = there is none of this name.
     pub(super) async fn segment(&self, name: SegmentName) -> Result<Option<Extract>> {
         let Some((_, history)) = self.lineage(name.timeline).await? else { return Ok(None) };
@@ -234,6 +258,9 @@ impl<'a> Library<'a> {
         let Some(to) = self.extent(last, &history).await? else { return Ok(None) };
         let is_whole = to == last.to;
         last.to = to;
+        for part in &parts {
+            self.must_be_one_version(part).await?;
+        }
         Ok(Some(Extract { parts, is_whole }))
     }
 
@@ -299,4 +326,43 @@ fn parse(timeline: Timeline, content: &[u8]) -> Result<History> {
     let text = std::str::from_utf8(content);
     let text = text.map_err(|error| Error::damaged(format!("the history of timeline {timeline}")).because(error))?;
     Ok(History::parse(timeline, text)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::jobs::tests::context;
+    use crate::repository::regions::fan_out::{FanOut, Patience};
+    use crate::repository::testing::{Fixture, log};
+
+    const SEGMENT: u64 = 1 << 20;
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_segment_of_which_two_versions_were_stored_is_not_given() {
+        let fixture = Fixture::memory(2, 2).await;
+        fixture.epoch(SEGMENT, &[1 << 20, 1 << 20, 1 << 20], true).await;
+        let (branch, repository) = (log().branch_id(), &fixture.repository);
+        let out = FanOut::new(&repository.regions, Patience::WAL);
+        let at = |segments: u64| Lsn(segments * SEGMENT + 100);
+        let hole = Gap::new(&log().target, &branch, (at(1), at(2)), "it came later", fixture.writer.clock.now());
+        let two = Gap::new(&log().target, &branch, (at(2), at(2)), "two servers", fixture.writer.clock.now());
+        let two = Gap { to: Lsn(two.to.0 + 1), ..two }.contradicted();
+        for gap in [hole, two] {
+            gaps::record(repository, &fixture.writer, &gap, &out).await.unwrap();
+        }
+        out.drain().await;
+
+        let context = context(&fixture).await;
+        let asker = Asker { system_id: log().system_id, segment_size: SEGMENT, own: BTreeMap::new() };
+        let library = Library::new(&context, &asker, None).unwrap();
+        let find = async |number| {
+            let name = SegmentName { timeline: Timeline::FIRST, number }.file_name(library.size);
+            library.find(&name).await
+        };
+        for whole in [1, 3] {
+            assert!(matches!(find(whole).await, Ok(Found::Segment(Extract { is_whole: true, .. }))), "{whole}");
+        }
+        let refused = find(2).await.err().unwrap();
+        assert!(refused.to_string().contains("was stored in two versions") && refused.kind() == Kind::Refused);
+    }
 }

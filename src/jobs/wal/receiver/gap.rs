@@ -14,6 +14,7 @@ impl Run {
         let server = Server::identify(&mut client).await?;
         self.check_identity(&server)?;
         let Some(cursor) = self.cursor.clone() else { return Ok(()) };
+        let cursor = server.lacks_from(cursor);
         self.ship_pending().await?;
         // Before the slot is dropped, which lets the server remove what it still keeps: regions that do not answer now may
         // hold all that is missing.

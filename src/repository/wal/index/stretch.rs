@@ -42,11 +42,12 @@ pub async fn cover(
         let reaches = run.end().min(to);
         let (epoch, last_seq) = (run.first.place.epoch.clone(), run.last.place.seq);
         stretches.push(Stretch { epoch, first_seq, last_seq, from: at, to: reaches });
-        if reaches >= to {
-            return Ok(Ok(stretches));
-        }
         let safe = run.last.span.last_record_end.filter(|end| *end > at).unwrap_or(run.end());
         let goes_on = |position: Lsn| runs.iter().any(|next| next.start() <= position && next.end() > run.end());
+        // A range may end inside the torso, as the end of a segment may.
+        if reaches >= to && (to <= safe || !goes_on(safe)) {
+            return Ok(Ok(stretches));
+        }
         at = match () {
             () if goes_on(safe) => safe,
             () if goes_on(run.end()) => run.end(),

@@ -278,21 +278,42 @@ async fn frames_that_are_missed_at_the_same_time_are_all_found_in_their_bundle()
     assert!(got.iter().all(Result::is_ok), "{got:?}");
 }
 
-/// Another bundle over the same numbers that is none hides nothing.
+/// Another bundle over the same numbers that is none hides nothing, whatever its name is.
 #[tokio::test]
 async fn a_bundle_that_is_none_does_not_hide_the_one_that_is() {
-    let (fixture, end) = old_epoch().await;
-    bundle(&fixture).await;
-    for region in 0..3 {
-        lose_bundled_frames(&fixture, region).await;
-        let bundle = names(&fixture, region).await.1.remove(0);
-        let other = bundle.replace("0000000001-", "0000000003-");
-        fixture.stores[region]
-            .damage(&other, b"DRCTLB1\nnothing of the kind, but as long as a head may be: ".repeat(4))
-            .await;
+    for other in ["0000000003-0000000021", "0000000001-0000000022", "0000000001-0000000020"] {
+        let (fixture, end) = old_epoch().await;
+        bundle(&fixture).await;
+        for region in 0..3 {
+            lose_bundled_frames(&fixture, region).await;
+            let bundle = names(&fixture, region).await.1.remove(0);
+            let other = bundle.replace("0000000001-0000000021", other);
+            let none = b"DRCTLB1\nnothing of the kind, but as long as a head may be: ".repeat(4);
+            fixture.stores[region].damage(&other, none).await;
+        }
+        let repository = fixture.reopen().await.unwrap();
+        assert_eq!(read(&fixture, &repository, end).await.unwrap(), expected(end), "{other}");
     }
-    let repository = fixture.reopen().await.unwrap();
-    assert_eq!(read(&fixture, &repository, end).await.unwrap(), expected(end));
+}
+
+/// A bundle of the right form that nobody who is known has signed, and that came later than the right one.
+#[tokio::test]
+async fn a_later_bundle_of_the_right_form_does_not_hide_an_earlier_one() {
+    for other in ["0000000003-0000000021", "0000000001-0000000022", "0000000001-0000000020"] {
+        let (fixture, end) = old_epoch().await;
+        bundle(&fixture).await;
+        fixture.clock.advance(60);
+        let numbers = layout::parse_bundle(other).unwrap();
+        let forged = form::pack(&vec![Bytes::from(vec![7; 300]); usize::try_from(numbers.1 - numbers.0 + 1).unwrap()]);
+        for region in 0..3 {
+            lose_bundled_frames(&fixture, region).await;
+            let bundle = names(&fixture, region).await.1.remove(0);
+            let key = bundle.replace("0000000001-0000000021", other);
+            fixture.stores[region].damage(&key, forged.clone()).await;
+        }
+        let repository = fixture.reopen().await.unwrap();
+        assert_eq!(read(&fixture, &repository, end).await.unwrap(), expected(end), "{other}");
+    }
 }
 
 /// A SEAL may stand where another region holds WAL, and that region may be away.

@@ -87,7 +87,7 @@ pub async fn named(repository: &Repository, what: &str) -> Result<(Vec<Backup>, 
 /// The names of COMMITs in any region that answers, except of backups that a sweep has begun to remove.
 ///
 /// A tomb alone hides nothing, since whoever may write could write one: a COMMIT must be gone as well, in a region that holds the
-/// tomb. Before that nothing of the backup is gone anywhere, because COMMITs go first.
+/// tomb, and in more of them than may owe it. Before that nothing of the backup is gone anywhere, because COMMITs go first.
 async fn without_pruned(
     repository: &Repository,
     target: Option<&TargetName>,

@@ -55,7 +55,10 @@ fn noise(seed: u64, length: usize) -> Vec<u8> {
 
 impl Scene {
     async fn new(last: u32) -> Self {
-        let fixture = Fixture::memory(2, 2).await;
+        Self::of(Fixture::memory(2, 2).await, last).await
+    }
+
+    async fn of(fixture: Fixture, last: u32) -> Self {
         fixture.epoch(1000, &[40, 50], true).await;
         let limits = Limits { percent: 100, ..Limits::default() };
         Self { fixture, rules: rules(last), limits, taken: 0 }

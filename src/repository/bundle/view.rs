@@ -16,8 +16,8 @@ use tokio::sync::OnceCell;
 use crate::repository::bundle::form::{Contents, head_bytes};
 use crate::repository::layout;
 use crate::store::{
-    Capabilities, Depth, Digest, ListPage, ListToken, ObjectInfo, ObjectStore, Put, PutOptions, StoreError, VersionId,
-    VersionPage,
+    Capabilities, Depth, Digest, ListPage, ListToken, ListedObject, ObjectInfo, ObjectStore, Put, PutOptions,
+    StoreError, VersionId, VersionPage,
 };
 
 /// Bundles at hand, 16 MiB each: whoever reads ahead reads from two neighbours.
@@ -40,8 +40,8 @@ pub(in crate::repository) struct Bundled {
 
 #[derive(Debug, Default)]
 struct Known {
-    /// What the names of an epoch's frames begin with → the bundles in it, first → last.
-    bundles: BTreeMap<String, BTreeMap<u64, u64>>,
+    /// What the names of an epoch's frames begin with → the bundles in it, first and last → when they were stored.
+    bundles: BTreeMap<String, BTreeMap<(u64, u64), Option<DateTime<Utc>>>>,
     searches: BTreeMap<String, Search>,
     heads: VecDeque<(String, Contents)>,
     whole: VecDeque<(String, Whole)>,
@@ -51,17 +51,21 @@ struct Known {
 type Whole = Arc<OnceCell<(Bytes, Option<Contents>)>>;
 
 impl Known {
-    fn learn(&mut self, key: &str) {
-        let Some((prefix, numbers)) = split(key) else { return };
-        if let Some((first, last)) = layout::parse_bundle(numbers) {
-            self.bundles.entry(prefix.to_owned()).or_default().insert(first, last);
+    fn learn(&mut self, object: &ListedObject) {
+        let Some((prefix, numbers)) = split(&object.key) else { return };
+        if let Some(numbers) = layout::parse_bundle(numbers) {
+            self.bundles.entry(prefix.to_owned()).or_default().insert(numbers, object.modified);
         }
     }
 
-    /// The bundles that hold a frame. Those that nobody forged do not overlap.
+    /// The bundles that hold a frame, the oldest first. Those that nobody forged do not overlap; and prune takes a frame only
+    /// while one bundle alone has it, so of several the oldest is the one with which the frame was compared.
     fn find(&self, prefix: &str, seq: u64) -> Vec<(u64, u64)> {
-        let before = self.bundles.get(prefix).into_iter().flat_map(|of| of.range(..=seq).rev());
-        before.filter(|(_, last)| **last >= seq).map(|(first, last)| (*first, *last)).collect()
+        let before = self.bundles.get(prefix).into_iter().flat_map(|of| of.range(..=(seq, u64::MAX)));
+        let holding = before.filter(|((_, last), _)| *last >= seq);
+        let mut found: Vec<_> = holding.map(|(numbers, stored)| (stored.is_none(), *stored, *numbers)).collect();
+        found.sort_unstable();
+        found.into_iter().map(|(.., numbers)| numbers).collect()
     }
 
     fn whole(&mut self, name: &str) -> Whole {
@@ -218,7 +222,7 @@ impl ObjectStore for Bundled {
     async fn list(&self, prefix: &str, depth: Depth, after: Option<&ListToken>) -> Result<ListPage, StoreError> {
         let page = self.inner.list(prefix, depth, after).await?;
         let mut known = self.known();
-        page.objects.iter().for_each(|object| known.learn(&object.key));
+        page.objects.iter().for_each(|object| known.learn(object));
         drop(known);
         Ok(page)
     }

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use chrono::TimeDelta;
 use proptest::prelude::*;
 
 use crate::model::BackupId;
@@ -17,6 +18,7 @@ use crate::repository::layout;
 use crate::repository::pages::pack::SMALLEST_PACK;
 use crate::repository::testing::{Fault, Fixture, Made, options};
 use crate::repository::tests::{expected, noise, read_back};
+use crate::store::ObjectStore as _;
 
 const SMALL: usize = 6;
 
@@ -177,6 +179,51 @@ async fn a_copy_takes_over_and_the_packs_that_it_left_go() {
     scene.change([3]);
     scene.backup().await;
     scene.is_whole().await;
+}
+
+/// What is moved belongs to several copies, and is locked as long as the youngest; what they share with others as long as each.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_copies_need_is_locked_as_long_as_the_youngest_is_promised() {
+    const KEEP: TimeDelta = TimeDelta::days(30);
+    let mut scene = Scene::new(600).await;
+    let mut gone = vec![scene.backup().await];
+    scene.change(0..480);
+    let older = scene.backup().await;
+    scene.fixture.clock.advance(3 * 24 * 3600);
+    scene.change(0..480);
+    gone.push(scene.backup().await);
+    scene.change(0..400);
+    let younger = scene.backup().await;
+    scene.change(0..600);
+    scene.backup().await;
+    for id in &gone {
+        scene.prune(id).await;
+    }
+    scene.fixture.lock_for(KEEP).await;
+    scene.fixture.clock.advance(5 * 24 * 3600);
+    let (_, copies) = scene.compact().await;
+    assert_eq!(copies.iter().map(|copied| &copied.original).collect::<Vec<_>>(), [&older, &younger]);
+    let commits = scene.commits().await;
+    let promised = |id: &BackupId| commits.iter().find(|commit| commit.id == *id).unwrap().started_at + KEEP;
+    assert!(promised(&older) < promised(&younger));
+    for copied in &copies {
+        let commit = commits.iter().find(|commit| commit.id == copied.copy).unwrap();
+        let lines = catalog::inventory(&scene.fixture.repository, commit).await.unwrap();
+        let keys = lines.into_iter().map(|line| line.key).chain(catalog::own_records(commit));
+        let mut shared = 0;
+        for key in keys {
+            let own = copies.iter().any(|copied| key.contains(copied.copy.as_str()));
+            shared += usize::from(!own);
+            for store in &scene.fixture.stores {
+                let until = store.locked_until(&key, None).await.unwrap();
+                match own {
+                    true => assert_eq!(until, Some(promised(&younger)), "{key}"),
+                    false => assert!(until >= Some(promised(&copied.original)), "{key}"),
+                }
+            }
+        }
+        assert!(shared > 0);
+    }
 }
 
 /// Killed again and again, later each time: nothing that existed is touched, and what was begun is no backup.

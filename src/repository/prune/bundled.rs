@@ -23,14 +23,16 @@ pub struct Doubled {
     pub frames: Vec<(String, Vec<Copy>)>,
 }
 
-/// Finds frames that every region has had in a bundle for longer than `grace`. What is in the bundle is looked at when they
-/// are taken, see [`replaces`](super::replaced::replaces); here names, sizes and times decide.
+/// Finds frames that every region has had in a bundle for longer than `grace`; and tells of those that stay because it is not
+/// the only one that has them. What is in the bundle is looked at when they are taken, see
+/// [`replaces`](super::replaced::replaces); here names, sizes and times decide.
 ///
 /// # Errors
 /// A region does not answer.
-pub async fn doubled(repository: &Repository, facts: &Facts, grace: TimeDelta) -> Result<Vec<Doubled>> {
+pub async fn doubled(repository: &Repository, facts: &Facts, grace: TimeDelta) -> Result<(Vec<Doubled>, Vec<String>)> {
     let listing = list_everywhere(&repository.regions, layout::WAL).await?;
-    let mut found = Vec::new();
+    let crowded = crowded(listing.keys());
+    let (mut found, mut notes) = (Vec::new(), Vec::new());
     for (key, copies) in &listing {
         let Some((place, numbers)) = parse(key) else { continue };
         let prefix = place.epoch_prefix();
@@ -40,12 +42,37 @@ pub async fn doubled(repository: &Repository, facts: &Facts, grace: TimeDelta) -
         if frames.is_empty() || !old || !is_everywhere(repository, copies) || !fits(&frames, numbers, copies) {
             continue;
         }
+        // Readers would have to guess. Whoever has put it there can do so no more once the frames are gone: then it is younger.
+        if crowded.contains(key) {
+            notes.push(format!("the WAL frames of {key} stay: another bundle claims some of them"));
+            continue;
+        }
         // Without its header nobody knows whose it is, and it stays.
         let Some(target) = target(repository, &place).await else { continue };
         let frames = frames.into_iter().map(|(name, copies)| (name.clone(), copies.clone())).collect();
         found.push(Doubled { bundle: key.clone(), target, frames });
     }
-    Ok(found)
+    Ok((found, notes))
+}
+
+/// Bundles that share a number with another one of their epoch.
+fn crowded<'k>(keys: impl Iterator<Item = &'k String>) -> BTreeSet<&'k String> {
+    let mut bundles: Vec<_> =
+        keys.filter_map(|key| parse(key).map(|(place, numbers)| (place.epoch_prefix(), numbers, key))).collect();
+    bundles.sort_unstable();
+    let mut crowded = BTreeSet::new();
+    // The one that reaches furthest so far.
+    let mut reach: Option<&(String, (u64, u64), &String)> = None;
+    for bundle in &bundles {
+        let before = reach.filter(|(prefix, ..)| *prefix == bundle.0);
+        if let Some((.., key)) = before.filter(|(_, (_, last), _)| bundle.1.0 <= *last) {
+            crowded.extend([*key, bundle.2]);
+        }
+        if before.is_none_or(|(_, (_, last), _)| *last < bundle.1.1) {
+            reach = Some(bundle);
+        }
+    }
+    crowded
 }
 
 fn is_frame(key: &str) -> bool {

@@ -232,7 +232,9 @@ impl Search<'_> {
 
     /// Frames that every region has in a bundle, as far as their epoch does not go anyway.
     async fn doubled(&self, repository: &Repository, facts: &Facts, garbage: &mut Garbage) -> Result<()> {
-        for Doubled { bundle, target, frames } in bundled::doubled(repository, facts, self.grace).await? {
+        let (doubled, notes) = bundled::doubled(repository, facts, self.grace).await?;
+        garbage.notes.extend(notes);
+        for Doubled { bundle, target, frames } in doubled {
             let goes = garbage.epochs.iter().any(|epoch| bundle.starts_with(epoch.prefix.as_str()));
             if goes || !self.looks_at(facts, &target) {
                 continue;

@@ -5,6 +5,10 @@
 //! record*, does not exist, wherever objects of it are left. A region without the record is one that no sweep ever worked in: it is
 //! new, or was emptied, and what it lacks tells nothing.
 //!
+//! Nor does a region that may owe the COMMIT: as long as so many regions hold it as have to hold what is acknowledged, the backup
+//! exists. Whoever may write can write a record, and then wait for an outage. A sweep that was killed so early has taken nothing
+//! but copies of the COMMIT, because those go everywhere before anything else does.
+//!
 //! A sweep may end before it took what it had announced. Then a second record says that the backup was spared, and the
 //! first one counts for nothing from then on. It is of one sweep alone: another one that comes later has a tomb of its own, so
 //! a region that missed the second record can neither hide what was spared for good nor bring back what a later sweep took.
@@ -211,6 +215,11 @@ pub async fn holders(
     }
 }
 
+/// Whether a tomb in the regions `held` ends a backup whose COMMIT the regions `lacking` do not have.
+fn counts(repository: &Repository, (held, lacking): (&BTreeSet<RegionName>, &BTreeSet<RegionName>)) -> bool {
+    lacking.len() >= repository.regions.read_quorum() && !lacking.is_disjoint(held)
+}
+
 /// Which backups were pruned, of those whose COMMIT the regions beside them do not have.
 ///
 /// # Errors
@@ -228,7 +237,7 @@ pub async fn gone(
         tracing::warn!(%error, "the record of a pruned backup is not readable");
     }
     let is_gone = |(tomb, held): &&(Tomb, BTreeSet<RegionName>)| {
-        lacking.get(&tomb.backup).is_some_and(|lacking| !lacking.is_disjoint(held))
+        lacking.get(&tomb.backup).is_some_and(|lacking| counts(repository, (held, lacking)))
     };
     Ok(standing.tombs.iter().filter(is_gone).map(|(tomb, _)| tomb.backup.clone()).collect())
 }
@@ -282,7 +291,8 @@ impl Pruned {
         let nowhere = BTreeSet::new();
         for (tomb, held) in standing.tombs {
             let whole = commits.get(&layout::commit(&tomb.target, &tomb.backup)).unwrap_or(&nowhere);
-            if held.intersection(&answered).all(|region| whole.contains(region)) && !whole.is_empty() {
+            let lacking = answered.difference(whole).cloned().collect();
+            if !whole.is_empty() && !counts(repository, (&held, &lacking)) {
                 pruned.idle.extend([tomb.key(), layout::nameless_tomb(&tomb.target, &tomb.backup)]);
             } else {
                 pruned.keysets.extend(tomb.keysets);

@@ -16,9 +16,9 @@ use crate::repository::layout;
 use crate::repository::mend::{Scope, mend};
 use crate::repository::regions::fan_out::{FanOut, Patience};
 use crate::repository::survey::scrub;
-use crate::repository::testing::{Fault, Fixture, log};
+use crate::repository::testing::{Fault, Fixture, log, need};
 use crate::repository::wal::bundling::{Bundling, check_bundle, find, make};
-use crate::repository::wal::frame::{Frame, FrameHeader, FrameKind};
+use crate::repository::wal::frame::{Frame, FrameHeader, FrameKind, FrameSealer};
 use crate::repository::wal::frames::fetch_object;
 use crate::repository::wal::index::{BranchId, WalIndex};
 use crate::repository::wal::reader::BranchLog;
@@ -278,21 +278,78 @@ async fn frames_that_are_missed_at_the_same_time_are_all_found_in_their_bundle()
     assert!(got.iter().all(Result::is_ok), "{got:?}");
 }
 
-/// Another bundle over the same numbers that is none hides nothing.
+/// Another bundle over the same numbers that is none hides nothing, whatever its name is.
 #[tokio::test]
 async fn a_bundle_that_is_none_does_not_hide_the_one_that_is() {
+    for other in ["0000000003-0000000021", "0000000001-0000000022", "0000000001-0000000020"] {
+        let (fixture, end) = old_epoch().await;
+        bundle(&fixture).await;
+        for region in 0..3 {
+            lose_bundled_frames(&fixture, region).await;
+            let bundle = names(&fixture, region).await.1.remove(0);
+            let other = bundle.replace("0000000001-0000000021", other);
+            let none = b"DRCTLB1\nnothing of the kind, but as long as a head may be: ".repeat(4);
+            fixture.stores[region].damage(&other, none).await;
+        }
+        let repository = fixture.reopen().await.unwrap();
+        assert_eq!(read(&fixture, &repository, end).await.unwrap(), expected(end), "{other}");
+    }
+}
+
+/// A bundle of the right form that nobody who is known has signed, and that came later than the right one.
+#[tokio::test]
+async fn a_later_bundle_of_the_right_form_does_not_hide_an_earlier_one() {
+    for other in ["0000000003-0000000021", "0000000001-0000000022", "0000000001-0000000020"] {
+        let (fixture, end) = old_epoch().await;
+        bundle(&fixture).await;
+        fixture.clock.advance(60);
+        let numbers = layout::parse_bundle(other).unwrap();
+        let forged = form::pack(&vec![Bytes::from(vec![7; 300]); usize::try_from(numbers.1 - numbers.0 + 1).unwrap()]);
+        for region in 0..3 {
+            lose_bundled_frames(&fixture, region).await;
+            let bundle = names(&fixture, region).await.1.remove(0);
+            let key = bundle.replace("0000000001-0000000021", other);
+            fixture.stores[region].damage(&key, forged.clone()).await;
+        }
+        let repository = fixture.reopen().await.unwrap();
+        assert_eq!(read(&fixture, &repository, end).await.unwrap(), expected(end), "{other}");
+    }
+}
+
+/// The names of frames that lie in a bundle are free again. Whoever may write and sign has the keys of epochs to come, and none of
+/// those that are over.
+#[tokio::test]
+async fn wal_that_was_put_where_frames_were_is_never_taken_for_theirs() {
     let (fixture, end) = old_epoch().await;
     bundle(&fixture).await;
-    for region in 0..3 {
-        lose_bundled_frames(&fixture, region).await;
-        let bundle = names(&fixture, region).await.1.remove(0);
-        let other = bundle.replace("0000000001-", "0000000003-");
-        fixture.stores[region]
-            .damage(&other, b"DRCTLB1\nnothing of the kind, but as long as a head may be: ".repeat(4))
-            .await;
-    }
+    fixture.epoch(end + 1000, &[20], true).await;
     let repository = fixture.reopen().await.unwrap();
-    assert_eq!(read(&fixture, &repository, end).await.unwrap(), expected(end));
+    let ring = fixture.ring.within(repository.regions.clone());
+    let index = WalIndex::load(&repository.regions, branch()).await;
+    let mut epochs = index.epochs().keys();
+    let (epoch, later) = (epochs.next().unwrap(), epochs.next().unwrap());
+    let FrameHeader { target, keyset, .. } = index.header(&repository, later, 0).await.unwrap();
+    let keys = ring.open(&target, &keyset).await.unwrap();
+    let sealer = FrameSealer { signer: &fixture.writer.signer, key: keys.data().unwrap(), level: 1 };
+    let mut spans = Vec::new();
+    for seq in 1..=21 {
+        let header = index.header(&repository, epoch, seq).await.unwrap();
+        spans.push((header.span.start, header.span.end));
+        let wal = vec![0xEE; usize::try_from(header.span.end.0 - header.span.start.0).unwrap()];
+        let forged = sealer.encode(FrameHeader { keyset: keyset.clone(), ..header }, &wal).unwrap();
+        for store in &fixture.stores {
+            store.damage(&index.place(epoch, seq).key(), forged.clone()).await;
+        }
+    }
+    let (from, to) = (spans[2].0, spans[10].1);
+    let repository = fixture.reopen().await.unwrap();
+    let log = BranchLog::load(&repository, branch()).await;
+    let mut sink = |_: Lsn, _: &[u8]| Ok(ControlFlow::Continue(()));
+    let error = log.read(&repository, &ring, (from, to), &mut sink).await.unwrap_err();
+    assert!(error.to_string().contains("another keyset"), "{error}");
+    let alone = scrub::alone(&repository, &"a".parse().unwrap()).unwrap();
+    let error = scrub::read_need(&alone, (&log.index, &ring), &need(from.0, to.0), |_, _| Ok(())).await.unwrap_err();
+    assert!(error.to_string().contains("another keyset"), "{error}");
 }
 
 /// A SEAL may stand where another region holds WAL, and that region may be away.

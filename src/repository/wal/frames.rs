@@ -51,14 +51,14 @@ pub(in crate::repository) struct Frames<'a> {
 }
 
 impl<'a> Frames<'a> {
-    /// Opens the keyset of an epoch. An epoch has one; a frame that claims another does not open with it.
+    /// Opens the keyset of an epoch. A frame that claims another does not open with it.
     pub(in crate::repository) async fn open(
         means: Means<'a>,
         epoch: &EpochId,
         seqs: RangeInclusive<u64>,
     ) -> Result<Self> {
         let first = means.index.header(means.repository, epoch, *seqs.start()).await?;
-        let keyset = means.ring.open(&first.target, &first.keyset).await?;
+        let keyset = keyset_of(means, &first).await?;
         let (ahead, opened) = (VecDeque::new(), VecDeque::new());
         Ok(Self { means, epoch: epoch.clone(), keyset, seqs, ahead, opened, largest: first.body_bytes, expected: None })
     }
@@ -132,6 +132,26 @@ impl<'a> Frames<'a> {
         });
         AbortOnDropHandle::new(opened)
     }
+}
+
+/// The keyset of the epoch that a frame is of, opened. An epoch has one, and its first frame, which lies in no bundle, names it. The
+/// names of frames that do are free again after prune: whoever may write and sign could put WAL there under keys of his own,
+/// but hardly under those of an epoch that is over.
+///
+/// # Errors
+/// The frame names another keyset, or no key opens it.
+pub(in crate::repository) async fn keyset_of(means: Means<'_>, frame: &FrameHeader) -> Result<Arc<Keyset>> {
+    let FramePlace { epoch, .. } = &frame.place;
+    let first = means.index.epochs().get(epoch).and_then(|seqs| seqs.keys().next());
+    // One that is nowhere readable says nothing against the others.
+    if let Some(first) = first
+        && let Ok(born) = means.index.header(means.repository, epoch, *first).await
+        && (&born.target, &born.keyset) != (&frame.target, &frame.keyset)
+    {
+        let error = Error::damaged(format!("{} names another keyset than its epoch has", frame.place.key()));
+        return Err(error.hint("somebody wrote WAL that was not received: which signers are known? drctl status"));
+    }
+    means.ring.open(&frame.target, &frame.keyset).await
 }
 
 /// A whole frame from the first region that has it intact: signed, and in its place.

@@ -165,6 +165,30 @@ async fn frames_stay_when_the_bundle_has_others_in_their_place() {
     assert_eq!(scene.wal((1000, end)).await.unwrap() as u64, end - 1000);
 }
 
+/// Readers would have to guess which of two bundles is meant.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn frames_stay_while_another_bundle_claims_some_of_them() {
+    let mut scene = Scene::new(2).await;
+    let end = scene.long_epoch().await;
+    scene.drilled(2).await;
+    scene.fixture.clock.advance(DAY);
+    scene.bundle(true).await;
+    let (key, all) = (scene.bundles().await.remove(0), scene.frames(0).await);
+    let other = key.replace("0000000001-", "0000000005-");
+    scene.fixture.stores[1].damage(&other, b"nothing".to_vec()).await;
+    scene.fixture.clock.advance(DAY + 1);
+    let planned = scene.prune(Consent::Scheduled).await;
+    assert_eq!(planned.planned.amount.objects, 0);
+    assert!(planned.notes.iter().any(|note| note.contains(&key) && note.contains("another bundle")), "{planned:#?}");
+    scene.fixture.clock.advance(DAY + 1);
+    scene.prune(Consent::Scheduled).await;
+    assert_eq!((scene.frames(0).await, scene.frames(1).await), (all, all));
+    scene.fixture.stores[1].lose(&other).await;
+    scene.prune_twice().await;
+    assert_eq!((scene.frames(0).await, scene.frames(1).await), (all - 21, all - 21));
+    assert_eq!(scene.wal((1000, end)).await.unwrap() as u64, end - 1000);
+}
+
 /// The SEAL came too late in one region, and the other holds the frame.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn frames_stay_when_a_bundle_holds_the_seal_of_one_region_in_place_of_the_wal_of_the_other() {

@@ -3,12 +3,14 @@
 use super::{DAY, Scene, rules};
 use crate::jobs::prune::Consent;
 use crate::jobs::repair;
-use crate::model::BackupId;
+use crate::model::{BackupId, PruneId};
 use crate::repository::handle::Writer;
 use crate::repository::layout;
 use crate::repository::mend::Scope;
 use crate::repository::prune::spare;
-use crate::repository::testing::need;
+use crate::repository::records;
+use crate::repository::records::tombs::{self, Tomb};
+use crate::repository::testing::{Fixture, need};
 
 const SEGMENT: u64 = 16 << 20;
 
@@ -120,6 +122,47 @@ async fn nobody_speaks_for_a_sweep_that_may_be_at_work() {
     let spared = spare::after_dead_sweeps(&repository, &elsewhere).await.unwrap();
     assert!(spared.iter().eq(&ids[..3]), "{spared:?}");
     assert!(spare::after_dead_sweeps(&repository, &elsewhere).await.unwrap().is_empty());
+}
+
+/// Whoever may write can write a tomb, and some region may owe a COMMIT: that is no end of the backup.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_tomb_that_no_sweep_wrote_ends_no_backup_that_a_region_owes() {
+    let mut scene = Scene::of(Fixture::memory(3, 2).await, 10).await;
+    let ids = scene.drilled(4).await;
+    let (writer, at) = (&scene.fixture.writer, scene.fixture.writer.clock.now());
+    let forged = Tomb {
+        format: 1,
+        backup: ids[0].clone(),
+        target: ids[0].target().unwrap(),
+        prune: PruneId::new(at, writer.rng.as_ref()).unwrap(),
+        at,
+        why: String::new(),
+        keysets: Vec::new(),
+        wal: None,
+        host: "there".to_owned(),
+    };
+    let (repository, key) = (scene.fixture.reopen().await.unwrap(), forged.key());
+    records::put_everywhere(&repository, writer, (tombs::TOMB, &key), &forged).await.unwrap();
+    scene.fixture.stores[2].lose(&Scene::commit(&ids[0])).await;
+    assert_eq!(scene.exist().await, ids);
+    assert_eq!(scene.repair().await, [0, 0, 1]);
+    scene.is_whole().await;
+
+    // A sweep that dies after one COMMIT took nothing yet, and the next one takes it all.
+    scene.rules = rules(2);
+    scene.prune(Consent::None).await;
+    scene.fixture.clock.advance(DAY + 1);
+    scene.fixture.stores.iter().enumerate().for_each(|(at, store)| store.break_after_deletes(i64::from(at == 0)));
+    scene.try_prune(Consent::Scheduled).await.unwrap_err();
+    scene.fixture.stores.iter().for_each(|store| store.break_after_deletes(i64::MAX));
+    assert_eq!(scene.exist().await, ids);
+    assert_eq!(scene.repair().await, [1, 0, 0]);
+    scene.is_whole().await;
+    scene.fixture.clock.advance(2);
+    assert_eq!(scene.prune_twice().await.swept.unwrap().backups, ids[..2]);
+    assert_eq!(scene.exist().await, ids[2..]);
+    assert_eq!(scene.repair().await, [0, 0, 0]);
+    scene.is_whole().await;
 }
 
 /// A record that WAL is gone, while it is not, would keep repair from bringing it where it is missing.

@@ -19,6 +19,7 @@ use crate::repository::regions::Region;
 use crate::repository::wal::bundling::check_bundle;
 use crate::repository::wal::closing::frame_beside;
 use crate::repository::wal::frame::{Frame, FrameKind, FramePlace};
+use crate::repository::wal::frames::{Means, keyset_of};
 use crate::repository::wal::index::{self, BranchId, WalIndex, cover, windows};
 
 /// Level 2: the wraps of every keyset that seals WAL of a branch, in this region. No inventory lists them, and without one
@@ -192,15 +193,19 @@ pub async fn read_need(
     let stretches = cover(index, repository, &runs, (need.start_lsn, need.stop_lsn)).await?;
     let hole = |at| Error::not_found(format!("WAL is missing from {at} on"));
     for stretch in stretches.map_err(hole)? {
-        let mut at = stretch.from;
+        let (mut at, mut opened) = (stretch.from, None);
         for seq in stretch.first_seq..=stretch.last_seq {
             let frame = read_frame(repository, region, &index.place(&stretch.epoch, seq)).await?;
             let span = frame.header.span;
             if frame.header.kind == FrameKind::Seal {
                 return Err(Error::not_found(format!("{}: a SEAL has its name", frame.header.place.key())));
             }
-            let keyset = ring.open(&frame.header.target, &frame.header.keyset).await?;
-            let key = keyset.data().ok_or_else(|| Error::new(Kind::NoKey, "the keyset has no data secret"))?;
+            let keyset = match opened.take() {
+                Some(keyset) => keyset,
+                None => keyset_of(Means { index, repository, ring }, &frame.header).await?,
+            };
+            let key =
+                opened.insert(keyset).data().ok_or_else(|| Error::new(Kind::NoKey, "the keyset has no data secret"))?;
             let wal = frame.open(key)?;
             let end = span.end.min(stretch.to);
             if span.start > at {

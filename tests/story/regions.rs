@@ -213,7 +213,8 @@ async fn restore_while_alpha_breaks(rig: &Rig3, broken: Mode) {
     // Slowly, so that there is a middle to break in.
     rig.alpha.objects.set(Mode::Delay(Duration::from_millis(2))).await;
     let restore = rig.execute(&directory, &[], plan["digest"].as_str().unwrap()).spawn();
-    break_after(&rig.alpha.objects, MIB, broken).await;
+    // Early, so that enough is left: small requests get through a crawl.
+    break_after(&rig.alpha.objects, MIB / 4, broken).await;
     let report = restore.wait().await.ok().json();
     let incidents = report["incidents"].as_array().unwrap();
     assert!(!incidents.is_empty() && incidents.iter().all(|incident| incident["region"] == "alpha"), "{report}");

@@ -1,5 +1,6 @@
 //! What can be restored, region by region: backups, the WAL that goes on from them, and how far it reaches in time.
 
+mod lost;
 pub mod scrub;
 pub mod shares;
 
@@ -14,6 +15,7 @@ use crate::repository::handle::Repository;
 use crate::repository::inventory::InventoryLine;
 use crate::repository::survey::scrub::branches_of;
 use crate::repository::survey::shares::Share;
+use crate::repository::wal::gaps::Gap;
 use crate::repository::wal::index::{BranchId, Run, WalIndex, Window, windows};
 
 /// Headers read backwards in search of a commit: a quiet server ships many frames without one.
@@ -37,6 +39,8 @@ pub struct BranchSurvey {
     pub regions: Vec<(RegionName, std::result::Result<Vec<Reach>, String>)>,
     /// The windows of all regions together.
     pub union: Vec<Reach>,
+    /// What was stored and is in no region any more.
+    pub lost: Vec<Gap>,
 }
 
 /// Everything that is known of a target without opening anything.
@@ -124,7 +128,8 @@ async fn survey_branch(repository: &Repository, branch: BranchId) -> BranchSurve
         regions.push((region.name.clone(), reach));
     }
     let union = reaches(repository, &index, None).await;
-    BranchSurvey { branch, regions, union }
+    let lost = lost::holes(repository, &index).await;
+    BranchSurvey { branch, regions, union, lost }
 }
 
 async fn reaches(repository: &Repository, index: &WalIndex, region: Option<&RegionName>) -> Vec<Reach> {

@@ -27,6 +27,7 @@ use crate::repository::records::tombs;
 use crate::repository::regions::Region;
 use crate::repository::restore::check_files;
 use crate::repository::restore::streams::StoredStreams;
+use crate::repository::survey::lost::has_holes;
 use crate::repository::trust::Trust;
 use crate::repository::wal::bundling::check_bundle;
 use crate::repository::wal::closing::frame_beside;
@@ -255,10 +256,6 @@ pub async fn missing_frames(
         return problems;
     }
     let lacks = |held: &BTreeSet<RegionName>| !held.contains(&region.name);
-    let has_holes = |seqs: &BTreeMap<u64, BTreeSet<RegionName>>| {
-        let ends = seqs.first_key_value().zip(seqs.last_key_value());
-        ends.is_some_and(|((first, _), (last, _))| last - first >= seqs.len() as u64)
-    };
     if !index.epochs().values().any(|seqs| has_holes(seqs) || seqs.values().any(lacks)) {
         return problems;
     }

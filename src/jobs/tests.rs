@@ -11,13 +11,16 @@ use chrono::{DateTime, TimeDelta, Utc};
 use crate::codec::SystemRng;
 use crate::jobs::verify::{Level, Options};
 use crate::jobs::{Context, Levels, ScratchPlace, list, repair, show, status, verify};
-use crate::model::Clock;
+use crate::model::{Clock, Lsn};
 use crate::notify::Courier;
 use crate::observe::progress::Progress;
 use crate::repository::mend::Scope;
+use crate::repository::regions::fan_out::{FanOut, Patience};
 use crate::repository::survey::State;
 use crate::repository::survey::scrub::Trouble;
-use crate::repository::testing::{Fault, Fixture, Made, need, tiny};
+use crate::repository::testing::{Fault, Fixture, Made, log, need, tiny};
+use crate::repository::wal::gaps::{self, Gap};
+use crate::repository::wal::index::WalIndex;
 
 pub(super) async fn context(fixture: &Fixture) -> Context {
     let repository = fixture.reopen().await.unwrap();
@@ -232,6 +235,47 @@ async fn a_backup_from_the_future_is_a_problem() {
     context.clock = Arc::new(Behind(Arc::clone(&context.clock)));
     let report = status::run(&context, &[]).await.unwrap();
     assert!(of_clock(&report) && report.is_violated(), "{report:#?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_recorded_gap_that_nobody_can_read_is_a_problem() {
+    let fixture = tiny(2, 2).await;
+    let out = FanOut::new(&fixture.repository.regions, Patience::WAL);
+    let now = fixture.writer.clock.now();
+    let gap = Gap::new(&log().target, &log().branch_id(), (Lsn(1090), Lsn(1200)), "the slot was lost", now);
+    gaps::record(&fixture.repository, &fixture.writer, &gap, &out).await.unwrap();
+    out.drain().await;
+    for store in &fixture.stores {
+        store.damage(&gap.key(), b"rot".to_vec()).await;
+    }
+    let report = status::run(&context(&fixture).await, &[]).await.unwrap();
+    let told = |what: &String| what.starts_with("a recorded gap is not readable: ");
+    assert!(report.targets[0].problems.iter().any(told), "{report:#?}");
+}
+
+/// Whoever deleted it recorded nothing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn wal_that_is_in_no_region_any_more_is_a_gap_until_a_backup_begins_behind_it() {
+    let fixture = tiny(3, 2).await;
+    fixture.epoch(1090, &[10, 20, 30, 40], true).await;
+    let gaps = async || {
+        let report = status::run(&context(&fixture).await, &[]).await.unwrap();
+        let gaps: Vec<(Lsn, Lsn)> = report.targets[0].gaps.iter().map(|gap| (gap.from, gap.to)).collect();
+        (gaps, report.is_violated())
+    };
+    let index = WalIndex::load(&fixture.repository.regions, log().branch_id()).await;
+    let (epoch, _) = index.epochs().iter().find(|(_, seqs)| seqs.len() == 5).unwrap();
+    let lost = [2, 3].map(|seq| index.place(epoch, seq).key());
+    for (at, store) in fixture.stores.iter().enumerate() {
+        assert_eq!(gaps().await.0, [], "{at} regions lost it");
+        for key in &lost {
+            store.lose(key).await;
+        }
+    }
+    assert_eq!(gaps().await, (vec![(Lsn(1120), Lsn(1190))], true));
+    // Another epoch holds the same.
+    fixture.epoch(1120, &[70], true).await;
+    assert_eq!(gaps().await.0, []);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -163,7 +163,12 @@ async fn open_gaps(repository: &Repository, survey: &Survey) -> Option<f64> {
             commits().any(|commit| commit.wal.as_ref().is_some_and(|need| gap.is_before(need, commit.started_at)))
         };
         let is_stored = |from, to| branch.union.iter().any(|reach| reach.window.covers(from, to));
-        open += gaps.iter().filter(|gap| !crossed(gap) && gap.is_open(is_stored)).map(|_| 1.0).sum::<f64>();
+        open += gaps
+            .iter()
+            .chain(&branch.lost)
+            .filter(|gap| !crossed(gap) && gap.is_open(is_stored))
+            .map(|_| 1.0)
+            .sum::<f64>();
     }
     (!survey.branches.is_empty()).then_some(open)
 }

@@ -222,7 +222,7 @@ impl TargetStatus {
             let (gaps, unknown) = gaps::read(&context.repository, &branch.branch).await?;
             self.problems.extend(unknown.iter().map(|error| format!("a recorded gap is not readable: {error}")));
             let is_stored = |from, to| branch.union.iter().any(|reach| reach.window.covers(from, to));
-            let open = gaps.into_iter().filter(|gap| gap.is_open(is_stored));
+            let open = gaps.into_iter().chain(branch.lost.iter().cloned()).filter(|gap| gap.is_open(is_stored));
             let open = open.filter(|gap| newest.is_none_or(|(need, began)| !gap.is_before(need, began)));
             self.gaps.extend(open.map(|gap| OpenGap {
                 timeline: gap.timeline,

@@ -64,7 +64,8 @@ async fn run(fixture: &Fixture) -> Run {
 fn frame(start: u64, end: u64) -> Frame {
     let marks = Marks { first_record: Some(Lsn(start)), last_record: Some((Lsn(start), Lsn(end))), commits: None };
     let wal = vec![1; usize::try_from(end - start).unwrap()];
-    Frame { log: log(), session: 1, chunk: Chunk { start: Lsn(start), wal, marks, at_boundary: true } }
+    let chunk = Chunk { start: Lsn(start), wal, marks, at_boundary: true };
+    Frame { log: log(), session: 1, is_newest: true, chunk }
 }
 
 fn old(lsn: u64) -> Start {

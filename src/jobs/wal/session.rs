@@ -69,6 +69,7 @@ pub(super) struct Session {
     seam: Option<Seam>,
     /// Whether commits wait for what this stream reports.
     sync: bool,
+    is_newest: bool,
     asked: Asked,
 }
 
@@ -82,7 +83,19 @@ impl Session {
         durable: Lsn,
     ) -> Self {
         let asked = Asked::default();
-        Self { number, log, start, stream, buffer, since: None, durable, seam: None, sync: false, asked }
+        Self {
+            number,
+            log,
+            start,
+            stream,
+            buffer,
+            since: None,
+            durable,
+            seam: None,
+            sync: false,
+            is_newest: true,
+            asked,
+        }
     }
 
     /// The same, which begins before the end of what is stored. Nothing is acknowledged before that is met.
@@ -94,6 +107,11 @@ impl Session {
     /// The same, for a server that lets commits wait.
     pub(super) fn synchronous(self, sync: bool) -> Self {
         Self { sync, ..self }
+    }
+
+    /// The same, on a timeline that the server is still on or not.
+    pub(super) fn newest(self, is_newest: bool) -> Self {
+        Self { is_newest, ..self }
     }
 
     /// Where to go on when this session is over.
@@ -168,7 +186,7 @@ impl Session {
     fn frame(&mut self, take: impl FnOnce(&mut Buffer) -> Option<Chunk>) -> Option<Frame> {
         let chunk = take(&mut self.buffer)?;
         self.since = (self.buffer.len() > 0).then(Instant::now);
-        Some(Frame { log: self.log.clone(), session: self.number, chunk })
+        Some(Frame { log: self.log.clone(), session: self.number, is_newest: self.is_newest, chunk })
     }
 
     /// Tells where we are and asks the server for a word, unless one is on its way.

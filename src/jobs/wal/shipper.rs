@@ -43,6 +43,8 @@ pub(super) struct Frame {
     pub(super) log: Log,
     /// The connection that brought it; an epoch holds the WAL of one connection.
     pub(super) session: u64,
+    /// Whether the server was on this timeline when the connection began, rather than to have left it itself.
+    pub(super) is_newest: bool,
     /// Its bytes.
     pub(super) chunk: Chunk,
 }
@@ -300,7 +302,7 @@ impl Shipper {
             let out = Arc::clone(&self.means.out);
             match Epoch::open(&self.repository, &self.writer, place, self.level, out).await {
                 Ok(mut epoch) => {
-                    let left = self.claim(&mut epoch).await?;
+                    let left = self.claim(&mut epoch, frame.is_newest).await?;
                     let (session, since) = (frame.session, self.writer.clock.monotonic());
                     return Ok(Open { epoch, session, since, left });
                 }
@@ -311,8 +313,9 @@ impl Shipper {
         }
     }
 
-    /// Only stream epochs have one owner at a time. Says where their timeline was left.
-    async fn claim(&mut self, epoch: &mut Epoch) -> Result<Option<Successor>> {
+    /// Only stream epochs have one owner at a time. Says where others left their timeline, unless it is history of a server that
+    /// goes on elsewhere.
+    async fn claim(&mut self, epoch: &mut Epoch, is_newest: bool) -> Result<Option<Successor>> {
         let mut pause = FIRST_PAUSE;
         if self.kind != EpochKind::Stream {
             return Ok(None);
@@ -320,7 +323,8 @@ impl Shipper {
         let (known, branch) = (Arc::clone(&self.means.known), epoch.log().branch_id());
         loop {
             let claimed = match epoch.claim(&known).await {
-                Ok(()) => left(&self.repository, &branch, &known).await,
+                Ok(()) if is_newest => left(&self.repository, &branch, &known).await,
+                Ok(()) => Ok(None),
                 Err(error) => Err(error),
             };
             match claimed {
@@ -368,7 +372,8 @@ mod tests {
     fn frame(start: u64, end: u64, at_boundary: bool) -> Frame {
         let marks = Marks { first_record: Some(Lsn(start)), last_record: Some((Lsn(start), Lsn(end))), commits: None };
         let wal = (start..end).map(|at| at.to_le_bytes()[0]).collect();
-        Frame { log: log(), session: 1, chunk: Chunk { start: Lsn(start), wal, marks, at_boundary } }
+        let chunk = Chunk { start: Lsn(start), wal, marks, at_boundary };
+        Frame { log: log(), session: 1, is_newest: true, chunk }
     }
 
     async fn shipped(handle: &ShipperHandle, means: &Means, frame: Frame) -> EpochId {
@@ -432,10 +437,13 @@ mod tests {
 
         fixture.clock.advance(25 * 3600);
         assert_ne!(shipped(&handle, &means, frame(1040, 1120, true)).await, first, "up to there both have the same");
+        // What a server that was promoted further on has of the old timeline is its history.
+        let history = Frame { session: 2, is_newest: false, ..frame(1120, 1160, true) };
+        assert_ne!(shipped(&handle, &means, history).await, first);
         let room = handle.room(40).await.unwrap();
-        handle.ship(frame(1120, 1160, true), room);
+        handle.ship(Frame { session: 3, ..frame(1160, 1200, true) }, room);
         let ended = handle.finish().await.unwrap_err();
         assert!(ended.message().contains("timeline 1 was left at 0/460: timeline 2 is stored"), "{ended:?}");
-        assert_eq!(means.shipped.borrow().durable, Lsn(1120));
+        assert_eq!(means.shipped.borrow().durable, Lsn(1160));
     }
 }

@@ -1,6 +1,7 @@
 //! What can be restored, region by region: backups, the WAL that goes on from them, and how far it reaches in time.
 
 pub mod beside;
+mod lost;
 pub mod scrub;
 pub mod shares;
 
@@ -15,6 +16,7 @@ use crate::repository::handle::Repository;
 use crate::repository::inventory::InventoryLine;
 use crate::repository::survey::scrub::branches_of;
 use crate::repository::survey::shares::Share;
+use crate::repository::wal::gaps::Gap;
 use crate::repository::wal::index::{BranchId, Run, WalIndex, Window, windows};
 
 /// Headers read backwards in search of a commit: a quiet server ships many frames without one.
@@ -38,6 +40,8 @@ pub struct BranchSurvey {
     pub regions: Vec<(RegionName, std::result::Result<Vec<Reach>, String>)>,
     /// The windows of all regions together.
     pub union: Vec<Reach>,
+    /// What was stored and is in no region any more.
+    pub lost: Vec<Gap>,
 }
 
 /// Everything that is known of a target without opening anything.
@@ -125,7 +129,8 @@ async fn survey_branch(repository: &Repository, branch: BranchId) -> BranchSurve
         regions.push((region.name.clone(), reach));
     }
     let union = reaches(repository, &index, None).await;
-    BranchSurvey { branch, regions, union }
+    let lost = lost::holes(repository, &index).await;
+    BranchSurvey { branch, regions, union, lost }
 }
 
 async fn reaches(repository: &Repository, index: &WalIndex, region: Option<&RegionName>) -> Vec<Reach> {

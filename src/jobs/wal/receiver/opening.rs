@@ -49,7 +49,8 @@ impl Run {
         if let Some(tracker) = &mut self.tracker {
             tracker.begin(&log, stored);
         }
-        let session = Session::new((self.sessions, log), start, stream, Buffer::new(walker), durable);
+        let is_newest = server.branches().first() == Some(&start.branch);
+        let session = Session::new((self.sessions, log), start, stream, Buffer::new(walker), durable).newest(is_newest);
         Ok(session.towards(seam).synchronous(self.target.sync && self.kind == EpochKind::Stream))
     }
 

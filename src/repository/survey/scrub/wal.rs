@@ -16,6 +16,7 @@ use crate::repository::keysets::{self, KeyRing};
 use crate::repository::layout;
 use crate::repository::records::tombs;
 use crate::repository::regions::Region;
+use crate::repository::survey::lost::has_holes;
 use crate::repository::wal::bundling::check_bundle;
 use crate::repository::wal::closing::frame_beside;
 use crate::repository::wal::frame::{Frame, FrameKind, FramePlace};
@@ -111,10 +112,6 @@ pub async fn missing_frames(
         return problems;
     }
     let lacks = |held: &BTreeSet<RegionName>| !held.contains(&region.name);
-    let has_holes = |seqs: &BTreeMap<u64, BTreeSet<RegionName>>| {
-        let ends = seqs.first_key_value().zip(seqs.last_key_value());
-        ends.is_some_and(|((first, _), (last, _))| last - first >= seqs.len() as u64)
-    };
     if !index.epochs().values().any(|seqs| has_holes(seqs) || seqs.values().any(lacks)) {
         return problems;
     }

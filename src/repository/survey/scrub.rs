@@ -263,7 +263,8 @@ pub async fn missing_frames(
     if !index.epochs().values().any(|seqs| has_holes(seqs) || seqs.values().any(lacks)) {
         return problems;
     }
-    // What prune took here first, and not yet elsewhere, is not lacking.
+    // What prune took here first, and not yet elsewhere, is not lacking; what as many regions hold as acknowledged it may be.
+    let enough = repository.regions.lowest_quorum();
     let BranchId { system_id, timeline, branch } = index.branch();
     let cuts = tombs::cuts(repository, (*system_id, *timeline, branch)).await.unwrap_or_default();
     for (epoch, seqs) in index.epochs() {
@@ -274,8 +275,11 @@ pub async fn missing_frames(
             let what = format!("{} WAL frames are in no region", lost.len());
             problems.push(Problem::new(region, index.place(epoch, *first).key(), Trouble::Damaged, what));
         }
-        let mut missing: Vec<_> =
-            seqs.iter().filter(|(seq, held)| **seq >= cut && lacks(held)).map(|(seq, _)| *seq).collect();
+        let mut missing: Vec<_> = seqs
+            .iter()
+            .filter(|(seq, held)| (**seq >= cut || held.len() >= enough) && lacks(held))
+            .map(|(seq, _)| *seq)
+            .collect();
         let (Some(first), Some((last, _))) = (missing.first().copied(), seqs.last_key_value()) else { continue };
         let written = index.header(repository, epoch, *last).await.map(|header| header.written_at);
         let is_young = written.is_ok_and(|at| (now - at).num_seconds() < 60);

@@ -38,10 +38,13 @@ pub(in crate::repository) struct Bundled {
     known: Mutex<Known>,
 }
 
+/// First and last frame → when it was stored.
+type Bundles = BTreeMap<(u64, u64), Option<DateTime<Utc>>>;
+
 #[derive(Debug, Default)]
 struct Known {
-    /// What the names of an epoch's frames begin with → the bundles in it, first and last → when they were stored.
-    bundles: BTreeMap<String, BTreeMap<(u64, u64), Option<DateTime<Utc>>>>,
+    /// What the names of an epoch's frames begin with → the bundles in it.
+    bundles: BTreeMap<String, Bundles>,
     searches: BTreeMap<String, Search>,
     heads: VecDeque<(String, Contents)>,
     whole: VecDeque<(String, Whole)>,

@@ -66,6 +66,7 @@ impl Mender<'_> {
             items.entry(key.clone()).or_insert_with(new);
         }
         note_bundled(&mut items);
+        items.retain(|key, item| !self.is_gone(key, item));
         Ok(items.into_values().collect())
     }
 
@@ -82,8 +83,7 @@ impl Mender<'_> {
         if let Some(line) = self.closure.lines.get(key) {
             return Some(Proof::Listed(line.clone()));
         }
-        // What prune left in one region is not lacking in the others.
-        if self.pruned.is_idle(key) || self.pruned.covers(key, |keyset| self.closure.has_keyset(keyset)) {
+        if self.pruned.is_idle(key) {
             return None;
         }
         let class = key.split('/').next().unwrap_or_default();
@@ -98,6 +98,14 @@ impl Mender<'_> {
             "escape" | "gaps" | "keysets" => Some(Proof::Majority),
             _ => Some(Proof::Own),
         }
+    }
+
+    /// What prune left in one region is not lacking in the others. What as many regions hold as have to hold what is acknowledged
+    /// may be garbage that the next prune takes; or whoever may write said that it is gone, and another region lost it.
+    fn is_gone(&self, key: &str, item: &Item) -> bool {
+        let held = item.held.keys().chain(&item.bundled).collect::<BTreeSet<_>>().len();
+        let few = held < self.repository.regions.lowest_quorum();
+        few && self.pruned.covers(key, |keyset| self.closure.has_keyset(keyset))
     }
 }
 

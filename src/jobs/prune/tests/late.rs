@@ -1,15 +1,18 @@
 //! What comes between a plan and its sweep, or in the middle of one: a pin, a lock.
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::time::Duration;
 
-use chrono::TimeDelta;
+use chrono::{DateTime, TimeDelta, Utc};
 
 use super::{DAY, Scene, noise};
 use crate::jobs::pin::{self, Reason};
-use crate::jobs::prune::Consent;
+use crate::jobs::prune::{Consent, Options, run};
 use crate::model::retention::Verdict;
-use crate::model::{Lsn, Result};
-use crate::repository::testing::{Made, log, need};
+use crate::model::{Clock, Lsn, Result};
+use crate::repository::handle::Writer;
+use crate::repository::testing::{Fault, Made, TestClock, log, need};
 use crate::repository::wal::index::BranchId;
 use crate::repository::wal::reader::BranchLog;
 use crate::store::ObjectStore as _;
@@ -206,4 +209,46 @@ async fn a_region_that_does_not_say_what_is_locked_refuses_the_run() {
     assert_eq!(scene.exist().await, ids);
     scene.fixture.stores[1].hide_locks(false);
     assert_eq!(scene.prune(Consent::Scheduled).await.swept.unwrap().backups, ids[..1]);
+}
+
+/// A host that slept counts no time meanwhile; writers took its sweep for dead after six hours, and lean on what it was about to
+/// take.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sweep_that_slept_takes_nothing_any_more() {
+    let mut scene = Scene::new(2).await;
+    let ids = scene.drilled(4).await;
+    scene.prune(Consent::None).await;
+    scene.fixture.clock.advance(DAY + 1);
+    let mut context = scene.context().await;
+    context.clock = Arc::new(Asleep(Arc::clone(&scene.fixture.clock)));
+    context.writer = Some(Writer { clock: Arc::clone(&context.clock), ..scene.fixture.writer.clone() });
+    let scheduled = Options { dry_run: false, consent: Consent::Scheduled };
+    scene.fixture.stores.iter().for_each(|store| store.set(Fault::Slow(Duration::from_millis(5))));
+    let sleeps = async {
+        while !scene.names(0).await.iter().any(|key| key.starts_with("pruned/backups/")) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        scene.fixture.clock.advance(7 * 3600);
+    };
+    let (done, ()) = tokio::join!(run(&context, &scheduled), sleeps);
+    scene.fixture.stores.iter().for_each(|store| store.set(Fault::None));
+    let error = done.unwrap_err();
+    assert!(error.to_string().contains("takes too long"), "{error}");
+    assert_eq!(scene.exist().await, ids);
+    scene.is_whole().await;
+    assert_eq!(scene.prune_twice().await.swept.unwrap().backups, ids[..2]);
+}
+
+/// What a host shows that is asleep whenever nobody looks: the time is right, and none passes.
+#[derive(Debug)]
+struct Asleep(Arc<TestClock>);
+
+impl Clock for Asleep {
+    fn now(&self) -> DateTime<Utc> {
+        self.0.now()
+    }
+
+    fn monotonic(&self) -> Duration {
+        Duration::ZERO
+    }
 }

@@ -3,14 +3,16 @@
 use super::{DAY, Scene, rules};
 use crate::jobs::prune::Consent;
 use crate::jobs::repair;
+use crate::jobs::verify::{self, Level};
 use crate::model::{BackupId, PruneId};
 use crate::repository::handle::Writer;
 use crate::repository::layout;
 use crate::repository::mend::Scope;
 use crate::repository::prune::spare;
 use crate::repository::records;
-use crate::repository::records::tombs::{self, Tomb};
-use crate::repository::testing::{Fixture, need};
+use crate::repository::records::tombs::{self, Tomb, WalCut};
+use crate::repository::testing::{Fixture, log, need};
+use crate::repository::wal::frame::{Frame, FramePlace};
 
 const SEGMENT: u64 = 16 << 20;
 
@@ -188,5 +190,41 @@ async fn no_wal_is_called_gone_before_it_goes() {
     scene.fixture.clock.advance(2);
     assert_eq!(scene.prune_twice().await.swept.unwrap().backups.len(), 3);
     assert!(!scene.below(0, "pruned/wal/").await.is_empty());
+    scene.is_whole().await;
+}
+
+/// Nor where whoever may write says so: what enough regions hold was acknowledged.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cut_that_no_sweep_wrote_keeps_no_wal_from_a_region_that_lost_it() {
+    let mut scene = Scene::of(Fixture::memory(3, 2).await, 10).await;
+    scene.drilled(2).await;
+    let frame = scene.below(2, "wal/").await.remove(0);
+    let place = FramePlace::parse(&frame).unwrap();
+    let (writer, at) = (&scene.fixture.writer, scene.fixture.writer.clock.now());
+    let repository = scene.fixture.reopen().await.unwrap();
+    let bytes = scene.fixture.stores[2].contents().await.into_iter().find(|(key, _)| *key == frame).unwrap().1;
+    let keyset = Frame::header(&bytes, &repository.id, &place, &repository.trust).unwrap().keyset;
+    let FramePlace { system_id, timeline, branch, epoch, .. } = place;
+    let cut = WalCut {
+        format: 1,
+        target: log().target,
+        system_id,
+        timeline,
+        branch,
+        epoch,
+        before: 1000,
+        keyset: Some(keyset.clone()),
+        prune: PruneId::new(at, writer.rng.as_ref()).unwrap(),
+        at,
+    };
+    records::put_everywhere(&repository, writer, (tombs::CUT, &cut.key()), &cut).await.unwrap();
+    let wrap = scene.below(2, &layout::keyset(&log().target, &keyset)).await.remove(0);
+    for key in [&frame, &wrap] {
+        scene.fixture.stores[2].lose(key).await;
+    }
+    let options = verify::Options { what: None, level: Level::L1, region: None, scrub: false };
+    let report = verify::run(&scene.context().await, &options).await.unwrap();
+    assert!(report.wal.iter().any(|wal| wal.problems.iter().any(|problem| problem.key == frame)), "{report:#?}");
+    assert_eq!(scene.repair().await, [0, 0, 2]);
     scene.is_whole().await;
 }

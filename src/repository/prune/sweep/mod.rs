@@ -88,6 +88,9 @@ impl Swept {
     }
 }
 
+/// When a sweep began: by a clock that nobody sets, and by the one that writers go by.
+type Began = (Duration, DateTime<Utc>);
+
 /// What became of one version.
 enum Removal {
     Done,
@@ -111,6 +114,7 @@ impl Sweep<'_> {
     pub async fn run(&self, items: Vec<Item>, known: Inventories, progress: &Phase) -> Result<Swept> {
         let began = self.writer.clock.monotonic();
         let begun = self.announce(&items).await?;
+        let began = (began, begun.at);
         let mut swept = Swept { id: Some(begun.id.clone()), ..Swept::default() };
         let done = self.work(&begun, items, (known, began), (&mut swept, progress)).await;
         let spared = self.spare(&begun).await;
@@ -122,7 +126,7 @@ impl Sweep<'_> {
         &self,
         begun: &Begun,
         items: Vec<Item>,
-        (known, began): (Inventories, Duration),
+        (known, began): (Inventories, Began),
         (swept, progress): (&mut Swept, &Phase),
     ) -> Result<()> {
         let wanted = items.len();
@@ -276,7 +280,7 @@ impl Sweep<'_> {
     async fn remove(
         &self,
         items: &[&Item],
-        began: Duration,
+        began: Began,
         (swept, progress): (&mut Swept, &Phase),
     ) -> Result<BTreeSet<String>> {
         let (mut locked, mut first_error) = (BTreeSet::new(), None);
@@ -311,8 +315,12 @@ impl Sweep<'_> {
         first_error.map_or(Ok(locked), Err)
     }
 
-    async fn delete(&self, item: &Item, began: Duration) -> Result<Removal> {
-        if self.writer.clock.monotonic().saturating_sub(began) > AT_MOST {
+    async fn delete(&self, item: &Item, began: Began) -> Result<Removal> {
+        let clock = &self.writer.clock;
+        // A host that sleeps counts no time meanwhile, and a clock may be set back.
+        let awake = clock.monotonic().saturating_sub(began.0);
+        let by_the_clock = (clock.now() - began.1).to_std().unwrap_or_default();
+        if awake.max(by_the_clock) > AT_MOST {
             return Err(Error::new(Kind::Failed, "the sweep takes too long; the next one goes on"));
         }
         let region = self.repository.regions.named(&item.region)?;

@@ -115,7 +115,6 @@ pub async fn missing_frames(
     if !index.epochs().values().any(|seqs| has_holes(seqs) || seqs.values().any(lacks)) {
         return problems;
     }
-    // What prune took here first, and not yet elsewhere, is not lacking.
     let BranchId { system_id, timeline, branch } = index.branch();
     let cuts = tombs::cuts(repository, (*system_id, *timeline, branch)).await.unwrap_or_default();
     for (epoch, seqs) in index.epochs() {
@@ -139,8 +138,11 @@ async fn lacking(
     (cut, now): (u64, DateTime<Utc>),
 ) -> Option<Problem> {
     let lacks = |held: &BTreeSet<RegionName>| !held.contains(&region.name);
-    let mut missing: Vec<_> =
-        seqs.iter().filter(|(seq, held)| **seq >= cut && lacks(held)).map(|(seq, _)| *seq).collect();
+    // What prune took here first, and not yet elsewhere, is not lacking; what as many regions hold as acknowledged it may be.
+    let enough = repository.regions.lowest_quorum();
+    let is_wanted = |seq: u64, held: &BTreeSet<RegionName>| seq >= cut || held.len() >= enough;
+    let wanted = seqs.iter().filter(|(seq, held)| is_wanted(**seq, held) && lacks(held));
+    let mut missing: Vec<_> = wanted.map(|(seq, _)| *seq).collect();
     let (first, (last, _)) = (missing.first().copied()?, seqs.last_key_value()?);
     let written = index.header(repository, epoch, *last).await.map(|header| header.written_at);
     let is_young = written.is_ok_and(|at| (now - at).num_seconds() < 60);

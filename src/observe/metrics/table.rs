@@ -151,7 +151,7 @@ table! {
         "Stored WAL that the standby has not replayed",
         absent "this host keeps no standby of the target, or nobody feeds it";
     WAL_GAPS = Gauge "drctl_wal_gaps" ["target"]
-        "Recorded gaps that nothing filled, and WAL stored in two versions, behind which no backup was begun yet: what came after cannot be restored until one is",
+        "Gaps that nothing filled (recorded, or because frames are in no region any more), and WAL stored in two versions, behind which no backup was begun yet: what came after cannot be restored until one is",
         absent "the target has no WAL in any region, or none could be read";
     WAL_CONFLICTS = Gauge "drctl_wal_conflicts" ["target"]
         "Timelines that servers which were promoted independently both chose, and behind which no backup was begun yet: a restore must be told which one counts",

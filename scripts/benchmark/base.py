@@ -180,7 +180,7 @@ def far_away(bench, drctl):
 
 def incrementals(bench):
     """10,000 uniform transactions before each; both contestants back up to one directory."""
-    count = 5 if bench.options.quick else 30
+    count = 4 if bench.options.quick else 30
     regions = {"a": bench.place("incremental-region")}
     ours = Drctl(bench.binary, bench.place("drctl-i"), bench.cluster, regions)
     peer = None

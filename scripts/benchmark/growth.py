@@ -67,7 +67,7 @@ def relations(bench):
 
 def backups(bench):
     """The next incremental with few and with many backups in the catalog."""
-    few = 3 if bench.options.quick else 20
+    few = 2 if bench.options.quick else 20
     measured, taken = [], 0
     cluster = small_cluster(bench, "backups")
     try:

@@ -120,7 +120,8 @@ def base(scratch, binary, options):
             # Restores of the peers to a bucket and of drctl to two are the same work as to one.
             who.pop("drctl two", None)
             if "restore" in wanted:
-                yield from restore_rows(bench, bench.restores(who, max(options.rounds, RESTORE_ROUNDS)))
+                least = 0 if options.quick else RESTORE_ROUNDS
+                yield from restore_rows(bench, bench.restores(who, max(options.rounds, least)))
             if "far" in wanted:
                 yield from far_away(bench, who["drctl one"])
         if "incremental" in wanted:

@@ -20,6 +20,18 @@ pub fn place(path: &Path, bytes: &[u8], mode: u32) -> Result<(), DiskError> {
     sync_dir(parent(path))
 }
 
+/// As [`place`], for a file that belongs to the account and group given by number. Whoever reads it never finds it in other
+/// hands.
+///
+/// # Errors
+/// As [`place`], or the file cannot be given away.
+pub fn place_for(path: &Path, bytes: &[u8], mode: u32, (uid, gid): (u32, u32)) -> Result<(), DiskError> {
+    let temporary = write_beside(path, bytes, mode)?;
+    std::os::unix::fs::fchown(temporary.as_file(), Some(uid), Some(gid)).at("chown", path)?;
+    temporary.persist(path).map_err(|error| error.error).at("rename into", path)?;
+    sync_dir(parent(path))
+}
+
 /// Writes a whole file durably where nothing is yet.
 ///
 /// # Errors
@@ -186,6 +198,19 @@ mod tests {
         place(&path, b"two", 0o640).unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"two");
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o640);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file stays behind");
+    }
+
+    #[test]
+    fn a_file_is_in_the_right_hands_when_it_is_seen() {
+        use std::os::unix::fs::MetadataExt;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("record");
+        let own = fs::metadata(dir.path()).unwrap();
+        place_for(&path, b"one", 0o600, (own.uid(), own.gid())).unwrap();
+        let placed = fs::metadata(&path).unwrap();
+        assert_eq!((placed.uid(), placed.gid(), placed.mode() & 0o7777), (own.uid(), own.gid(), 0o600));
+        assert_eq!(fs::read(&path).unwrap(), b"one");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file stays behind");
     }
 

@@ -54,6 +54,7 @@ mod sabotage;
 mod soak;
 mod soak_base;
 mod soak_wal;
+mod staged;
 mod standby;
 mod streams;
 mod switchover;

@@ -1,4 +1,4 @@
-//! `drctl recovery-fetch`, the `restore_command` of a restore: it copies a staged WAL file, and needs no configuration,
+//! `drctl recovery-fetch`, the `restore_command` of a restore: it gives PostgreSQL a staged WAL file, and needs no configuration,
 //! no network and no key.
 //!
 //! `Ok(Exit::Ok)`: the file is there. `Ok(Exit::Failed)`: the restore's plan lists it as absent, and only then.
@@ -31,7 +31,7 @@ pub struct Args {
 /// Any doubt.
 pub fn run(args: Args) -> Result<Exit> {
     Ok(match feed::fetch(&args.dir, &args.file, &args.destination)? {
-        Fetched::Copied => Exit::Ok,
+        Fetched::Given => Exit::Ok,
         Fetched::Absent => Exit::Failed,
     })
 }

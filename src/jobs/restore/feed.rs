@@ -4,6 +4,7 @@
 //! PostgreSQL takes every exit code from 1 to 125 for the end of the archive and opens the database without a word. So
 //! "absent" is said only of what the plan itself leaves out; everything else waits or is an error.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -12,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::disk::lock::Lock;
 use crate::disk::{DiskError, place};
 use crate::model::{Error, Result, ResultExt, SegmentName, Timeline, WalSegmentSize};
+use crate::pg::instance::User;
 
 /// The record's file name.
 pub const STAGING_FILE: &str = "staging.json";
@@ -24,8 +26,12 @@ const POLL: Duration = Duration::from_millis(5);
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Staging {
-    /// Whether everything is there.
+    /// Whether everything is there, durably.
     pub complete: bool,
+    /// The boot of the machine in which it is written, where the system numbers them. What is not complete may have lost
+    /// bytes when the machine went down, under whole names.
+    #[serde(default)]
+    pub boot: Option<String>,
     /// Bytes per segment.
     pub wal_segment_size: WalSegmentSize,
     /// The segments of the plan, ascending.
@@ -60,8 +66,8 @@ enum Planned {
 /// What became of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fetched {
-    /// It was copied.
-    Copied,
+    /// It is there.
+    Given,
     /// The plan lists it as absent.
     Absent,
 }
@@ -79,14 +85,18 @@ impl Staging {
             .map_err(|error| Error::damaged(format!("{} is not readable", path.display())).because(error))
     }
 
-    /// Writes the record durably.
+    /// Writes the record durably. PostgreSQL's account reads it at any moment.
     ///
     /// # Errors
     /// The disk's.
-    pub fn write(&self, directory: &Path) -> Result<()> {
+    pub fn write(&self, directory: &Path, owner: Option<User>) -> Result<()> {
         let bytes = serde_json::to_vec_pretty(self)
             .map_err(|error| Error::failed("encode the staging record").because(error))?;
-        Ok(place::place(&directory.join(STAGING_FILE), &bytes, 0o600)?)
+        let path = directory.join(STAGING_FILE);
+        Ok(match owner {
+            Some(User { uid, gid }) => place::place_for(&path, &bytes, 0o600, (uid, gid))?,
+            None => place::place(&path, &bytes, 0o600)?,
+        })
     }
 
     /// The segment files of the plan.
@@ -120,6 +130,11 @@ impl Staging {
     }
 }
 
+/// What names this boot of the machine, where the system does.
+pub fn boot_id() -> Option<String> {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok().map(|id| id.trim().to_owned())
+}
+
 /// `0000000A.history` → 10.
 fn history_timeline(file: &str) -> Option<u32> {
     let digits = file.strip_suffix(".history")?;
@@ -127,7 +142,7 @@ fn history_timeline(file: &str) -> Option<u32> {
     plain.then(|| u32::from_str_radix(digits, 16).ok()).flatten()
 }
 
-/// Copies `file` from the staging directory to `destination`, waiting for it while somebody stages.
+/// Gives `file` from the staging directory to `destination`, waiting for it while somebody stages.
 ///
 /// # Errors
 /// Any doubt: the plan does not know the file, the stager is gone, the disk fails.
@@ -141,10 +156,14 @@ pub fn fetch(directory: &Path, file: &str, destination: &Path) -> Result<Fetched
             Planned::Unknown => return Err(Error::failed(format!("the restore's plan does not know {file}"))),
             Planned::Staged => {}
         }
+        if !staging.complete && staging.boot != boot_id() {
+            let error = Error::failed(format!("the machine went down while WAL was staged: {file} may be torn"));
+            return Err(error.hint("run the restore again"));
+        }
         let is_staged_by_somebody = is_locked(&directory.join(LOCK_FILE))?;
         if source.exists() {
             give(&source, destination).during(|| format!("hand over {file}"))?;
-            return Ok(Fetched::Copied);
+            return Ok(Fetched::Given);
         }
         if staging.complete {
             return Err(Error::failed(format!("{file} was staged and is gone from {}", directory.display())));
@@ -165,11 +184,27 @@ fn is_locked(path: &Path) -> Result<bool> {
     }
 }
 
-/// A reader sees the whole file or none. Not fsynced: PostgreSQL asks again after a crash.
+/// Gives the file a second name, which costs nothing, or copies it where it cannot have one.
 ///
-/// A copy, and no second name: PostgreSQL writes into a segment that it was given once it uses the file again for new WAL, and
-/// the staged one must stay what it is.
+/// The staged name stays: PostgreSQL asks again for the last segment before it promotes, and after a crash. What the name leads
+/// to stays, too, for as long as it is asked for: PostgreSQL reuses the files of segments behind it, but writes no WAL into
+/// them before it has removed recovery.signal, and then never calls `restore_command` again.
 fn give(source: &Path, destination: &Path) -> Result<()> {
+    let io = |error| Error::from(DiskError::new("put", destination, error));
+    match std::fs::remove_file(destination) {
+        Err(error) if error.kind() != ErrorKind::NotFound => return Err(io(error)),
+        _ => {}
+    }
+    match std::fs::hard_link(source, destination) {
+        Ok(()) => Ok(()),
+        // Another file system, one without links, or a system that lets only owners make them.
+        Err(error) if error.kind() != ErrorKind::AlreadyExists => copy(source, destination),
+        Err(error) => Err(io(error)),
+    }
+}
+
+/// A reader sees the whole file or none. Not fsynced: PostgreSQL does it.
+fn copy(source: &Path, destination: &Path) -> Result<()> {
     let parent: PathBuf = match destination.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
         _ => PathBuf::from("."),
@@ -189,6 +224,7 @@ mod tests {
         let range = |timeline, first, last| SegmentRange { timeline: Timeline(timeline), first, last };
         Staging {
             complete,
+            boot: boot_id(),
             wal_segment_size: WalSegmentSize::DEFAULT,
             segments: vec![range(1, 2, 4), range(2, 5, 6)],
             histories: vec!["00000002.history".to_owned()],
@@ -223,13 +259,13 @@ mod tests {
     }
 
     #[test]
-    fn a_staged_file_is_copied_and_stays() {
+    fn a_staged_file_is_given_and_stays() {
         let dir = tempfile::tempdir().unwrap();
-        staging(true).write(dir.path()).unwrap();
+        staging(true).write(dir.path(), None).unwrap();
         place::place(&dir.path().join(segment(1, 3)), b"wal", 0o600).unwrap();
         let destination = dir.path().join("RECOVERYXLOG");
         for _ in 0..2 {
-            assert_eq!(fetch(dir.path(), &segment(1, 3), &destination).unwrap(), Fetched::Copied);
+            assert_eq!(fetch(dir.path(), &segment(1, 3), &destination).unwrap(), Fetched::Given);
             assert_eq!(std::fs::read(&destination).unwrap(), b"wal");
             let names = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name());
             assert_eq!(names.filter(|name| name.to_string_lossy().starts_with(".drctl-")).count(), 0);
@@ -241,9 +277,23 @@ mod tests {
     }
 
     #[test]
+    fn what_was_not_durable_when_the_machine_went_down_is_not_given() {
+        let dir = tempfile::tempdir().unwrap();
+        let before = |complete| Staging { boot: Some("another boot".to_owned()), ..staging(complete) };
+        place::place(&dir.path().join(segment(1, 3)), b"wal", 0o600).unwrap();
+        let destination = dir.path().join("RECOVERYXLOG");
+        before(false).write(dir.path(), None).unwrap();
+        let torn = fetch(dir.path(), &segment(1, 3), &destination).unwrap_err();
+        assert!(torn.message().contains("went down"), "{torn}");
+        assert!(!destination.exists());
+        before(true).write(dir.path(), None).unwrap();
+        assert_eq!(fetch(dir.path(), &segment(1, 3), &destination).unwrap(), Fetched::Given);
+    }
+
+    #[test]
     fn a_file_is_waited_for_while_somebody_stages_and_not_longer() {
         let dir = tempfile::tempdir().unwrap();
-        staging(false).write(dir.path()).unwrap();
+        staging(false).write(dir.path(), None).unwrap();
         let destination = dir.path().join("RECOVERYXLOG");
         let gone = fetch(dir.path(), &segment(1, 2), &destination).unwrap_err();
         assert!(gone.message().contains("gone"), "{gone}");
@@ -253,7 +303,7 @@ mod tests {
         std::thread::sleep(POLL * 5);
         assert!(!waiting.is_finished());
         place::place(&dir.path().join(segment(1, 2)), b"late", 0o600).unwrap();
-        assert_eq!(waiting.join().unwrap().unwrap(), Fetched::Copied);
+        assert_eq!(waiting.join().unwrap().unwrap(), Fetched::Given);
         let (path, to) = (dir.path().to_owned(), destination);
         let waiting = std::thread::spawn(move || fetch(&path, &segment(1, 4), &to));
         std::thread::sleep(POLL * 5);

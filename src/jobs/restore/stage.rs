@@ -13,7 +13,7 @@ use tokio::task::JoinHandle;
 use crate::disk::lock::Lock;
 use crate::disk::{DiskError, place};
 use crate::jobs::context::Context;
-use crate::jobs::restore::feed::{LOCK_FILE, SegmentRange, Staging};
+use crate::jobs::restore::feed::{LOCK_FILE, SegmentRange, Staging, boot_id};
 use crate::jobs::restore::route::{Leg, Route};
 use crate::model::{Error, Lsn, Result, ResultExt, SegmentName, Timeline, WalSegmentSize};
 use crate::observe::progress::Phase;
@@ -37,7 +37,8 @@ impl Stager {
         let lock = Lock::acquire(&directory.join(LOCK_FILE))?;
         let histories = place_histories(directory, route, owner)?;
         let wal_segment_size = route.need.wal_segment_size;
-        let staging = Staging { complete: false, wal_segment_size, segments: segments(route), histories };
+        let (segments, boot) = (segments(route), boot_id());
+        let staging = Staging { complete: false, boot, wal_segment_size, segments, histories };
         let stager = Self { directory: directory.to_owned(), staging, owner, _lock: lock };
         stager.record()?;
         give(directory, owner)?;
@@ -46,12 +47,11 @@ impl Stager {
     }
 
     fn record(&self) -> Result<()> {
-        self.staging.write(&self.directory)?;
-        give(&self.directory.join(crate::jobs::restore::feed::STAGING_FILE), self.owner)
+        self.staging.write(&self.directory, self.owner)
     }
 
-    /// Writes every segment; each appears under its name when it is whole and durable. The last one is filled up with
-    /// zeros, which PostgreSQL reads as the end of WAL.
+    /// Writes every segment; each appears under its name when it is whole. The last one is filled up with zeros, which
+    /// PostgreSQL reads as the end of WAL. The record says "complete" when all of them are durable.
     pub(super) async fn fill(
         mut self,
         context: &Context,
@@ -59,10 +59,10 @@ impl Stager {
         route: &Route,
         phase: &Arc<Phase>,
     ) -> Result<u64> {
-        let closer = Closer::start(&self.directory, self.staging.wal_segment_size, self.owner);
-        let passed = self.pass((context, repository), route, (phase, &closer)).await;
+        let flusher = Flusher::start();
+        let passed = self.pass((context, repository), route, (phase, &flusher)).await;
         // What went wrong with a segment is why it could not go on.
-        closer.finish().await?;
+        flusher.finish().await?;
         let bytes = passed?;
         let names: Vec<_> = self.staging.names().collect();
         for name in names {
@@ -81,7 +81,7 @@ impl Stager {
         &self,
         (context, repository): (&Context, &Repository),
         route: &Route,
-        (phase, closer): (&Arc<Phase>, &Closer),
+        (phase, flusher): (&Arc<Phase>, &Flusher),
     ) -> Result<u64> {
         let (mut bytes, mut open) = (0, None::<Segment>);
         for leg in &route.legs {
@@ -93,13 +93,13 @@ impl Stager {
             }
             let mut sink = |at: Lsn, wal: &[u8]| {
                 phase.advance(wal.len() as u64);
-                self.write((timeline, at), wal, (&mut open, closer))?;
+                self.write((timeline, at), wal, (&mut open, flusher))?;
                 Ok(ControlFlow::Continue(()))
             };
             bytes += leg.log.read(repository, &context.ring, (leg.from, leg.to), &mut sink).await?;
         }
         if let Some(segment) = open.take() {
-            closer.close(segment)?;
+            self.close(segment, flusher)?;
         }
         Ok(bytes)
     }
@@ -108,7 +108,7 @@ impl Stager {
         &self,
         (timeline, mut at): (Timeline, Lsn),
         mut wal: &[u8],
-        (open, closer): (&mut Option<Segment>, &Closer),
+        (open, flusher): (&mut Option<Segment>, &Flusher),
     ) -> Result<()> {
         let size = self.staging.wal_segment_size;
         while !wal.is_empty() {
@@ -126,43 +126,46 @@ impl Stager {
             if at >= segment.end
                 && let Some(full) = open.take()
             {
-                closer.close(full)?;
+                self.close(full, flusher)?;
             }
         }
         Ok(())
     }
+
+    /// Gives a segment its name: recovery waits for it, and reads it from memory. It is flushed meanwhile, because PostgreSQL,
+    /// which flushes what it was given before it reads it, then has less to wait for.
+    fn close(&self, segment: Segment, flusher: &Flusher) -> Result<()> {
+        let path = self.directory.join(segment.name.file_name(self.staging.wal_segment_size));
+        flusher.flush(segment.finish(self.staging.wal_segment_size, self.owner, &path)?, path)
+    }
 }
 
-/// Makes segments durable and gives them their names, while the next ones are written.
+/// Makes segments durable while the next ones are written.
 #[derive(Debug)]
-struct Closer {
-    segments: SyncSender<Segment>,
+struct Flusher {
+    segments: SyncSender<(File, PathBuf)>,
     work: JoinHandle<Result<()>>,
 }
 
 /// Segments that wait to become durable; whoever writes more waits for the disk.
-const WAITING: usize = 2;
+const WAITING: usize = 8;
 
-impl Closer {
-    fn start(directory: &Path, size: WalSegmentSize, owner: Option<User>) -> Self {
-        let (segments, waiting) = sync_channel::<Segment>(WAITING);
-        let directory = directory.to_owned();
+impl Flusher {
+    fn start() -> Self {
+        let (segments, waiting) = sync_channel::<(File, PathBuf)>(WAITING);
         let work = tokio::task::spawn_blocking(move || {
-            waiting.into_iter().try_for_each(|segment| {
-                let (written, path) = (segment.path.clone(), directory.join(segment.name.file_name(size)));
-                segment.finish(size)?;
-                give(&written, owner)?;
-                Ok(place::rename(&written, &path)?)
+            waiting.into_iter().try_for_each(|(file, path)| {
+                Ok(file.sync_all().map_err(|error| DiskError::new("fsync", &path, error))?)
             })
         });
         Self { segments, work }
     }
 
-    fn close(&self, segment: Segment) -> Result<()> {
-        self.segments.send(segment).map_err(|_| Error::failed("segments are not made durable any more"))
+    fn flush(&self, segment: File, path: PathBuf) -> Result<()> {
+        self.segments.send((segment, path)).map_err(|_| Error::failed("segments are not made durable any more"))
     }
 
-    /// Waits until every segment has its name.
+    /// Waits until every segment is durable.
     async fn finish(self) -> Result<()> {
         drop(self.segments);
         self.work.await.map_err(|error| Error::failed("staging died").because(error))?
@@ -220,9 +223,13 @@ impl Segment {
         Ok(())
     }
 
-    fn finish(self, size: WalSegmentSize) -> Result<()> {
+    /// Puts the whole segment at `place`, in the owner's hands before it is seen there.
+    fn finish(self, size: WalSegmentSize, owner: Option<User>, place: &Path) -> Result<File> {
         // PostgreSQL refuses a segment of another size.
-        Ok(self.file.set_len(size.bytes()).map_err(|error| DiskError::new("extend", &self.path, error))?)
+        self.file.set_len(size.bytes()).map_err(|error| DiskError::new("extend", &self.path, error))?;
+        give(&self.path, owner)?;
+        std::fs::rename(&self.path, place).map_err(|error| DiskError::new("rename", &self.path, error))?;
+        Ok(self.file)
     }
 }
 

@@ -1,5 +1,6 @@
 //! One walreceiver: its commands, and the stream that it asks for.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,7 +9,7 @@ use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::jobs::feed::look::Depth;
-use crate::jobs::feed::stock::Reach;
+use crate::jobs::feed::stock::{PIECE, Reach};
 use crate::jobs::feed::{Doubt, Shared};
 use crate::model::{Error, Kind, Lsn, Result, Timeline};
 use crate::observe::task;
@@ -19,8 +20,10 @@ use crate::repository::wal::index;
 
 /// How often the reader is asked how far it is. It hangs up after `wal_receiver_timeout` without a word, a minute.
 const ASK: Duration = Duration::from_secs(1);
-/// Pieces that are read ahead of the one that is sent.
-const AHEAD: usize = 1;
+/// Pieces that wait for the one that is sent.
+const WAITING: usize = 1;
+/// Pieces that are read at the same time: some 150 MiB at most, with their frames.
+const AT_ONCE: usize = 3;
 /// Contents are wrong, or may be.
 const DATA_CORRUPTED: &str = "XX001";
 
@@ -145,7 +148,7 @@ async fn stream_from(
         let mut position = shared.position();
         (position.connected, position.timeline, position.sent) = (true, Some(timeline), Some(at));
     }
-    let (sender, mut pieces) = mpsc::channel(AHEAD);
+    let (sender, mut pieces) = mpsc::channel(WAITING);
     let _reading =
         AbortOnDropHandle::new(task::spawn("feed-read", read_on(Arc::clone(shared), (timeline, at), sender)));
     let mut ask = tokio::time::interval(ASK);
@@ -215,6 +218,9 @@ async fn hear_out(shared: &Shared, session: &mut Session, end: Lsn) {
     }
 }
 
+/// A piece that is being read, and where it lies.
+type Reading = ((Lsn, Lsn), AbortOnDropHandle<Result<Vec<u8>>>);
+
 /// Reads what the stock has for a reader, piece by piece, and waits for more.
 async fn read_on(
     shared: Arc<Shared>,
@@ -222,29 +228,38 @@ async fn read_on(
     pieces: mpsc::Sender<Result<Piece, (Lsn, Error)>>,
 ) {
     let mut changed = shared.changed.subscribe();
+    let mut ahead = VecDeque::new();
     loop {
         changed.borrow_and_update();
-        let stock = shared.stock.read().await;
-        let read = match stock.reach(timeline, at) {
-            Ok(Reach::To(end)) => {
-                let read = stock.read(&shared.context, timeline, (at, end)).await;
-                read.map(|wal| Some(Piece::Wal(at, wal)))
-            }
-            Ok(Reach::Switch(next, switch)) => Ok(Some(Piece::Switch(next, switch))),
-            Ok(Reach::Nothing) => Ok(None),
-            Err(error) => Err(error),
+        read_ahead(&shared, (timeline, at), &mut ahead).await;
+        let read = match ahead.pop_front() {
+            Some((span, reading)) => joined(reading).await.map(|wal| Some((span, wal))),
+            None => Ok(None),
         };
-        drop(stock);
+        // Whoever waits for news must not keep them out.
+        let reach = shared.stock.read().await.reach(timeline, at);
         let piece = match read {
-            Ok(Some(piece)) => Ok(piece),
-            Ok(None) => {
-                if changed.changed().await.is_err() {
-                    return;
+            Ok(Some(((from, to), wal))) => {
+                at = Lsn(from.0 + wal.len() as u64);
+                if at != to {
+                    // A fault lies behind it, and is met next.
+                    ahead.clear();
                 }
-                continue;
+                Ok(Piece::Wal(from, wal))
             }
+            Ok(None) => match reach {
+                Ok(Reach::Switch(next, switch)) => Ok(Piece::Switch(next, switch)),
+                Ok(Reach::Nothing) => match changed.changed().await {
+                    Ok(()) => continue,
+                    Err(_) => return,
+                },
+                // It came between two looks.
+                Ok(Reach::To(_)) => continue,
+                Err(error) => Err((at, error)),
+            },
             // Regions that are away come back; nothing is wrong with what they hold.
             Err(error) if error.is_transient() || error.kind() == Kind::Unavailable => {
+                ahead.clear();
                 shared.position().trouble = Some(error.to_string());
                 tokio::time::sleep(ASK).await;
                 continue;
@@ -252,12 +267,31 @@ async fn read_on(
             Err(error) => Err((at, error)),
         };
         let is_last = !matches!(piece, Ok(Piece::Wal(..)));
-        if let Ok(Piece::Wal(_, wal)) = &piece {
-            at.0 += wal.len() as u64;
-        }
         // A connection that ended wants nothing more.
         if pieces.send(piece).await.is_err() || is_last {
             return;
         }
     }
+}
+
+/// Begins to read what follows, some pieces at a time: each waits for the way to the region.
+async fn read_ahead(shared: &Arc<Shared>, (timeline, at): (Timeline, Lsn), ahead: &mut VecDeque<Reading>) {
+    let mut from = ahead.back().map_or(at, |((_, to), _)| *to);
+    while ahead.len() < AT_ONCE {
+        let reach = shared.stock.read().await.reach(timeline, from);
+        // What else there is to say is said when everything before it is sent.
+        let Ok(Reach::To(end)) = reach else { return };
+        let span = (from, end.min(Lsn(from.0.saturating_add(PIECE))));
+        let shared = Arc::clone(shared);
+        let reading = task::spawn("feed-piece", async move {
+            let stock = shared.stock.read().await;
+            stock.read(&shared.context, timeline, span).await
+        });
+        ahead.push_back((span, AbortOnDropHandle::new(reading)));
+        from = span.1;
+    }
+}
+
+async fn joined(reading: AbortOnDropHandle<Result<Vec<u8>>>) -> Result<Vec<u8>> {
+    reading.await.map_err(|error| Error::failed("the reader of the feed died").because(error))?
 }

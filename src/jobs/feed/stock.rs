@@ -19,7 +19,7 @@ use crate::repository::wal::index::{BranchId, Run, Window, windows};
 use crate::repository::wal::reader::BranchLog;
 
 /// WAL that is read at once: enough to have several frames on their way, and little to hold.
-const PIECE: u64 = 16 << 20;
+pub(super) const PIECE: u64 = 16 << 20;
 
 /// The log of one branch, and the gaps that were recorded of it.
 #[derive(Debug)]

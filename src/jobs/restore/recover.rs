@@ -29,7 +29,7 @@ const REDO_DONE: &str = "redo done at";
 pub(super) async fn start(
     context: &Context,
     (request, prepared, owner): (&Request, &Prepared, Option<User>),
-    (site, source): (Site, Source),
+    (site, source): (Site, Source<'_>),
     (scratch, report): (Option<&Scratch>, &mut Report),
 ) -> Result<Instance> {
     let binaries = PgBinaries::find(prepared.plan.needs.major, None).await?;

@@ -12,7 +12,7 @@ use crate::jobs::restore::files::{Filesystems, Manifest, RECOVERY_SIGNAL, STANDB
 use crate::jobs::restore::plan::{Prepared, quoted};
 use crate::jobs::restore::recover;
 use crate::jobs::restore::report::{PhaseTime, Report};
-use crate::jobs::restore::supply::Source;
+use crate::jobs::restore::supply::{self, Source};
 use crate::jobs::restore::words::{Feed, Plan};
 use crate::jobs::restore::{Request, STAGING, Scratch};
 use crate::model::commit::WalNeed;
@@ -32,6 +32,7 @@ pub(super) async fn run(
     let site = Site::take(request, &prepared, context.clock.now())?;
     let mut report = report(&prepared.plan);
     let (leftover, manifest) = fetch(context, (request, &prepared), site.filesystems(), &mut report).await?;
+    let first_wal = supply::begin(context, &prepared).await?;
     let signal = match prepared.plan.feed {
         Feed::Staged => RECOVERY_SIGNAL,
         Feed::Streamed => STANDBY_SIGNAL,
@@ -40,7 +41,7 @@ pub(super) async fn run(
         .complete(&leftover, manifest, (&prepared.commit, &prepared.route.need), signal)
         .during(|| "complete the data directory")?;
     report.warnings.extend(notes);
-    let source = Source::prepare(context, &prepared, &site.directory, owner).await?;
+    let source = Source::prepare(context, (&prepared, first_wal), &site.directory, owner).await?;
     if let Some(owner) = owner {
         recover::hand_over(&site.directory, owner)?;
         request.tablespaces.values().try_for_each(|place| recover::hand_over(place, owner))?;

@@ -19,6 +19,17 @@ use crate::model::{Error, Lsn, Result, ResultExt, SegmentName, Timeline, WalSegm
 use crate::observe::progress::Phase;
 use crate::pg::instance::User;
 use crate::repository::handle::Repository;
+use crate::repository::wal::reader::Reading;
+
+/// Asks for the first WAL of a route, which then comes while its server is prepared.
+pub(super) async fn begin<'a>(
+    context: &'a Context,
+    repository: &'a Repository,
+    route: &'a Route,
+) -> Result<Option<Reading<'a>>> {
+    let Some(Leg { log, from, to, .. }) = route.legs.first() else { return Ok(None) };
+    log.begin(repository, &context.ring, (*from, *to)).await.map(Some)
+}
 
 /// A staging directory that is being filled.
 #[derive(Debug)]
@@ -54,13 +65,12 @@ impl Stager {
     /// PostgreSQL reads as the end of WAL. The record says "complete" when all of them are durable.
     pub(super) async fn fill(
         mut self,
-        context: &Context,
-        repository: &Repository,
-        route: &Route,
+        (context, repository): (&Context, &Repository),
+        (route, begun): (&Route, Option<Reading<'_>>),
         phase: &Arc<Phase>,
     ) -> Result<u64> {
         let flusher = Flusher::start();
-        let passed = self.pass((context, repository), route, (phase, &flusher)).await;
+        let passed = self.pass((context, repository), (route, begun), (phase, &flusher)).await;
         // What went wrong with a segment is why it could not go on.
         flusher.finish().await?;
         let bytes = passed?;
@@ -80,7 +90,7 @@ impl Stager {
     async fn pass(
         &self,
         (context, repository): (&Context, &Repository),
-        route: &Route,
+        (route, mut begun): (&Route, Option<Reading<'_>>),
         (phase, flusher): (&Arc<Phase>, &Flusher),
     ) -> Result<u64> {
         let (mut bytes, mut open) = (0, None::<Segment>);
@@ -96,7 +106,11 @@ impl Stager {
                 self.write((timeline, at), wal, (&mut open, flusher))?;
                 Ok(ControlFlow::Continue(()))
             };
-            bytes += leg.log.read(repository, &context.ring, (leg.from, leg.to), &mut sink).await?;
+            let reading = match begun.take() {
+                Some(first) => first,
+                None => leg.log.begin(repository, &context.ring, (leg.from, leg.to)).await?,
+            };
+            bytes += reading.hand_to(&mut sink).await?;
         }
         if let Some(segment) = open.take() {
             self.close(segment, flusher)?;

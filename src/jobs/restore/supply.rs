@@ -11,42 +11,55 @@ use crate::jobs::restore::STAGING;
 use crate::jobs::restore::conf::{self, RecoverySettings, Supply};
 use crate::jobs::restore::plan::Prepared;
 use crate::jobs::restore::report::{PhaseTime, Report};
-use crate::jobs::restore::stage::{Stager, place_histories};
+use crate::jobs::restore::stage::{self, Stager, place_histories};
 use crate::jobs::restore::words::Feed;
 use crate::model::{Error, Result, ResultExt};
 use crate::pg::instance::User;
+use crate::repository::wal::reader::Reading;
 
 /// How often a feed is asked whether it is in doubt.
 const LOOK: Duration = Duration::from_millis(200);
 
 /// What a server that recovers reads from.
 #[derive(Debug)]
-pub(super) enum Source {
-    /// A staging directory that is to be filled.
-    Staged(Stager),
+pub(super) enum Source<'a> {
+    /// A staging directory that is to be filled, and its first WAL, if that was asked for already.
+    Staged(Stager, Option<Reading<'a>>),
     /// A walsender.
     Streamed(Walsender),
 }
 
-impl Source {
+/// The first WAL that is to be staged, on its way.
+pub(super) async fn begin<'a>(context: &'a Context, prepared: &'a Prepared) -> Result<Option<Reading<'a>>> {
+    match prepared.plan.feed {
+        Feed::Staged => stage::begin(context, &prepared.repository, &prepared.route).await.during(|| "stage WAL"),
+        Feed::Streamed => Ok(None),
+    }
+}
+
+impl<'a> Source<'a> {
     /// Prepares it, and tells the server's configuration about it.
     pub(super) async fn prepare(
         context: &Context,
-        prepared: &Prepared,
+        (prepared, begun): (&Prepared, Option<Reading<'a>>),
         directory: &Path,
         owner: Option<User>,
     ) -> Result<Self> {
         match prepared.plan.feed {
-            Feed::Staged => Self::stage(prepared, directory, owner),
+            Feed::Staged => Self::stage((prepared, begun), directory, owner),
             Feed::Streamed => Self::stream(context, prepared, directory, owner).await,
         }
     }
 
-    fn stage(prepared: &Prepared, directory: &Path, owner: Option<User>) -> Result<Self> {
+    fn stage(
+        (prepared, begun): (&Prepared, Option<Reading<'a>>),
+        directory: &Path,
+        owner: Option<User>,
+    ) -> Result<Self> {
         let staging = directory.join(STAGING);
         configure(prepared, directory, Supply::Staged { drctl: &this_program()?, staging: &staging })?;
         let stager = Stager::prepare(&staging, &prepared.route, owner).during(|| "stage WAL")?;
-        Ok(Self::Staged(stager))
+        Ok(Self::Staged(stager, begun))
     }
 
     async fn stream(context: &Context, prepared: &Prepared, directory: &Path, owner: Option<User>) -> Result<Self> {
@@ -67,7 +80,7 @@ impl Source {
     /// Stages to the end, or serves until the feed is in doubt: its WAL is stored, and cannot be given out.
     pub(super) async fn fill(self, context: &Context, prepared: &Prepared, report: &mut Report) -> Result<()> {
         let feed = match self {
-            Self::Staged(stager) => return stage(context, prepared, stager, report).await,
+            Self::Staged(stager, begun) => return fill(context, prepared, (stager, begun), report).await,
             Self::Streamed(feed) => feed,
         };
         loop {
@@ -87,10 +100,16 @@ fn configure(prepared: &Prepared, directory: &Path, supply: Supply<'_>) -> Resul
 }
 
 /// Writes the WAL of the plan as segments.
-async fn stage(context: &Context, prepared: &Prepared, stager: Stager, report: &mut Report) -> Result<()> {
+async fn fill(
+    context: &Context,
+    prepared: &Prepared,
+    (stager, begun): (Stager, Option<Reading<'_>>),
+    report: &mut Report,
+) -> Result<()> {
     let phase = Arc::new(context.progress.begin("stage", Some(prepared.plan.wal_bytes)));
     let began = context.clock.monotonic();
-    let bytes = stager.fill(context, &prepared.repository, &prepared.route, &phase).await.during(|| "stage WAL")?;
+    let route = (&prepared.route, begun);
+    let bytes = stager.fill((context, &prepared.repository), route, &phase).await.during(|| "stage WAL")?;
     report.phases.push(PhaseTime::new("stage", context.clock.monotonic() - began).of(bytes));
     Ok(())
 }

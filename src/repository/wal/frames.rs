@@ -51,7 +51,7 @@ pub(in crate::repository) struct Frames<'a> {
 }
 
 impl<'a> Frames<'a> {
-    /// Opens the keyset of an epoch. A frame that claims another does not open with it.
+    /// Opens the keyset of an epoch, and asks for the first frames. A frame that claims another keyset does not open with it.
     pub(in crate::repository) async fn open(
         means: Means<'a>,
         epoch: &EpochId,
@@ -60,7 +60,10 @@ impl<'a> Frames<'a> {
         let first = means.index.header(means.repository, epoch, *seqs.start()).await?;
         let keyset = keyset_of(means, &first).await?;
         let (ahead, opened) = (VecDeque::new(), VecDeque::new());
-        Ok(Self { means, epoch: epoch.clone(), keyset, seqs, ahead, opened, largest: first.body_bytes, expected: None })
+        let (epoch, largest) = (epoch.clone(), first.body_bytes);
+        let mut frames = Self { means, epoch, keyset, seqs, ahead, opened, largest, expected: None };
+        frames.look_ahead();
+        Ok(frames)
     }
 
     /// The next frame that holds WAL; `None` behind the last.

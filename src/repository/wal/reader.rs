@@ -1,5 +1,6 @@
 //! Reading WAL back: bytes in order, and where several epochs hold them, compared before they are given out.
 
+use std::collections::VecDeque;
 use std::ops::ControlFlow;
 
 use futures::{StreamExt, stream};
@@ -95,17 +96,26 @@ impl BranchLog {
         range: (Lsn, Lsn),
         sink: &mut Sink<'_>,
     ) -> Result<u64> {
-        let mut bytes = 0;
+        self.begin(repository, ring, range).await?.hand_to(sink).await
+    }
+
+    /// As [`read`](Self::read), in two steps: from here on the first frames are on their way, before anybody can take them.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn begin<'a>(
+        &'a self,
+        repository: &'a Repository,
+        ring: &'a KeyRing,
+        range: (Lsn, Lsn),
+    ) -> Result<Reading<'a>> {
         let means = Means { index: &self.index, repository, ring };
-        for stretch in self.stretches(repository, range).await? {
-            let witnesses = self.witnesses(means, &stretch);
-            let (read, flow) = read_stretch(means, &stretch, witnesses, sink).await?;
-            bytes += read;
-            if flow.is_break() {
-                break;
-            }
-        }
-        Ok(bytes)
+        let mut stretches = VecDeque::from(self.stretches(repository, range).await?);
+        let first = match stretches.pop_front() {
+            Some(first) => Some(Pieces::open(means, first).await?),
+            None => None,
+        };
+        Ok(Reading { log: self, means, first, stretches })
     }
 
     /// Whoever else holds a part of a stretch.
@@ -157,7 +167,7 @@ impl BranchLog {
         let (epoch, last_seq) = (ours.first.place.epoch.clone(), ours.last.place.seq);
         let stretch = Stretch { epoch, first_seq, last_seq, from, to };
         let mut witness = Witness::new(means, ours, theirs, (from, to));
-        let mut pieces = match Pieces::open(means, &stretch).await {
+        let mut pieces = match Pieces::open(means, stretch).await {
             Ok(pieces) => pieces,
             Err(error) => return Look::Unread(error),
         };
@@ -174,14 +184,53 @@ impl BranchLog {
     }
 }
 
+/// WAL that is being read.
+#[derive(Debug)]
+pub struct Reading<'a> {
+    log: &'a BranchLog,
+    means: Means<'a>,
+    first: Option<Pieces<'a>>,
+    stretches: VecDeque<Stretch>,
+}
+
+impl Reading<'_> {
+    /// Hands everything to `sink`, in order. Returns how many bytes.
+    ///
+    /// # Errors
+    /// Those of [`BranchLog::read`].
+    pub async fn hand_to(mut self, sink: &mut Sink<'_>) -> Result<u64> {
+        let mut bytes = 0;
+        while let Some(pieces) = self.next().await? {
+            let witnesses = self.log.witnesses(self.means, &pieces.stretch);
+            let (read, flow) = read_stretch(pieces, witnesses, sink).await?;
+            bytes += read;
+            if flow.is_break() {
+                break;
+            }
+        }
+        Ok(bytes)
+    }
+}
+
+impl<'a> Reading<'a> {
+    async fn next(&mut self) -> Result<Option<Pieces<'a>>> {
+        if let Some(first) = self.first.take() {
+            return Ok(Some(first));
+        }
+        match self.stretches.pop_front() {
+            Some(stretch) => Pieces::open(self.means, stretch).await.map(Some),
+            None => Ok(None),
+        }
+    }
+}
+
 /// Hands a stretch to `sink`, in order, while every witness agrees.
 async fn read_stretch(
-    means: Means<'_>,
-    stretch: &Stretch,
+    mut pieces: Pieces<'_>,
     mut witnesses: Vec<Witness<'_>>,
     sink: &mut Sink<'_>,
 ) -> Result<(u64, ControlFlow<()>)> {
-    let mut pieces = Pieces::open(means, stretch).await?;
+    let (from, to) = (pieces.stretch.from, pieces.stretch.to);
     while let Some((at, wal)) = pieces.next().await? {
         let mut heard = Vec::with_capacity(witnesses.len());
         for mut witness in witnesses {
@@ -195,27 +244,29 @@ async fn read_stretch(
         }
         witnesses = heard;
         if sink(at, &wal)?.is_break() {
-            return Ok((pieces.at.bytes_since(stretch.from), ControlFlow::Break(())));
+            return Ok((pieces.at.bytes_since(from), ControlFlow::Break(())));
         }
     }
-    Ok((stretch.to.bytes_since(stretch.from), ControlFlow::Continue(())))
+    Ok((to.bytes_since(from), ControlFlow::Continue(())))
 }
 
 /// The pieces of a stretch, each the wanted part of a frame.
+#[derive(Debug)]
 struct Pieces<'a> {
     frames: Frames<'a>,
-    stretch: &'a Stretch,
+    stretch: Stretch,
     at: Lsn,
 }
 
 impl<'a> Pieces<'a> {
-    async fn open(means: Means<'a>, stretch: &'a Stretch) -> Result<Self> {
+    async fn open(means: Means<'a>, stretch: Stretch) -> Result<Self> {
         let frames = Frames::open(means, &stretch.epoch, stretch.first_seq..=stretch.last_seq).await?;
-        Ok(Self { frames, stretch, at: stretch.from })
+        let at = stretch.from;
+        Ok(Self { frames, stretch, at })
     }
 
     async fn next(&mut self) -> Result<Option<(Lsn, Vec<u8>)>> {
-        let Stretch { epoch, to, .. } = self.stretch;
+        let Stretch { epoch, to, .. } = &self.stretch;
         while self.at < *to {
             let at = self.at;
             let ends = || Error::damaged(format!("the WAL of epoch {epoch} ends at {at}, before {to}"));

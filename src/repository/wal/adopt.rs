@@ -40,6 +40,8 @@ pub struct Tail {
     pub adopted: u64,
     /// The branches of which stored WAL leads here without a hole, newest first, and where it begins on each.
     pub unbroken: Vec<(BranchId, Lsn)>,
+    /// What the write quorum lists of the branches that were looked at; what was adopted just now is left out.
+    pub held: Vec<(BranchId, Vec<(Lsn, Lsn)>)>,
 }
 
 /// A branch of a history.
@@ -52,6 +54,12 @@ pub struct Era {
 }
 
 impl Tail {
+    /// Whether the write quorum lists all of `[from, to)` of a branch.
+    pub fn holds(&self, branch: &BranchId, (from, to): (Lsn, Lsn)) -> bool {
+        let of_branch = self.held.iter().filter(|(known, _)| known == branch).flat_map(|(_, ranges)| ranges);
+        of_branch.into_iter().any(|(start, end)| *start <= from && to <= *end)
+    }
+
     /// Whether stored WAL leads from there to the end without a hole.
     pub fn is_reached_from(&self, branch: &BranchId, at: Lsn) -> bool {
         self.unbroken.iter().any(|(known, start)| known == branch && *start <= at)
@@ -76,6 +84,7 @@ impl Stored {
         self.tail.adopted += older.tail.adopted;
         self.tail.sealed += older.tail.sealed;
         self.tail.unbroken.extend(older.tail.unbroken);
+        self.tail.held.extend(older.tail.held);
         self.streamed |= older.streamed;
         self
     }
@@ -116,7 +125,8 @@ pub async fn take_over(owner: &TakeOver<'_>, (lineage, back_to): (&[Era], Option
                 tracing::warn!(timeline = era.branch.timeline.0, end = %older.window.end, "stored WAL has a hole before the next timeline");
                 let adopted = older.tail.adopted + newer.tail.adopted;
                 let sealed = older.tail.sealed + newer.tail.sealed;
-                Stored { tail: Tail { adopted, sealed, ..older.tail }, ..older }
+                let held = [older.tail.held, newer.tail.held].concat();
+                Stored { tail: Tail { adopted, sealed, held, ..older.tail }, ..older }
             }
         };
         let is_far_enough = back_to.is_none_or(|branch| next.tail.unbroken.iter().any(|(known, _)| known == branch));
@@ -146,6 +156,7 @@ async fn stored(owner: &TakeOver<'_>, branch: &BranchId) -> Result<Option<Stored
     let displaced = index.displaced(repository).await;
     let (others, unread) = index.spans_of(repository, &displaced, |held| held.len() >= quorum).await;
     errors.extend(unread);
+    let held = windows(&others).iter().map(|window| (window.start, window.end)).collect();
     let is_stream = |run: &Run| run.first.epoch_kind == EpochKind::Stream;
     runs.retain(is_stream);
     runs.extend(others.into_iter().filter(|run| !is_stream(run)));
@@ -163,7 +174,8 @@ async fn stored(owner: &TakeOver<'_>, branch: &BranchId) -> Result<Option<Stored
             let (end, at_record) = window.last_record_end.map_or((window.start, false), |end| (end, true));
             let unbroken = vec![(branch.clone(), window.start)];
             let last_record = window.last_record.filter(|_| at_record);
-            let tail = Tail { branch: branch.clone(), end, at_record, last_record, sealed, adopted, unbroken };
+            let held = vec![(branch.clone(), held)];
+            let tail = Tail { branch: branch.clone(), end, at_record, last_record, sealed, adopted, unbroken, held };
             Ok(Some(Stored { tail, window, streamed }))
         }
         // Not to be able to read the end is not to have none: a fresh start would be a gap without a word.

@@ -406,6 +406,7 @@ mod tests {
             adopted: 0,
             unbroken: Vec::new(),
             held: vec![(log(1).branch_id(), vec![(Lsn(1 << 20), Lsn(3 << 20)), (Lsn((3 << 20) + 1), Lsn(5 << 20))])],
+            commits: None,
         };
         let safe = |book: &SegmentBook| {
             [(1, 1), (1, 2), (1, 3), (1, 4), (2, 2)].map(|(line, number)| book.safe(&key(line, number)).is_some())

@@ -7,14 +7,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use chrono::{DateTime, Utc};
 use futures::future::join_all;
 use tokio::time::timeout;
 
-use crate::model::{EpochId, Error, Kind, Lsn, RegionName, Result};
+use crate::model::{EpochId, Error, Kind, Lsn, RegionName, Result, Timeline};
+use crate::pg::wal::Record;
 use crate::repository::handle::{Repository, Writer};
 use crate::repository::wal::claim::{Known, is_stream, must_be_readable};
 use crate::repository::wal::closing::Closing;
-use crate::repository::wal::frame::{EpochKind, FrameKind, FramePlace};
+use crate::repository::wal::frame::{EpochKind, FrameKind, FramePlace, WalSpan};
 use crate::repository::wal::frames::fetch_object;
 use crate::repository::wal::index::{BranchId, Run, WalIndex, Window, windows};
 use crate::repository::wal::seal::Ending;
@@ -42,6 +44,37 @@ pub struct Tail {
     pub unbroken: Vec<(BranchId, Lsn)>,
     /// What the write quorum lists of the branches that were looked at; what was adopted just now is left out.
     pub held: Vec<(BranchId, Vec<(Lsn, Lsn)>)>,
+    /// The last commits before `end`, on a timeline that was promoted.
+    pub commits: Option<Commits>,
+}
+
+/// Commits near the end of stored WAL, as nobody needs a key to see them. Two servers may have records in the same places;
+/// they do not commit in the same microseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Commits {
+    /// Start of the first record among which they are.
+    pub from: Lsn,
+    /// End of the last one.
+    pub to: Lsn,
+    /// When the first of them was.
+    pub first: DateTime<Utc>,
+    /// When the last of them was.
+    pub last: DateTime<Utc>,
+}
+
+impl Commits {
+    /// Those that end in one frame.
+    fn of(span: &WalSpan) -> Option<Self> {
+        let (from, to) = span.first_record.zip(span.last_record_end)?;
+        let (first, last) = span.first_commit.zip(span.last_commit)?;
+        Some(Self { from, to, first, last })
+    }
+
+    /// The one that a record is.
+    pub fn in_record(record: &Record) -> Option<Self> {
+        let time = record.kind.commit_time()?;
+        Some(Self { from: record.start, to: record.end, first: time, last: time })
+    }
 }
 
 /// A branch of a history.
@@ -174,8 +207,9 @@ async fn stored(owner: &TakeOver<'_>, branch: &BranchId) -> Result<Option<Stored
             let (end, at_record) = window.last_record_end.map_or((window.start, false), |end| (end, true));
             let unbroken = vec![(branch.clone(), window.start)];
             let last_record = window.last_record.filter(|_| at_record);
-            let held = vec![(branch.clone(), held)];
-            let tail = Tail { branch: branch.clone(), end, at_record, last_record, sealed, adopted, unbroken, held };
+            let (held, branch) = (vec![(branch.clone(), held)], branch.clone());
+            let commits = last_commits(repository, &index, &runs, &window).await;
+            let tail = Tail { branch, end, at_record, last_record, sealed, adopted, unbroken, held, commits };
             Ok(Some(Stored { tail, window, streamed }))
         }
         // Not to be able to read the end is not to have none: a fresh start would be a gap without a word.
@@ -201,6 +235,17 @@ fn end_of(runs: &[Run]) -> Option<(Window, bool)> {
     let run = streamed.or_else(|| newest(None))?;
     let window = windows(runs).into_iter().find(|window| window.covers(run.start(), run.end()))?;
     Some((window, streamed.is_some()))
+}
+
+/// The last commits of a window. A server that was never promoted has a history of its own, and is not asked for them.
+async fn last_commits(repository: &Repository, index: &WalIndex, runs: &[Run], window: &Window) -> Option<Commits> {
+    let run = runs.iter().rev().find(|run| run.end() == window.end)?;
+    if index.branch().timeline == Timeline::FIRST {
+        return None;
+    }
+    let header = index.newest_with_commits(repository, run).await;
+    let header = header.inspect_err(|error| tracing::debug!(%error, "the last commits are not known"));
+    Commits::of(&header.ok()??.span)
 }
 
 /// A branch on which no epoch is open but the owner's own.
@@ -328,7 +373,6 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::model::Timeline;
     use crate::repository::regions::fan_out::{FanOut, Patience};
     use crate::repository::testing::{Fixture, HISTORY, log};
     use crate::repository::wal::log::{Epoch, Log, Marks, branch_of};

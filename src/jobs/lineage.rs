@@ -106,16 +106,9 @@ pub async fn histories_of(
 /// # Errors
 /// None does, or several claim one number.
 pub fn choose(histories: &[StoredHistory], need: &WalNeed, wanted: Option<&Follow>) -> Result<(History, Branch)> {
-    let own = histories.iter().find(|h| h.timeline == need.timeline && h.branch == need.branch);
-    let own_history = own.map_or_else(|| History::without_ancestors(need.timeline), |own| own.history.clone());
-    let descends = |h: &&StoredHistory| {
-        let reaches = h.timeline > need.timeline && h.history.contains(need.timeline, need.stop_lsn);
-        // The same numbers may belong to another history: what went before must be the same, too.
-        reaches && h.history.entries().get(..own_history.entries().len()) == Some(own_history.entries())
-    };
-    let mut candidates: Vec<_> =
-        histories.iter().filter(descends).map(|h| (h.history.clone(), h.branch.clone())).collect();
-    candidates.push((own_history, need.branch.clone()));
+    let descendants = descendants(histories, need).map(|h| (h.history.clone(), h.branch.clone()));
+    let mut candidates: Vec<_> = descendants.collect();
+    candidates.push((own_history(histories, need), need.branch.clone()));
     let newest = || candidates.iter().map(|(history, _)| Follow::from(history.timeline())).max_by_key(|of| of.timeline);
     let newest = wanted.cloned().or_else(newest).unwrap_or_else(|| Follow::from(need.timeline));
     candidates.retain(|(history, branch)| newest.is(history, branch));
@@ -140,6 +133,27 @@ pub fn choose(histories: &[StoredHistory], need: &WalNeed, wanted: Option<&Follo
         "two servers were promoted independently; only you know whose commits count: {}",
         words.join(" or ")
     )))
+}
+
+fn own_history(histories: &[StoredHistory], need: &WalNeed) -> History {
+    let own = histories.iter().find(|h| h.timeline == need.timeline && h.branch == need.branch);
+    own.map_or_else(|| History::without_ancestors(need.timeline), |own| own.history.clone())
+}
+
+/// The histories that go on from the backup, on newer timelines than its own.
+fn descendants<'h>(histories: &'h [StoredHistory], need: &WalNeed) -> impl Iterator<Item = &'h StoredHistory> {
+    let (own, timeline, stop) = (own_history(histories, need), need.timeline, need.stop_lsn);
+    histories.iter().filter(move |h| {
+        let reaches = h.timeline > timeline && h.history.contains(timeline, stop);
+        // The same numbers may belong to another history: what went before must be the same, too.
+        reaches && h.history.entries().get(..own.entries().len()) == Some(own.entries())
+    })
+}
+
+/// The newest timeline that goes on from the backup: each history that claims its number. None: the backup's own is.
+pub fn newest<'h>(histories: &'h [StoredHistory], need: &WalNeed) -> Vec<&'h StoredHistory> {
+    let newest = descendants(histories, need).map(|h| h.timeline).max();
+    descendants(histories, need).filter(|h| Some(h.timeline) == newest).collect()
 }
 
 /// The timelines that left a branch, and where each did.

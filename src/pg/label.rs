@@ -71,7 +71,8 @@ impl BackupLabel {
             return Err(LabelError::Contradiction("its timeline is not that of its first file"));
         }
         let from_standby = match field("BACKUP FROM")? {
-            "primary" => false,
+            // The word of 13.
+            "primary" | "master" => false,
             "standby" => true,
             _ => return Err(LabelError::Missing("BACKUP FROM")),
         };
@@ -212,6 +213,7 @@ mod tests {
         assert_eq!(label.start.to_string(), "16/B3000028");
         assert_eq!(label.checkpoint.to_string(), "16/B3000060");
         assert_eq!((label.timeline, label.from_standby), (Timeline(2), false));
+        assert_eq!(parse(&LABEL.replace("FROM: primary", "FROM: master")).unwrap(), label);
         assert_eq!((label.method.as_str(), label.label.as_str()), ("streamed", "drctl ledger: nightly"));
         assert!(parse(&LABEL.replace("primary", "standby")).unwrap().from_standby);
     }

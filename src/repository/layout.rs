@@ -333,6 +333,16 @@ pub fn gap(prefix: &str, from: Lsn, to: Lsn) -> String {
     format!("{prefix}{:016x}-{:016x}", from.0, to.0)
 }
 
+/// The range in the name of a recorded gap.
+pub fn parse_gap(name: &str) -> Option<(Lsn, Lsn)> {
+    let position = |text: &str| {
+        let is_hex = text.len() == 16 && text.bytes().all(|c| c.is_ascii_digit() || (b'a'..=b'f').contains(&c));
+        is_hex.then(|| u64::from_str_radix(text, 16).ok()).flatten().map(Lsn)
+    };
+    let (from, to) = name.split_once('-')?;
+    position(from).zip(position(to)).filter(|(from, to)| from <= to)
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::{prop_assert_eq, proptest};

@@ -139,6 +139,53 @@ impl Warm {
         self.protected.here(Drctl::pasted(plan["command"].as_str().unwrap())).run().await.ok().json()
     }
 
+    /// Killed while it gives out what was just written, the feed begins again, and every row is what it was.
+    async fn killed_while_it_gives(&self, feed: Background) -> Background {
+        let primary = &self.protected.cluster;
+        primary.execute("CREATE TABLE many AS SELECT n, md5(n::text) text FROM generate_series(1, 100000) n").await;
+        feed.kill9();
+        let feed = self.start();
+        self.wait_replayed(self.protected.durable().await).await;
+        let digest = "SELECT (sum(hash_record_extended(many.*, 0)::numeric) % 9007199254740881)::bigint FROM many";
+        assert_eq!(self.query(digest).await.to_string(), primary.query(digest).await);
+        feed
+    }
+
+    /// Whoever gave the order dies before the server has followed it. The server follows it all the same: beside a feed that
+    /// began anew, or alone until it is ordered again.
+    async fn promote_and_die(&self, feed: Background, is_fed_again: bool) {
+        let plan = self.plan(&[]).await.ok().json();
+        let again = || self.protected.here(Drctl::pasted(plan["command"].as_str().unwrap()));
+        // Recovery ends when the walreceiver has.
+        let receiver = self.query("SELECT pid::bigint FROM pg_stat_wal_receiver").await;
+        let receiver = u32::try_from(receiver).unwrap();
+        process::signal(receiver, rustix::process::Signal::STOP);
+        let ordered = again().spawn();
+        let log = self.directory.join("drctl-standby.log");
+        process::eventually("the order is taken", SOON, async || {
+            fs::read_to_string(&log).unwrap().contains("received promote request")
+        })
+        .await;
+        feed.kill9();
+        ordered.wait().await.code(1);
+        if is_fed_again {
+            let feed = self.start();
+            self.wait("fed again", |status| status["state"] != "not_fed").await;
+            process::signal(receiver, rustix::process::Signal::CONT);
+            let told = feed.wait().await.code(5);
+            assert!(told.stderr.contains("was promoted on") && told.stderr.contains("on timeline 3"), "{told}");
+        } else {
+            process::signal(receiver, rustix::process::Signal::CONT);
+            let promoted = again().run().await.ok().json();
+            assert_eq!((&promoted["timeline"], &promoted["old_timeline"]), (&3.into(), &2.into()), "{promoted:#}");
+            assert!(promoted["lost_to"].is_null() && promoted["stored_as"].is_string(), "{promoted:#}");
+        }
+        assert!(self.status().await.is_null());
+        let report = self.protected.drctl(["report", "show", "latest", "--json"]).run().await.ok().json();
+        assert_eq!((&report["head"]["job"], &report["head"]["outcome"]), (&"promotion".into(), &"pass".into()));
+        crate::reports::assert_fits(&report["body"]["report"]);
+    }
+
     /// What was promoted, as a cluster that is stopped and started by its own configuration.
     async fn cluster(&self) -> Cluster {
         let pid = fs::read_to_string(self.directory.join("postmaster.pid")).unwrap();
@@ -240,6 +287,7 @@ async fn a_standby_follows_a_timeline_switch() {
         let status = warm.wait_replayed(durable).await;
         assert_eq!(status["timeline"], 2, "{status:#}");
         assert_eq!(warm.query("SELECT sum(n) FROM mark").await, 6);
+        let feed = if major == 15 { warm.killed_while_it_gives(feed).await } else { feed };
         stream.terminate().await.ok();
         // A stop leaves a standby that goes on.
         warm.protected.drctl(["standby", "stop", "ledger"]).run().await.ok();
@@ -248,9 +296,7 @@ async fn a_standby_follows_a_timeline_switch() {
         warm.protected.cluster.stop().await;
         let feed = warm.start();
         warm.wait("following", |status| status["state"] == "following").await;
-        let promoted = warm.promote(&[]).await;
-        assert_eq!(promoted["timeline"], 3, "{promoted:#}");
-        feed.wait().await.ok();
+        warm.promote_and_die(feed, major == 14).await;
         assert_eq!(warm.cluster().await.query("SELECT sum(n) FROM mark").await, "6");
     }
 }

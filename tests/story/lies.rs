@@ -86,7 +86,8 @@ async fn what_a_region_did_counts_and_what_it_only_says_is_found_out() {
 
     // It says that it has the frame, and does not.
     proxy.set("PUT", WAL, Deed::Lie);
-    rig.wait_durable(write(2).await).await;
+    let told = write(2).await;
+    rig.wait_durable(told).await;
     proxy.heal();
     let (lied, _) = proxy.seen("PUT", WAL).into_iter().rfind(|(_, hit)| *hit).unwrap();
     let lied = lied[lied.find(WAL).unwrap() + 1..].split(['?', ' ']).next().unwrap();
@@ -114,6 +115,17 @@ async fn what_a_region_did_counts_and_what_it_only_says_is_found_out() {
     let problems = lost["wal"][0]["problems"].to_string();
     assert!(problems.contains(lied) && problems.contains("1 WAL frames are in no region"), "{lost:#}");
     assert!(!rig.status().await.is_whole());
+
+    // The server still has it: handed over once more it is stored anew, and nothing is missing.
+    let segment = cluster.query(&format!("SELECT pg_walfile_name('{told}')")).await;
+    cluster.switch_wal().await;
+    let stream = rig.stream().expect_log("region").spawn();
+    rig.wait("streaming", SOON, |position| position.state == State::Streaming).await;
+    rig.push(&cluster.data_dir().join("pg_wal").join(&segment)).await.ok();
+    rig.wait_durable(cluster.flush_lsn().await).await;
+    stream.terminate().await.ok();
+    assert!(rig.status().await.is_whole());
+    assert!(rig.stored_wal(&cluster, (begun, flushed)).await == rig.server_wal(&cluster, (begun, flushed)));
 }
 
 /// A cluster of several segments whose only region is doubtful, and what is in it.

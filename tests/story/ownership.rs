@@ -5,12 +5,13 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use drctl::jobs::wal::{Position, State, control};
-use drctl::model::{Error, Lsn};
+use drctl::model::{Error, Lsn, SegmentName, WalSegmentSize};
 use drctl::repository::survey::scrub;
 use drctl::repository::wal::index::branches;
 use drctl::repository::wal::reader::BranchLog;
 use rustix::process::Signal;
 
+use crate::archive::{archiving, fill_segment};
 use crate::support::drctl::Drctl;
 use crate::support::ledger::Ledger;
 use crate::support::pg::{Builder, Cluster};
@@ -126,6 +127,48 @@ async fn what_an_absent_region_may_hold_is_given_up_only_by_word() {
     let finished = stream.terminate().await;
     assert!(matches!(finished.code, Some(0 | 4)), "{finished}");
     std::fs::rename(&away, &region).unwrap();
+}
+
+/// Its digest stands in the book of whoever streamed it, and no region has a byte of it any more.
+#[tokio::test]
+async fn archive_command_is_not_told_that_wal_is_stored_which_went_with_its_only_region() {
+    let (cluster, rig) = archiving(17, true).await;
+    cluster.execute("ALTER SYSTEM SET archive_command = 'false'").await;
+    cluster.execute("SELECT pg_reload_conf()").await;
+    let text = std::fs::read_to_string(&rig.config).unwrap();
+    let degraded = "min_wraps = 1\ndegrade = { to = 1, after = \"500ms\" }\n";
+    std::fs::write(&rig.config, text.replace("min_wraps = 1\n", degraded)).unwrap();
+    let stream = rig.stream().expect_log("region").expect_log("the write quorum is lowered").spawn();
+    rig.wait("streaming", SOON, |position| position.state == State::Streaming).await;
+    fill_segment(&cluster).await;
+    rig.wait_durable(cluster.flush_lsn().await).await;
+    let there = |region| rig.scratch.join(region).join("wal").exists();
+    process::eventually("every region takes WAL", SOON, async || there("b") && there("c")).await;
+    rig.take_away(&["b", "c"]);
+    let segment = fill_segment(&cluster).await;
+    cluster.execute("INSERT INTO t (text) VALUES ('in the next one')").await;
+    let position = rig.wait_durable(cluster.flush_lsn().await).await;
+    assert_eq!(position.degraded_to, Some(1), "{position:?}");
+    stream.kill9();
+    rig.give_back(&["b", "c"]);
+    std::fs::rename(rig.scratch.join("a"), rig.scratch.join("a.lost")).unwrap();
+
+    let text = std::fs::read_to_string(&rig.config).unwrap();
+    std::fs::write(&rig.config, text.replace("stream = true", "stream = false")).unwrap();
+    let serve = rig.stream().expect_log("region").spawn();
+    rig.wait("somebody takes WAL", SOON, |position| position.state == State::Archiving).await;
+    let path = cluster.data_dir().join("pg_wal").join(&segment);
+    rig.push(&path).await.ok();
+    let size = WalSegmentSize::try_from(1 << 20).unwrap();
+    let start = SegmentName::parse(&segment, size).unwrap().start(size);
+    let stored = rig.stored_wal(&cluster, (start, Lsn(start.0 + size.bytes()))).await;
+    assert!(stored == std::fs::read(&path).unwrap(), "PostgreSQL may remove it now");
+    // Now it is known, and stored once.
+    let before = rig.objects("b");
+    rig.push(&path).await.ok();
+    assert_eq!((rig.objects("b"), rig.position().await.unwrap().pushes.known), (before, 1));
+    let finished = serve.terminate().await;
+    assert!(matches!(finished.code, Some(0 | 4)), "{finished}");
 }
 
 /// One record of 40 MiB: three frames, none of which but the last ends with a record.

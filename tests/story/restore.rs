@@ -237,11 +237,18 @@ async fn a_running_ledger_is_started_again_with_every_durable_commit() {
     assert!(verdict.durable >= 200, "{verdict:?}");
 }
 
+/// The history of a restored copy, archived as its original does.
+async fn push_history(protected: &Protected) -> Finished {
+    let socket = protected.home().join("state/ledger.sock").display().to_string();
+    let push = protected.drctl(["wal", "push", "--socket", &socket, "pg_wal/00000003.history"]);
+    push.current_dir(&protected.scratch.join("new")).run().await
+}
+
 #[tokio::test]
 async fn recovery_follows_a_promotion_or_stays_on_the_old_timeline() {
     let mut protected = Protected::of(Cluster::builder(MAJOR).setting("restore_command", "/bin/false")).await;
     protected.cluster.execute("CREATE TABLE mark AS SELECT 0 n").await;
-    let stream = protected.stream();
+    let stream = protected.drctl(["wal", "stream", "ledger"]).expect_log("was refused").spawn();
     protected.backup().await;
     protected.cluster.execute("INSERT INTO mark VALUES (1)").await;
     protected.durable().await;
@@ -259,7 +266,19 @@ async fn recovery_follows_a_promotion_or_stays_on_the_old_timeline() {
     assert_eq!(numbers(&restored).await, "0,1,2");
     assert_eq!(restored.query("SELECT substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8)").await, "00000003");
     assert_eq!(numbers(&protected.restored("old", &["--timeline", "1"]).await).await, "0,1");
+
+    // The copy that was restored to be looked at archives as its original does, and no more of it is stored than its history.
+    protected.cluster.execute("INSERT INTO mark VALUES (3)").await;
+    protected.durable().await;
+    push_history(&protected).await.code(1);
+    protected.cluster.stop().await;
+    push_history(&protected).await.ok();
     stream.terminate().await;
+    let plan = protected.plan(&protected.scratch.join("x"), &[]).await.ok().json();
+    let told = plan["not_followed"][0].as_str().unwrap();
+    assert!(plan["timeline"] == 2 && told.contains("timeline 3") && told.contains("is not followed"), "{plan:#}");
+    assert_eq!(numbers(&protected.restored("latest", &[]).await).await, "0,1,2,3");
+    assert_eq!(numbers(&protected.restored("asked", &["--timeline", "3"]).await).await, "0,1,2");
 }
 
 #[tokio::test]

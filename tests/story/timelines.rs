@@ -144,6 +144,50 @@ async fn servers_that_were_promoted_independently_are_stored_apart_and_a_person_
     assert_eq!(rig.rows("new", &[]).await, "before two");
 }
 
+/// They have one history, and their records lie in the same places. Only their commits were not in the same moments.
+#[tokio::test]
+async fn of_two_servers_that_were_promoted_in_one_place_and_write_alike_one_is_streamed() {
+    let mut primary = Cluster::builder(MAJOR).setting("autovacuum", "off").start().await;
+    let place = Scratch::new();
+    let mut first = standby_of(&primary, MAJOR, &place, "first").await;
+    let rig = Rig::with_more(&primary.conninfo(), DIRECTORIES, "heartbeat = false\n").await;
+    let stream = rig.streaming().await;
+    primary.execute("CREATE TABLE t (text text)").await;
+    rig.write(&primary, "before", 1).await;
+    primary.stop().await;
+    stream.terminate().await.ok();
+    first.stop().await;
+    let copy = place.join("second");
+    let copied = std::process::Command::new("cp").arg("-a").arg(first.data_dir()).arg(&copy).status().unwrap();
+    assert!(copied.success());
+    first.start().await;
+    let mut second = Cluster::try_start_restored(&copy, MAJOR, &[], Until::Ready).await.unwrap();
+    for server in [&mut first, &mut second] {
+        promote(server).await;
+        server.execute("CHECKPOINT").await;
+    }
+    rig.point(&primary, &first);
+    let stream = rig.streaming().await;
+    let (stored, _) = rig.write(&first, "alike", 2).await;
+    stream.terminate().await.ok();
+
+    second.execute("INSERT INTO t VALUES ('alike')").await;
+    second.execute("INSERT INTO t VALUES ('and more')").await;
+    let flushed = second.flush_lsn().await;
+    assert!(flushed > stored, "{flushed} {stored}");
+    rig.point(&first, &second);
+    let stream =
+        rig.stream().expect_log("replication slot is gone").expect_log("two servers write one timeline").spawn();
+    let why = "does not continue what is stored";
+    let refused =
+        |position: &drctl::jobs::wal::Position| position.last_error.as_ref().is_some_and(|told| told.contains(why));
+    let position = rig.wait("it is refused", SOON, refused).await;
+    assert!(!position.reaches(flushed), "{position:?}");
+    stream.terminate().await.ok();
+    let status = rig.drctl(&["wal", "status", "ledger"]).run().await.ok().stdout;
+    assert!(status.contains("CONTRADICTION"), "{status}");
+}
+
 #[tokio::test]
 async fn a_standby_that_is_promoted_still_has_what_is_not_stored() {
     let builder = Cluster::builder(MAJOR).wal_segsize(1).setting("autovacuum", "off");

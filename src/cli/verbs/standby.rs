@@ -14,6 +14,7 @@ use crate::cli::verbs::restore::{TablespaceMove, memory};
 use crate::cli::verbs::restore_streams::confirm;
 use crate::cli::verbs::restore_text::plan_text;
 use crate::cli::verbs::standby_text::{change, promoted_text, promotion_text, status_text};
+use crate::config::Settings;
 use crate::jobs::Context;
 use crate::jobs::restore::Memory;
 use crate::jobs::standby::{self, Begin, Ended, Overrides, Record, Standby, Start, State, Status, Wish};
@@ -132,8 +133,8 @@ fn the_one(context: &Context, target: Option<&TargetName>, dir: Option<&Path>) -
 }
 
 async fn start(args: StartArgs, session: &Session) -> Result<Exit> {
-    let (settings, world) = (session.settings()?, World::real());
-    let mut context = app::context(&settings, Role::Restore, &world).await?;
+    let settings = session.settings()?;
+    let mut context = app::context(&settings, Role::Restore, &World::real()).await?;
     let moves = args.tablespace.iter();
     let start = Start {
         directory: absolute(&args.to)?,
@@ -171,11 +172,15 @@ async fn start(args: StartArgs, session: &Session) -> Result<Exit> {
             restored?.0
         }
     };
-    if settings.file.is_some() {
-        // Without a signer the record of a promotion lies beside the directory.
-        context.writer = app::writer(&settings, Role::Restore, &world).await.ok();
-    }
+    sign(&mut context, &settings).await;
     feed(&context, record, session).await
+}
+
+/// Lets the record of a promotion be signed. Without a signer it lies beside the directory.
+async fn sign(context: &mut Context, settings: &Settings) {
+    if settings.file.is_some() {
+        context.writer = app::writer(settings, Role::Restore, &World::real()).await.ok();
+    }
 }
 
 /// How often what it does is looked at, for people and for `--json`.
@@ -243,7 +248,9 @@ async fn promote(
     overrides: Overrides,
     session: &Session,
 ) -> Result<Exit> {
-    let context = context(session).await?;
+    let settings = session.settings()?;
+    let mut context = app::context(&settings, Role::Restore, &World::real()).await?;
+    sign(&mut context, &settings).await;
     let record = the_one(&context, target, dir)?;
     let mut plan = standby::plan_promotion(&context, &record, overrides).await?;
     if plan.refused.is_empty() {
@@ -267,7 +274,7 @@ async fn promote(
         }
     }
     let Overrides { accept_loss, primary_lives } = overrides;
-    let promoted = standby::ask::order_promotion(&record, Wish { accept_loss, primary_lives }).await?;
+    let promoted = standby::ask::order_promotion(&context, &record, Wish { accept_loss, primary_lives }).await?;
     match session.output.json {
         true => session.output.print_json(&promoted)?,
         false => session.output.print(&promoted_text(&promoted))?,

@@ -6,7 +6,7 @@ use chrono::{DateTime, Utc};
 
 use crate::cli::figures;
 use crate::jobs::restore::Primary;
-use crate::jobs::standby::{Promoted, PromotionPlan, Status};
+use crate::jobs::standby::{Promoted, PromotionPlan, State, Status};
 
 /// One line when something changes.
 pub(super) fn change(status: &Status) -> String {
@@ -65,6 +65,10 @@ fn behind(status: &Status) -> String {
 /// What promotion will do.
 pub(super) fn promotion_text(plan: &PromotionPlan, now: DateTime<Utc>) -> String {
     let standby = &plan.standby;
+    if standby.state == State::Promoted {
+        let why = standby.why.as_deref().unwrap_or_default();
+        return format!("The standby of {} is no more: {why}\n\nRun it:\n  {}", standby.target, plan.command);
+    }
     let mut lines = vec![format!("Promote the standby of {}", standby.target)];
     let mut line = |name: &str, text: String| lines.push(format!("  {name:<12}{text}"));
     line("where", standby.directory.display().to_string());

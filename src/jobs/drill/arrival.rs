@@ -63,7 +63,9 @@ pub(super) async fn plan(
             continue;
         }
         let hole = plan.unreachable.clone().filter(|_| newest);
-        let stood = holes.look(hole.as_ref().map(|_| plan.end_lsn), now);
+        // Of a timeline that began just now the first WAL may be on its way.
+        let is_coming = hole.is_some() || newest && !plan.not_followed.is_empty();
+        let stood = holes.look(is_coming.then_some(plan.end_lsn), now);
         let arrived = beat.is_none_or(|beat| plan.end_lsn >= beat) || now - start >= BEAT_ARRIVES;
         let decided = stood.is_none_or(|stood| stood >= stands) || now - start >= LONGEST_WAIT;
         if arrived && decided {

@@ -6,13 +6,14 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 
-use crate::jobs::feed::stock::{Reach, Shelf, Stock, recorded};
+use crate::jobs::feed::stock::{Reach, Shelf, Stock};
 use crate::jobs::feed::way::Way;
 use crate::jobs::feed::{Position, Shared};
 use crate::jobs::lineage;
 use crate::jobs::wal::reaches;
 use crate::model::commit::WalNeed;
 use crate::model::{Error, Lsn, RegionName, Result, Timeline};
+use crate::repository::wal::gaps;
 use crate::repository::wal::index::BranchId;
 
 /// How long WAL that was stored waits before it is seen, at most.
@@ -224,7 +225,7 @@ impl Shared {
             }
             looks
         };
-        let gaps = if whole { Some(recorded(&self.context, branch).await?) } else { None };
+        let gaps = if whole { Some(gaps::barriers(&self.context.repository, branch).await?) } else { None };
         let (mut grown, mut failed) = (false, None::<Error>);
         let mut stock = self.stock.write().await;
         let Some(shelf) = stock.shelves.get_mut(branch) else { return Ok(false) };
@@ -241,8 +242,7 @@ impl Shared {
             }
         }
         if let Some(gaps) = gaps {
-            grown |= gaps != shelf.gaps;
-            shelf.gaps = gaps;
+            grown |= shelf.record(gaps);
         }
         drop(stock);
         if deaf == asked

@@ -14,7 +14,7 @@ use crate::jobs::context::Context;
 use crate::jobs::feed::way::Way;
 use crate::jobs::lineage::StoredHistory;
 use crate::model::{Error, Lsn, Result, Timeline};
-use crate::repository::wal::gaps::{self, Gap};
+use crate::repository::wal::gaps::{self, Barrier, Barriers};
 use crate::repository::wal::index::{BranchId, Run, Window, windows};
 use crate::repository::wal::reader::BranchLog;
 
@@ -25,7 +25,7 @@ pub(super) const PIECE: u64 = 16 << 20;
 #[derive(Debug)]
 pub(super) struct Shelf {
     pub(super) log: BranchLog,
-    pub(super) gaps: Vec<Gap>,
+    pub(super) gaps: Barriers,
 }
 
 /// Everything that is known of what is stored.
@@ -62,7 +62,8 @@ pub struct End {
 
 impl Shelf {
     pub(super) async fn load(context: &Context, branch: BranchId) -> Result<Self> {
-        let gaps = recorded(context, &branch).await?;
+        let gaps = gaps::barriers(&context.repository, &branch).await?;
+        gaps.tell();
         let mut log = BranchLog::load(&context.repository, branch).await;
         // With commit times, which nobody needs who only reads: the end tells its last commit.
         (log.runs, log.damaged) = log.index.runs(&context.repository, None).await;
@@ -71,9 +72,18 @@ impl Shelf {
 
     /// Takes a later look at the whole branch in. Returns whether anything is new; the runs are to be counted anew then.
     pub(super) fn absorb(&mut self, later: Self) -> bool {
-        let is_changed = self.gaps != later.gaps;
-        self.gaps = later.gaps;
+        let is_changed = self.record(later.gaps);
         self.log.index.absorb(later.log.index) || is_changed
+    }
+
+    /// Takes in what is recorded by now. Returns whether it is something else.
+    pub(super) fn record(&mut self, gaps: Barriers) -> bool {
+        if self.gaps.ignored != gaps.ignored {
+            gaps.tell();
+        }
+        let is_changed = self.gaps.standing != gaps.standing;
+        self.gaps = gaps;
+        is_changed
     }
 
     /// Takes runs that were counted anew. Returns whether they are other ones.
@@ -93,7 +103,7 @@ impl Shelf {
             Some(cap) if window.end >= cap => Some(cap),
             _ => window.last_record_end.map(|end| cap.map_or(end, |cap| end.min(cap))),
         };
-        let first = self.gaps.iter().filter(|gap| gap.contradiction && gap.to > at).min_by_key(|gap| gap.from);
+        let first = self.gaps.standing.iter().filter(|gap| gap.contradiction && gap.to > at).min_by_key(|gap| gap.from);
         match first {
             Some(gap) if gap.from <= at => {
                 let text = format!("the WAL from {} to {} was stored in two versions", gap.from, gap.to);
@@ -106,15 +116,6 @@ impl Shelf {
     fn window_at(&self, at: Lsn) -> Option<Window> {
         self.log.window(at)
     }
-}
-
-/// The recorded gaps of a branch, contradictions among them.
-pub(super) async fn recorded(context: &Context, branch: &BranchId) -> Result<Vec<Gap>> {
-    let (recorded, unreadable) = gaps::read(&context.repository, branch).await?;
-    if let Some(error) = unreadable.into_iter().next() {
-        return Err(error);
-    }
-    Ok(recorded)
 }
 
 impl Stock {
@@ -219,8 +220,8 @@ impl Stock {
         let shelf = shelf?;
         let windows = windows(&shelf.log.runs);
         let is_stored = |from, to| windows.iter().any(|window| window.covers(from, to));
-        let is_ahead = |gap: &&Gap| !gap.contradiction && gap.to > end.lsn && gap.is_open(is_stored);
-        if let Some(Gap { from, to, reason, .. }) = shelf.gaps.iter().find(is_ahead) {
+        let is_ahead = |gap: &&Barrier| !gap.contradiction && gap.to > end.lsn && gap.is_open(is_stored);
+        if let Some(Barrier { from, to, reason, .. }) = shelf.gaps.standing.iter().find(is_ahead) {
             return Some(format!("the WAL of timeline {timeline} from {from} to {to} was never stored: {reason}"));
         }
         let window_end = shelf.window_at(end.lsn).map_or(end.lsn, |window| window.end);

@@ -13,6 +13,7 @@ use crate::repository::wal::frame::{EpochKind, Frame, FrameHeader, FrameKind, Fr
 use crate::repository::wal::gaps::{self, Gap};
 use crate::repository::wal::index::BranchId;
 use crate::repository::wal::log::{Epoch, Log, Marks, store_history};
+use crate::store::{Digest, ObjectStore, PutOptions};
 
 const START: u64 = 1000;
 
@@ -111,11 +112,28 @@ async fn no_end_is_told_in_front_of_a_timeline_or_a_gap() {
     let trouble = feed.position().trouble.unwrap();
     assert!(trouble.contains("was never stored: the slot was lost"), "{trouble}");
     assert_eq!(feed.position().streaming, None);
+    let late_branch = id.branch.clone();
     let mut late = Writing::begin(&fixture, Log { timeline: Timeline(2), branch: id.branch, ..log() }, 1260).await;
     late.write(&[50]).await;
     late.end().await;
     feed.look().await.unwrap();
     assert_eq!((end(&feed), feed.hole().await), ((2, 1310), None));
+
+    // Bytes that nobody signed stop nothing, unless they may be what is left of a record.
+    let prefix = layout::gaps(id.system_id, id.timeline, &late_branch);
+    let garbage = async |name: String, stores: usize| {
+        for store in &fixture.stores[..stores] {
+            let body = Bytes::from_static(b"{}\n");
+            let digest = Digest::of(&body);
+            store.put(&format!("{prefix}{name}"), body, digest, &PutOptions::default()).await.unwrap();
+        }
+        feed.look().await
+    };
+    garbage("garbage".to_owned(), 2).await.unwrap();
+    garbage(layout::gap("", Lsn(1300), Lsn(1305)) + "-contradiction", 1).await.unwrap();
+    assert_eq!((end(&feed), feed.position().trouble), ((2, 1310), None));
+    let stopped = garbage(layout::gap("", Lsn(1270), Lsn(1280)) + "-contradiction", 2).await.unwrap_err();
+    assert!(stopped.to_string().contains("from 0/4F6 to 0/500 was stored in two versions"), "{stopped}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -253,6 +253,7 @@ fn outset(request: &Request, (commit, route, pin): (&Commit, &Route, Pin)) -> Pl
         last_commit: None,
         newest_commit: None,
         unreachable: route.beyond.clone(),
+        not_followed: route.not_followed.clone(),
         fetch_bytes: 0,
         wal_bytes: wal.iter().map(|leg| leg.bytes).sum(),
         wal,
@@ -273,7 +274,7 @@ fn outset(request: &Request, (commit, route, pin): (&Commit, &Route, Pin)) -> Pl
         tablespaces: Vec::new(),
         start: request.start,
         refused: Vec::new(),
-        warnings: route.beyond.iter().cloned().collect(),
+        warnings: route.beyond.iter().chain(&route.not_followed).cloned().collect(),
         command: String::new(),
     }
 }

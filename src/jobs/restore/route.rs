@@ -2,10 +2,10 @@
 
 use std::ops::ControlFlow;
 
-use futures::future::join;
+use futures::future::{join, join_all};
 
 use crate::jobs::context::Context;
-use crate::jobs::lineage::{Follow, StoredHistory, branch_of, choose, histories};
+use crate::jobs::lineage::{Follow, StoredHistory, branch_of, choose, histories, newest};
 use crate::model::commit::WalNeed;
 use crate::model::{Error, Lsn, Result, ResultExt, Timeline};
 use crate::pg::history::History;
@@ -37,6 +37,8 @@ pub(super) struct Route {
     pub(super) histories: Vec<StoredHistory>,
     /// WAL beyond the end that cannot be reached, in words.
     pub(super) beyond: Option<String>,
+    /// Newer timelines than the one aimed at that nobody asked for and that nothing but the history is stored of, in words.
+    pub(super) not_followed: Vec<String>,
 }
 
 impl Route {
@@ -48,18 +50,23 @@ impl Route {
         // Every way begins on the backup's own branch, so its WAL is listed while the histories come.
         let own = BranchId { system_id: need.system_id, timeline: need.timeline, branch: need.branch.clone() };
         let (histories, own) = join(histories(repository, need, &[]), BranchLog::load(repository, own)).await;
-        let (histories, mut own) = (histories.during(|| "read the timeline histories")?, Some(own));
-        let (history, branch) = choose(&histories, need, wanted)?;
-        let mut route =
-            Self { need: need.clone(), history: history.clone(), legs: Vec::new(), histories, beyond: None };
+        let histories = histories.during(|| "read the timeline histories")?;
+        let Lived { histories: lived, log, not_followed } = match wanted {
+            Some(_) => Lived { histories: histories.clone(), log: None, not_followed: Vec::new() },
+            None => Lived::of(repository, need, &histories).await,
+        };
+        let mut read: Vec<_> = [own].into_iter().chain(log).collect();
+        let (history, branch) = choose(&lived, need, wanted)?;
+        let (legs, aim) = (Vec::new(), history.clone());
+        let mut route = Self { need: need.clone(), history: aim, legs, histories, beyond: None, not_followed };
         let mut from = need.wal_segment_size.segment_start(need.start_lsn);
         for reign in history.ancestry().filter(|reign| reign.timeline >= need.timeline) {
             let is_last = reign.timeline == history.timeline();
             let branch =
                 if is_last { branch.clone() } else { branch_of(&route.histories, need, &history, reign.timeline)? };
             let id = BranchId { system_id: need.system_id, timeline: reign.timeline, branch };
-            let log = match own.take_if(|own| *own.index.branch() == id) {
-                Some(own) => own,
+            let log = match read.iter().position(|log| *log.index.branch() == id) {
+                Some(at) => read.swap_remove(at),
                 None => BranchLog::load(repository, id.clone()).await,
             };
             let end = leg_end(&log, from, reign.end);
@@ -172,6 +179,52 @@ impl Route {
         }
         Ok(last)
     }
+}
+
+/// The histories of which more is stored than their file.
+struct Lived {
+    histories: Vec<StoredHistory>,
+    /// The WAL of the newest one, if only one has its number.
+    log: Option<BranchLog>,
+    not_followed: Vec<String>,
+}
+
+impl Lived {
+    /// Drops the newest timelines that nobody has stored WAL of. A server stores its history as it is promoted, and a copy that
+    /// was promoted for a look may store no more than that: where it began the way would end, and what was stored of the
+    /// older timeline behind that would be left out.
+    async fn of(repository: &Repository, need: &WalNeed, histories: &[StoredHistory]) -> Self {
+        let mut lived = Self { histories: histories.to_vec(), log: None, not_followed: Vec::new() };
+        loop {
+            let newest: Vec<_> = newest(&lived.histories, need).into_iter().cloned().collect();
+            let Some(timeline) = newest.first().map(|h| h.timeline) else { return lived };
+            let logs = newest.iter().map(|h| {
+                let (system_id, branch) = (need.system_id, h.branch.clone());
+                BranchLog::load(repository, BranchId { system_id, timeline, branch })
+            });
+            let mut logs = join_all(logs).await;
+            if logs.iter().any(|log| may_hold_wal(repository, log)) {
+                lived.log = logs.pop().filter(|_| logs.is_empty());
+                return lived;
+            }
+            lived.not_followed.extend(newest.iter().map(not_followed));
+            lived.histories.retain(|h| h.timeline != timeline);
+        }
+    }
+}
+
+/// Whether there is WAL, or may be where nobody can look.
+fn may_hold_wal(repository: &Repository, log: &BranchLog) -> bool {
+    let silent = log.index.unreadable().len() >= repository.regions.lowest_quorum();
+    silent || !log.damaged.is_empty() || log.runs.iter().any(|run| run.end() > run.start())
+}
+
+fn not_followed(StoredHistory { timeline, branch, history, .. }: &StoredHistory) -> String {
+    let left =
+        history.entries().last().map(|left| format!(", which left timeline {} at {},", left.timeline, left.switch));
+    let left = left.unwrap_or_default();
+    let asked = format!("--timeline {}-{branch} restores up to there", timeline.0);
+    format!("timeline {timeline}{left} has no WAL in any region and is not followed; {asked}")
 }
 
 /// Where a leg ends, and whether it reaches its switch. `None`: nothing of it is there.

@@ -40,6 +40,9 @@ pub struct Plan {
     pub newest_commit: Option<DateTime<Utc>>,
     /// WAL that exists and cannot be reached.
     pub unreachable: Option<String>,
+    /// Newer timelines that nobody asked for and that only the history is stored of.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub not_followed: Vec<String>,
     /// Bytes to fetch for the base, at most.
     pub fetch_bytes: u64,
     /// Bytes of WAL to replay.

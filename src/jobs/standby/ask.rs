@@ -4,7 +4,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use crate::disk::lock::Lock;
+use crate::jobs::context::Context;
 use crate::jobs::standby::control;
+use crate::jobs::standby::finish::finish_alone;
 use crate::jobs::standby::record::{LOCK, Record};
 use crate::jobs::standby::server;
 use crate::jobs::standby::status::Status;
@@ -28,22 +30,29 @@ pub async fn status(record: &Record) -> Result<Status> {
                 _ => None,
             };
             let status = Status::not_fed(record, server);
-            let promoted = server::must_be_standby(&record.directory).await.err();
-            Ok(Status { why: promoted.map(|promoted| promoted.to_string()).or(status.why), ..status })
+            Ok(match (server::must_be_standby(&record.directory).await, record.promotion) {
+                (Err(_), Some(at)) => Status { server_pid: server, ..Status::promoted(record, at) },
+                (Err(promoted), None) => Status { why: Some(promoted.to_string()), ..status },
+                (Ok(()), _) => status,
+            })
         }
     }
 }
 
-/// Promotes a standby that is fed, and waits until it takes writes.
+/// Promotes a standby that is fed, and waits until it takes writes. One that followed the order of a process which died is
+/// tidied up behind.
 ///
 /// # Errors
 /// Nobody feeds it, or what stopped it.
-pub async fn order_promotion(record: &Record, wish: Wish) -> Result<Promoted> {
-    let nobody = || {
-        let error = Error::new(Kind::Unavailable, format!("nobody feeds the standby of {}", record.target));
-        error.hint(format!("drctl standby start {} --to {}", record.target, record.directory.display()))
-    };
-    control::order_promotion(record, wish).await?.ok_or_else(nobody)
+pub async fn order_promotion(context: &Context, record: &Record, wish: Wish) -> Result<Promoted> {
+    if let Some(promoted) = control::order_promotion(record, wish).await? {
+        return Ok(promoted);
+    }
+    if let Some(at) = server::followed(record).await? {
+        return finish_alone(context, record, at).await;
+    }
+    let error = Error::new(Kind::Unavailable, format!("nobody feeds the standby of {}", record.target));
+    Err(error.hint(format!("drctl standby start {} --to {}", record.target, record.directory.display())))
 }
 
 /// Stops feed and server of a standby. Returns whether anything ran.

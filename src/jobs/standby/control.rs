@@ -67,6 +67,13 @@ fn path(record: &Record) -> PathBuf {
     record.socket_dir.join(SOCKET)
 }
 
+/// Removes the socket that a process left which was killed.
+pub(super) fn remove(record: &Record) {
+    if let Err(error) = std::fs::remove_file(path(record)) {
+        tracing::debug!(%error, "the control socket of a standby is not removed");
+    }
+}
+
 /// Answers until it is dropped.
 pub(super) async fn serve(desk: Arc<Desk>) -> Result<Served> {
     let path = path(&desk.record);

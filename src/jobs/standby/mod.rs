@@ -14,6 +14,7 @@ use crate::jobs::feed::{self, Feed};
 use crate::jobs::restore;
 use crate::jobs::socket::Served;
 use crate::jobs::standby::control::{Desk, Order};
+use crate::jobs::standby::finish::{forsake, part};
 use crate::jobs::standby::record::LOCK;
 use crate::jobs::standby::report::Report;
 use crate::jobs::standby::server::Server;
@@ -27,6 +28,7 @@ use crate::repository::wal::log::branch_of;
 pub mod ask;
 mod control;
 mod drain;
+mod finish;
 mod promote;
 mod record;
 mod report;
@@ -81,11 +83,15 @@ impl Standby {
         let lock = Lock::acquire(&record.directory.join(LOCK)).during(|| "another drctl feeds this standby")?;
         restore::give(&record.directory.join(LOCK), owner)?;
         if let Err(promoted) = server::must_be_standby(&record.directory).await {
-            return Err(forsake(context, &record, owner, promoted));
+            return Err(forsake(context, &record, promoted).await);
         }
-        if record.promotion.take().is_some() {
+        let mut server = Server::of(&record).await?;
+        if record.promotion.is_some() {
             // Whatever wakes the server up would promote it with this.
             server::withdraw_promotion(&record.directory)?;
+        }
+        if !server.is_running()? && record.promotion.take().is_some() {
+            // One that runs may have taken the order, and follows it under whoever feeds it by then.
             record.note_promotion(None, owner)?;
         }
         if let Err(error) = record.remember(context) {
@@ -104,7 +110,6 @@ impl Standby {
         let options =
             feed::Options { socket_dir: record.socket_dir.clone(), owner, origin: origin(&record).await?, way: None };
         let feed = Feed::open(&context, options).await?;
-        let mut server = Server::of(&record).await?;
         let (sender, orders) = mpsc::channel(1);
         let desk = Desk {
             record,
@@ -192,7 +197,13 @@ impl Standby {
 
     async fn start_again(&mut self) {
         self.started_at = self.context.clock.monotonic();
-        if let Err(error) = self.server.start().await {
+        let record = &self.desk.record;
+        // A server that starts knows of no order.
+        let started = match self.server.start().await {
+            Ok(()) if record.promotion.is_some() => record.note_promotion(None, self.server.owner()),
+            started => started,
+        };
+        if let Err(error) = started {
             tracing::warn!(%error, "the standby's server does not start");
             self.desk.note(|view| view.down = Some(error.to_string()));
         }
@@ -226,8 +237,13 @@ impl Standby {
     /// Its server is no standby any more: it goes on without this process.
     async fn leave(mut self, promoted: Error) -> Result<Ended> {
         self.server.leave();
+        // An order that an earlier process gave, or this one without seeing its end, stands in the file.
+        let told = match Record::read(&self.desk.record.directory) {
+            Ok(Some(record)) => forsake(&self.context, &record, promoted).await,
+            _ => promoted,
+        };
         self.end().await;
-        Err(promoted)
+        Err(told)
     }
 
     async fn stop(mut self) -> Result<Ended> {
@@ -244,31 +260,6 @@ impl Standby {
         let Self { desk, control, .. } = self;
         control.stop(FAREWELL).await;
         feed::remove(&desk.record.socket_dir);
-    }
-}
-
-/// Takes away what made a directory a standby of drctl.
-fn part(context: &Context, record: &Record, owner: Option<User>) -> Result<()> {
-    restore::unconfigure(&record.directory, owner)?;
-    restore::give(&record.directory.join(record::LOG), owner)?;
-    record.forget(context);
-    let lock = record.directory.join(LOCK);
-    Ok(std::fs::remove_file(&lock).map_err(|error| crate::disk::DiskError::new("remove", &lock, error))?)
-}
-
-/// A promotion that was ordered here and whose end nobody saw is tidied up behind; whatever else made a primary of a standby
-/// is left to whoever did.
-fn forsake(context: &Context, record: &Record, owner: Option<User>, promoted: Error) -> Error {
-    let Some(at) = record.promotion else { return promoted };
-    match part(context, record, owner) {
-        Ok(()) => {
-            let at = at.format("%Y-%m-%d %H:%M:%S");
-            let error = Error::refused(format!("{} was promoted on {at} UTC", record.directory.display()));
-            error.hint(
-                "it is a cluster of its own now: start and stop it with pg_ctl, let conninfo name it, and back it up",
-            )
-        }
-        Err(error) => promoted.because(format!("not tidied up: {error}")),
     }
 }
 

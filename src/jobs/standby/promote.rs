@@ -14,7 +14,7 @@ use crate::jobs::restore::{self, Primary, Refusal};
 use crate::jobs::standby::control;
 use crate::jobs::standby::drain::{Drain, Seen, Step, streams};
 use crate::jobs::standby::record::Record;
-use crate::jobs::standby::server::Server;
+use crate::jobs::standby::server::{self, Server};
 use crate::jobs::standby::status::{State, Status};
 use crate::jobs::standby::words::{Overrides, Promoted, Wish};
 use crate::jobs::wal::reaches;
@@ -24,7 +24,7 @@ use crate::repository::wal::index;
 
 const POLL: Duration = Duration::from_millis(200);
 /// A server that is promoted writes one record first; a large one renames and checks many files.
-const OPENING: Duration = Duration::from_secs(600);
+pub(super) const OPENING: Duration = Duration::from_secs(600);
 
 /// What promotion will do.
 #[derive(Debug, Clone, Serialize)]
@@ -84,9 +84,12 @@ impl Plan {
 /// # Errors
 /// The standby answers, and not as it should.
 pub async fn plan(context: &Context, record: &Record, overrides: Overrides) -> Result<Plan> {
-    let standby = match control::status(record, true).await? {
-        Some(status) => status,
-        None => Status::not_fed(record, None),
+    let (standby, followed) = match control::status(record, true).await? {
+        Some(status) => (status, None),
+        None => match server::followed(record).await? {
+            Some(at) => (Status::promoted(record, at), Some(at)),
+            None => (Status::not_fed(record, None), None),
+        },
     };
     let primary = match context.target(&record.target) {
         Ok(target) => restore::ask_primary(target, record.origin.system_id).await,
@@ -100,6 +103,10 @@ pub async fn plan(context: &Context, record: &Record, overrides: Overrides) -> R
         warnings: Vec::new(),
         command: String::new(),
     };
+    if followed.is_some() {
+        // What was ordered is done, whatever else is true by now.
+        return Ok(plan);
+    }
     plan.judge_life((context, record), overrides);
     plan.judge(context, overrides);
     Ok(plan)
@@ -194,7 +201,7 @@ pub(super) async fn run(
     take_numbers(record, feed, server).await?;
     open(record, server, clock.now()).await?;
     let opened = clock.monotonic();
-    let (timeline, switch) = switched(record, server).await?;
+    let (timeline, (_, switch)) = switched(record, server).await?;
     let mut warnings = warnings(server).await;
     let stored_to = stored_since(feed, end.lsn).await.unwrap_or_else(|warning| {
         warnings.push(warning);
@@ -337,18 +344,18 @@ async fn take_numbers(record: &Record, feed: &Feed, server: &Server) -> Result<(
     Ok(())
 }
 
-/// The timeline that the server began, and where.
-async fn switched(record: &Record, server: &Server) -> Result<(Timeline, Lsn)> {
+/// The timeline that the server began, and which one it left for it, where.
+pub(super) async fn switched(record: &Record, server: &Server) -> Result<(Timeline, (Timeline, Lsn))> {
     let unknown = || Error::failed("the promoted server has no history of its timeline");
     let timeline = server.timeline().await?;
     let path = record.directory.join("pg_wal").join(timeline.history_file_name());
     let text = std::fs::read_to_string(&path).map_err(|error| unknown().because(error))?;
     let history = History::parse(timeline, &text)?;
     let last = history.entries().last().ok_or_else(unknown)?;
-    Ok((timeline, last.switch))
+    Ok((timeline, (last.timeline, last.switch)))
 }
 
-async fn warnings(server: &Server) -> Vec<String> {
+pub(super) async fn warnings(server: &Server) -> Vec<String> {
     let mut warnings = Vec::new();
     match server.setting("synchronous_standby_names").await {
         Ok(names) if !names.is_empty() => {
@@ -360,7 +367,8 @@ async fn warnings(server: &Server) -> Vec<String> {
     warnings
 }
 
-fn next(record: &Record, lost_to: Option<Lsn>) -> Vec<String> {
+/// What the operator does now.
+pub(super) fn next(record: &Record, lost_to: Option<Lsn>) -> Vec<String> {
     let listens = record.listen.as_ref().map_or_else(
         || "it listens in its data directory alone: restart it to listen as its configuration says".to_owned(),
         |listen| format!("it listens on {listen}, port {}: let clients in", record.port),

@@ -83,6 +83,11 @@ impl Report {
         }
     }
 
+    /// It was ordered before.
+    pub(super) fn since(self, at: DateTime<Utc>) -> Self {
+        Self { started_at: at, ..self }
+    }
+
     /// Takes in what it came to, keeps it, and tells where: in what was promoted, and outside.
     pub(super) async fn end(mut self, context: &Context, promoted: &mut Result<Promoted>) {
         self.finished_at = context.clock.now();

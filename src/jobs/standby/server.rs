@@ -6,7 +6,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::Duration;
 
+use chrono::{DateTime, Utc};
 use rustix::process::{Pid, Signal, kill_process};
+use tokio::time::Instant;
 
 use crate::disk::{DiskError, place};
 use crate::jobs::feed;
@@ -19,6 +21,8 @@ use crate::pg::instance::{Instance, InstanceOptions, Network, PgBinaries, Postma
 /// A checkpoint is written first.
 const STOP_LIMIT: Duration = Duration::from_secs(120);
 const POLL: Duration = Duration::from_millis(50);
+/// A server takes an order within a second, and waits for its walreceiver then.
+const FOLLOWS: Duration = Duration::from_secs(10);
 /// A server that finds this when it is signalled ends recovery.
 const PROMOTE: &str = "promote";
 /// Reading while the server overwrites the file.
@@ -259,6 +263,23 @@ pub(super) async fn must_be_standby(directory: &Path) -> Result<()> {
         return promoted("its control file says that it takes writes");
     }
     Ok(())
+}
+
+/// When the promotion was ordered that the server has followed, if it has. One that runs may be about to.
+///
+/// # Errors
+/// The directory is not readable.
+pub(super) async fn followed(record: &Record) -> Result<Option<DateTime<Utc>>> {
+    let Some(at) = record.promotion else { return Ok(None) };
+    let until = Instant::now() + FOLLOWS;
+    while must_be_standby(&record.directory).await.is_ok() {
+        let runs = matches!(postmaster_of(&record.directory)?, Postmaster::Alive { .. });
+        if !runs || Instant::now() >= until {
+            return Ok(None);
+        }
+        tokio::time::sleep(POLL).await;
+    }
+    Ok(Some(at))
 }
 
 /// The control file, which a running server overwrites in place.

@@ -31,6 +31,8 @@ pub enum State {
     Promoting,
     /// Nobody feeds it.
     NotFed,
+    /// Its server is a primary, and whoever promoted it died before it had told and tidied up.
+    Promoted,
 }
 
 impl State {
@@ -44,6 +46,7 @@ impl State {
             Self::ServerDown => "SERVER DOWN",
             Self::Promoting => "being promoted",
             Self::NotFed => "NOT FED",
+            Self::Promoted => "PROMOTED",
         }
     }
 }
@@ -144,6 +147,14 @@ impl Status {
             last_commit: end.and_then(|end| end.last_commit),
             ..Self::not_fed(record, None)
         }
+    }
+
+    /// Of one whose promotion is done, and not finished.
+    pub(super) fn promoted(record: &Record, at: DateTime<Utc>) -> Self {
+        let at = at.format("%Y-%m-%d %H:%M:%S");
+        let why =
+            format!("it was promoted on {at} UTC by a drctl that died: drctl standby promote tidies up behind it");
+        Self { state: State::Promoted, why: Some(why), ..Self::not_fed(record, None) }
     }
 
     /// Of a standby whose feed does not run.

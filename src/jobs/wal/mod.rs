@@ -12,6 +12,7 @@ pub mod control;
 pub mod fetch;
 mod fill;
 mod give_up;
+mod passing;
 pub mod position;
 pub mod pressure;
 mod primary;

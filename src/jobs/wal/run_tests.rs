@@ -69,12 +69,12 @@ fn frame(start: u64, end: u64) -> Frame {
 }
 
 fn old(lsn: u64) -> Start {
-    Start { branch: log().branch_id(), lsn: Lsn(lsn), at_record: true, last: None }
+    Start { branch: log().branch_id(), lsn: Lsn(lsn), at_record: true, last: None, commits: None }
 }
 
 fn new(lsn: u64) -> Start {
     let branch = BranchId { timeline: Timeline(2), branch: branch_of(HISTORY), ..log().branch_id() };
-    Start { branch, lsn: Lsn(lsn), at_record: true, last: None }
+    Start { branch, lsn: Lsn(lsn), at_record: true, last: None, commits: None }
 }
 
 async fn ship(run: &Run, frame: Frame) {

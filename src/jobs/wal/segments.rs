@@ -5,8 +5,13 @@
 //! says is true of one repository only: its first line names that, and the book of another one is not believed. A digest is
 //! a fingerprint under the book's own secret, which stands there, too: all WAL that is received is digested, whether it is
 //! archived or not, and SHA-256 would cost as much as compressing it.
+//!
+//! Regions can be lost, and a book does not notice. So it tells apart what a segment held from whether it is safe: safe is
+//! what this process saw at the full write quorum, or a takeover found there. Of all else (noted by an earlier process, or
+//! at a lowered quorum, or not found again by a takeover) only the digest counts: other bytes are refused, and the same
+//! ones are stored again before anybody is told that they are.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::fs::OpenOptions;
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
@@ -14,7 +19,9 @@ use std::path::{Path, PathBuf};
 
 use crate::codec::fingerprint::{Fingerprint, PageFingerprinter, RunningFingerprint};
 use crate::disk::{DiskError, place};
-use crate::model::{Branch, Lsn, RepositoryId, Result, Rng, SystemId, Timeline};
+use crate::model::{Branch, Lsn, RepositoryId, Result, Rng, SystemId, Timeline, WalSegmentSize};
+use crate::repository::wal::adopt::Tail;
+use crate::repository::wal::index::BranchId;
 use crate::repository::wal::log::Log;
 
 /// Segments remembered: 64 GiB of WAL at the usual size. A server that archives later than that stores a second copy.
@@ -38,6 +45,19 @@ impl SegmentKey {
     pub(super) fn of(log: &Log, start: Lsn) -> Self {
         Self { system_id: log.system_id, timeline: log.timeline, branch: log.branch.clone(), start }
     }
+
+    fn branch_id(&self) -> BranchId {
+        BranchId { system_id: self.system_id, timeline: self.timeline, branch: self.branch.clone() }
+    }
+}
+
+/// A segment of which every byte is durable at the write quorum in force.
+#[derive(Debug, Clone)]
+pub(super) struct Durable {
+    pub(super) key: SegmentKey,
+    pub(super) digest: SegmentDigest,
+    /// Whether no byte of it was acknowledged at a lowered one.
+    pub(super) at_full_quorum: bool,
 }
 
 /// A segment that is stored twice, with other bytes the second time.
@@ -50,7 +70,7 @@ pub(super) struct Contradiction {
     pub(super) now: SegmentDigest,
 }
 
-/// The digests of the segments that are durable at the write quorum.
+/// The digests of the segments that were durable at the write quorum.
 #[derive(Debug)]
 pub(super) struct SegmentBook {
     path: PathBuf,
@@ -58,6 +78,8 @@ pub(super) struct SegmentBook {
     title: String,
     digester: Digester,
     known: HashMap<SegmentKey, SegmentDigest>,
+    /// Those of them that are certain to be stored.
+    safe: HashSet<SegmentKey>,
     /// Oldest first.
     order: VecDeque<SegmentKey>,
     /// Lines in the file, those of forgotten segments among them; `None` = what stands there is to be replaced.
@@ -96,7 +118,7 @@ impl SegmentBook {
     }
 
     fn new(path: PathBuf, (title, digester): (String, Digester)) -> Self {
-        Self { path, title, digester, known: HashMap::new(), order: VecDeque::new(), lines: None }
+        Self { path, title, digester, known: HashMap::new(), safe: HashSet::new(), order: VecDeque::new(), lines: None }
     }
 
     /// What digests are made with that this book understands.
@@ -104,17 +126,42 @@ impl SegmentBook {
         self.digester.clone()
     }
 
-    /// What a segment holds, if that is known.
+    /// What a segment held when it was stored, if that is known. It may be lost since.
     pub(super) fn get(&self, key: &SegmentKey) -> Option<SegmentDigest> {
         self.known.get(key).copied()
     }
 
-    /// The segment is durable and has this digest. Says so if it was noted with another one before, which stays.
-    pub(super) fn note(&mut self, key: SegmentKey, digest: SegmentDigest) -> Option<Contradiction> {
-        match self.get(&key) {
-            Some(before) if before != digest => return Some(Contradiction { key, before, now: digest }),
-            Some(_) => return None,
-            None => {}
+    /// The same of a segment that needs not be stored again.
+    pub(super) fn safe(&self, key: &SegmentKey) -> Option<SegmentDigest> {
+        self.safe.contains(key).then(|| self.get(key)).flatten()
+    }
+
+    /// Regions may have been lost: nothing is safe before it is found again.
+    pub(super) fn doubt(&mut self) {
+        self.safe.clear();
+    }
+
+    /// What the write quorum lists is safe. A digest says nothing of where its segment ends; its server does.
+    pub(super) fn believe(&mut self, tail: &Tail, size: WalSegmentSize) {
+        let is_held = |key: &&SegmentKey| {
+            let end = key.start.checked_add(size.bytes());
+            end.is_some_and(|end| tail.holds(&key.branch_id(), (key.start, end)))
+        };
+        let held: Vec<_> = self.order.iter().filter(is_held).cloned().collect();
+        self.safe.extend(held);
+    }
+
+    /// The segment is durable. Says so if it was noted with another digest before, which stays.
+    pub(super) fn note(&mut self, Durable { key, digest, at_full_quorum }: Durable) -> Option<Contradiction> {
+        let before = self.get(&key);
+        if let Some(before) = before.filter(|before| *before != digest) {
+            return Some(Contradiction { key, before, now: digest });
+        }
+        if at_full_quorum {
+            self.safe.insert(key.clone());
+        }
+        if before.is_some() {
+            return None;
         }
         let line = print(&key, &digest);
         self.learn(key, digest);
@@ -133,7 +180,10 @@ impl SegmentBook {
             self.order.push_back(key);
         }
         while self.order.len() > KEPT {
-            self.order.pop_front().and_then(|oldest| self.known.remove(&oldest));
+            if let Some(oldest) = self.order.pop_front() {
+                self.known.remove(&oldest);
+                self.safe.remove(&oldest);
+            }
         }
     }
 
@@ -199,9 +249,14 @@ fn parse(line: &str) -> Option<(SegmentKey, SegmentDigest)> {
 pub(super) struct Digester(std::sync::Arc<PageFingerprinter>);
 
 impl Digester {
+    /// The digest of a segment that comes in pieces.
+    pub(super) fn running(&self) -> RunningFingerprint {
+        self.0.running()
+    }
+
     /// The digest of a whole segment.
     pub(super) fn of(&self, mut read: impl std::io::Read) -> std::io::Result<SegmentDigest> {
-        let (mut running, mut buffer) = (self.0.running(), vec![0; 256 * 1024]);
+        let (mut running, mut buffer) = (self.running(), vec![0; 256 * 1024]);
         loop {
             match read.read(&mut buffer)? {
                 0 => return Ok(running.finish()),
@@ -211,68 +266,18 @@ impl Digester {
     }
 }
 
-/// Digests of segments as their bytes pass in pieces. A segment whose beginning did not pass stays unknown.
-#[derive(Debug)]
-pub(super) struct PassingSegments {
-    digester: Digester,
-    open: Option<Passing>,
-}
-
-#[derive(Debug)]
-struct Passing {
-    log: Log,
-    start: Lsn,
-    at: Lsn,
-    running: RunningFingerprint,
-}
-
-impl PassingSegments {
-    /// None yet.
-    pub(super) const fn new(digester: Digester) -> Self {
-        Self { digester, open: None }
-    }
-
-    /// Takes bytes, and gives the segments that end in them.
-    pub(super) fn pass(&mut self, log: &Log, mut at: Lsn, mut wal: &[u8]) -> Vec<(SegmentKey, SegmentDigest)> {
-        let mut complete = Vec::new();
-        let size = log.wal_segment_size;
-        if self.open.as_ref().is_some_and(|open| open.at != at || open.log != *log) {
-            self.open = None;
-        }
-        while !wal.is_empty() {
-            let start = size.segment_start(at);
-            let left = usize::try_from(size.bytes() - at.bytes_since(start)).unwrap_or(usize::MAX);
-            let (now, later) = wal.split_at(left.min(wal.len()));
-            if at == start {
-                self.open = Some(Passing { log: log.clone(), start, at, running: self.digester.0.running() });
-            }
-            at.0 += now.len() as u64;
-            wal = later;
-            let Some(open) = &mut self.open else { continue };
-            open.running.update(now);
-            open.at = at;
-            if at == Lsn(start.0 + size.bytes())
-                && let Some(Passing { log, start, running, .. }) = self.open.take()
-            {
-                complete.push((SegmentKey::of(&log, start), running.finish()));
-            }
-        }
-        complete
-    }
-}
-
 /// A book that several tasks write into.
 pub(super) type SharedBook = std::sync::Arc<std::sync::Mutex<SegmentBook>>;
 
 /// Notes digests without holding up a thread that also answers the server. Gives those that contradict what was noted.
-pub(super) async fn note(book: &SharedBook, digests: Vec<(SegmentKey, SegmentDigest)>) -> Vec<Contradiction> {
-    if digests.is_empty() {
+pub(super) async fn note(book: &SharedBook, durable: Vec<Durable>) -> Vec<Contradiction> {
+    if durable.is_empty() {
         return Vec::new();
     }
     let book = std::sync::Arc::clone(book);
     let noted = tokio::task::spawn_blocking(move || {
         let mut book = book.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        digests.into_iter().filter_map(|(key, digest)| book.note(key, digest)).collect()
+        durable.into_iter().filter_map(|durable| book.note(durable)).collect()
     });
     noted.await.unwrap_or_else(|error| {
         tracing::error!(%error, "the digest of a segment was not noted");
@@ -282,11 +287,8 @@ pub(super) async fn note(book: &SharedBook, digests: Vec<(SegmentKey, SegmentDig
 
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
-
     use super::*;
     use crate::codec::SystemRng;
-    use crate::model::WalSegmentSize;
 
     fn log(timeline: u32) -> Log {
         Log {
@@ -310,6 +312,10 @@ mod tests {
         SegmentBook::open(dir, "ledger", &repository(byte), &SystemRng).unwrap()
     }
 
+    fn durable(key: &SegmentKey, digest: SegmentDigest) -> Durable {
+        Durable { key: key.clone(), digest, at_full_quorum: true }
+    }
+
     #[test]
     fn a_book_is_read_back_and_forgets_the_oldest_first() {
         let dir = tempfile::tempdir().unwrap();
@@ -318,7 +324,7 @@ mod tests {
         let digester = book.digester();
         let digest = |number: u64| digester.of(&number.to_le_bytes()[..]).unwrap();
         for number in 0..2 * KEPT as u64 + 10 {
-            book.note(key(number), digest(number));
+            book.note(durable(&key(number), digest(number)));
         }
         for book in [book, open(dir.path())] {
             assert_eq!(book.get(&key(9)), None);
@@ -333,8 +339,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let key = |number: u64| SegmentKey::of(&log(1), Lsn(number << 20));
         let mut book = open(dir.path());
-        book.note(key(1), [1; 16]);
-        book.note(key(2), [2; 16]);
+        book.note(durable(&key(1), [1; 16]));
+        book.note(durable(&key(2), [2; 16]));
         let mut bytes = std::fs::read(&book.path).unwrap();
         let digit = bytes.len() - 20;
         bytes[digit] = if bytes[digit] == b'0' { b'1' } else { b'0' };
@@ -348,11 +354,11 @@ mod tests {
     fn other_bytes_contradict_and_the_first_digest_stays() {
         let dir = tempfile::tempdir().unwrap();
         let key = SegmentKey::of(&log(1), Lsn(1 << 20));
-        assert_eq!(open(dir.path()).note(key.clone(), [1; 16]), None);
+        assert_eq!(open(dir.path()).note(durable(&key, [1; 16])), None);
         let mut book = open(dir.path());
-        assert_eq!(book.note(key.clone(), [1; 16]), None);
+        assert_eq!(book.note(durable(&key, [1; 16])), None);
         let contradiction = Contradiction { key: key.clone(), before: [1; 16], now: [2; 16] };
-        assert_eq!(book.note(key.clone(), [2; 16]), Some(contradiction));
+        assert_eq!(book.note(durable(&key, [2; 16])), Some(contradiction));
         for book in [book, open(dir.path())] {
             assert_eq!(book.get(&key), Some([1; 16]));
         }
@@ -362,10 +368,10 @@ mod tests {
     fn the_book_of_another_repository_is_not_believed_and_is_replaced() {
         let dir = tempfile::tempdir().unwrap();
         let key = |number: u64| SegmentKey::of(&log(1), Lsn(number << 20));
-        open(dir.path()).note(key(1), [1; 16]);
+        open(dir.path()).note(durable(&key(1), [1; 16]));
         let mut other = open_of(dir.path(), 2);
         assert_eq!(other.get(&key(1)), None);
-        other.note(key(2), [2; 16]);
+        other.note(durable(&key(2), [2; 16]));
         let other = open_of(dir.path(), 2);
         assert_eq!([1, 2].map(|number| other.get(&key(number)).is_some()), [false, true]);
         assert_eq!(open(dir.path()).get(&key(2)), None);
@@ -378,38 +384,42 @@ mod tests {
         assert_eq!(open(dir.path()).get(&key(3)), None);
     }
 
-    proptest! {
-        /// However WAL is cut, exactly the segments that passed whole are known, each with the digest of its bytes.
-        #[test]
-        fn segments_have_one_digest_however_they_pass(
-            from in 0u64..3 << 20,
-            cuts in prop::collection::vec(1usize..900_000, 1..12),
-            lost in 0usize..12,
-        ) {
-            let (log, byte) = (log(1), |at: u64| (at / 4093).to_le_bytes()[0]);
-            let digester = title_of("a test", PageFingerprinter::generate(&SystemRng).unwrap()).1;
-            let (mut passing, mut at, mut known) = (PassingSegments::new(digester.clone()), from, HashMap::new());
-            let mut gap = None;
-            for (index, cut) in cuts.iter().enumerate() {
-                if index == lost {
-                    gap = Some(at);
-                    at += *cut as u64;
-                    continue;
-                }
-                let wal: Vec<u8> = (at..at + *cut as u64).map(byte).collect();
-                known.extend(passing.pass(&log, Lsn(at), &wal));
-                at += *cut as u64;
-            }
-            let size = 1u64 << 20;
-            for start in (0..at).step_by(1 << 20) {
-                let whole = start >= from && start + size <= at;
-                let gap_end = gap.map_or(0, |gap| gap + cuts[lost] as u64);
-                let broken = gap.is_some_and(|gap| gap < start + size && gap_end > start);
-                let expected = (whole && !broken).then(|| {
-                    digester.of((start..start + size).map(byte).collect::<Vec<_>>().as_slice()).unwrap()
-                });
-                prop_assert_eq!(known.get(&SegmentKey::of(&log, Lsn(start))).copied(), expected);
-            }
+    /// Whoever answers by a digest for WAL that was lost since lets the server remove the last copy.
+    #[test]
+    fn what_was_noted_is_safe_only_while_it_is_certain_to_be_stored() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut book, size) = (open(dir.path()), log(1).wal_segment_size);
+        let key = |timeline, number: u64| SegmentKey::of(&log(timeline), Lsn(number << 20));
+        let lowered = Durable { at_full_quorum: false, ..durable(&key(1, 1), [1; 16]) };
+        assert_eq!(book.note(lowered), None);
+        assert_eq!((book.safe(&key(1, 1)), book.get(&key(1, 1))), (None, Some([1; 16])));
+        for (timeline, number) in [(1, 1), (1, 2), (1, 3), (1, 4), (2, 2)] {
+            assert_eq!(book.note(durable(&key(timeline, number), [1; 16])), None);
+            assert!(book.safe(&key(timeline, number)).is_some());
+        }
+        let tail = Tail {
+            branch: log(1).branch_id(),
+            end: Lsn(5 << 20),
+            at_record: true,
+            last_record: None,
+            sealed: 0,
+            adopted: 0,
+            unbroken: Vec::new(),
+            held: vec![(log(1).branch_id(), vec![(Lsn(1 << 20), Lsn(3 << 20)), (Lsn((3 << 20) + 1), Lsn(5 << 20))])],
+            commits: None,
+        };
+        let safe = |book: &SegmentBook| {
+            [(1, 1), (1, 2), (1, 3), (1, 4), (2, 2)].map(|(line, number)| book.safe(&key(line, number)).is_some())
+        };
+        for mut book in [book, open(dir.path())] {
+            book.doubt();
+            assert_eq!(safe(&book), [false; 5]);
+            book.believe(&tail, size);
+            assert_eq!(safe(&book), [true, true, false, true, false], "a byte of the third is missing");
+            let other = book.note(durable(&key(1, 3), [2; 16]));
+            assert!(other.is_some() && book.safe(&key(1, 3)).is_none(), "its digest counts all the same");
+            assert_eq!(book.note(durable(&key(1, 3), [1; 16])), None);
+            assert_eq!(safe(&book), [true, true, true, true, false]);
         }
     }
 }

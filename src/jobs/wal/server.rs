@@ -6,7 +6,7 @@ use crate::pg::PgError;
 use crate::pg::history::{History, Reign};
 use crate::pg::replication::ReplicationClient;
 use crate::pg::wal::{Expect, RecordWalker, magic_of};
-use crate::repository::wal::adopt::Era;
+use crate::repository::wal::adopt::{Commits, Era, Tail};
 use crate::repository::wal::index::BranchId;
 use crate::repository::wal::log::{Log, branch_of};
 
@@ -51,6 +51,14 @@ pub(super) struct Start {
     pub(super) at_record: bool,
     /// Where the stored record begins that ends there, if that is known.
     pub(super) last: Option<Lsn>,
+    /// The last commits before it, if they are known.
+    pub(super) commits: Option<Commits>,
+}
+
+impl From<Tail> for Start {
+    fn from(Tail { branch, end, at_record, last_record, commits, .. }: Tail) -> Self {
+        Self { branch, lsn: end, at_record, last: last_record, commits }
+    }
 }
 
 /// Connects to a target's walsender.
@@ -74,7 +82,7 @@ impl Server {
     pub(super) fn current_segment(&self) -> Result<Start> {
         let newest = self.lineage.first().ok_or_else(|| Error::failed("the server has no timeline"))?;
         let lsn = self.segment_size.segment_start(self.flush_lsn);
-        Ok(Start { branch: self.branch(newest), lsn, at_record: false, last: None })
+        Ok(Start { branch: self.branch(newest), lsn, at_record: false, last: None, commits: None })
     }
 
     /// The branches of its history, newest first.
@@ -94,10 +102,10 @@ impl Server {
         let switch = self.lineage.get(at).and_then(|descent| descent.reign.end);
         let Some(switch) = switch.filter(|switch| cursor.lsn >= *switch) else { return Some(cursor.clone()) };
         let last = cursor.last.filter(|_| cursor.lsn == switch);
-        let older = Start { branch: cursor.branch.clone(), lsn: switch, at_record: true, last };
+        let older = Start { branch: cursor.branch.clone(), lsn: switch, at_record: true, last, commits: None };
         let Some(child) = at.checked_sub(1).and_then(|child| self.lineage.get(child)) else { return Some(older) };
         // A child that left in the same place wrote nothing; the next one decides.
-        self.continue_at(&Start { branch: self.branch(child), lsn: switch, at_record: true, last })
+        self.continue_at(&Start { branch: self.branch(child), ..older })
     }
 
     /// What this server lacks if it has nothing at `cursor`: of a timeline that it left before, it never had that.
@@ -275,6 +283,7 @@ pub(super) mod tests {
             lsn: Lsn(lsn),
             at_record: true,
             last: None,
+            commits: None,
         };
         let next = |start: Start| server.continue_at(&start).map(|start| (start.branch.timeline.0, start.lsn.0));
         assert_eq!(next(at(3, 0x200_0000)), Some((1, 0x200_0000)));

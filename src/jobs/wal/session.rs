@@ -17,6 +17,7 @@ use crate::jobs::wal::shipper::Frame;
 use crate::model::{Clock, Error, Lsn};
 use crate::pg::replication::{StandbyStatus, WalEvent, WalStream};
 use crate::pg::wal::WalError;
+use crate::repository::wal::adopt::Commits;
 use crate::repository::wal::log::{FRAME_LIMIT, Log};
 
 /// The server hears from us this often whatever happens, and is asked for a word, which is what exposure is measured against.
@@ -67,6 +68,8 @@ pub(super) struct Session {
     since: Option<Instant>,
     durable: Lsn,
     seam: Option<Seam>,
+    /// The last commits that came, or those that are stored before.
+    commits: Option<Commits>,
     /// Whether commits wait for what this stream reports.
     sync: bool,
     is_newest: bool,
@@ -82,7 +85,7 @@ impl Session {
         buffer: Buffer,
         durable: Lsn,
     ) -> Self {
-        let asked = Asked::default();
+        let (asked, commits) = (Asked::default(), start.commits);
         Self {
             number,
             log,
@@ -92,6 +95,7 @@ impl Session {
             since: None,
             durable,
             seam: None,
+            commits,
             sync: false,
             is_newest: true,
             asked,
@@ -101,7 +105,8 @@ impl Session {
     /// The same, which begins before the end of what is stored. Nothing is acknowledged before that is met.
     pub(super) fn towards(self, seam: Option<Seam>) -> Self {
         let durable = if seam.is_some() { Lsn::INVALID } else { self.durable };
-        Self { seam, durable, ..self }
+        let commits = seam.as_ref().map_or(self.commits, |seam| seam.stored().commits);
+        Self { seam, durable, commits, ..self }
     }
 
     /// The same, for a server that lets commits wait.
@@ -121,14 +126,16 @@ impl Session {
         }
         let branch = self.start.branch.clone();
         let record = self.buffer.resume_at();
-        let behind = record.map(|(last, lsn)| Start { branch, lsn, at_record: true, last: Some(last) });
+        let commits = self.commits;
+        let behind = record.map(|(last, lsn)| Start { branch, lsn, at_record: true, last: Some(last), commits });
         behind.unwrap_or_else(|| self.start.clone())
     }
 
     /// The end of the timeline, all of which was received.
     fn at_switch(&self) -> Start {
         let last = self.resume().last;
-        Start { branch: self.start.branch.clone(), lsn: self.buffer.end(), at_record: true, last }
+        let (branch, lsn) = (self.start.branch.clone(), self.buffer.end());
+        Start { branch, lsn, at_record: true, last, commits: self.commits }
     }
 
     /// The seam to what is stored, on the way to it. What is brought before it may be another server's.
@@ -141,12 +148,13 @@ impl Session {
     }
 
     fn receive(&mut self, at: Lsn, data: &[u8], (pulse, mut tracker): Watchers<'_>) -> Result<(), Trouble> {
-        let seam = &mut self.seam;
+        let (seam, commits) = (&mut self.seam, &mut self.commits);
         let seen = self.buffer.push_seen(at, data, |record| {
             // What is brought again was seen when it came first.
             if seam.as_mut().is_some_and(|seam| !seam.see(record)) {
                 return;
             }
+            *commits = Commits::in_record(record).or(*commits);
             pulse.see(record);
             if let Some(tracker) = &mut tracker {
                 tracker.see(record);

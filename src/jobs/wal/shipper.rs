@@ -15,7 +15,8 @@ use tokio::task::JoinHandle;
 use crate::jobs::context::Context;
 use crate::jobs::wal::buffer::Chunk;
 use crate::jobs::wal::contradiction;
-use crate::jobs::wal::segments::{self, PassingSegments, SegmentDigest, SegmentKey, SharedBook};
+use crate::jobs::wal::passing::{Passed, PassingSegments};
+use crate::jobs::wal::segments::{self, Durable, SharedBook};
 use crate::jobs::wal::shipped::Shipped;
 use crate::model::{EpochId, Error, Kind, Lsn, Result, SystemId, Timeline};
 use crate::observe::task;
@@ -104,7 +105,7 @@ struct Open {
 struct Landed {
     log: Log,
     marks: Marks,
-    complete: Vec<(SegmentKey, SegmentDigest)>,
+    complete: Vec<Passed>,
     epoch: EpochId,
     _room: OwnedSemaphorePermit,
 }
@@ -174,14 +175,11 @@ impl ShipperHandle {
 impl Means {
     /// Both versions are stored when the second one is found. Which one a restore would take is chance, so it is known
     /// everywhere before the server may forget its own.
-    async fn note(
-        &self,
-        place: (&Repository, &Writer),
-        log: &Log,
-        complete: Vec<(SegmentKey, SegmentDigest)>,
-    ) -> Result<()> {
+    async fn note(&self, place: (&Repository, &Writer), log: &Log, complete: Vec<Passed>) -> Result<()> {
         let Some(book) = &self.book else { return Ok(()) };
-        for found in segments::note(book, complete).await {
+        let lowered = self.out.lowered();
+        let durable = |Passed { key, digest, mark }| Durable { key, digest, at_full_quorum: mark == lowered };
+        for found in segments::note(book, complete.into_iter().map(durable).collect()).await {
             let told = contradiction::record(place, log, &found, "streaming brought", &self.out).await?;
             self.shipped.send_modify(|shipped| shipped.contradiction = Some(told));
         }
@@ -237,7 +235,9 @@ impl Shipper {
             None => self.open_epoch(&frame).await?,
         };
         let Chunk { start, wal, marks, .. } = frame.chunk;
-        let complete = self.passing.as_mut().map(|passing| passing.pass(&frame.log, start, &wal)).unwrap_or_default();
+        let lowered = self.means.out.lowered();
+        let passing = self.passing.as_mut();
+        let complete = passing.map(|passing| passing.pass(&frame.log, (start, &wal), lowered)).unwrap_or_default();
         let end = Lsn(start.0 + wal.len() as u64);
         // Up to there both servers have the same. What this one wrote on is acknowledged to nobody.
         if let Some(left) = open.left.as_ref().filter(|left| end > left.switch) {

@@ -5,7 +5,7 @@
 //! makes it safe are the SEALs.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use serde::Serialize;
@@ -140,9 +140,8 @@ async fn take_over_as(
 impl Run {
     /// Takes over while nobody else can stream through the slot.
     pub(super) async fn take_over_alone(&self, server: &Server) -> Result<Option<Tail>, Trouble> {
-        let eras = server.eras();
         let taken = async {
-            let tail = self.take_over(&eras, None).await?;
+            let tail = self.take_over(server, None).await?;
             self.must_not_be_left(server).await?;
             Ok::<_, Error>(tail)
         };
@@ -162,8 +161,22 @@ impl Run {
         }
     }
 
+    /// Takes over, and looks what is left of the segments that `archive_command` would be told to be safe: the loss of a
+    /// region may have taken what was acknowledged.
+    pub(super) async fn take_over(&self, server: &Server, back_to: Option<&BranchId>) -> Result<Option<Tail>> {
+        let book = || self.means.book.as_ref().map(|book| book.lock().unwrap_or_else(PoisonError::into_inner));
+        if let Some(mut book) = book() {
+            book.doubt();
+        }
+        let tail = self.take_over_aloud(&server.eras(), back_to).await?;
+        if let (Some(mut book), Some(tail)) = (book(), &tail) {
+            book.believe(tail, server.segment_size);
+        }
+        Ok(tail)
+    }
+
     /// Adoption and SEALs need regions, for which it waits as long as it takes: what takes long is told.
-    pub(super) async fn take_over(&self, lineage: &[Era], back_to: Option<&BranchId>) -> Result<Option<Tail>> {
+    async fn take_over_aloud(&self, lineage: &[Era], back_to: Option<&BranchId>) -> Result<Option<Tail>> {
         let own = self.shared.shipped.borrow().epoch.clone();
         let ours = (self.means.out.as_ref(), self.means.known.as_ref(), own.as_ref());
         let taken = take_over_as(&self.context, &self.target.name, ours, (lineage, back_to));

@@ -9,7 +9,7 @@
 use std::collections::BTreeSet;
 use std::future::Future;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -66,6 +66,8 @@ pub struct FanOut {
     lowest: usize,
     degrade_after: Option<Duration>,
     degraded: watch::Sender<bool>,
+    /// Writes that were acknowledged below the full quorum.
+    lowered: AtomicU64,
     patience: Patience,
     tasks: TaskTracker,
     cancelled: watch::Sender<bool>,
@@ -87,6 +89,7 @@ impl FanOut {
             lowest: regions.lowest_quorum(),
             degrade_after: regions.degrade_after(),
             degraded: watch::channel(false).0,
+            lowered: AtomicU64::new(0),
             patience,
             tasks: TaskTracker::new(),
             cancelled,
@@ -175,6 +178,12 @@ impl FanOut {
         *self.degraded.borrow()
     }
 
+    /// How many writes were acknowledged so far by fewer regions than the configuration wants. What none of them is part of
+    /// outlives the loss of any region.
+    pub fn lowered(&self) -> u64 {
+        self.lowered.load(Ordering::SeqCst)
+    }
+
     /// The full quorum was out of reach for too long.
     fn degrade(&self, key: &str, stored: &BTreeSet<RegionName>) {
         let (full, lowest) = (self.quorum, self.lowest);
@@ -254,6 +263,9 @@ impl FanOut {
                 () = &mut late, if stored.len() >= self.lowest && !self.is_degraded() => self.degrade(key, &stored),
                 _ = degraded.changed() => {}
             }
+        }
+        if stored.len() < self.quorum {
+            self.lowered.fetch_add(1, Ordering::SeqCst);
         }
         Ok(())
     }

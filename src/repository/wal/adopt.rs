@@ -7,14 +7,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use chrono::{DateTime, Utc};
 use futures::future::join_all;
 use tokio::time::timeout;
 
-use crate::model::{EpochId, Error, Kind, Lsn, RegionName, Result};
+use crate::model::{EpochId, Error, Kind, Lsn, RegionName, Result, Timeline};
+use crate::pg::wal::Record;
 use crate::repository::handle::{Repository, Writer};
 use crate::repository::wal::claim::{Known, is_stream, must_be_readable};
 use crate::repository::wal::closing::Closing;
-use crate::repository::wal::frame::{EpochKind, FrameKind, FramePlace};
+use crate::repository::wal::frame::{EpochKind, FrameKind, FramePlace, WalSpan};
 use crate::repository::wal::frames::fetch_object;
 use crate::repository::wal::index::{BranchId, Run, WalIndex, Window, windows};
 use crate::repository::wal::seal::Ending;
@@ -40,6 +42,39 @@ pub struct Tail {
     pub adopted: u64,
     /// The branches of which stored WAL leads here without a hole, newest first, and where it begins on each.
     pub unbroken: Vec<(BranchId, Lsn)>,
+    /// What the write quorum lists of the branches that were looked at; what was adopted just now is left out.
+    pub held: Vec<(BranchId, Vec<(Lsn, Lsn)>)>,
+    /// The last commits before `end`, on a timeline that was promoted.
+    pub commits: Option<Commits>,
+}
+
+/// Commits near the end of stored WAL, as nobody needs a key to see them. Two servers may have records in the same places;
+/// they do not commit in the same microseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Commits {
+    /// Start of the first record among which they are.
+    pub from: Lsn,
+    /// End of the last one.
+    pub to: Lsn,
+    /// When the first of them was.
+    pub first: DateTime<Utc>,
+    /// When the last of them was.
+    pub last: DateTime<Utc>,
+}
+
+impl Commits {
+    /// Those that end in one frame.
+    fn of(span: &WalSpan) -> Option<Self> {
+        let (from, to) = span.first_record.zip(span.last_record_end)?;
+        let (first, last) = span.first_commit.zip(span.last_commit)?;
+        Some(Self { from, to, first, last })
+    }
+
+    /// The one that a record is.
+    pub fn in_record(record: &Record) -> Option<Self> {
+        let time = record.kind.commit_time()?;
+        Some(Self { from: record.start, to: record.end, first: time, last: time })
+    }
 }
 
 /// A branch of a history.
@@ -52,6 +87,12 @@ pub struct Era {
 }
 
 impl Tail {
+    /// Whether the write quorum lists all of `[from, to)` of a branch.
+    pub fn holds(&self, branch: &BranchId, (from, to): (Lsn, Lsn)) -> bool {
+        let of_branch = self.held.iter().filter(|(known, _)| known == branch).flat_map(|(_, ranges)| ranges);
+        of_branch.into_iter().any(|(start, end)| *start <= from && to <= *end)
+    }
+
     /// Whether stored WAL leads from there to the end without a hole.
     pub fn is_reached_from(&self, branch: &BranchId, at: Lsn) -> bool {
         self.unbroken.iter().any(|(known, start)| known == branch && *start <= at)
@@ -76,6 +117,7 @@ impl Stored {
         self.tail.adopted += older.tail.adopted;
         self.tail.sealed += older.tail.sealed;
         self.tail.unbroken.extend(older.tail.unbroken);
+        self.tail.held.extend(older.tail.held);
         self.streamed |= older.streamed;
         self
     }
@@ -116,7 +158,8 @@ pub async fn take_over(owner: &TakeOver<'_>, (lineage, back_to): (&[Era], Option
                 tracing::warn!(timeline = era.branch.timeline.0, end = %older.window.end, "stored WAL has a hole before the next timeline");
                 let adopted = older.tail.adopted + newer.tail.adopted;
                 let sealed = older.tail.sealed + newer.tail.sealed;
-                Stored { tail: Tail { adopted, sealed, ..older.tail }, ..older }
+                let held = [older.tail.held, newer.tail.held].concat();
+                Stored { tail: Tail { adopted, sealed, held, ..older.tail }, ..older }
             }
         };
         let is_far_enough = back_to.is_none_or(|branch| next.tail.unbroken.iter().any(|(known, _)| known == branch));
@@ -146,6 +189,7 @@ async fn stored(owner: &TakeOver<'_>, branch: &BranchId) -> Result<Option<Stored
     let displaced = index.displaced(repository).await;
     let (others, unread) = index.spans_of(repository, &displaced, |held| held.len() >= quorum).await;
     errors.extend(unread);
+    let held = windows(&others).iter().map(|window| (window.start, window.end)).collect();
     let is_stream = |run: &Run| run.first.epoch_kind == EpochKind::Stream;
     runs.retain(is_stream);
     runs.extend(others.into_iter().filter(|run| !is_stream(run)));
@@ -163,7 +207,9 @@ async fn stored(owner: &TakeOver<'_>, branch: &BranchId) -> Result<Option<Stored
             let (end, at_record) = window.last_record_end.map_or((window.start, false), |end| (end, true));
             let unbroken = vec![(branch.clone(), window.start)];
             let last_record = window.last_record.filter(|_| at_record);
-            let tail = Tail { branch: branch.clone(), end, at_record, last_record, sealed, adopted, unbroken };
+            let (held, branch) = (vec![(branch.clone(), held)], branch.clone());
+            let commits = last_commits(repository, &index, &runs, &window).await;
+            let tail = Tail { branch, end, at_record, last_record, sealed, adopted, unbroken, held, commits };
             Ok(Some(Stored { tail, window, streamed }))
         }
         // Not to be able to read the end is not to have none: a fresh start would be a gap without a word.
@@ -189,6 +235,17 @@ fn end_of(runs: &[Run]) -> Option<(Window, bool)> {
     let run = streamed.or_else(|| newest(None))?;
     let window = windows(runs).into_iter().find(|window| window.covers(run.start(), run.end()))?;
     Some((window, streamed.is_some()))
+}
+
+/// The last commits of a window. A server that was never promoted has a history of its own, and is not asked for them.
+async fn last_commits(repository: &Repository, index: &WalIndex, runs: &[Run], window: &Window) -> Option<Commits> {
+    let run = runs.iter().rev().find(|run| run.end() == window.end)?;
+    if index.branch().timeline == Timeline::FIRST {
+        return None;
+    }
+    let header = index.newest_with_commits(repository, run).await;
+    let header = header.inspect_err(|error| tracing::debug!(%error, "the last commits are not known"));
+    Commits::of(&header.ok()??.span)
 }
 
 /// A branch on which no epoch is open but the owner's own.
@@ -316,7 +373,6 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::model::Timeline;
     use crate::repository::regions::fan_out::{FanOut, Patience};
     use crate::repository::testing::{Fixture, HISTORY, log};
     use crate::repository::wal::log::{Epoch, Log, Marks, branch_of};

@@ -5,7 +5,7 @@
 //! quorum, and only then its writer looks for epochs that it does not know to be closed. Of two writers that do so at
 //! least one sees the other: the quorum of the frame and the regions that are read have one region in common.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, PoisonError};
 
 use futures::future::join_all;
@@ -97,22 +97,39 @@ pub(in crate::repository) async fn is_stream(
     epoch: &EpochId,
 ) -> Result<bool> {
     let Some(seqs) = index.epochs().get(epoch) else { return Ok(false) };
-    let (mut failed, mut refused) = (None, false);
+    let (mut failed, mut refused) = (None::<Error>, false);
     let near = seqs.keys().take(1).chain(seqs.keys().skip(1).rev().take(usize::try_from(IN_FLIGHT).unwrap_or(1)));
     for seq in near {
         match index.header(repository, epoch, *seq).await {
             Ok(FrameHeader { epoch_kind, .. }) => return Ok(epoch_kind == EpochKind::Stream),
             Err(_) if is_refused(repository, index, epoch, *seq).await => refused = true,
-            Err(error) => failed = Some(error),
+            // What does not answer now says more than what is no frame.
+            Err(error) if failed.as_ref().is_none_or(is_damaged) => failed = Some(error),
+            Err(_) => {}
         }
     }
     match failed {
-        Some(error) => Err(unknown(epoch, &error)),
+        Some(error) if !is_damaged(&error) || may_have_begun(repository, index, epoch) => Err(unknown(epoch, &error)),
+        Some(error) => {
+            tracing::error!(%epoch, %error, "what lies under the name of a WAL epoch is none; it is left as it is");
+            Ok(false)
+        }
         None => {
             tracing::error!(%epoch, refused, "a WAL epoch was signed by nobody on the list of signers; it is left as it is");
             Ok(false)
         }
     }
+}
+
+fn is_damaged(error: &Error) -> bool {
+    error.kind() == Kind::Damaged
+}
+
+/// Whether as many regions may hold anything of an epoch as acknowledge the frame that it begins with. Its writer looks for others
+/// once they do, and finds whoever did not wait for it.
+fn may_have_begun(repository: &Repository, index: &WalIndex, epoch: &EpochId) -> bool {
+    let listed = index.epochs().get(epoch).into_iter().flat_map(BTreeMap::values).flatten().collect::<BTreeSet<_>>();
+    listed.len() + index.unreadable().len() >= repository.regions.lowest_quorum()
 }
 
 fn unknown(epoch: &EpochId, error: &Error) -> Error {
@@ -206,6 +223,8 @@ pub(in crate::repository) fn must_be_readable(
 mod tests {
     use std::sync::Arc;
 
+    use bytes::Bytes;
+
     use super::*;
     use crate::codec::SystemRng;
     use crate::codec::sign::Signer;
@@ -214,7 +233,9 @@ mod tests {
     use crate::repository::regions::fan_out::{FanOut, Patience};
     use crate::repository::testing::{Fixture, log};
     use crate::repository::wal::adopt::{Era, TakeOver, take_over};
+    use crate::repository::wal::frame::FramePlace;
     use crate::repository::wal::log::{Epoch, Marks};
+    use crate::store::{Digest, ObjectStore, PutOptions};
 
     async fn open(fixture: &Fixture, writer: &Writer) -> Epoch {
         let out = Arc::new(FanOut::new(&fixture.repository.regions, Patience::WAL));
@@ -242,6 +263,27 @@ mod tests {
         let marks = Marks { last_record: Some((Lsn(1000), Lsn(1040))), ..Marks::default() };
         let sealed = rival.append(Lsn(1000), vec![1; 40], marks).await.unwrap_err();
         assert_eq!(sealed.kind(), Kind::Refused, "it was seen and sealed");
+    }
+
+    /// Bytes under the name of an epoch that never was, in fewer regions than acknowledge the beginning of one.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn what_is_no_epoch_stops_nobody() {
+        for (stores, stops) in [(1, false), (2, true)] {
+            let fixture = Fixture::memory(3, 2).await;
+            fixture.epoch(1000, &[40, 50], true).await;
+            let id = EpochId::new(fixture.writer.clock.now(), &SystemRng).unwrap();
+            let BranchId { system_id, timeline, branch } = log().branch_id();
+            let place = FramePlace { system_id, timeline, branch, epoch: id, seq: 3 };
+            for store in &fixture.stores[..stores] {
+                let body = Bytes::from_static(b"no frame");
+                let digest = Digest::of(&body);
+                store.put(&place.key(), body, digest, &PutOptions::default()).await.unwrap();
+            }
+            let claimed = open(&fixture, &fixture.writer).await.claim(&Known::default()).await;
+            assert_eq!(claimed.is_err_and(|error| error.kind() == Kind::Unavailable), stops);
+            let taken = fixture.take_over(&[Era { branch: log().branch_id(), end: None }], None).await;
+            assert_eq!(taken.ok().flatten().map(|tail| tail.end), (!stops).then_some(Lsn(1090)));
+        }
     }
 
     /// Whoever may write and is on nobody's list must not be able to stop those who are.

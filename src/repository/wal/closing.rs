@@ -43,22 +43,44 @@ pub enum Closing {
     Open(u64),
 }
 
-/// Judges an epoch by what the regions hold of its last frames. `needed` of them were read at least. As many SEALs as
-/// `barrier`, which is N−W+1, leave no W regions for a frame, whoever else has it.
+/// How many regions there are, and how many of them are enough.
 ///
-/// The two differ where somebody gave regions up: what these may hold is lost, but a frame that a region is seen to have
-/// may have been acknowledged with them.
-pub fn closing<R: Ord>(holdings: &Holdings<R>, (needed, barrier): (usize, usize)) -> Closing {
+/// The last two differ where somebody gave regions up: what these may hold is lost, but a frame that a region is seen to
+/// have may have been acknowledged with them.
+#[derive(Debug, Clone, Copy)]
+pub struct Enough {
+    /// All of them.
+    pub regions: usize,
+    /// So many were read at least, and hold a SEAL in the end.
+    pub needed: usize,
+    /// N−W+1: as many SEALs leave no W regions for a frame, whoever else has it.
+    pub barrier: usize,
+}
+
+/// Judges an epoch by what the regions hold of its last frames.
+///
+/// Bytes that are no frame keep a name from the frame and from the SEAL alike. Where nobody has the frame they are no reason
+/// to pass its number over, because its writer may still win the name in the other regions, unless these are too few. The
+/// SEAL stands there as in any hole; it is done, too, when every region holds either.
+pub fn closing<R: Ord>(holdings: &Holdings<R>, Enough { regions, needed, barrier }: Enough) -> Closing {
     if holdings.values().flat_map(BTreeMap::values).any(|holding| *holding == Holding::End) {
         return Closing::Ended;
     }
+    let count = |at: u64, what: Holding| {
+        let held = holdings.get(&at).into_iter().flat_map(BTreeMap::values);
+        held.filter(|holding| **holding == what).count()
+    };
+    let is_taken = |at: u64| {
+        let is_blocked = count(at, Holding::Damaged) >= barrier;
+        (is_blocked || count(at, Holding::Wal) > 0) && count(at, Holding::Seal) < barrier
+    };
     let mut at = holdings.keys().next().copied().unwrap_or_default();
-    let seals = |held: &BTreeMap<R, Holding>| held.values().filter(|holding| **holding == Holding::Seal).count();
-    let is_taken = |held: &BTreeMap<R, Holding>| seals(held) < held.len() && seals(held) < barrier;
-    while holdings.get(&at).is_some_and(is_taken) {
+    while is_taken(at) {
         at += 1;
     }
-    if holdings.get(&at).map_or(0, seals) >= needed { Closing::Sealed(at) } else { Closing::Open(at) }
+    let (seals, damaged) = (count(at, Holding::Seal), count(at, Holding::Damaged));
+    let is_closed = seals >= needed || seals > 0 && seals + damaged >= regions;
+    if is_closed { Closing::Sealed(at) } else { Closing::Open(at) }
 }
 
 /// What one region holds under a name, and the bytes that said so; a range of them if they are many.

@@ -2,7 +2,7 @@
 //! stored. Recovery never crosses either, so it is written down before streaming goes on, and nothing derives "no gap" from
 //! silence.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::codec::sign::sign_text;
 use crate::model::commit::WalNeed;
-use crate::model::{Branch, Error, Lsn, RepositoryId, Result, ResultExt, SystemId, TargetName, Timeline};
+use crate::model::{Branch, Error, Kind, Lsn, RepositoryId, Result, ResultExt, SystemId, TargetName, Timeline};
 use crate::repository::FORMAT;
 use crate::repository::handle::{Repository, Writer};
 use crate::repository::layout;
@@ -19,6 +19,8 @@ use crate::repository::regions::fan_out::FanOut;
 use crate::repository::wal::index::BranchId;
 use crate::store::{Digest, StoreError};
 
+/// How the name of a contradiction ends.
+const CONTRADICTION: &str = "-contradiction";
 /// Records that are read at the same time.
 const READS: usize = 16;
 
@@ -89,7 +91,7 @@ impl Gap {
     pub fn key(&self) -> String {
         let key = layout::gap(&layout::gaps(self.system_id, self.timeline, &self.branch), self.from, self.to);
         // A hole and a contradiction of one range are two facts.
-        if self.contradiction { key + "-contradiction" } else { key }
+        if self.contradiction { key + CONTRADICTION } else { key }
     }
 
     fn encode(&self, repository: &RepositoryId, writer: &Writer) -> Result<Bytes> {
@@ -168,4 +170,96 @@ pub async fn read(repository: &Repository, branch: &BranchId) -> Result<(Vec<Gap
         }
     }
     Ok((gaps, errors))
+}
+
+/// What was recorded of a range, as far as it concerns whoever serves the WAL around it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Barrier {
+    /// Where it begins.
+    pub from: Lsn,
+    /// Behind its end.
+    pub to: Lsn,
+    /// Whether two versions are stored, rather than nothing.
+    pub contradiction: bool,
+    /// What was met.
+    pub reason: String,
+}
+
+impl Barrier {
+    /// As [`Gap::is_open`].
+    pub fn is_open(&self, is_stored: impl Fn(Lsn, Lsn) -> bool) -> bool {
+        self.contradiction || !is_stored(self.from, self.to)
+    }
+
+    /// By its name alone.
+    fn named(name: &str, reason: String) -> Option<Self> {
+        let (range, contradiction) = name.strip_suffix(CONTRADICTION).map_or((name, false), |range| (range, true));
+        let (from, to) = layout::parse_gap(range)?;
+        Some(Self { from, to, contradiction, reason })
+    }
+}
+
+impl From<Gap> for Barrier {
+    fn from(Gap { from, to, contradiction, reason, .. }: Gap) -> Self {
+        Self { from, to, contradiction, reason }
+    }
+}
+
+/// What was recorded of a branch.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Barriers {
+    /// What may not be crossed, ascending.
+    pub standing: Vec<Barrier>,
+    /// Objects that are no record: whatever they were to say was never acknowledged.
+    pub ignored: BTreeSet<String>,
+}
+
+impl Barriers {
+    /// Says what is ignored.
+    pub fn tell(&self) {
+        for why in &self.ignored {
+            tracing::warn!(why, "an object among the recorded gaps is no record and is ignored: see drctl status");
+        }
+    }
+}
+
+/// As [`read`], for whoever serves WAL: bytes that nobody signed stop nothing but what their name speaks of, and that only where
+/// they may be what is left of a record. A record is in a write quorum before anything behind it is acknowledged, so what
+/// fewer regions list, or a name that no record has, never was one.
+///
+/// # Errors
+/// No region answers.
+pub async fn barriers(repository: &Repository, branch: &BranchId) -> Result<Barriers> {
+    let prefix = layout::gaps(branch.system_id, branch.timeline, &branch.branch);
+    let (mut holders, mut silent, mut failed) = (BTreeMap::<String, usize>::new(), 0, None);
+    for (_, listed) in repository.regions.list_each(&prefix).await {
+        match listed {
+            Ok(objects) => objects.into_iter().for_each(|object| *holders.entry(object.key).or_default() += 1),
+            Err(error) => (silent, failed) = (silent + 1, Some(error)),
+        }
+    }
+    if let Some(error) = failed.filter(|_| silent == repository.regions.all().len()) {
+        let error = Error::new(Kind::Unavailable, "no region tells what was recorded of the WAL").because(error);
+        return Err(error.transient(true));
+    }
+    let read = |(key, held): (String, usize)| async move {
+        let read = repository.regions.read(&key, None, |bytes| Gap::decode(repository, &key, &bytes)).await;
+        (key, held, read)
+    };
+    let mut barriers = Barriers::default();
+    for (key, held, read) in stream::iter(holders).map(read).buffered(READS).collect::<Vec<_>>().await {
+        let error = match read {
+            Ok((gap, _)) => {
+                barriers.standing.push(gap.into());
+                continue;
+            }
+            Err(error) => error,
+        };
+        let named = Barrier::named(key.strip_prefix(&prefix).unwrap_or(&key), error.to_string());
+        match named.filter(|_| held + silent >= repository.regions.lowest_quorum()) {
+            Some(named) => barriers.standing.push(named),
+            None => drop(barriers.ignored.insert(error.to_string())),
+        }
+    }
+    Ok(barriers)
 }

@@ -9,7 +9,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 
-use crate::repository::wal::closing::{Closing, Holding, Holdings, closing};
+use crate::repository::wal::closing::{Closing, Enough, Holding, Holdings, closing};
 
 const REGIONS: usize = 3;
 const NUMBERS: usize = 6;
@@ -21,6 +21,8 @@ enum Cell {
     Seal,
     /// A SEAL, and the frame beside it.
     Beside,
+    /// Bytes that are no frame.
+    Damaged,
 }
 
 type Cells = [[Cell; NUMBERS]; REGIONS];
@@ -42,20 +44,32 @@ pub struct Rules {
     pub claims: bool,
     /// Whether somebody brings frames to regions that gave their names to a SEAL.
     pub mends: bool,
+    /// The number under which a region holds bytes that nobody signed.
+    pub forged: Option<usize>,
 }
 
 impl Rules {
     pub const fn of(regions: usize, quorum: usize, in_flight: usize, frames: usize) -> Self {
         let (seals, reads_enough, lowest_hole, claims) = (true, true, true, true);
-        Self { regions, quorum, in_flight, frames, seals, reads_enough, lowest_hole, claims, mends: false }
+        let (mends, forged) = (false, None);
+        Self { regions, quorum, in_flight, frames, seals, reads_enough, lowest_hole, claims, mends, forged }
     }
 
     pub const fn mended(self) -> Self {
         Self { mends: true, ..self }
     }
 
+    const fn forged_at(self, number: usize) -> Self {
+        Self { forged: Some(number), ..self }
+    }
+
     const fn read_quorum(&self) -> usize {
         self.regions + self.reads_enough as usize - self.quorum
+    }
+
+    /// Nobody gives regions up here.
+    const fn enough(&self) -> Enough {
+        Enough { regions: self.regions, needed: self.read_quorum(), barrier: self.read_quorum() }
     }
 }
 
@@ -137,12 +151,16 @@ pub enum Action {
 impl State {
     pub fn first(rules: &Rules) -> Self {
         let nothing = [[Cell::Empty; NUMBERS]; REGIONS];
+        let mut cells = nothing;
+        if let Some(number) = rules.forged {
+            cells[0][number] = Cell::Damaged;
+        }
         let phase = if rules.claims { Phase::Begin } else { Phase::Streams };
         let on_its_way = [[false; NUMBERS]; REGIONS];
         let old = Old { phase, sent: 0, acknowledged: 0, on_its_way, looked: Set::NONE };
         let (done, begun) = (Set::NONE, Set::NONE);
         let new = New { phase: Phase::Read, done, view: nothing, begun, knows: false, taken: 0 };
-        let mut state = Self { cells: nothing, old, new };
+        let mut state = Self { cells, old, new };
         if rules.claims {
             state.send(rules);
         }
@@ -164,6 +182,11 @@ impl State {
         cells.iter().filter(|region| matches!(region[number], Cell::Wal | Cell::Beside)).count()
     }
 
+    /// Whether bytes that are no frame are all that there is.
+    fn is_nothing(cells: &Cells, number: usize) -> bool {
+        Self::givers(cells, number) == 0 && cells.iter().any(|region| region[number] == Cell::Damaged)
+    }
+
     /// Up to where frames count of an epoch that is closed.
     fn settled(&self, rules: &Rules) -> usize {
         let both = |number: &usize| {
@@ -173,7 +196,7 @@ impl State {
         if !rules.mends || !(0..rules.frames).any(|number| both(&number)) {
             return 0;
         }
-        match closing(&holdings(&self.cells), (rules.read_quorum(), rules.read_quorum())) {
+        match closing(&holdings(&self.cells), rules.enough()) {
             Closing::Sealed(at) => number(at),
             Closing::Open(_) | Closing::Ended => 0,
         }
@@ -206,7 +229,9 @@ impl State {
                 Phase::Look if open => actions.push(Action::NewLooks(region)),
                 Phase::Begin if !new.begun.0[region] => actions.push(Action::Begin(region)),
                 Phase::Adopt(end) => {
-                    let lacks = |number: &usize| new.view[region][*number] == Cell::Empty;
+                    let lacks = |number: &usize| {
+                        new.view[region][*number] == Cell::Empty && !Self::is_nothing(&new.view, *number)
+                    };
                     actions.extend((0..end).filter(lacks).map(|number| Action::Copy(number, region)));
                 }
                 _ => {}
@@ -317,8 +342,12 @@ impl State {
 
     fn judge(&mut self, rules: &Rules) {
         if let Phase::Adopt(end) = self.new.phase {
-            if (0..end).all(|number| Self::givers(&self.new.view, number) >= rules.quorum) {
-                (self.new.taken, self.new.knows) = (end, true);
+            let is_nothing = |number: &usize| Self::is_nothing(&self.new.view, *number);
+            let is_held = |number: usize| Self::givers(&self.new.view, number) >= rules.quorum;
+            if (0..end).all(|number| is_nothing(&number) || is_held(number)) {
+                // What is behind a number that nobody has is behind a hole.
+                let taken = (0..end).find(is_nothing).unwrap_or(end);
+                (self.new.taken, self.new.knows) = (taken, true);
                 self.show_up(rules);
             }
             return;
@@ -327,10 +356,12 @@ impl State {
         if holdings.is_empty() {
             return self.show_up(rules);
         }
+        if holdings.values().flat_map(BTreeMap::values).all(|holding| *holding == Holding::Damaged) {
+            // Of which kind an epoch is a frame tells: without any it may be that of a writer that works.
+            return self.read_anew();
+        }
         let all_tried = self.new.done.count() == rules.regions;
-        // Nobody gives regions up here.
-        let enough = (rules.read_quorum(), rules.read_quorum());
-        match (closing(&holdings, enough), self.new.phase) {
+        match (closing(&holdings, rules.enough()), self.new.phase) {
             (Closing::Open(at), _) if !rules.seals => self.enter(Phase::Adopt(number(at))),
             (Closing::Open(at), phase) => {
                 let behind = (0..NUMBERS).rev().find(|number| Self::holders(&self.new.view, *number) > 0);
@@ -377,7 +408,11 @@ fn holdings(view: &Cells) -> Holdings<usize> {
     let mut holdings = BTreeMap::new();
     for (region, cells) in view.iter().enumerate() {
         for (number, cell) in cells.iter().enumerate().filter(|(_, cell)| **cell != Cell::Empty) {
-            let holding = if *cell == Cell::Seal { Holding::Seal } else { Holding::Wal };
+            let holding = match cell {
+                Cell::Seal => Holding::Seal,
+                Cell::Damaged => Holding::Damaged,
+                Cell::Empty | Cell::Wal | Cell::Beside => Holding::Wal,
+            };
             holdings.entry(number as u64).or_insert_with(BTreeMap::new).insert(region, holding);
         }
     }
@@ -467,6 +502,15 @@ fn nor_does_any_with_another_quorum() {
 fn nor_does_any_while_frames_are_put_beside_seals() {
     for (regions, quorum, in_flight, frames) in [(3, 2, 1, 2), (2, 1, 2, 2)] {
         assert_sound(&Rules::of(regions, quorum, in_flight, frames).mended());
+    }
+}
+
+#[test]
+fn nor_does_any_where_bytes_lie_that_nobody_signed() {
+    for (regions, quorum, in_flight, frames, forged) in [(3, 2, 1, 2, 1), (2, 1, 2, 2, 1)] {
+        let rules = Rules::of(regions, quorum, in_flight, frames).forged_at(forged);
+        let states = explore(&rules).unwrap_or_else(|state| panic!("{rules:?} loses: {state:?}"));
+        assert!(states > 2_000, "{rules:?} has {states} states");
     }
 }
 

@@ -19,7 +19,7 @@ use tokio::time::timeout;
 use crate::model::{EpochId, Error, Kind, RegionName, Result};
 use crate::repository::handle::{Repository, Writer};
 use crate::repository::regions::Region;
-use crate::repository::wal::closing::{Closing, Holding, Holdings, closing, holding};
+use crate::repository::wal::closing::{Closing, Enough, Holding, Holdings, closing, holding};
 use crate::repository::wal::frame::{Frame, FrameHeader, FrameKind, FramePlace, WalSpan};
 use crate::repository::wal::index::WalIndex;
 use crate::store::{Digest, StoreError};
@@ -31,8 +31,7 @@ const ANSWER_TIME: Duration = Duration::from_secs(20);
 #[derive(Debug)]
 pub struct Ending {
     holdings: Holdings<RegionName>,
-    /// How many regions were read at least, and how many SEALs keep a frame from ever being acknowledged.
-    enough: (usize, usize),
+    enough: Enough,
     /// How it stands.
     pub closing: Closing,
 }
@@ -43,7 +42,8 @@ impl Ending {
     /// # Errors
     /// A region listed a frame and does not give it.
     pub async fn look(repository: &Repository, (index, epoch): Sealed<'_>, needed: usize) -> Result<Self> {
-        let enough = (needed, repository.regions.read_quorum());
+        let regions = &repository.regions;
+        let enough = Enough { regions: regions.all().len(), needed, barrier: regions.read_quorum() };
         let holdings = index.holdings(repository, epoch).await?;
         let closing = closing(&holdings, enough);
         Ok(Self { holdings, enough, closing })
@@ -73,7 +73,7 @@ impl Ending {
             }
             self.closing = closing(&self.holdings, self.enough);
             if self.closing == Closing::Open(at) {
-                return Err(self.not_sealed(repository, sealed.1, &away));
+                return Err(self.not_sealed(sealed.1, &away));
             }
         }
         Ok(())
@@ -128,8 +128,8 @@ impl Ending {
         held.filter(|holding| **holding == Holding::Seal).count()
     }
 
-    fn not_sealed(&self, repository: &Repository, epoch: &EpochId, away: &[(RegionName, Error)]) -> Error {
-        let (needed, count) = (self.enough.0, repository.regions.all().len());
+    fn not_sealed(&self, epoch: &EpochId, away: &[(RegionName, Error)]) -> Error {
+        let (needed, count) = (self.enough.needed, self.enough.regions);
         let text = format!("sealing WAL epoch {epoch} needs {needed} of {count} regions");
         let error = Error::new(Kind::Unavailable, text).transient(true);
         away.iter().fold(error, |error, (region, why)| error.because(format!("{region}: {why}")))
@@ -263,6 +263,39 @@ mod tests {
         assert!(error.is_ok(), "its names behind the SEAL are free, and it is never acknowledged: 3 is missing");
     }
 
+    /// Whoever may write can put bytes under the names that come next, or far ahead. A SEAL behind them would leave the
+    /// sleeper a number under which it still wins a quorum.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn what_nobody_signed_keeps_no_seal_from_the_lowest_hole() {
+        for (forged, stores, sealed) in [(2, 1, 2), (5_000, 1, 2), (5_000, 3, 2), (2, 2, 3)] {
+            let fixture = Fixture::memory(3, 2).await;
+            let mut epoch = claimed(&fixture, 1000, &Known::default()).await;
+            epoch.append(Lsn(1000), vec![1; 40], marks(1000, 1040)).await.unwrap();
+            let BranchId { system_id, timeline, branch: name } = branch();
+            let key = |seq| {
+                let (branch, epoch) = (name.clone(), epoch.id().clone());
+                FramePlace { system_id, timeline, branch, epoch, seq }.key()
+            };
+            for store in &fixture.stores[..stores] {
+                let body = Bytes::from_static(b"no frame");
+                let digest = Digest::of(&body);
+                store.put(&key(forged), body, digest, &PutOptions::default()).await.unwrap();
+            }
+            let tail = fixture.take_over(&[Era { branch: branch(), end: None }], None).await.unwrap().unwrap();
+            assert_eq!((tail.end, tail.sealed), (Lsn(1040), 1));
+            let (seal, behind) = (key(sealed), key(sealed + 1));
+            let seal = fixture.stores[2].get(&seal, None).await.unwrap();
+            let place =
+                FramePlace { system_id, timeline, branch: name.clone(), epoch: epoch.id().clone(), seq: sealed };
+            let header = Frame::header(&seal, &fixture.repository.id, &place, &fixture.repository.trust).unwrap();
+            assert_eq!(header.kind, FrameKind::Seal);
+            assert!(fixture.stores[2].head(&behind).await.is_err(), "there is one");
+            let again = fixture.take_over(&[Era { branch: branch(), end: None }], None).await.unwrap().unwrap();
+            assert_eq!((again.end, again.sealed), (Lsn(1040), 0));
+            assert!(epoch.append(Lsn(1040), vec![2; 40], marks(1040, 1080)).await.is_err());
+        }
+    }
+
     /// The writer may win a name in one region after another region gave it to the SEAL. Whoever takes over must get on.
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_frame_that_won_one_region_counts_if_the_others_can_still_take_it() {
@@ -274,14 +307,15 @@ mod tests {
             }
             let BranchId { system_id, timeline, branch: name } = branch();
             let place = FramePlace { system_id, timeline, branch: name, epoch: epoch.id().clone(), seq: 3 };
-            // Two regions that took it are enough; this one may be the third.
-            let frame = loop {
-                match fixture.stores[0].get(&place.key(), None).await {
-                    Ok(frame) => break frame,
-                    Err(_) => tokio::time::sleep(Duration::from_millis(1)).await,
-                }
+            let frame = match fixture.stores[0].get(&place.key(), None).await {
+                Ok(frame) => frame,
+                Err(_) => fixture.stores[1].get(&place.key(), None).await.unwrap(),
             };
             for store in &fixture.stores {
+                // Two regions that took it are enough; on its way to the third it is not to be lost yet.
+                while store.head(&place.key()).await.is_err() {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
                 store.lose(&place.key()).await;
             }
             let eras = [Era { branch: branch(), end: None }];

@@ -16,7 +16,7 @@ use crate::model::{Branch, Error, Kind, Lsn, RegionName, Result, ResultExt, Segm
 use crate::model::{Timeline, WalSegmentSize};
 use crate::pg::history::{History, Reign};
 use crate::repository::layout;
-use crate::repository::wal::gaps::{self, Gap};
+use crate::repository::wal::gaps::{self, Barrier};
 use crate::repository::wal::index::{self, BranchId, Window};
 use crate::repository::wal::log::{branch_of, read_history};
 use crate::repository::wal::reader::BranchLog;
@@ -55,7 +55,7 @@ pub(super) struct Library<'a> {
     data_dir: Option<&'a Path>,
     logs: Mutex<BTreeMap<BranchId, Arc<BranchLog>>>,
     /// What their writers recorded of them.
-    gaps: Mutex<BTreeMap<BranchId, Arc<[Gap]>>>,
+    gaps: Mutex<BTreeMap<BranchId, Arc<[Barrier]>>>,
 }
 
 impl<'a> Library<'a> {
@@ -215,16 +215,14 @@ impl<'a> Library<'a> {
         let recorded = match known.get(branch) {
             Some(recorded) => Arc::clone(recorded),
             None => {
-                let (recorded, unreadable) = gaps::read(&self.context.repository, branch).await?;
-                if let Some(error) = unreadable.into_iter().next() {
-                    return Err(error);
-                }
-                Arc::clone(known.entry(branch.clone()).or_insert_with(|| recorded.into()))
+                let barriers = gaps::barriers(&self.context.repository, branch).await?;
+                barriers.tell();
+                Arc::clone(known.entry(branch.clone()).or_insert_with(|| barriers.standing.into()))
             }
         };
         drop(known);
-        let crossed = |gap: &&Gap| gap.contradiction && gap.from < part.to && part.from < gap.to;
-        let Some(Gap { from, to, reason, .. }) = recorded.iter().find(crossed) else { return Ok(()) };
+        let crossed = |gap: &&Barrier| gap.contradiction && gap.from < part.to && part.from < gap.to;
+        let Some(Barrier { from, to, reason, .. }) = recorded.iter().find(crossed) else { return Ok(()) };
         let error = Error::refused(format!("the WAL from {from} to {to} was stored in two versions")).because(reason);
         Err(error.hint("recovery must not cross it: begin with a backup behind it, drctl list"))
     }
@@ -334,8 +332,14 @@ mod tests {
     use crate::jobs::tests::context;
     use crate::repository::regions::fan_out::{FanOut, Patience};
     use crate::repository::testing::{Fixture, log};
+    use crate::repository::wal::gaps::Gap;
+    use crate::store::{Digest, ObjectStore, PutOptions};
 
     const SEGMENT: u64 = 1 << 20;
+
+    fn name(from: Lsn, to: Lsn) -> String {
+        layout::gap("", from, to) + "-contradiction"
+    }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_segment_of_which_two_versions_were_stored_is_not_given() {
@@ -351,6 +355,16 @@ mod tests {
             gaps::record(repository, &fixture.writer, &gap, &out).await.unwrap();
         }
         out.drain().await;
+        // Bytes that nobody signed: under no name of a record, in fewer regions than acknowledge one, and in as many.
+        let prefix = layout::gaps(branch.system_id, branch.timeline, &branch.branch);
+        let names = ["garbage".to_owned(), name(at(1), at(2)), name(at(3), at(4))];
+        for (garbage, stores) in names.iter().zip([2, 1, 2]) {
+            for store in &fixture.stores[..stores] {
+                let (key, body) = (format!("{prefix}{garbage}"), Bytes::from_static(b"{}\n"));
+                let digest = Digest::of(&body);
+                store.put(&key, body, digest, &PutOptions::default()).await.unwrap();
+            }
+        }
 
         let context = context(&fixture).await;
         let asker = Asker { system_id: log().system_id, segment_size: SEGMENT, own: BTreeMap::new() };
@@ -359,9 +373,10 @@ mod tests {
             let name = SegmentName { timeline: Timeline::FIRST, number }.file_name(library.size);
             library.find(&name).await
         };
-        for whole in [1, 3] {
-            assert!(matches!(find(whole).await, Ok(Found::Segment(Extract { is_whole: true, .. }))), "{whole}");
-        }
+        let whole = find(1).await;
+        assert!(matches!(whole, Ok(Found::Segment(Extract { is_whole: true, .. }))), "{:?}", whole.err());
+        let forged = find(3).await.err().unwrap();
+        assert!(forged.to_string().contains(&names[2]) && forged.kind() == Kind::Refused, "{forged:?}");
         let refused = find(2).await.err().unwrap();
         assert!(refused.to_string().contains("was stored in two versions") && refused.kind() == Kind::Refused);
     }

@@ -14,7 +14,7 @@ use crate::jobs::wal::push::handed::{Handed, Receipt, Streamed};
 use crate::jobs::wal::push::name::Archived;
 use crate::jobs::wal::push::origin::{Line, Origin};
 use crate::jobs::wal::push::walk::Segment;
-use crate::jobs::wal::segments::{self, SegmentDigest, SegmentKey, SharedBook};
+use crate::jobs::wal::segments::{self, Durable, SegmentDigest, SegmentKey, SharedBook};
 use crate::model::{Error, Lsn, Result, ResultExt, SystemId, Timeline};
 use crate::pg::wal::{SegmentHeader, check_segment_head};
 use crate::repository::regions::fan_out::{FanOut, LaneOutcome, Patience};
@@ -129,8 +129,10 @@ impl Desk {
         }
         let (start, to) = (segment.start(), segment.end());
         self.must_be_written(segment.header.name.timeline, (start, to)).await?;
+        let lowered = self.out.lowered();
         self.store(&mut segment, to).await?;
-        if let Some(found) = segments::note(&self.book, vec![(key.clone(), digest)]).await.first() {
+        let durable = Durable { key: key.clone(), digest, at_full_quorum: self.out.lowered() == lowered };
+        if let Some(found) = segments::note(&self.book, vec![durable]).await.first() {
             // Streaming brought another one meanwhile.
             let place = (&self.context.repository, self.context.writer()?);
             contradiction::record(place, &log, found, "archive_command brought", &self.out).await?;
@@ -205,12 +207,12 @@ impl Desk {
         .await;
     }
 
+    /// Whether its very bytes are safe. What was stored and may be lost since is stored again.
     fn is_known(&self, key: &SegmentKey, digest: &SegmentDigest) -> Result<bool> {
-        let known = self.book.lock().unwrap_or_else(PoisonError::into_inner).get(key);
-        match known {
-            None => Ok(false),
-            Some(known) if known == *digest => Ok(true),
-            Some(_) => Err(another_one(key)),
+        let book = self.book.lock().unwrap_or_else(PoisonError::into_inner);
+        match book.get(key) {
+            Some(known) if known != *digest => Err(another_one(key)),
+            _ => Ok(book.safe(key).is_some()),
         }
     }
 

@@ -148,7 +148,7 @@ impl PushDesk {
         let key = SegmentKey::of(&log, header.name.start(wal_segment_size));
         let (known, digester) = {
             let book = self.book.lock().unwrap_or_else(PoisonError::into_inner);
-            (book.get(&key)?, book.digester())
+            (book.safe(&key)?, book.digester())
         };
         let mut file = std::mem::replace(&mut handed.file, tempfile::spooled_tempfile(0));
         let hashed = tokio::task::spawn_blocking(move || {

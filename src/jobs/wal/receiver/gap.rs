@@ -59,10 +59,10 @@ impl Run {
 
     /// Whether others stored what the server no longer has, from the cursor on without a hole. Then it goes on behind that.
     async fn is_filled(&mut self, cursor: &Start, server: &Server) -> Result<bool> {
-        let tail = self.take_over(&server.eras(), Some(&cursor.branch)).await?;
+        let tail = self.take_over(server, Some(&cursor.branch)).await?;
         let tail = tail.filter(|tail| tail.branch != cursor.branch || tail.end > cursor.lsn);
         let Some(tail) = tail.filter(|tail| tail.is_reached_from(&cursor.branch, cursor.lsn)) else { return Ok(false) };
-        let filled = Start { branch: tail.branch, lsn: tail.end, at_record: tail.at_record, last: tail.last_record };
+        let filled = Start::from(tail);
         tracing::info!(target = %self.target.name, from = %cursor.lsn, to = %filled.lsn, "archived WAL takes the place of what the server lacks");
         self.shared.stand_at(&filled);
         self.cursor = Some(filled);

@@ -105,12 +105,7 @@ impl Run {
             }
             None => {
                 let tail = self.take_over_alone(server).await?;
-                tail.map(|tail| Start {
-                    branch: tail.branch,
-                    lsn: tail.end,
-                    at_record: tail.at_record,
-                    last: tail.last_record,
-                })
+                tail.map(Start::from)
             }
         };
         let Some(cursor) = cursor else {

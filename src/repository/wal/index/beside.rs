@@ -8,7 +8,7 @@ use super::WalIndex;
 use crate::model::{EpochId, RegionName, Result};
 use crate::repository::handle::Repository;
 use crate::repository::regions::Region;
-use crate::repository::wal::closing::{Closing, Holding, Holdings, closing, header_beside, holding};
+use crate::repository::wal::closing::{Closing, Enough, Holding, Holdings, closing, header_beside, holding};
 use crate::repository::wal::frame::{Frame, FrameHeader, FrameKind, FramePlace, IN_FLIGHT};
 
 /// A frame that counts, and is not to be had from every region that lists its name.
@@ -28,12 +28,18 @@ impl WalIndex {
     pub async fn holdings(&self, repository: &Repository, epoch: &EpochId) -> Result<Holdings<RegionName>> {
         let mut holdings = Holdings::new();
         let Some(seqs) = self.frames.get(epoch) else { return Ok(holdings) };
-        let mut lowest = seqs.last_key_value().map_or(0, |(last, _)| *last);
+        let (mut lowest, mut above) = (None, None);
         for (seq, held) in seqs.iter().rev() {
-            // Below are only frames that were acknowledged before the first SEAL was tried.
-            if seq + IN_FLIGHT < lowest {
-                break;
+            let is_far_below = |number: Option<u64>| number.is_some_and(|number| seq + IN_FLIGHT < number);
+            match is_foreign(&holdings) {
+                // No writer is so far ahead of what it has stored: somebody else put that there.
+                true if is_far_below(above) => (holdings, lowest) = (Holdings::new(), None),
+                // Below are only frames that were acknowledged before the first SEAL was tried.
+                false if is_far_below(lowest) => break,
+                _ => {}
             }
+            above = Some(*seq);
+            lowest = lowest.or(above);
             let regions: Vec<&Region> = held.iter().filter_map(|name| repository.regions.named(name).ok()).collect();
             let place = self.place(epoch, *seq);
             let looks = join_all(regions.iter().map(|region| self.holding_of(repository, region, &place))).await;
@@ -42,7 +48,7 @@ impl WalIndex {
                 found.extend(look?.map(|holding| (region.name.clone(), holding)));
             }
             if found.values().any(|holding| *holding == Holding::Seal) {
-                lowest = *seq;
+                lowest = above;
             }
             let ended = found.values().any(|holding| *holding == Holding::End);
             holdings.insert(*seq, found);
@@ -78,6 +84,7 @@ impl WalIndex {
     pub async fn displaced(&self, repository: &Repository) -> Vec<Displaced> {
         let epochs: BTreeSet<_> = self.uneven.iter().map(|(epoch, _)| epoch).collect();
         let quorum = repository.regions.read_quorum();
+        let enough = Enough { regions: repository.regions.all().len(), needed: quorum, barrier: quorum };
         let mut found = Vec::new();
         for epoch in epochs {
             let holdings = match self.holdings(repository, epoch).await {
@@ -87,7 +94,7 @@ impl WalIndex {
                     continue;
                 }
             };
-            let end = match closing(&holdings, (quorum, quorum)) {
+            let end = match closing(&holdings, enough) {
                 Closing::Ended => u64::MAX,
                 Closing::Sealed(at) => at,
                 Closing::Open(_) => continue,
@@ -126,4 +133,10 @@ impl WalIndex {
         }
         (header, is_sure)
     }
+}
+
+/// Whether bytes that are no frame are all that was found.
+fn is_foreign(holdings: &Holdings<RegionName>) -> bool {
+    let mut held = holdings.values().flat_map(BTreeMap::values).peekable();
+    held.peek().is_some() && held.all(|holding| *holding == Holding::Damaged)
 }

@@ -140,28 +140,41 @@ impl WalIndex {
     }
 
     async fn last_commit(&self, repository: &Repository, run: &Run) -> Result<Option<DateTime<Utc>>> {
-        let (first, last) = (run.first.place.seq, &run.last.place);
-        if run.last.span.last_commit.is_some() {
-            return Ok(run.last.span.last_commit);
-        }
-        let reach = first.max(last.seq.saturating_sub(COMMIT_REACH))..last.seq;
-        self.newest_commit(repository, &last.epoch, reach).await
+        Ok(self.newest_with_commits(repository, run).await?.and_then(|header| header.span.last_commit))
     }
 
-    /// The newest commit time in these frames, looked for from their end, more of them at a time the longer it takes.
-    async fn newest_commit(
+    /// The newest frame near the end of a run that holds commits.
+    ///
+    /// # Errors
+    /// A header on the way is nowhere intact.
+    pub(in crate::repository) async fn newest_with_commits(
+        &self,
+        repository: &Repository,
+        run: &Run,
+    ) -> Result<Option<FrameHeader>> {
+        let (first, last) = (run.first.place.seq, &run.last.place);
+        if run.last.span.last_commit.is_some() {
+            return Ok(Some(run.last.clone()));
+        }
+        let reach = first.max(last.seq.saturating_sub(COMMIT_REACH))..last.seq;
+        self.newest_among(repository, &last.epoch, reach).await
+    }
+
+    /// The same among these frames, looked for from their end, more of them at a time the longer it takes.
+    async fn newest_among(
         &self,
         repository: &Repository,
         epoch: &EpochId,
         seqs: Range<u64>,
-    ) -> Result<Option<DateTime<Utc>>> {
+    ) -> Result<Option<FrameHeader>> {
         let (mut end, mut step) = (seqs.end, 4);
         while end > seqs.start {
             let from = seqs.start.max(end.saturating_sub(step));
             let headers = join_all((from..end).map(|seq| self.header(repository, epoch, seq))).await;
             for header in headers.into_iter().rev() {
-                if let Some(time) = header?.span.last_commit {
-                    return Ok(Some(time));
+                let header = header?;
+                if header.span.last_commit.is_some() {
+                    return Ok(Some(header));
                 }
             }
             (end, step) = (from, step * 2);

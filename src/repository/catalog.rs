@@ -6,8 +6,9 @@ use bytes::Bytes;
 use futures::future::join;
 use futures::{StreamExt, TryStreamExt, stream};
 
+use crate::codec::sign::split_text;
 use crate::model::commit::{Commit, CopyOf};
-use crate::model::{BackupId, Error, KeysetId, RegionName, RepositoryId, Result, TargetName};
+use crate::model::{BackupId, Error, KeysetId, RegionName, RepositoryId, Result, SignerId, TargetName};
 use crate::repository::handle::Repository;
 use crate::repository::inventory::{self, InventoryLine};
 use crate::repository::layout;
@@ -22,6 +23,8 @@ use crate::store::{Digest, ListedObject};
 pub struct Backup {
     /// What it says of itself.
     pub commit: Commit,
+    /// Who signed that.
+    pub signer: SignerId,
 }
 
 /// What a region lacks of a backup.
@@ -58,7 +61,7 @@ pub async fn backups(repository: &Repository, target: Option<&TargetName>) -> Re
     let (mut backups, mut errors) = (Vec::new(), Vec::new());
     for read in reads.buffered(READS).collect::<Vec<_>>().await {
         match read {
-            Ok(commit) => backups.push(Backup { commit }),
+            Ok(backup) => backups.push(backup),
             Err(error) => errors.push(error),
         }
     }
@@ -75,10 +78,10 @@ pub async fn named(repository: &Repository, what: &str) -> Result<(Vec<Backup>, 
         && let Ok(target) = id.target()
     {
         let key = layout::commit(&target, &id);
-        let (lists, commit) = join(repository.regions.list_each(&key), read_commit(repository, &key)).await;
+        let (lists, backup) = join(repository.regions.list_each(&key), read_commit(repository, &key)).await;
         let keys = without_pruned(repository, Some(&target), lists).await?;
-        if let (Ok(commit), true) = (commit, keys.contains(&key)) {
-            return Ok((vec![Backup { commit }], Vec::new()));
+        if let (Ok(backup), true) = (backup, keys.contains(&key)) {
+            return Ok((vec![backup], Vec::new()));
         }
     }
     backups(repository, None).await
@@ -132,9 +135,12 @@ pub async fn is_pruned(repository: &Repository, backup: &BackupId) -> Result<boo
     Ok(gone.contains(backup))
 }
 
-async fn read_commit(repository: &Repository, key: &str) -> Result<Commit> {
-    let parse = |bytes: Bytes| parse_commit(repository, key, &bytes);
-    repository.regions.read(key, None, parse).await.map(|(commit, _)| commit)
+async fn read_commit(repository: &Repository, key: &str) -> Result<Backup> {
+    let parse = |bytes: Bytes| {
+        let commit = parse_commit(repository, key, &bytes)?;
+        Ok(Backup { commit, signer: split_text(&bytes)?.signer })
+    };
+    repository.regions.read(key, None, parse).await.map(|(backup, _)| backup)
 }
 
 /// What a COMMIT's signature is bound to.

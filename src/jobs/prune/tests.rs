@@ -23,6 +23,7 @@ use crate::repository::testing::{Fault, Fixture, Made, options};
 
 mod bundles;
 mod copies;
+mod forged;
 mod late;
 mod spared;
 mod under_way;

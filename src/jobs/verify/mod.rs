@@ -193,7 +193,7 @@ async fn look(context: &Context, options: &Options) -> Result<Report> {
     let mut beside = Beside::default();
     for target in targets(context, &chosen, options.what.is_none()).await? {
         let held: BTreeMap<_, _> = held_everywhere(repository, &target).await.into_iter().collect();
-        for Backup { commit } in chosen.iter().rev().filter(|backup| backup.commit.target == target) {
+        for Backup { commit, .. } in chosen.iter().rev().filter(|backup| backup.commit.target == target) {
             backups.push(look.backup(commit, &held).await);
         }
         let of_target: Vec<_> = all.iter().filter(|backup| backup.commit.target == target).cloned().collect();

@@ -6,17 +6,16 @@ use std::time::Duration;
 use chrono::{DateTime, TimeDelta, Utc};
 use futures::future::join_all;
 
-use crate::model::commit::Commit;
 use crate::model::retention::{Candidate, Rules};
 use crate::model::{BackupId, Clock, Error, RegionName, Result, TargetName};
 use crate::repository::backup::intent::{Intent, intent_context};
 use crate::repository::catalog::{self, Backup};
-use crate::repository::handle::Repository;
+use crate::repository::handle::{Repository, Writer};
 use crate::repository::health;
 use crate::repository::inventory::InventoryLine;
 use crate::repository::layout;
+use crate::repository::prune::proofs::Proofs;
 use crate::repository::records::pins::{self, Pin};
-use crate::repository::records::reports::{self, ReportHead};
 use crate::repository::records::tombs::{self, Tomb};
 use crate::repository::regions::{Region, Regions};
 use crate::repository::survey::{self, State};
@@ -57,6 +56,8 @@ pub struct Facts {
     pub backups: Vec<Backup>,
     /// Those that a drill proved.
     pub proven: BTreeSet<BackupId>,
+    /// By whose word.
+    pub proofs: Proofs,
     /// Pins and holds.
     pub pins: Vec<Pin>,
     /// Backups under way.
@@ -74,19 +75,19 @@ pub struct Facts {
 }
 
 impl Facts {
-    /// Looks at every region. `grace` is how long an intent counts beyond its end.
+    /// Looks at every region, as `writer` who prunes. `grace` is how long an intent counts beyond its end.
     ///
     /// # Errors
     /// A region does not answer: what it holds is not known.
     pub async fn gather(
         repository: &Repository,
-        clock: &dyn Clock,
+        writer: &Writer,
         (grace, known): (TimeDelta, Inventories),
     ) -> Result<Self> {
-        let mut refusals = refuse_strange_regions(&repository.regions, clock, repository).await;
+        let mut refusals = refuse_strange_regions(&repository.regions, writer.clock.as_ref(), repository).await;
         // COMMITs and objects before intents: a backup that commits meanwhile is seen as one or the other, and every object
         // that is listed was announced before it was written.
-        let now = clock.now();
+        let now = writer.clock.now();
         let (pins, unreadable_pins) = pins::active(repository, None, now).await?;
         let (backups, unreadable) = catalog::backups(repository, None).await?;
         let unreadable = unreadable.iter().chain(&unreadable_pins);
@@ -95,9 +96,12 @@ impl Facts {
         for class in OF_BACKUPS {
             objects.extend(list_everywhere(&repository.regions, class).await?);
         }
+        let proofs = Proofs::load(repository, Some(writer.signer.id()), None).await?;
+        let drilled = backups.iter().filter(|backup| proofs.is_drilled(backup));
         let mut facts = Self {
             now,
-            proven: proven(repository).await?,
+            proven: drilled.map(|backup| backup.commit.id.clone()).collect(),
+            proofs,
             pins,
             intents: Vec::new(),
             over: Vec::new(),
@@ -136,7 +140,7 @@ impl Facts {
     }
 
     async fn read_inventories(&mut self, repository: &Repository) {
-        for Backup { commit } in &self.backups {
+        for Backup { commit, .. } in &self.backups {
             if self.inventories.contains_key(&commit.id) {
                 continue;
             }
@@ -189,16 +193,8 @@ impl Facts {
 
     /// The backups of one target as the rules see them.
     pub fn candidates(&self, target: &TargetName, rules: &Rules) -> Vec<Candidate> {
-        let own = self.backups.iter().map(|backup| &backup.commit).filter(|commit| commit.target == *target);
-        let own: Vec<_> = own.collect();
-        let candidate = |commit: &&Commit| Candidate {
-            id: commit.id.clone(),
-            at: commit.started_at,
-            proven: rules.undrilled || self.proven.contains(&commit.id),
-            needed: self.needed_by(target, &commit.id),
-            copy: catalog::copy_among(commit, &own),
-        };
-        own.iter().map(candidate).collect()
+        let own: Vec<_> = self.backups.iter().filter(|backup| backup.commit.target == *target).collect();
+        self.proofs.candidates(&own, rules, |id| self.needed_by(target, id))
     }
 
     fn needed_by(&self, target: &TargetName, id: &BackupId) -> Vec<String> {
@@ -281,15 +277,6 @@ async fn refuse_strange_regions(regions: &Regions, clock: &dyn Clock, repository
         }
     }
     refusals
-}
-
-/// The backups that a drill started, replayed and opened. A report that is not readable proves nothing.
-async fn proven(repository: &Repository) -> Result<BTreeSet<BackupId>> {
-    let (heads, unreadable) = reports::list(repository, None).await?;
-    for error in unreadable {
-        tracing::warn!(%error, "a report is not readable and proves nothing");
-    }
-    Ok(heads.into_iter().filter(ReportHead::proves).filter_map(|head| head.backup).collect())
 }
 
 async fn read_tombs(repository: &Repository, refusals: &mut Vec<String>) -> Result<BTreeMap<BackupId, Tomb>> {

@@ -14,6 +14,7 @@ pub mod facts;
 pub mod garbage;
 pub mod locked;
 pub mod plan;
+pub mod proofs;
 pub mod replaced;
 pub mod spare;
 pub mod sweep;

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::codec::compress::{pack_payload, unpack_payload};
 use crate::codec::seal::{Aad, Unit, open, seal};
-use crate::codec::sign::sign_text;
+use crate::codec::sign::{sign_text, split_text};
 use crate::keys::keyset::Keyset;
 use crate::model::{
     BackupId, Error, KeysetId, RegionName, ReportId, RepositoryId, Result, ResultExt, SignerId, TargetName,
@@ -242,15 +242,28 @@ async fn put_object(region: &Region, SealedObject { key, body }: &SealedObject) 
 /// # Errors
 /// No region answers.
 pub async fn list(repository: &Repository, target: Option<&TargetName>) -> Result<(Vec<ReportHead>, Vec<Error>)> {
+    let (heads, errors) = list_signed(repository, target).await?;
+    Ok((heads.into_iter().map(|(head, _)| head).collect(), errors))
+}
+
+/// The same, each with who signed it.
+///
+/// # Errors
+/// No region answers.
+pub async fn list_signed(
+    repository: &Repository,
+    target: Option<&TargetName>,
+) -> Result<(Vec<(ReportHead, SignerId)>, Vec<Error>)> {
     let prefix = target.map_or_else(|| layout::REPORTS.to_owned(), layout::reports);
     let (mut heads, mut errors) = (Vec::new(), Vec::new());
     for key in repository.regions.list_union(&prefix).await? {
-        match repository.regions.read(&key, None, |bytes| decode_head(repository, &key, &bytes)).await {
+        let check = |bytes: Bytes| Ok((decode_head(repository, &key, &bytes)?, split_text(&bytes)?.signer));
+        match repository.regions.read(&key, None, check).await {
             Ok((head, _)) => heads.push(head),
             Err(error) => errors.push(error),
         }
     }
-    heads.sort_by(|a, b| (a.started_at, &a.id).cmp(&(b.started_at, &b.id)));
+    heads.sort_by(|(a, _): &(ReportHead, _), (b, _)| (a.started_at, &a.id).cmp(&(b.started_at, &b.id)));
     Ok((heads, errors))
 }
 

@@ -199,7 +199,7 @@ impl Sweep<'_> {
     }
 
     async fn look(&self, known: Inventories) -> Result<Facts> {
-        let facts = Facts::gather(self.repository, self.writer.clock.as_ref(), (self.grace, known)).await?;
+        let facts = Facts::gather(self.repository, self.writer, (self.grace, known)).await?;
         match facts.refusals.first() {
             None => Ok(facts),
             Some(why) => Err(Error::refused("the sweep stops: something changed under it").because(why)),

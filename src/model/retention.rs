@@ -145,12 +145,12 @@ pub enum Verdict {
     Replaced,
     /// No drill ever proved it, and it is older than every proven one that stays.
     NeverProven,
-    /// The rules let it go, and a lock keeps it.
+    /// The rules let it go, and a lock or a hold keeps it.
     Retained {
         /// Where the lock ends last.
         region: RegionName,
-        /// When.
-        until: DateTime<Utc>,
+        /// When; `None` for a legal hold, which somebody must lift.
+        until: Option<DateTime<Utc>>,
     },
 }
 

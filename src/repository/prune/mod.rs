@@ -12,6 +12,7 @@
 pub mod bundled;
 pub mod facts;
 pub mod garbage;
+pub mod kept;
 pub mod locked;
 pub mod plan;
 pub mod proofs;

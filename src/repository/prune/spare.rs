@@ -5,18 +5,17 @@
 //! was killed, when the next prune begins.
 //!
 //! Only a sweep that cannot take anything any more may be spoken for: itself, or one that is over. And only of a backup that is
-//! whole in every region: what a sweep took the COMMIT of stays gone.
+//! whole in every region: what a sweep took the COMMIT of stays gone, unless a lock keeps it ([`kept`]).
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::model::{BackupId, PruneId, Result, ResultExt, TargetName};
-use crate::repository::FORMAT;
+use crate::model::{BackupId, PruneId, Result, TargetName};
 use crate::repository::catalog::{self, Held};
 use crate::repository::handle::{Repository, Writer};
 use crate::repository::layout;
+use crate::repository::prune::kept;
 use crate::repository::prune::plan::enroll;
-use crate::repository::records;
-use crate::repository::records::tombs::{self, Spared, Tomb};
+use crate::repository::records::tombs::{self, Tomb};
 use crate::repository::sweeps;
 
 /// Ends the tombs that dead sweeps left on whole backups; tells which.
@@ -37,7 +36,7 @@ pub async fn after_dead_sweeps(repository: &Repository, writer: &Writer) -> Resu
     of_whole(repository, writer, (dead.collect(), "its sweep died before it took anything")).await
 }
 
-/// Ends these tombs as far as their backups are whole in every region.
+/// Ends these tombs as far as their backups are whole in every region, or a lock keeps a COMMIT of them and no more is gone.
 ///
 /// # Errors
 /// As [`after_dead_sweeps`].
@@ -51,36 +50,23 @@ pub async fn of_whole(
         by_target.entry(tomb.target.clone()).or_default().push(tomb);
     }
     let mut spared = BTreeSet::new();
+    let mut torn = Vec::new();
     for (target, tombs) in by_target {
         let whole = whole(repository, &target, |id| tombs.iter().any(|tomb| tomb.backup == *id)).await?;
         if spared.is_empty() && !whole.is_empty() {
             enroll(repository, writer).await?;
         }
-        for tomb in tombs.into_iter().filter(|tomb| whole.contains(&tomb.backup)) {
-            record(repository, writer, (&target, &tomb.backup, &tomb.prune), why).await?;
+        for tomb in tombs {
+            if !whole.contains(&tomb.backup) {
+                torn.push(tomb);
+                continue;
+            }
+            kept::record(repository, writer, (&target, &tomb.backup, &tomb.prune), why).await?;
             spared.insert(tomb.backup);
         }
     }
+    spared.extend(kept::bring_back(repository, writer, &torn).await?);
     Ok(spared)
-}
-
-/// Writes into every region that a sweep takes nothing more of a backup.
-///
-/// # Errors
-/// A region does not take it. Where one has it, it counts.
-pub(super) async fn record(
-    repository: &Repository,
-    writer: &Writer,
-    (target, backup, prune): (&TargetName, &BackupId, &PruneId),
-    why: &str,
-) -> Result<()> {
-    let (target, backup, prune) = (target.clone(), backup.clone(), prune.clone());
-    let (at, why, host) = (writer.clock.now(), why.to_owned(), writer.host.clone());
-    let spared = Spared { format: FORMAT, backup, target, prune, at, why, host };
-    let key = spared.key();
-    records::put_everywhere(repository, writer, (tombs::SPARED, &key), &spared)
-        .await
-        .during(|| format!("record that {} was spared", spared.backup))
 }
 
 /// The backups that every region holds all of, by names and sizes.

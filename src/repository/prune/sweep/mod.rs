@@ -81,10 +81,10 @@ pub struct Swept {
 }
 
 impl Swept {
-    /// A backup stays because its COMMIT is locked.
+    /// A backup stays because its COMMIT is locked, or held, which has no end.
     pub fn tell_locked(&mut self, locked: &Locked) {
         self.retained += locked.copies;
-        self.retained_until = self.retained_until.max(Some(locked.until));
+        self.retained_until = self.retained_until.max(locked.until);
     }
 }
 

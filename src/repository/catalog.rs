@@ -56,7 +56,7 @@ const READS: usize = 16;
 /// No region answers.
 pub async fn backups(repository: &Repository, target: Option<&TargetName>) -> Result<(Vec<Backup>, Vec<Error>)> {
     let prefix = target.map_or_else(|| layout::COMMITS.to_owned(), layout::commits);
-    let keys = without_pruned(repository, target, repository.regions.list_each(&prefix).await).await?;
+    let keys = without_pruned(repository, target, tombs::holders(repository, &prefix).await?).await?;
     let reads = stream::iter(keys).map(|key| async move { read_commit(repository, &key).await });
     let (mut backups, mut errors) = (Vec::new(), Vec::new());
     for read in reads.buffered(READS).collect::<Vec<_>>().await {
@@ -78,8 +78,8 @@ pub async fn named(repository: &Repository, what: &str) -> Result<(Vec<Backup>, 
         && let Ok(target) = id.target()
     {
         let key = layout::commit(&target, &id);
-        let (lists, backup) = join(repository.regions.list_each(&key), read_commit(repository, &key)).await;
-        let keys = without_pruned(repository, Some(&target), lists).await?;
+        let (held, backup) = join(tombs::holders(repository, &key), read_commit(repository, &key)).await;
+        let keys = without_pruned(repository, Some(&target), held?).await?;
         if let (Ok(backup), true) = (backup, keys.contains(&key)) {
             return Ok((vec![backup], Vec::new()));
         }
@@ -94,25 +94,8 @@ pub async fn named(repository: &Repository, what: &str) -> Result<(Vec<Backup>, 
 async fn without_pruned(
     repository: &Repository,
     target: Option<&TargetName>,
-    lists: Vec<(RegionName, Result<Vec<ListedObject>>)>,
+    (copies, answered): (BTreeMap<String, BTreeSet<RegionName>>, BTreeSet<RegionName>),
 ) -> Result<BTreeSet<String>> {
-    let mut copies: BTreeMap<String, BTreeSet<RegionName>> = BTreeMap::new();
-    let (mut answered, mut first_error) = (BTreeSet::new(), None);
-    for (region, list) in lists {
-        match list {
-            Ok(objects) => {
-                let held = objects.into_iter();
-                for object in held {
-                    copies.entry(object.key).or_default().insert(region.clone());
-                }
-                answered.insert(region);
-            }
-            Err(error) => first_error = first_error.or(Some(error)),
-        }
-    }
-    if let (true, Some(error)) = (answered.is_empty(), first_error) {
-        return Err(error);
-    }
     let id = |key: &String| key.rsplit('/').next()?.parse::<BackupId>().ok();
     let partial = copies.iter().filter(|(_, held)| held.len() < answered.len());
     let partial = partial.filter_map(|(key, held)| Some((id(key)?, answered.difference(held).cloned().collect())));

@@ -9,6 +9,7 @@ use crate::disk::lock::Lock;
 use crate::jobs::Context;
 use crate::model::retention::{Keep, Rules, Verdict, judge};
 use crate::model::{BackupId, Error, KeysetId, PruneId, Result, SignerId, TargetName};
+use crate::repository::handle::Repository;
 use crate::repository::prune::facts::Facts;
 use crate::repository::prune::garbage::{Garbage, Item, Search};
 use crate::repository::prune::locked::{self, Locked};
@@ -50,6 +51,8 @@ pub struct Options {
 /// # Errors
 /// A region does not answer, another prune runs, or the sweep was stopped. Refusals of the plan are in the report.
 pub async fn run(context: &Context, options: &Options) -> Result<Report> {
+    let repository = Repository { regions: context.repository.regions.unanimous(), ..context.repository.clone() };
+    let context = &Context { repository, ..context.clone() };
     let writer = context.writer()?;
     let _alone = Lock::acquire(&context.state_dir.join("prune.lock"))
         .map_err(|error| Error::from(error).during("another prune runs on this host"))?;

@@ -197,22 +197,14 @@ pub async fn holders(
     prefix: &str,
 ) -> Result<(BTreeMap<String, BTreeSet<RegionName>>, BTreeSet<RegionName>)> {
     let mut names: BTreeMap<String, BTreeSet<RegionName>> = BTreeMap::new();
-    let (mut answered, mut first_error) = (BTreeSet::new(), None);
-    for (region, list) in repository.regions.list_each(prefix).await {
-        match list {
-            Ok(objects) => {
-                for object in objects {
-                    names.entry(object.key).or_default().insert(region.clone());
-                }
-                answered.insert(region);
-            }
-            Err(error) => first_error = first_error.or(Some(error)),
+    let mut answered = BTreeSet::new();
+    for (region, objects) in repository.regions.list_answered(prefix).await? {
+        for object in objects {
+            names.entry(object.key).or_default().insert(region.clone());
         }
+        answered.insert(region);
     }
-    match first_error {
-        Some(error) if answered.is_empty() => Err(error),
-        _ => Ok((names, answered)),
-    }
+    Ok((names, answered))
 }
 
 /// Whether a tomb in the regions `held` ends a backup whose COMMIT the regions `lacking` do not have.

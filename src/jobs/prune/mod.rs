@@ -54,12 +54,13 @@ pub async fn run(context: &Context, options: &Options) -> Result<Report> {
     let repository = Repository { regions: context.repository.regions.unanimous(), ..context.repository.clone() };
     let context = &Context { repository, ..context.clone() };
     let writer = context.writer()?;
-    let _alone = Lock::acquire(&context.state_dir.join("prune.lock"))
+    let alone = Lock::acquire(&context.state_dir.join("prune.lock"))
         .map_err(|error| Error::from(error).during("another prune runs on this host"))?;
+    let lock = alone.identity();
     let looking = context.progress.begin("look at every region", None);
     if !options.dry_run {
         // Before the look, which must not take what a dead sweep wrote for a pruned backup.
-        let spared = spare::after_dead_sweeps(&context.repository, writer).await?;
+        let spared = spare::after_dead_sweeps(&context.repository, writer, lock.as_deref()).await?;
         if !spared.is_empty() {
             tracing::warn!(?spared, "an earlier sweep died before it took these backups: they stay as they were");
         }
@@ -100,6 +101,7 @@ pub async fn run(context: &Context, options: &Options) -> Result<Report> {
             grace: context.prune.grace,
             ripe: old,
             keysets: &look.keysets,
+            lock: lock.as_deref(),
         };
         let phase = context.progress.begin("remove", Some(items.iter().map(|item| item.size).sum()));
         let mut swept = sweep.run(items, std::mem::take(&mut look.facts.inventories), &phase).await?;

@@ -18,20 +18,23 @@ use crate::repository::prune::plan::enroll;
 use crate::repository::records::tombs::{self, Tomb};
 use crate::repository::sweeps;
 
-/// Ends the tombs that dead sweeps left on whole backups; tells which.
+/// Ends the tombs that dead sweeps left on whole backups; tells which. `lock` is the one that this process holds.
 ///
 /// # Errors
 /// A region does not take the record.
-pub async fn after_dead_sweeps(repository: &Repository, writer: &Writer) -> Result<BTreeSet<BackupId>> {
+pub async fn after_dead_sweeps(
+    repository: &Repository,
+    writer: &Writer,
+    lock: Option<&str>,
+) -> Result<BTreeSet<BackupId>> {
     let commits = repository.regions.list_union(layout::COMMITS).await?;
     let ids: BTreeSet<BackupId> = commits.iter().filter_map(|key| key.rsplit('/').next()?.parse().ok()).collect();
     let standing = tombs::standing(repository, None, |id| ids.contains(id)).await?;
     if standing.tombs.is_empty() {
         return Ok(BTreeSet::new());
     }
-    // A sweep of this host is dead: the lock of its state directory is ours.
     let running = sweeps::running(repository, writer.clock.now()).await?.into_iter();
-    let alive: BTreeSet<PruneId> = running.filter(|of| of.host != writer.host).map(|of| of.id).collect();
+    let alive: BTreeSet<PruneId> = running.filter(|of| !of.held(lock)).map(|of| of.id).collect();
     let dead = standing.tombs.into_iter().map(|(tomb, _)| tomb).filter(|tomb| !alive.contains(&tomb.prune));
     of_whole(repository, writer, (dead.collect(), "its sweep died before it took anything")).await
 }

@@ -1,10 +1,10 @@
 //! Sweeps that took nothing: what they announced stays, whatever a region loses later.
 
 use super::{DAY, Scene, rules};
-use crate::jobs::prune::Consent;
-use crate::jobs::repair;
+use crate::jobs::prune::{Consent, Options, run};
 use crate::jobs::verify::{self, Level};
-use crate::model::{BackupId, PruneId};
+use crate::jobs::{Context, repair};
+use crate::model::{BackupId, Kind, PruneId};
 use crate::repository::handle::Writer;
 use crate::repository::layout;
 use crate::repository::mend::Scope;
@@ -119,11 +119,35 @@ async fn nobody_speaks_for_a_sweep_that_may_be_at_work() {
     scene.sweep_in_vain(true).await;
     let elsewhere = Writer { host: "there".to_owned(), ..scene.fixture.writer.clone() };
     let repository = scene.fixture.reopen().await.unwrap();
-    assert!(spare::after_dead_sweeps(&repository, &elsewhere).await.unwrap().is_empty());
+    // A host of the same name, or a second state directory on this one, is not the one that died.
+    for writer in [&elsewhere, &scene.fixture.writer] {
+        for lock in [None, Some("another")] {
+            assert!(spare::after_dead_sweeps(&repository, writer, lock).await.unwrap().is_empty());
+        }
+    }
     scene.fixture.clock.advance(7 * 3600);
-    let spared = spare::after_dead_sweeps(&repository, &elsewhere).await.unwrap();
+    let spared = spare::after_dead_sweeps(&repository, &elsewhere, None).await.unwrap();
     assert!(spared.iter().eq(&ids[..3]), "{spared:?}");
-    assert!(spare::after_dead_sweeps(&repository, &elsewhere).await.unwrap().is_empty());
+    assert!(spare::after_dead_sweeps(&repository, &elsewhere, None).await.unwrap().is_empty());
+}
+
+/// Two pruners under one name: containers, a cloned machine, a second state directory.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_two_pruners_with_one_host_name_neither_takes_the_other_for_dead() {
+    let mut scene = Scene::new(2).await;
+    let ids = scene.drilled(4).await;
+    // What the first one says while it is at work.
+    scene.sweep_in_vain(true).await;
+    let elsewhere = tempfile::tempdir().unwrap();
+    let second = Context { state_dir: elsewhere.path().to_owned(), ..scene.context().await };
+    let scheduled = Options { dry_run: false, consent: Consent::Scheduled };
+    let refused = run(&second, &scheduled).await.unwrap_err();
+    assert!(refused.kind() == Kind::Refused && refused.to_string().contains("another prune is at work"), "{refused}");
+    assert_eq!(scene.exist().await, ids);
+    scene.is_whole().await;
+    // The first one is known to be gone by whoever holds its lock now.
+    assert_eq!(scene.prune(Consent::Scheduled).await.swept.unwrap().backups, ids[..2]);
+    assert_eq!(scene.exist().await, ids[2..]);
 }
 
 /// Whoever may write can write a tomb, and some region may owe a COMMIT: that is no end of the backup.

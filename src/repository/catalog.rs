@@ -8,14 +8,15 @@ use futures::{StreamExt, TryStreamExt, stream};
 
 use crate::codec::sign::split_text;
 use crate::model::commit::{Commit, CopyOf};
-use crate::model::{BackupId, Error, KeysetId, RegionName, RepositoryId, Result, SignerId, TargetName};
+use crate::model::{BackupId, Error, KeysetId, Kind, RegionName, RepositoryId, Result, SignerId, TargetName};
+use crate::repository::format;
 use crate::repository::handle::Repository;
 use crate::repository::inventory::{self, InventoryLine};
 use crate::repository::layout;
 use crate::repository::pages::manifest::PartsSummary;
 use crate::repository::records::tombs;
+use crate::repository::regions::Region;
 use crate::repository::regions::list_all;
-use crate::repository::{FORMAT, regions::Region};
 use crate::store::{Digest, ListedObject};
 
 /// A backup that exists: its COMMIT is readable in at least one region.
@@ -72,7 +73,7 @@ pub async fn backups(repository: &Repository, target: Option<&TargetName>) -> Re
 /// The backups that `what` may name, as [`backups`] gives them: where it is the whole id of one, that one alone.
 ///
 /// # Errors
-/// No region answers.
+/// No region answers; or a newer drctl wrote the one that is named.
 pub async fn named(repository: &Repository, what: &str) -> Result<(Vec<Backup>, Vec<Error>)> {
     if let Ok(id) = what.parse::<BackupId>()
         && let Ok(target) = id.target()
@@ -80,8 +81,10 @@ pub async fn named(repository: &Repository, what: &str) -> Result<(Vec<Backup>, 
         let key = layout::commit(&target, &id);
         let (held, backup) = join(tombs::holders(repository, &key), read_commit(repository, &key)).await;
         let keys = without_pruned(repository, Some(&target), held?).await?;
-        if let (Ok(backup), true) = (backup, keys.contains(&key)) {
-            return Ok((vec![backup], Vec::new()));
+        match backup {
+            Ok(backup) if keys.contains(&key) => return Ok((vec![backup], Vec::new())),
+            Err(error) if keys.contains(&key) && error.kind() == Kind::Newer => return Err(error),
+            _ => {}
         }
     }
     backups(repository, None).await
@@ -134,16 +137,13 @@ pub fn commit_context(repository: &RepositoryId, id: &BackupId) -> String {
 /// Reads a COMMIT object and checks signature and name.
 ///
 /// # Errors
-/// It is not a COMMIT of this repository under this name, or not signed by a trusted signer.
+/// It is not a COMMIT of this repository under this name, not signed by a trusted signer, or of a newer drctl.
 pub fn parse_commit(repository: &Repository, key: &str, bytes: &[u8]) -> Result<Commit> {
     let wrong = |why: &str| Error::damaged(format!("{key} {why}"));
     let id: BackupId =
         key.rsplit('/').next().unwrap_or_default().parse().map_err(|_| wrong("is not named as a backup"))?;
     let body = repository.trust.verify_text(&commit_context(&repository.id, &id), bytes)?;
-    let commit: Commit = serde_json::from_slice(body).map_err(|error| wrong("is not readable").because(error))?;
-    if commit.format != FORMAT {
-        return Err(wrong("was written by a newer drctl"));
-    }
+    let commit: Commit = format::parse(key, body)?;
     if commit.id != id || layout::commit(&commit.target, &id) != key {
         return Err(wrong("belongs elsewhere"));
     }
@@ -190,6 +190,17 @@ pub fn select<'a>(backups: &'a [Backup], text: &str) -> Result<&'a Backup> {
             Err(Error::usage(format!("`{text}` fits {} backups", several.len())).hint(format!("one of: {ids}")))
         }
     }
+}
+
+/// The same, of what [`backups`] found: one that is named by its whole id and could not be read does not just fail to exist.
+///
+/// # Errors
+/// As [`select`]; or why it could not be read.
+pub fn find<'a>((backups, unreadable): (&'a [Backup], &[Error]), text: &str) -> Result<&'a Backup> {
+    select(backups, text).map_err(|error| {
+        let named = |unread: &&Error| text.parse::<BackupId>().is_ok() && unread.message().contains(text);
+        unreadable.iter().find(named).cloned().unwrap_or(error)
+    })
 }
 
 /// Every object that a backup needs, except its COMMIT, the inventory itself and WAL.

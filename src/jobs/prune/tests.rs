@@ -25,6 +25,7 @@ mod bundles;
 mod copies;
 mod forged;
 mod late;
+mod newer;
 mod spared;
 mod under_way;
 mod wal;

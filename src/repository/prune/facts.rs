@@ -10,6 +10,7 @@ use crate::model::retention::{Candidate, Rules};
 use crate::model::{BackupId, Clock, Error, RegionName, Result, TargetName};
 use crate::repository::backup::intent::{Intent, intent_context};
 use crate::repository::catalog::{self, Backup};
+use crate::repository::format;
 use crate::repository::handle::{Repository, Writer};
 use crate::repository::health;
 use crate::repository::inventory::InventoryLine;
@@ -125,8 +126,7 @@ impl Facts {
             };
             let parse = |bytes: bytes::Bytes| {
                 let body = repository.trust.verify_text(&intent_context(&repository.id, &id), &bytes)?;
-                let wrong = |error| Error::damaged(format!("{key} is not readable")).because(error);
-                serde_json::from_slice::<Intent>(body).map_err(wrong)
+                format::parse::<Intent>(&key, body)
             };
             match repository.regions.read(&key, None, parse).await {
                 Ok((intent, _)) if intent.expires_at + grace <= self.now => self.over.push(intent),

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use crate::model::commit::Commit;
 use crate::model::retention::{Candidate, Rules};
-use crate::model::{BackupId, Result, SignerId, TargetName};
+use crate::model::{BackupId, Kind, Result, SignerId, TargetName};
 use crate::repository::catalog::{self, Backup};
 use crate::repository::handle::Repository;
 use crate::repository::records::reports::{self, ReportHead};
@@ -38,10 +38,13 @@ impl Proofs {
     /// Reads the reports of drills, of one target or of all; `own` is who prunes. A report that is not readable proves nothing.
     ///
     /// # Errors
-    /// No region answers.
+    /// No region answers; or a newer drctl wrote one, of a backup that would look as if nobody had ever drilled it.
     pub async fn load(repository: &Repository, own: Option<&SignerId>, target: Option<&TargetName>) -> Result<Self> {
         let (heads, unreadable) = reports::list_signed(repository, target).await?;
         for error in unreadable {
+            if error.kind() == Kind::Newer {
+                return Err(error.during("see what drills proved"));
+            }
             tracing::warn!(%error, "a report is not readable and proves nothing");
         }
         let mut drilled: BTreeMap<_, BTreeSet<_>> = BTreeMap::new();

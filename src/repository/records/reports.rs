@@ -20,7 +20,7 @@ use crate::keys::keyset::Keyset;
 use crate::model::{
     BackupId, Error, KeysetId, RegionName, ReportId, RepositoryId, Result, ResultExt, SignerId, TargetName,
 };
-use crate::repository::FORMAT;
+use crate::repository::format::{self, Versioned};
 use crate::repository::handle::{Repository, Writer, signer_record};
 use crate::repository::keysets::{self, KeyRing};
 use crate::repository::layout;
@@ -97,6 +97,12 @@ struct Stored {
     body: String,
 }
 
+/// As much of a stored report as every version of it has.
+#[derive(Deserialize)]
+struct Headed {
+    head: Versioned,
+}
+
 fn context(repository: &RepositoryId, id: &ReportId) -> String {
     format!("report {repository} {id}")
 }
@@ -125,10 +131,10 @@ fn decode_stored(repository: &Repository, key: &str, bytes: &[u8]) -> Result<Sto
     let wrong = |why: &str| Error::damaged(format!("{key} {why}"));
     let id: ReportId = key.rsplit('/').next().unwrap_or_default().parse().map_err(|_| wrong("is no report"))?;
     let text = repository.trust.verify_text(&context(&repository.id, &id), bytes)?;
+    // Its version stands in its head.
+    let headed: Headed = serde_json::from_slice(text).map_err(|error| wrong("is not readable").because(error))?;
+    format::known(key, &headed.head)?;
     let stored: Stored = serde_json::from_slice(text).map_err(|error| wrong("is not readable").because(error))?;
-    if stored.head.format != FORMAT {
-        return Err(wrong("was written by a newer drctl"));
-    }
     let own = stored.head.id == id && layout::report(&stored.head.target, &id) == key;
     if own { Ok(stored) } else { Err(wrong("belongs elsewhere")) }
 }
@@ -292,6 +298,7 @@ mod tests {
 
     use super::*;
     use crate::observe::progress::Progress;
+    use crate::repository::FORMAT;
     use crate::repository::mend::{Scope, mend};
     use crate::repository::testing::{Fault, tiny};
 

@@ -179,6 +179,8 @@ async fn a_backup_whose_commit_is_held_is_left_alone_until_the_hold_is_lifted() 
         let commit = format!("commits/ledger/{}", ids[1]);
         if planned_before {
             scene.prune(Consent::None).await;
+            // Plans of one second have no order among themselves.
+            scene.fixture.clock.advance(2);
         }
         scene.fixture.stores[1].hold(&commit);
         let version = async || scene.fixture.stores[0].list_versions(&commit, None).await.unwrap().versions;
@@ -194,6 +196,7 @@ async fn a_backup_whose_commit_is_held_is_left_alone_until_the_hold_is_lifted() 
         assert!(!records.iter().any(|key| key.starts_with(&format!("pruned/backups/ledger/{}", ids[1]))));
         scene.is_whole().await;
         scene.fixture.stores[1].release(&commit);
+        scene.fixture.clock.advance(2);
         assert_eq!(scene.prune_twice().await.swept.unwrap().backups, ids[1..2]);
         scene.is_whole().await;
     }

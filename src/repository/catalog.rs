@@ -14,7 +14,7 @@ use crate::repository::handle::Repository;
 use crate::repository::inventory::{self, InventoryLine};
 use crate::repository::layout;
 use crate::repository::pages::manifest::PartsSummary;
-use crate::repository::records::tombs;
+use crate::repository::records::tombs::{self, Torn};
 use crate::repository::regions::Region;
 use crate::repository::regions::list_all;
 use crate::store::{Digest, ListedObject};
@@ -93,16 +93,16 @@ pub async fn named(repository: &Repository, what: &str) -> Result<(Vec<Backup>, 
 /// The names of COMMITs in any region that answers, except of backups that a sweep has begun to remove.
 ///
 /// A tomb alone hides nothing, since whoever may write could write one: a COMMIT must be gone as well, in a region that holds the
-/// tomb, and in more of them than may owe it. Before that nothing of the backup is gone anywhere, because COMMITs go first.
+/// tomb, and in more of them than may owe it; and those that have it must hold the tomb, too. Before that nothing of the backup is gone anywhere, because COMMITs go first.
 async fn without_pruned(
     repository: &Repository,
     target: Option<&TargetName>,
     (copies, answered): (BTreeMap<String, BTreeSet<RegionName>>, BTreeSet<RegionName>),
 ) -> Result<BTreeSet<String>> {
     let id = |key: &String| key.rsplit('/').next()?.parse::<BackupId>().ok();
-    let partial = copies.iter().filter(|(_, held)| held.len() < answered.len());
-    let partial = partial.filter_map(|(key, held)| Some((id(key)?, answered.difference(held).cloned().collect())));
-    let gone = tombs::gone(repository, target, &partial.collect()).await?;
+    let torn = copies.iter().filter(|(_, held)| held.len() < answered.len());
+    let torn = torn.filter_map(|(key, held)| Some((id(key)?, Torn::new(held.clone(), &answered))));
+    let gone = tombs::gone(repository, target, &torn.collect()).await?;
     let exists = |key: &String| id(key).is_none_or(|id| !gone.contains(&id));
     Ok(copies.into_keys().filter(exists).collect())
 }
@@ -115,9 +115,8 @@ pub async fn is_pruned(repository: &Repository, backup: &BackupId) -> Result<boo
     let target = backup.target()?;
     let key = layout::commit(&target, backup);
     let (names, answered) = tombs::holders(repository, &key).await?;
-    let held = names.get(&key).cloned().unwrap_or_default();
-    let lacking: BTreeSet<_> = answered.difference(&held).cloned().collect();
-    let gone = tombs::gone(repository, Some(&target), &BTreeMap::from([(backup.clone(), lacking)])).await?;
+    let torn = Torn::new(names.get(&key).cloned().unwrap_or_default(), &answered);
+    let gone = tombs::gone(repository, Some(&target), &BTreeMap::from([(backup.clone(), torn)])).await?;
     Ok(gone.contains(backup))
 }
 

@@ -7,7 +7,7 @@ use chrono::{DateTime, TimeDelta, Utc};
 use futures::future::join_all;
 
 use crate::model::retention::{Candidate, Rules};
-use crate::model::{BackupId, Clock, Error, RegionName, Result, TargetName};
+use crate::model::{BackupId, Clock, Error, RegionName, Result, SignerId, TargetName};
 use crate::repository::backup::intent::{Intent, intent_context};
 use crate::repository::catalog::{self, Backup};
 use crate::repository::format;
@@ -17,7 +17,7 @@ use crate::repository::inventory::InventoryLine;
 use crate::repository::layout;
 use crate::repository::prune::proofs::Proofs;
 use crate::repository::records::pins::{self, Pin};
-use crate::repository::records::tombs::{self, Tomb};
+use crate::repository::records::tombs::{self, Stone, Tomb};
 use crate::repository::regions::{Region, Regions};
 use crate::repository::survey::{self, State};
 use crate::repository::sweeps::SKEW;
@@ -89,7 +89,9 @@ impl Facts {
         // COMMITs and objects before intents: a backup that commits meanwhile is seen as one or the other, and every object
         // that is listed was announced before it was written.
         let now = writer.clock.now();
-        let (pins, unreadable_pins) = pins::active(repository, None, now).await?;
+        let proofs = Proofs::load(repository, Some(writer.signer.id()), None).await?;
+        let by = |signer: &SignerId| proofs.relies_on(signer);
+        let (pins, unreadable_pins) = pins::active_by(repository, None, (now, by)).await?;
         let (backups, unreadable) = catalog::backups(repository, None).await?;
         let unreadable = unreadable.iter().chain(&unreadable_pins);
         refusals.extend(unreadable.map(|error| format!("a record is not readable: {error}")));
@@ -97,7 +99,6 @@ impl Facts {
         for class in OF_BACKUPS {
             objects.extend(list_everywhere(&repository.regions, class).await?);
         }
-        let proofs = Proofs::load(repository, Some(writer.signer.id()), None).await?;
         let drilled = backups.iter().filter(|backup| proofs.is_drilled(backup));
         let mut facts = Self {
             now,
@@ -106,16 +107,36 @@ impl Facts {
             pins,
             intents: Vec::new(),
             over: Vec::new(),
-            tombs: read_tombs(repository, &mut refusals).await?,
+            tombs: BTreeMap::new(),
             inventories: known,
             objects,
             backups,
             refusals,
         };
+        facts.read_tombs(repository).await?;
         facts.read_intents(repository, grace).await?;
         facts.read_inventories(repository).await;
         facts.refuse_times_to_come();
         Ok(facts)
+    }
+
+    /// Whoever may write can write a tomb. One that nobody relies on buries nothing here, and where it hides a COMMIT from every
+    /// other reader, what that COMMIT needs must not be taken for something that nobody needs.
+    async fn read_tombs(&mut self, repository: &Repository) -> Result<()> {
+        let standing = tombs::standing(repository, None, |_| true).await?;
+        self.refusals.extend(standing.unreadable.iter().map(|error| format!("a record is not readable: {error}")));
+        for Stone { tomb, signer, .. } in standing.tombs {
+            let commit = layout::commit(&tomb.target, &tomb.backup);
+            if self.proofs.relies_on(&signer) {
+                self.tombs.insert(tomb.backup.clone(), tomb);
+            } else if self.objects.contains_key(&commit) && !self.exists(&tomb.backup) {
+                let (key, backup) = (tomb.key(), &tomb.backup);
+                self.refusals.push(format!(
+                    "{key} says that {backup} was pruned, by the word of {signer}, who is not in `signers`, and a region still has its COMMIT"
+                ));
+            }
+        }
+        Ok(())
     }
 
     async fn read_intents(&mut self, repository: &Repository, grace: TimeDelta) -> Result<()> {
@@ -277,10 +298,4 @@ async fn refuse_strange_regions(regions: &Regions, clock: &dyn Clock, repository
         }
     }
     refusals
-}
-
-async fn read_tombs(repository: &Repository, refusals: &mut Vec<String>) -> Result<BTreeMap<BackupId, Tomb>> {
-    let standing = tombs::standing(repository, None, |_| true).await?;
-    refusals.extend(standing.unreadable.iter().map(|error| format!("a record is not readable: {error}")));
-    Ok(standing.tombs.into_iter().map(|(tomb, _)| (tomb.backup.clone(), tomb)).collect())
 }

@@ -108,7 +108,8 @@ impl Proofs {
         backups.iter().map(candidate).collect()
     }
 
-    fn relies_on(&self, signer: &SignerId) -> bool {
+    /// Whether what this signer says counts.
+    pub fn relies_on(&self, signer: &SignerId) -> bool {
         match &self.whose {
             Whose::Anybody => true,
             Whose::Relied { trust, own } => trust.relies_on(own.as_ref(), signer),

@@ -35,7 +35,7 @@ pub async fn after_dead_sweeps(
     }
     let running = sweeps::running(repository, writer.clock.now()).await?.into_iter();
     let alive: BTreeSet<PruneId> = running.filter(|of| !of.held(lock)).map(|of| of.id).collect();
-    let dead = standing.tombs.into_iter().map(|(tomb, _)| tomb).filter(|tomb| !alive.contains(&tomb.prune));
+    let dead = standing.tombs.into_iter().map(|stone| stone.tomb).filter(|tomb| !alive.contains(&tomb.prune));
     of_whole(repository, writer, (dead.collect(), "its sweep died before it took anything")).await
 }
 

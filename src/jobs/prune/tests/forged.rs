@@ -3,12 +3,15 @@
 
 use super::*;
 use crate::codec::sign::Signer;
-use crate::model::SignerId;
 use crate::model::commit::{Commit, CopyOf};
 use crate::model::retention::Keep;
+use crate::model::{PruneId, SignerId};
 use crate::repository::catalog::commit_context;
 use crate::repository::handle::Repository;
 use crate::repository::pages::manifest::PartsSummary;
+use crate::repository::records;
+use crate::repository::records::tombs::{self, Tomb};
+use crate::repository::regions::fan_out::{FanOut, Patience};
 use crate::repository::{inventory, layout};
 use crate::store::Digest;
 
@@ -51,6 +54,12 @@ impl Scene {
             repository.regions.put_everywhere(&key, bytes.into()).await.unwrap();
         }
         id
+    }
+
+    async fn enroll(&self, writer: &Writer) {
+        let out = FanOut::new(&self.fixture.repository.regions, Patience::BACKUP);
+        self.fixture.repository.enroll(writer, &out).await.unwrap();
+        out.drain().await;
     }
 
     async fn listing(&self, signers: &[&SignerId]) -> Context {
@@ -116,18 +125,64 @@ async fn a_backup_that_a_stranger_committed_takes_no_place_however_good_it_is() 
     assert_eq!(scene.exist().await, ids);
 }
 
+/// Whoever can take a COMMIT out of one region, and write tombs into all, hides a backup from readers without a list. Prune does not
+/// take the rest of it for garbage.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_forged_tomb_hides_is_no_garbage() {
+    let mut scene = Scene::new(10).await;
+    let ids = scene.drilled(3).await;
+    let stranger = scene.stranger();
+    let at = scene.fixture.writer.clock.now();
+    let tomb = Tomb {
+        format: 1,
+        backup: ids[0].clone(),
+        target: options().target,
+        prune: PruneId::new(at, &SystemRng).unwrap(),
+        at,
+        why: String::new(),
+        keysets: Vec::new(),
+        wal: None,
+        host: "there".to_owned(),
+    };
+    scene.enroll(&stranger).await;
+    let repository = scene.fixture.reopen().await.unwrap();
+    records::put_everywhere(&repository, &stranger, (tombs::TOMB, &tomb.key()), &tomb).await.unwrap();
+    let commit = layout::commit(&tomb.target, &ids[0]);
+    scene.fixture.stores[1].lose(&commit).await;
+    let before = scene.names(0).await;
+    for days in [0, 1, 30] {
+        scene.fixture.clock.advance(days * DAY + 1);
+        let report = scene.prune(Consent::Scheduled).await;
+        let told = report.refusals.join("\n");
+        assert!(report.swept.is_none() && told.contains(stranger.signer.id().as_str()), "{report:#?}");
+    }
+    assert_eq!(scene.names(0).await, before);
+    // Who lists his signers is not led astray in the first place.
+    let context = scene.listing(&[scene.fixture.writer.signer.id()]).await;
+    assert_eq!(catalog::backups(&context.repository, None).await.unwrap().0.len(), 3);
+}
+
+/// A pin that a stranger ended keeps what it kept.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nobody_ends_a_pin_on_whom_prune_does_not_rely() {
+    let mut scene = Scene::new(2).await;
+    let ids = scene.drilled(3).await;
+    let reason = Reason { text: "audit".into(), until: None };
+    pin::pin(&scene.context().await, ids[0].as_str(), reason).await.unwrap();
+    let stranger = scene.stranger();
+    let context = Context { writer: Some(stranger), ..scene.context().await };
+    pin::unpin(&context, ids[0].as_str(), "over").await.unwrap();
+    assert_eq!(scene.prune_twice().await.swept, None);
+    assert_eq!(scene.exist().await, ids);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_forged_copy_takes_the_place_of_no_original() {
     let mut scene = Scene::new(3).await;
     let mut ids = scene.drilled(3).await;
     let stranger = scene.stranger();
     let copy = scene.by(&stranger, async |scene| {
-        let out = crate::repository::regions::fan_out::FanOut::new(
-            &scene.fixture.repository.regions,
-            crate::repository::regions::fan_out::Patience::BACKUP,
-        );
-        scene.fixture.repository.enroll(&scene.fixture.writer, &out).await.unwrap();
-        out.drain().await;
+        scene.enroll(&scene.fixture.writer).await;
         let copy = scene.forge_copy(&ids[1], &scene.fixture.writer).await;
         scene.drill(&copy).await;
         copy

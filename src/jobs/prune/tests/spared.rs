@@ -191,6 +191,39 @@ async fn a_tomb_that_no_sweep_wrote_ends_no_backup_that_a_region_owes() {
     scene.is_whole().await;
 }
 
+/// Two regions leave no majority: but no sweep buries a backup in one of them alone.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_tomb_in_one_region_alone_hides_no_backup_that_this_region_lost() {
+    let scene = &mut Scene::new(10).await;
+    let ids = scene.drilled(3).await;
+    let (writer, at) = (&scene.fixture.writer, scene.fixture.writer.clock.now());
+    let forged = Tomb {
+        format: 1,
+        backup: ids[0].clone(),
+        target: ids[0].target().unwrap(),
+        prune: PruneId::new(at, writer.rng.as_ref()).unwrap(),
+        at,
+        why: String::new(),
+        keysets: Vec::new(),
+        wal: None,
+        host: "there".to_owned(),
+    };
+    let (repository, key) = (scene.fixture.reopen().await.unwrap(), forged.key());
+    for lost in scene.names(1).await.iter().filter(|key| *key != layout::REPOSITORY) {
+        scene.fixture.stores[1].lose(lost).await;
+    }
+    let bytes = records::encode(&repository.id, writer, (tombs::TOMB, &key), &forged).unwrap();
+    scene.fixture.stores[1].damage(&key, bytes.to_vec()).await;
+    assert_eq!(scene.exist().await, ids);
+    scene.repair().await;
+    assert_eq!(scene.below(1, "commits/").await, scene.below(0, "commits/").await);
+    assert_eq!(scene.below(0, "pruned/backups/").await, Vec::<String>::new());
+    assert_eq!(scene.exist().await, ids);
+    scene.is_whole().await;
+    assert_eq!(scene.prune_twice().await.swept, None);
+    assert_eq!(scene.exist().await, ids);
+}
+
 /// A record that WAL is gone, while it is not, would keep repair from bringing it where it is missing.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_wal_is_called_gone_before_it_goes() {

@@ -106,7 +106,7 @@ impl Sweep<'_> {
             return Ok(());
         }
         let standing = tombs::standing(self.repository, None, |id| begun.backups.contains(id)).await?;
-        let own = standing.tombs.into_iter().map(|(tomb, _)| tomb).filter(|tomb| tomb.prune == begun.id);
+        let own = standing.tombs.into_iter().map(|stone| stone.tomb).filter(|tomb| tomb.prune == begun.id);
         let spared = spare::of_whole(self.repository, self.writer, (own.collect(), "its sweep left it alone")).await;
         spared.map(drop).during(|| "record which backups were spared; the next prune does it")
     }

@@ -14,6 +14,7 @@ use crate::model::{BackupId, Kind, Result};
 use crate::notify::Courier;
 use crate::observe::progress::Progress;
 use crate::repository::catalog;
+use crate::repository::compact::{Hands, alike};
 use crate::repository::handle::Writer;
 use crate::repository::mend::Scope;
 use crate::repository::prune::Limits;
@@ -122,12 +123,22 @@ impl Scene {
             rto: (None, None),
             phases: Vec::new(),
             checks: Vec::new(),
+            same_as: self.same_as(id).await,
             host: "here".into(),
             drctl: "0.1.0".into(),
         };
         let body = ReportBody { report: serde_json::json!({}), markdown: String::new() };
         let sealed = seal_report(&self.fixture.repository, &self.fixture.writer, &head, &body).await.unwrap();
         spread(&self.fixture.repository, &sealed).await;
+    }
+
+    /// What a drill of a copy finds it to be the same as.
+    async fn same_as(&self, id: &BackupId) -> Vec<BackupId> {
+        let context = self.context().await;
+        let Context { repository, ring, pack_size, progress, .. } = &context;
+        let hands = Hands { repository, writer: &self.fixture.writer, ring, pack_size: *pack_size, progress };
+        let compared = alike(hands, &options().target, id).await.unwrap();
+        compared.into_iter().filter(|(_, same)| same.is_ok()).map(|(other, _)| other).collect()
     }
 
     /// So many backups, one a day, each drilled.

@@ -23,6 +23,8 @@ use crate::repository::trust::Trust;
 pub struct Proofs {
     whose: Whose,
     drilled: BTreeMap<BackupId, BTreeSet<SignerId>>,
+    /// Copies, what each is the same as, and who says so.
+    same: BTreeSet<(BackupId, BackupId, SignerId)>,
 }
 
 /// Whose word counts.
@@ -47,20 +49,22 @@ impl Proofs {
             }
             tracing::warn!(%error, "a report is not readable and proves nothing");
         }
-        let mut drilled: BTreeMap<_, BTreeSet<_>> = BTreeMap::new();
+        let (mut drilled, mut same): (BTreeMap<_, BTreeSet<_>>, BTreeSet<_>) = Default::default();
         for (head, signer) in heads.into_iter().filter(|(head, _)| head.proves()) {
             if let Some(backup) = head.backup {
+                same.extend(head.same_as.into_iter().map(|other| (backup.clone(), other, signer.clone())));
                 drilled.entry(backup).or_default().insert(signer);
             }
         }
         let whose = Whose::Relied { trust: Arc::clone(&repository.trust), own: own.cloned() };
-        Ok(Self { whose, drilled })
+        Ok(Self { whose, drilled, same })
     }
 
     /// Of these reports, for those who look on and take nothing away.
     pub fn by_anybody(heads: &[ReportHead]) -> Self {
         let backups = heads.iter().filter(|head| head.proves()).filter_map(|head| head.backup.clone());
-        Self { whose: Whose::Anybody, drilled: backups.map(|backup| (backup, BTreeSet::new())).collect() }
+        let drilled = backups.map(|backup| (backup, BTreeSet::new())).collect();
+        Self { whose: Whose::Anybody, drilled, same: BTreeSet::new() }
     }
 
     /// Whether a drill proved it.
@@ -95,17 +99,35 @@ impl Proofs {
         let candidate = |backup: &&Backup| {
             let Commit { id, started_at, .. } = &backup.commit;
             let undrilled = rules.undrilled && self.relies_on(&backup.signer);
-            let proven = undrilled || self.is_drilled(backup);
+            let drilled = undrilled || self.is_drilled(backup);
+            let proven = drilled && self.is_same_as_all_before(&backup.commit, &commits);
             Candidate {
                 id: id.clone(),
                 at: *started_at,
                 proven,
-                doubted: !proven && (rules.undrilled || self.is_doubted(backup)),
+                doubted: !drilled && (rules.undrilled || self.is_doubted(backup)),
                 needed: needed(id),
                 copy: catalog::copy_among(&backup.commit, &commits),
             }
         };
         backups.iter().map(candidate).collect()
+    }
+
+    /// Whether a copy was compared with everything of its moment that it would take the place of. A drill shows that it starts, and
+    /// not that it is what its original is.
+    fn is_same_as_all_before(&self, commit: &Commit, all: &[&Commit]) -> bool {
+        if catalog::copy_among(commit, all).is_none() {
+            return true;
+        }
+        let before = all.iter().filter(|other| commit.is_copied_after(other));
+        let is_same = |other: &&Commit| match self.whose {
+            Whose::Anybody => true,
+            Whose::Relied { .. } => {
+                let said = self.same.iter().filter(|(copy, of, _)| (copy, of) == (&commit.id, &other.id));
+                said.into_iter().any(|(_, _, signer)| self.relies_on(signer))
+            }
+        };
+        before.into_iter().all(is_same)
     }
 
     /// Whether what this signer says counts.

@@ -64,6 +64,9 @@ pub struct ReportHead {
     /// What was looked at, by name, and whether it was as it should be. Names say nothing of what is in the data.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub checks: Vec<(String, bool)>,
+    /// Of a drill of a copy: the backups of its moment that it was compared with, page by page, and is the same as.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub same_as: Vec<BackupId>,
     /// Who did it.
     pub host: String,
     /// drctl's version.
@@ -319,6 +322,7 @@ mod tests {
             rto: (None, Some(408.25)),
             phases: vec![("fetch".into(), 91.5)],
             checks: vec![("heartbeat".into(), true)],
+            same_as: Vec::new(),
             host: "db1".into(),
             drctl: "0.1.0".into(),
         }

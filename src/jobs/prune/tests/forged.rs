@@ -30,7 +30,7 @@ impl Scene {
     }
 
     /// A COMMIT that says to be a copy of another backup, with an inventory that says the same as that one's.
-    async fn forge_copy(&self, of: &BackupId, writer: &Writer) -> BackupId {
+    pub(super) async fn forge_copy(&self, of: &BackupId, writer: &Writer) -> BackupId {
         let repository = self.fixture.reopen().await.unwrap();
         let backups = catalog::backups(&repository, None).await.unwrap().0;
         let original = backups.into_iter().find(|backup| backup.commit.id == *of).unwrap().commit;

@@ -34,9 +34,13 @@ impl Exit {
             Kind::Usage => Self::Usage,
             Kind::Refused | Kind::Busy => Self::Refused,
             Kind::Unknown => Self::Unknown,
-            Kind::Failed | Kind::NotFound | Kind::Damaged | Kind::NoKey | Kind::Unavailable | Kind::Cancelled => {
-                Self::Failed
-            }
+            Kind::Failed
+            | Kind::NotFound
+            | Kind::Damaged
+            | Kind::Newer
+            | Kind::NoKey
+            | Kind::Unavailable
+            | Kind::Cancelled => Self::Failed,
         }
     }
 }
@@ -75,13 +79,14 @@ impl Reader {
 mod tests {
     use super::*;
 
-    const KINDS: [Kind; 10] = [
+    const KINDS: [Kind; 11] = [
         Kind::Failed,
         Kind::Usage,
         Kind::NotFound,
         Kind::Refused,
         Kind::Busy,
         Kind::Damaged,
+        Kind::Newer,
         Kind::NoKey,
         Kind::Unavailable,
         Kind::Unknown,

@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use rustix::fs::{FlockOperation, OFlags};
@@ -15,7 +15,7 @@ use super::{At, DiskError};
 /// The file stays when the lock goes: unlinking it would let two processes lock two files of one name.
 #[derive(Debug)]
 pub struct Lock {
-    _file: File,
+    file: File,
 }
 
 impl Lock {
@@ -39,7 +39,17 @@ impl Lock {
         // For people and for the message above only; the kernel's lock is what counts. A disk too full for a number is no
         // reason to turn a backup away.
         let _unnamed = note_holder(&mut file);
-        Ok(Self { _file: file })
+        Ok(Self { file })
+    }
+
+    /// What no other lock has at the same time, anywhere: this boot of this kernel, and which file it is. Whoever holds it and
+    /// finds it written down knows that the one who wrote it is gone. A name of a host, or a path, would not say that: hosts and
+    /// containers share theirs. `None` where the system does not tell.
+    pub fn identity(&self) -> Option<String> {
+        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+        let file = self.file.metadata().ok()?;
+        // An inode has no second use as long as somebody holds it open, and no device number as long as it is mounted.
+        Some(format!("{}:{:x}:{}", boot.trim(), file.dev(), file.ino()))
     }
 }
 
@@ -70,6 +80,21 @@ mod tests {
         }
         drop(lock);
         Lock::acquire(&path).unwrap();
+    }
+
+    #[test]
+    fn a_lock_is_known_again_and_never_taken_for_another() {
+        let dir = tempfile::tempdir().unwrap();
+        let [one, other] = ["one", "other"].map(|name| dir.path().join(name));
+        let (first, second) = (Lock::acquire(&one).unwrap(), Lock::acquire(&other).unwrap());
+        let identity = first.identity().unwrap();
+        assert_ne!(second.identity().unwrap(), identity);
+        drop(first);
+        assert_eq!(Lock::acquire(&one).unwrap().identity().unwrap(), identity);
+        // One that is held although its name is gone stays what it is.
+        let unlinked = Lock::acquire(&one).unwrap();
+        std::fs::remove_file(&one).unwrap();
+        assert_ne!(Lock::acquire(&one).unwrap().identity(), unlinked.identity());
     }
 
     #[test]

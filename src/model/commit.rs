@@ -95,6 +95,12 @@ impl Commit {
         self.copy.as_ref().map_or(&self.id, |copy| &copy.backup)
     }
 
+    /// Whether it is a copy of the same moment as `other`, made after it; an original comes before its copies.
+    pub fn is_copied_after(&self, other: &Self) -> bool {
+        let at = |commit: &Self| commit.copy.as_ref().map(|copy| copy.at);
+        self.origin() == other.origin() && (at(other), &other.id) < (at(self), &self.id)
+    }
+
     /// Whether what it says of the cluster and of its moment is what `other` says.
     pub fn is_of_the_moment_of(&self, other: &Self) -> bool {
         let said = |commit: &Self| {

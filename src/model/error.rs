@@ -24,6 +24,8 @@ pub enum Kind {
     Busy,
     /// Stored bytes are not what was written.
     Damaged,
+    /// Stored bytes are what a newer drctl wrote: this one does not understand them, and leaves them alone.
+    Newer,
     /// No key holder could open what is sealed.
     NoKey,
     /// A store, a key service or a server cannot be reached.
@@ -41,7 +43,13 @@ impl Kind {
             Self::Usage => 2,
             Self::Refused | Self::Busy => 5,
             Self::Unknown => 75,
-            Self::Failed | Self::NotFound | Self::Damaged | Self::NoKey | Self::Unavailable | Self::Cancelled => 1,
+            Self::Failed
+            | Self::NotFound
+            | Self::Damaged
+            | Self::Newer
+            | Self::NoKey
+            | Self::Unavailable
+            | Self::Cancelled => 1,
         }
     }
 }

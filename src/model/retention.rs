@@ -62,6 +62,8 @@ pub struct Candidate {
     pub at: DateTime<Utc>,
     /// Whether a drill proved it.
     pub proven: bool,
+    /// Whether somebody says so on whom nobody relies: it takes no place, and is not taken for one that nobody ever tried.
+    pub doubted: bool,
     /// Who needs it beside the rules: pins, holds, running jobs.
     pub needed: Vec<String>,
     /// What it is a copy of.
@@ -105,6 +107,8 @@ pub enum Keep {
     Unproven,
     /// A copy of one that stays, and not proven yet.
     Copy,
+    /// Proven, by the word of somebody on whom nobody relies.
+    Doubted,
     /// A pin, a hold, or a job that runs.
     Needed(String),
 }
@@ -123,6 +127,7 @@ impl fmt::Display for Keep {
             Self::Newest => "the newest",
             Self::Unproven => "never drilled",
             Self::Copy => "a copy that waits for its drill",
+            Self::Doubted => "proven by the word of a signer who is not listed",
             Self::Needed(by) => by,
         })
     }
@@ -140,12 +145,12 @@ pub enum Verdict {
     Replaced,
     /// No drill ever proved it, and it is older than every proven one that stays.
     NeverProven,
-    /// The rules let it go, and a lock keeps it.
+    /// The rules let it go, and a lock or a hold keeps it.
     Retained {
         /// Where the lock ends last.
         region: RegionName,
-        /// When.
-        until: DateTime<Utc>,
+        /// When; `None` for a legal hold, which somebody must lift.
+        until: Option<DateTime<Utc>>,
     },
 }
 
@@ -177,6 +182,7 @@ pub fn judge(candidates: &[Candidate], rules: &Rules) -> BTreeMap<BackupId, Verd
             () if !reasons.is_empty() => Verdict::Keep(reasons),
             () if candidate.proven && !is_foremost(candidate, candidates) => Verdict::Replaced,
             () if candidate.proven => Verdict::Expired,
+            () if candidate.doubted => Verdict::Keep(vec![Keep::Doubted]),
             () if oldest_proven.is_some_and(|oldest| candidate.at < oldest) => Verdict::NeverProven,
             () => Verdict::Keep(vec![Keep::Unproven]),
         }
@@ -283,7 +289,8 @@ mod tests {
         let digits = b"23456789abcdefghjkmnpqrstwxy";
         let suffix: String = [number / 784, number / 28, number].iter().map(|at| char::from(digits[at % 28])).collect();
         let id = format!("ledger-{}-{suffix}", at.format("%y%m%d-%H%M%S")).parse().unwrap();
-        Candidate { id, at, proven, needed: needed.then(|| "pinned".to_owned()).into_iter().collect(), copy: None }
+        let needed = needed.then(|| "pinned".to_owned()).into_iter().collect();
+        Candidate { id, at, proven, doubted: false, needed, copy: None }
     }
 
     /// A copy of one of them.
@@ -362,6 +369,18 @@ mod tests {
             let without = kept(&proven, &rules);
             let same = proven.iter().all(|one| with.contains(&one.id) == without.contains(one));
             prop_assert!(same, "{with:?} {without:?}");
+        }
+
+        /// What is proven by a word that does not count stays, and decides of no other.
+        #[test]
+        fn doubted_backups_stay_and_change_nothing(candidates in backups(), rules in rules()) {
+            let doubt = |one: &Candidate| Candidate { doubted: !one.proven, ..one.clone() };
+            let doubted: Vec<_> = candidates.iter().map(doubt).collect();
+            let (before, after) = (judge(&candidates, &rules), judge(&doubted, &rules));
+            for one in &doubted {
+                let same = before[&one.id] == after[&one.id];
+                prop_assert!(if one.doubted { after[&one.id].keeps() } else { same }, "{one:?}");
+            }
         }
 
         /// A drilled copy has the place that its original had, and costs nobody else one.

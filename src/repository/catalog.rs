@@ -6,15 +6,17 @@ use bytes::Bytes;
 use futures::future::join;
 use futures::{StreamExt, TryStreamExt, stream};
 
+use crate::codec::sign::split_text;
 use crate::model::commit::{Commit, CopyOf};
-use crate::model::{BackupId, Error, KeysetId, RegionName, RepositoryId, Result, TargetName};
+use crate::model::{BackupId, Error, KeysetId, Kind, RegionName, RepositoryId, Result, SignerId, TargetName};
+use crate::repository::format;
 use crate::repository::handle::Repository;
 use crate::repository::inventory::{self, InventoryLine};
 use crate::repository::layout;
 use crate::repository::pages::manifest::PartsSummary;
-use crate::repository::records::tombs;
+use crate::repository::records::tombs::{self, Torn};
+use crate::repository::regions::Region;
 use crate::repository::regions::list_all;
-use crate::repository::{FORMAT, regions::Region};
 use crate::store::{Digest, ListedObject};
 
 /// A backup that exists: its COMMIT is readable in at least one region.
@@ -22,6 +24,8 @@ use crate::store::{Digest, ListedObject};
 pub struct Backup {
     /// What it says of itself.
     pub commit: Commit,
+    /// Who signed that.
+    pub signer: SignerId,
 }
 
 /// What a region lacks of a backup.
@@ -53,12 +57,12 @@ const READS: usize = 16;
 /// No region answers.
 pub async fn backups(repository: &Repository, target: Option<&TargetName>) -> Result<(Vec<Backup>, Vec<Error>)> {
     let prefix = target.map_or_else(|| layout::COMMITS.to_owned(), layout::commits);
-    let keys = without_pruned(repository, target, repository.regions.list_each(&prefix).await).await?;
+    let keys = without_pruned(repository, target, tombs::holders(repository, &prefix).await?).await?;
     let reads = stream::iter(keys).map(|key| async move { read_commit(repository, &key).await });
     let (mut backups, mut errors) = (Vec::new(), Vec::new());
     for read in reads.buffered(READS).collect::<Vec<_>>().await {
         match read {
-            Ok(commit) => backups.push(Backup { commit }),
+            Ok(backup) => backups.push(backup),
             Err(error) => errors.push(error),
         }
     }
@@ -69,16 +73,18 @@ pub async fn backups(repository: &Repository, target: Option<&TargetName>) -> Re
 /// The backups that `what` may name, as [`backups`] gives them: where it is the whole id of one, that one alone.
 ///
 /// # Errors
-/// No region answers.
+/// No region answers; or a newer drctl wrote the one that is named.
 pub async fn named(repository: &Repository, what: &str) -> Result<(Vec<Backup>, Vec<Error>)> {
     if let Ok(id) = what.parse::<BackupId>()
         && let Ok(target) = id.target()
     {
         let key = layout::commit(&target, &id);
-        let (lists, commit) = join(repository.regions.list_each(&key), read_commit(repository, &key)).await;
-        let keys = without_pruned(repository, Some(&target), lists).await?;
-        if let (Ok(commit), true) = (commit, keys.contains(&key)) {
-            return Ok((vec![Backup { commit }], Vec::new()));
+        let (held, backup) = join(tombs::holders(repository, &key), read_commit(repository, &key)).await;
+        let keys = without_pruned(repository, Some(&target), held?).await?;
+        match backup {
+            Ok(backup) if keys.contains(&key) => return Ok((vec![backup], Vec::new())),
+            Err(error) if keys.contains(&key) && error.kind() == Kind::Newer => return Err(error),
+            _ => {}
         }
     }
     backups(repository, None).await
@@ -87,33 +93,16 @@ pub async fn named(repository: &Repository, what: &str) -> Result<(Vec<Backup>, 
 /// The names of COMMITs in any region that answers, except of backups that a sweep has begun to remove.
 ///
 /// A tomb alone hides nothing, since whoever may write could write one: a COMMIT must be gone as well, in a region that holds the
-/// tomb, and in more of them than may owe it. Before that nothing of the backup is gone anywhere, because COMMITs go first.
+/// tomb, and in more of them than may owe it; and those that have it must hold the tomb, too. Before that nothing of the backup is gone anywhere, because COMMITs go first.
 async fn without_pruned(
     repository: &Repository,
     target: Option<&TargetName>,
-    lists: Vec<(RegionName, Result<Vec<ListedObject>>)>,
+    (copies, answered): (BTreeMap<String, BTreeSet<RegionName>>, BTreeSet<RegionName>),
 ) -> Result<BTreeSet<String>> {
-    let mut copies: BTreeMap<String, BTreeSet<RegionName>> = BTreeMap::new();
-    let (mut answered, mut first_error) = (BTreeSet::new(), None);
-    for (region, list) in lists {
-        match list {
-            Ok(objects) => {
-                let held = objects.into_iter();
-                for object in held {
-                    copies.entry(object.key).or_default().insert(region.clone());
-                }
-                answered.insert(region);
-            }
-            Err(error) => first_error = first_error.or(Some(error)),
-        }
-    }
-    if let (true, Some(error)) = (answered.is_empty(), first_error) {
-        return Err(error);
-    }
     let id = |key: &String| key.rsplit('/').next()?.parse::<BackupId>().ok();
-    let partial = copies.iter().filter(|(_, held)| held.len() < answered.len());
-    let partial = partial.filter_map(|(key, held)| Some((id(key)?, answered.difference(held).cloned().collect())));
-    let gone = tombs::gone(repository, target, &partial.collect()).await?;
+    let torn = copies.iter().filter(|(_, held)| held.len() < answered.len());
+    let torn = torn.filter_map(|(key, held)| Some((id(key)?, Torn::new(held.clone(), &answered))));
+    let gone = tombs::gone(repository, target, &torn.collect()).await?;
     let exists = |key: &String| id(key).is_none_or(|id| !gone.contains(&id));
     Ok(copies.into_keys().filter(exists).collect())
 }
@@ -126,15 +115,17 @@ pub async fn is_pruned(repository: &Repository, backup: &BackupId) -> Result<boo
     let target = backup.target()?;
     let key = layout::commit(&target, backup);
     let (names, answered) = tombs::holders(repository, &key).await?;
-    let held = names.get(&key).cloned().unwrap_or_default();
-    let lacking: BTreeSet<_> = answered.difference(&held).cloned().collect();
-    let gone = tombs::gone(repository, Some(&target), &BTreeMap::from([(backup.clone(), lacking)])).await?;
+    let torn = Torn::new(names.get(&key).cloned().unwrap_or_default(), &answered);
+    let gone = tombs::gone(repository, Some(&target), &BTreeMap::from([(backup.clone(), torn)])).await?;
     Ok(gone.contains(backup))
 }
 
-async fn read_commit(repository: &Repository, key: &str) -> Result<Commit> {
-    let parse = |bytes: Bytes| parse_commit(repository, key, &bytes);
-    repository.regions.read(key, None, parse).await.map(|(commit, _)| commit)
+async fn read_commit(repository: &Repository, key: &str) -> Result<Backup> {
+    let parse = |bytes: Bytes| {
+        let commit = parse_commit(repository, key, &bytes)?;
+        Ok(Backup { commit, signer: split_text(&bytes)?.signer })
+    };
+    repository.regions.read(key, None, parse).await.map(|(backup, _)| backup)
 }
 
 /// What a COMMIT's signature is bound to.
@@ -145,16 +136,13 @@ pub fn commit_context(repository: &RepositoryId, id: &BackupId) -> String {
 /// Reads a COMMIT object and checks signature and name.
 ///
 /// # Errors
-/// It is not a COMMIT of this repository under this name, or not signed by a trusted signer.
+/// It is not a COMMIT of this repository under this name, not signed by a trusted signer, or of a newer drctl.
 pub fn parse_commit(repository: &Repository, key: &str, bytes: &[u8]) -> Result<Commit> {
     let wrong = |why: &str| Error::damaged(format!("{key} {why}"));
     let id: BackupId =
         key.rsplit('/').next().unwrap_or_default().parse().map_err(|_| wrong("is not named as a backup"))?;
     let body = repository.trust.verify_text(&commit_context(&repository.id, &id), bytes)?;
-    let commit: Commit = serde_json::from_slice(body).map_err(|error| wrong("is not readable").because(error))?;
-    if commit.format != FORMAT {
-        return Err(wrong("was written by a newer drctl"));
-    }
+    let commit: Commit = format::parse(key, body)?;
     if commit.id != id || layout::commit(&commit.target, &id) != key {
         return Err(wrong("belongs elsewhere"));
     }
@@ -201,6 +189,17 @@ pub fn select<'a>(backups: &'a [Backup], text: &str) -> Result<&'a Backup> {
             Err(Error::usage(format!("`{text}` fits {} backups", several.len())).hint(format!("one of: {ids}")))
         }
     }
+}
+
+/// The same, of what [`backups`] found: one that is named by its whole id and could not be read does not just fail to exist.
+///
+/// # Errors
+/// As [`select`]; or why it could not be read.
+pub fn find<'a>((backups, unreadable): (&'a [Backup], &[Error]), text: &str) -> Result<&'a Backup> {
+    select(backups, text).map_err(|error| {
+        let named = |unread: &&Error| text.parse::<BackupId>().is_ok() && unread.message().contains(text);
+        unreadable.iter().find(named).cloned().unwrap_or(error)
+    })
 }
 
 /// Every object that a backup needs, except its COMMIT, the inventory itself and WAL.

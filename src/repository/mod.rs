@@ -11,6 +11,7 @@ pub mod escape;
 #[cfg(test)]
 #[allow(clippy::cast_possible_truncation, reason = "made-up data is small")]
 mod every_bit;
+pub mod format;
 pub mod handle;
 pub mod health;
 pub mod inventory;

@@ -43,6 +43,16 @@ pub struct Begun {
     pub at: DateTime<Utc>,
     /// Who.
     pub host: String,
+    /// Which lock its process holds, until it ends in whatever way; absent where nobody could tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lock: Option<String>,
+}
+
+impl Begun {
+    /// Whether its process is gone, because we hold the lock that it held. No name says that: two hosts may have the same.
+    pub fn held(&self, ours: Option<&str>) -> bool {
+        ours.is_some() && self.lock.as_deref() == ours
+    }
 }
 
 /// How a sweep ended.

@@ -135,6 +135,12 @@ impl Trust {
         !self.listed.is_empty() && !self.listed.contains(id)
     }
 
+    /// Whether what this signer says may cost something that is stored. Reading forgives more: without a list whoever may write
+    /// to one region is read, and repair brings it to the others. So without one our own word alone counts here.
+    pub fn relies_on(&self, own: Option<&SignerId>, id: &SignerId) -> bool {
+        own == Some(id) || (self.has_list() && !self.refuses(id))
+    }
+
     /// Whether this signer's key is at hand.
     pub fn knows(&self, id: &SignerId) -> bool {
         self.lock().contains_key(id)

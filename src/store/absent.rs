@@ -77,6 +77,10 @@ impl ObjectStore for AbsentStore {
         Err(self.unavailable("lock", key))
     }
 
+    async fn is_held(&self, key: &str, _: &VersionId) -> Result<bool, StoreError> {
+        Err(self.unavailable("lock", key))
+    }
+
     async fn delete_version(&self, key: &str, _: &VersionId) -> Result<(), StoreError> {
         Err(self.unavailable("delete", key))
     }

@@ -187,6 +187,10 @@ impl ObjectStore for MemoryStore {
         Ok(stored.ok_or_else(|| self.not_found(key))?.retain_until)
     }
 
+    async fn is_held(&self, key: &str, version: &VersionId) -> Result<bool, StoreError> {
+        self.locked_until(key, Some(version)).await.map(|_| false)
+    }
+
     async fn delete_version(&self, key: &str, version: &VersionId) -> Result<(), StoreError> {
         name::check(&self.address, key)?;
         let same = self.objects().get(key).is_some_and(|stored| stored.version() == *version);

@@ -132,11 +132,19 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
     /// know, which must never be taken for no lock.
     async fn locked_until(&self, key: &str, version: Option<&VersionId>) -> Result<Option<DateTime<Utc>>, StoreError>;
 
+    /// Whether somebody holds a version without an end (a legal hold), beside its lock or without one; false where nothing can be
+    /// held. drctl puts no holds and lifts none.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`] if there is no such version; [`StoreError::Denied`] if these credentials may not know, which
+    /// must never be taken for no hold.
+    async fn is_held(&self, key: &str, version: &VersionId) -> Result<bool, StoreError>;
+
     /// Removes exactly this version for good and leaves no delete marker. If it is gone, or the name holds another one by
     /// now, nothing happens: what the caller wanted gone is gone. Only the two-phase prune calls this.
     ///
     /// # Errors
-    /// [`StoreError::Retained`] while an object lock holds.
+    /// [`StoreError::Retained`] while an object lock or a hold is on it.
     async fn delete_version(&self, key: &str, version: &VersionId) -> Result<(), StoreError>;
 
     /// Removes a name for good, with every version of it. Only repair calls this, of a copy that is provably wrong, and

@@ -210,6 +210,11 @@ impl ObjectStore for FaultyStore {
         self.around(("lock", key), fault, self.inner.locked_until(key, version)).await
     }
 
+    async fn is_held(&self, key: &str, version: &VersionId) -> Result<bool, StoreError> {
+        let fault = self.next_fault(Call::Lock);
+        self.around(("lock", key), fault, self.inner.is_held(key, version)).await
+    }
+
     async fn delete_version(&self, key: &str, version: &VersionId) -> Result<(), StoreError> {
         let fault = self.next_fault(Call::Delete);
         self.around(("delete", key), fault, self.inner.delete_version(key, version)).await

@@ -9,12 +9,12 @@ use serde::Serialize;
 
 use crate::disk::lock::Lock;
 use crate::jobs::Context;
-use crate::model::retention::{Candidate, Rules, judge};
+use crate::model::retention::{Rules, judge};
 use crate::model::{BackupId, Error, Result, ResultExt, TargetName};
 use crate::repository::catalog;
 use crate::repository::compact::{self, Copied, Hands, Plan};
+use crate::repository::prune::proofs::Proofs;
 use crate::repository::records::pins::{self, Pin};
-use crate::repository::records::reports::{self, ReportHead};
 use crate::repository::regions::fan_out::LaneOutcome;
 
 /// What a compaction found and did.
@@ -75,19 +75,12 @@ pub async fn run(context: &Context, target: &TargetName, execute: bool) -> Resul
 /// The backups that prune takes anyway.
 async fn expiring(context: &Context, target: &TargetName, rules: &Rules) -> Result<BTreeSet<BackupId>> {
     let repository = &context.repository;
-    let (heads, _) = reports::list(repository, Some(target)).await?;
-    let proven: BTreeSet<_> =
-        heads.iter().filter(|head| ReportHead::proves(head)).filter_map(|head| head.backup.as_ref()).collect();
+    let own = context.writer.as_ref().map(|writer| writer.signer.id());
+    let proofs = Proofs::load(repository, own, Some(target)).await?;
     let (pins, _) = pins::active(repository, Some(target), context.clock.now()).await?;
     let (backups, _) = catalog::backups(repository, Some(target)).await?;
-    let commits: Vec<_> = backups.iter().map(|backup| &backup.commit).collect();
-    let candidates = commits.iter().map(|commit| Candidate {
-        id: commit.id.clone(),
-        at: commit.started_at,
-        proven: rules.undrilled || proven.contains(&commit.id),
-        needed: pins.iter().filter(|pin| pin.keeps(target, &commit.id)).map(Pin::words).collect(),
-        copy: catalog::copy_among(commit, &commits),
-    });
-    let verdicts = judge(&candidates.collect::<Vec<_>>(), rules);
+    let pinned = |id: &BackupId| pins.iter().filter(|pin| pin.keeps(target, id)).map(Pin::words).collect();
+    let candidates = proofs.candidates(&backups.iter().collect::<Vec<_>>(), rules, pinned);
+    let verdicts = judge(&candidates, rules);
     Ok(verdicts.into_iter().filter(|(_, verdict)| !verdict.keeps()).map(|(id, _)| id).collect())
 }

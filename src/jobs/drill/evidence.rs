@@ -40,6 +40,7 @@ fn head(id: &ReportId, report: &Report) -> ReportHead {
         rto: pair(&report.rto),
         phases: report.phases.iter().map(|phase| (phase.name.to_owned(), phase.seconds)).collect(),
         checks: report.checks.iter().map(|check| (check.name.clone(), check.outcome == Outcome::Pass)).collect(),
+        same_as: report.same_as.clone(),
         host: report.environment.host.clone(),
         drctl: env!("CARGO_PKG_VERSION").to_owned(),
     }

@@ -18,6 +18,7 @@ use crate::repository::catalog;
 use crate::repository::handle::Repository;
 use crate::source::postgres::heartbeat::{self, Beat};
 
+mod alike;
 mod arrival;
 mod checks;
 mod evidence;
@@ -203,6 +204,7 @@ async fn rehearse(
     let (restored, mut instance) = restored.map_err(|error| Stop::restoring(error, scratch))?;
     report.restored(restored);
     let (began, seen) = (context.clock.monotonic(), report.checks.len());
+    alike::compare(context, report).await;
     let examined = examine::all(context, (target, system_id), (scratch, arrived), report).await;
     report.phases.push(PhaseTime::new("validate", context.clock.monotonic() - began));
     let examined = match examined {

@@ -145,6 +145,9 @@ pub struct Report {
     pub phases: Vec<PhaseTime>,
     /// What was looked at.
     pub checks: Vec<Check>,
+    /// Of a copy: the backups that it is the same as. The head of the stored report says it, for prune.
+    #[serde(skip)]
+    pub same_as: Vec<BackupId>,
     /// The deliberately wrong expectation.
     pub control: Option<Control>,
     /// The assertions whose owner said how to break them, broken on purpose.
@@ -214,6 +217,7 @@ impl Report {
             rto: Measured::of(rto_restore),
             phases: Vec::new(),
             checks: Vec::new(),
+            same_as: Vec::new(),
             control: None,
             controls: Vec::new(),
             incidents: Vec::new(),

@@ -41,8 +41,8 @@ pub struct Reason {
 /// There is none; it is being pruned; the quorum was not reached.
 pub async fn pin(context: &Context, what: &str, reason: Reason) -> Result<Report> {
     refuse_the_past(context, &reason)?;
-    let (backups, _) = catalog::backups(&context.repository, None).await?;
-    let commit = catalog::select(&backups, what)?.commit.clone();
+    let (backups, unreadable) = catalog::backups(&context.repository, None).await?;
+    let commit = catalog::find((&backups, &unreadable), what)?.commit.clone();
     let report = keep(context, (commit.target, Some(commit.id.clone())), reason).await?;
     // Only now: a sweep that begins from here on sees the pin, and one that began before is seen here.
     let checked = sweeps::refuse_if_condemned(&context.repository, &commit.id, context.clock.now()).await;

@@ -7,8 +7,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::disk::lock::Lock;
 use crate::jobs::Context;
-use crate::model::retention::{Rules, Verdict, judge};
+use crate::model::retention::{Keep, Rules, Verdict, judge};
 use crate::model::{BackupId, Error, KeysetId, PruneId, Result, SignerId, TargetName};
+use crate::repository::handle::Repository;
 use crate::repository::prune::facts::Facts;
 use crate::repository::prune::garbage::{Garbage, Item, Search};
 use crate::repository::prune::locked::{self, Locked};
@@ -50,13 +51,16 @@ pub struct Options {
 /// # Errors
 /// A region does not answer, another prune runs, or the sweep was stopped. Refusals of the plan are in the report.
 pub async fn run(context: &Context, options: &Options) -> Result<Report> {
+    let repository = Repository { regions: context.repository.regions.unanimous(), ..context.repository.clone() };
+    let context = &Context { repository, ..context.clone() };
     let writer = context.writer()?;
-    let _alone = Lock::acquire(&context.state_dir.join("prune.lock"))
+    let alone = Lock::acquire(&context.state_dir.join("prune.lock"))
         .map_err(|error| Error::from(error).during("another prune runs on this host"))?;
+    let lock = alone.identity();
     let looking = context.progress.begin("look at every region", None);
     if !options.dry_run {
         // Before the look, which must not take what a dead sweep wrote for a pruned backup.
-        let spared = spare::after_dead_sweeps(&context.repository, writer).await?;
+        let spared = spare::after_dead_sweeps(&context.repository, writer, lock.as_deref()).await?;
         if !spared.is_empty() {
             tracing::warn!(?spared, "an earlier sweep died before it took these backups: they stay as they were");
         }
@@ -97,6 +101,7 @@ pub async fn run(context: &Context, options: &Options) -> Result<Report> {
             grace: context.prune.grace,
             ripe: old,
             keysets: &look.keysets,
+            lock: lock.as_deref(),
         };
         let phase = context.progress.begin("remove", Some(items.iter().map(|item| item.size).sum()));
         let mut swept = sweep.run(items, std::mem::take(&mut look.facts.inventories), &phase).await?;
@@ -122,7 +127,7 @@ struct Look {
 impl Look {
     async fn begin(context: &Context) -> Result<Self> {
         let (repository, grace) = (&context.repository, context.prune.grace);
-        let mut facts = Facts::gather(repository, context.clock.as_ref(), (grace, BTreeMap::new())).await?;
+        let mut facts = Facts::gather(repository, context.writer()?, (grace, BTreeMap::new())).await?;
         let mut verdicts = BTreeMap::new();
         for (target, rules) in &context.retention {
             verdicts.insert(target.clone(), judge(&facts.candidates(target, rules), rules));
@@ -176,11 +181,30 @@ impl Look {
             targets: targets.collect(),
             unruled: self.unruled(&context.retention),
             refusals: self.facts.refusals.clone(),
-            notes: self.garbage.notes.clone(),
+            notes: self.doubts(&context.retention).into_iter().chain(self.garbage.notes.clone()).collect(),
             planned: report::planned(plan),
             ripe: None,
             swept: None,
         }
+    }
+
+    /// Backups that stay because of who says that they are proven; target by target.
+    fn doubts(&self, rules: &BTreeMap<TargetName, Rules>) -> Vec<String> {
+        let doubted = |id: &BackupId| {
+            let verdicts = self.verdicts.values().find_map(|of| of.get(id));
+            verdicts.is_some_and(|verdict| matches!(verdict, Verdict::Keep(why) if why.contains(&Keep::Doubted)))
+        };
+        let told = rules.keys().filter_map(|target| {
+            let own = self.facts.backups.iter().filter(|backup| backup.commit.target == *target);
+            let own: Vec<_> = own.filter(|backup| doubted(&backup.commit.id)).collect();
+            let strangers: BTreeSet<_> = own.iter().flat_map(|backup| self.facts.proofs.strangers(backup)).collect();
+            let names = strangers.iter().map(SignerId::as_str).collect::<Vec<_>>().join(", ");
+            let count = own.len();
+            (count > 0).then(|| {
+                format!("{target}: {count} backups stay and take no place: only {names} says that they are proven; `signers` names whom prune relies on")
+            })
+        });
+        told.collect()
     }
 
     /// Targets that have backups and no rules: nothing of them ever goes.
@@ -213,11 +237,10 @@ async fn newest_plan(context: &Context) -> Option<Plan> {
     Plan::read(&context.repository, id, |signer| is_known(context, signer)).await.ok()
 }
 
-/// With a list of signers those on it; without one, only this host: whoever may write could forge a plan, and with it the
-/// grace period.
+/// Whoever may write could forge a plan, and with it the grace period.
 fn is_known(context: &Context, signer: &SignerId) -> bool {
-    let own = context.writer.as_ref().is_some_and(|writer| writer.signer.id() == signer);
-    own || (context.repository.trust.has_list() && !context.repository.trust.refuses(signer))
+    let own = context.writer.as_ref().map(|writer| writer.signer.id());
+    context.repository.trust.relies_on(own, signer)
 }
 
 fn ripe(old: &Plan, items: &[Item], left: bool) -> Ripe {

@@ -77,8 +77,11 @@ impl Judged {
             Verdict::Keep(reasons) => reasons.iter().map(Keep::to_string).collect::<Vec<_>>().join(", "),
             Verdict::Expired => "GOES: no rule keeps it".to_owned(),
             Verdict::NeverProven => "GOES, NEVER DRILLED".to_owned(),
-            Verdict::Retained { region, until } => {
+            Verdict::Retained { region, until: Some(until) } => {
                 format!("RETAINED: no rule keeps it, locked in {region} until {}", until.format("%F %T UTC"))
+            }
+            Verdict::Retained { region, until: None } => {
+                format!("RETAINED: no rule keeps it, held in {region} until somebody lifts the legal hold")
             }
             Verdict::Replaced => "GOES: a drilled copy took its place".to_owned(),
         }

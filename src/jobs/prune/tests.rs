@@ -14,6 +14,7 @@ use crate::model::{BackupId, Kind, Result};
 use crate::notify::Courier;
 use crate::observe::progress::Progress;
 use crate::repository::catalog;
+use crate::repository::compact::{Hands, alike};
 use crate::repository::handle::Writer;
 use crate::repository::mend::Scope;
 use crate::repository::prune::Limits;
@@ -23,7 +24,9 @@ use crate::repository::testing::{Fault, Fixture, Made, options};
 
 mod bundles;
 mod copies;
+mod forged;
 mod late;
+mod newer;
 mod spared;
 mod under_way;
 mod wal;
@@ -120,12 +123,22 @@ impl Scene {
             rto: (None, None),
             phases: Vec::new(),
             checks: Vec::new(),
+            same_as: self.same_as(id).await,
             host: "here".into(),
             drctl: "0.1.0".into(),
         };
         let body = ReportBody { report: serde_json::json!({}), markdown: String::new() };
         let sealed = seal_report(&self.fixture.repository, &self.fixture.writer, &head, &body).await.unwrap();
         spread(&self.fixture.repository, &sealed).await;
+    }
+
+    /// What a drill of a copy finds it to be the same as.
+    async fn same_as(&self, id: &BackupId) -> Vec<BackupId> {
+        let context = self.context().await;
+        let Context { repository, ring, pack_size, progress, .. } = &context;
+        let hands = Hands { repository, writer: &self.fixture.writer, ring, pack_size: *pack_size, progress };
+        let compared = alike(hands, &options().target, id).await.unwrap();
+        compared.into_iter().filter(|(_, same)| same.is_ok()).map(|(other, _)| other).collect()
     }
 
     /// So many backups, one a day, each drilled.
@@ -283,6 +296,23 @@ async fn whatever_is_in_doubt_refuses_the_whole_run() {
     scene.fixture.stores[1].set(Fault::Fail);
     refused("switched off").await;
     scene.fixture.stores[1].set(Fault::None);
+    // What one region alone does not tell may be why something stays.
+    for class in [
+        "pins/",
+        "intents/",
+        "reports/",
+        "commits/",
+        "inventories/",
+        "pruned/",
+        "sweeps/",
+        "prunes/",
+        "wal/",
+        "keysets/",
+    ] {
+        scene.fixture.stores[1].close(Some(class));
+        refused("switched off").await;
+        scene.fixture.stores[1].close(None);
+    }
 
     // Among the packs of the first backup are pages that the newest one shares.
     let of_first = format!("packs/ledger/{}/", ids[0]);

@@ -114,7 +114,7 @@ impl Known {
     /// # Errors
     /// Nothing is named so.
     pub fn is_of_streams(&self, what: &str) -> Result<bool> {
-        let kind = catalog::select(&self.backups, what)?.commit.kind;
+        let kind = catalog::find((&self.backups, &self.damaged), what)?.commit.kind;
         Ok(matches!(kind, BackupKind::Dump | BackupKind::Files))
     }
 }

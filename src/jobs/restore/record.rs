@@ -147,6 +147,7 @@ impl Record {
             rto: (self.rto_objective_seconds, self.technical_recovery_seconds),
             phases: self.phases.iter().map(|phase| (phase.name.to_owned(), phase.seconds)).collect(),
             checks: Vec::new(),
+            same_as: Vec::new(),
             host: self.host.clone(),
             drctl: env!("CARGO_PKG_VERSION").to_owned(),
         }

@@ -51,7 +51,7 @@ impl Prepared {
         };
         let repository = Repository { regions, ..context.repository.clone() };
         let (backups, damaged) = catalog::backups(&repository, None).await.during(|| "list the backups")?;
-        let commit = catalog::select(&backups, &request.what)?.commit.clone();
+        let commit = catalog::find((&backups, &damaged), &request.what)?.commit.clone();
         if !matches!(commit.kind, BackupKind::Dump | BackupKind::Files) {
             let error = Error::refused(format!("{} is of a cluster, not of dumps or files", commit.id));
             return Err(error.hint("name a backup by its id: drctl list"));

@@ -77,8 +77,8 @@ pub struct HeldShown {
 /// No region answers, or nothing is named so.
 pub async fn run(context: &Context, what: &str) -> Result<Report> {
     let repository = &context.repository;
-    let (backups, _) = catalog::backups(repository, None).await?;
-    let commit = catalog::select(&backups, what)?.commit.clone();
+    let (backups, unreadable) = catalog::backups(repository, None).await?;
+    let commit = catalog::find((&backups, &unreadable), what)?.commit.clone();
     // What it has to itself is told by the others of its target.
     let others: Vec<_> = backups.iter().filter(|other| other.commit.target == commit.target).cloned().collect();
     let surveys = survey::survey(repository, &others).await?;

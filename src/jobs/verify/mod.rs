@@ -178,7 +178,7 @@ fn tell(context: &Context, options: &Options, report: &Report, began: DateTime<U
 async fn look(context: &Context, options: &Options) -> Result<Report> {
     let repository = &context.repository;
     let (all, unreadable) = catalog::backups(repository, None).await?;
-    let chosen = choose(context, &all, options.what.as_deref())?;
+    let chosen = choose(context, (&all, &unreadable), options.what.as_deref())?;
     // An incremental backup is read whole as well.
     let bytes = |commit: &Commit| if options.level >= Level::L2 { commit.size_bytes } else { commit.stored_bytes };
     let total = chosen.iter().map(|backup| bytes(&backup.commit)).sum::<u64>();
@@ -193,7 +193,7 @@ async fn look(context: &Context, options: &Options) -> Result<Report> {
     let mut beside = Beside::default();
     for target in targets(context, &chosen, options.what.is_none()).await? {
         let held: BTreeMap<_, _> = held_everywhere(repository, &target).await.into_iter().collect();
-        for Backup { commit } in chosen.iter().rev().filter(|backup| backup.commit.target == target) {
+        for Backup { commit, .. } in chosen.iter().rev().filter(|backup| backup.commit.target == target) {
             backups.push(look.backup(commit, &held).await);
         }
         let of_target: Vec<_> = all.iter().filter(|backup| backup.commit.target == target).cloned().collect();
@@ -206,14 +206,14 @@ async fn look(context: &Context, options: &Options) -> Result<Report> {
     Ok(Report { level: options.level, scrub: options.scrub, backups, wal, beside, unreadable })
 }
 
-fn choose(context: &Context, all: &[Backup], what: Option<&str>) -> Result<Vec<Backup>> {
+fn choose(context: &Context, (all, unreadable): (&[Backup], &[Error]), what: Option<&str>) -> Result<Vec<Backup>> {
     let Some(what) = what else { return Ok(all.to_vec()) };
     let of_target: Vec<_> = all.iter().filter(|backup| backup.commit.target.as_str() == what).cloned().collect();
     let known = context.promises().any(|(name, _)| name.as_str() == what);
     if known && of_target.is_empty() {
         return Err(Error::not_found(format!("{what} has no backup yet")).hint(format!("drctl backup {what}")));
     }
-    if of_target.is_empty() { Ok(vec![catalog::select(all, what)?.clone()]) } else { Ok(of_target) }
+    if of_target.is_empty() { Ok(vec![catalog::find((all, unreadable), what)?.clone()]) } else { Ok(of_target) }
 }
 
 fn regions(context: &Context, options: &Options) -> Result<Vec<Region>> {

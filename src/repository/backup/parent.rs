@@ -62,7 +62,7 @@ pub async fn choose(
     let kept = StateHead::read(&state).map(|head| head.backup);
     let remembered = backups.iter().position(|backup| Some(&backup.commit.id) == kept.as_ref());
     let chosen = remembered.or(backups.len().checked_sub(1)).map(|index| backups.swap_remove(index));
-    let Some(Backup { commit }) = chosen else {
+    let Some(Backup { commit, .. }) = chosen else {
         return Ok(Basis::nothing(format!("there is no earlier backup of {target}")));
     };
     let parent = match of_commit(repository, holders, commit, (system_id, state)).await {

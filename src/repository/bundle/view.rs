@@ -253,4 +253,8 @@ impl ObjectStore for Bundled {
     async fn locked_until(&self, key: &str, version: Option<&VersionId>) -> Result<Option<DateTime<Utc>>, StoreError> {
         self.inner.locked_until(key, version).await
     }
+
+    async fn is_held(&self, key: &str, version: &VersionId) -> Result<bool, StoreError> {
+        self.inner.is_held(key, version).await
+    }
 }

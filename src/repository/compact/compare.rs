@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
 use crate::codec::seal::Unit;
 use crate::model::commit::Commit;
-use crate::model::{BackupId, Error, Result};
+use crate::model::{BackupId, Error, KeysetId, Result};
 use crate::repository::compact::chunks::{self, AT_ONCE, Entries, Place, place};
 use crate::repository::compact::{Hands, Original, Survey};
 use crate::repository::inventory::InventoryLine;
@@ -32,6 +32,8 @@ struct Pair<'a> {
     copy: &'a BackupId,
     /// The packs that the copy's inventory lists.
     packs: BTreeSet<&'a str>,
+    /// The keysets whose wraps it lists.
+    keysets: BTreeSet<KeysetId>,
     begins: Option<(Begin, Begin)>,
     /// Chunks that are still to be compared.
     chunks: BTreeMap<Place, ChunkPair>,
@@ -51,7 +53,10 @@ impl Comparison {
         let mut one = Lines::of(hands, &original.commit, &original.inventory).await?;
         let mut other = Lines::of(hands, commit, inventory).await?;
         let packs = inventory.iter().map(|line| line.key.as_str()).collect();
-        let mut pair = Pair { hands, survey, copy: &commit.id, packs, begins: None, chunks: BTreeMap::new() };
+        let wraps = inventory.iter().filter_map(|line| layout::parse_wrap(&line.key));
+        let keysets = wraps.map(|(_, keyset, _)| keyset).collect();
+        let mut pair = Pair { hands, survey, copy: &commit.id, packs, keysets, begins: None, chunks: BTreeMap::new() };
+        pair.opens(&commit.keyset)?;
         loop {
             match (one.next().await?, other.next().await?) {
                 (None, None) => break,
@@ -120,10 +125,12 @@ impl Pair<'_> {
         let frames = frames.map(|(one, other)| Ok((one.frame(begin)?, other.frame(begin_copy)?, one.entries())));
         for (was, now, entries) in frames.collect::<Result<Vec<_>>>()? {
             self.lists(&now.pack)?;
+            self.opens(&now.keyset)?;
             if was == now {
                 let named = self.survey.live.named(&was, entries);
-                let (packs, _) = named.ok_or_else(|| self.differ("a chunk is not known"))?;
+                let (packs, keysets) = named.ok_or_else(|| self.differ("a chunk is not known"))?;
                 packs.into_iter().try_for_each(|pack| self.lists(pack))?;
+                keysets.into_iter().try_for_each(|keyset| self.opens(keyset))?;
                 continue;
             }
             let waiting = self.chunks.entry(place(&was)).or_insert_with(|| (was, now.clone(), BTreeSet::new()));
@@ -143,6 +150,14 @@ impl Pair<'_> {
         Err(self.differ(format!("its inventory does not list {key}")))
     }
 
+    /// What it does not list goes with the original.
+    fn opens(&self, keyset: &KeysetId) -> Result<()> {
+        match self.keysets.contains(keyset) {
+            true => Ok(()),
+            false => Err(self.differ(format!("its inventory lists no wrap of keyset {keyset}"))),
+        }
+    }
+
     fn maps(&self, (one, other): (&MapChunk, &MapChunk), uses: &BTreeSet<Entries>) -> Result<()> {
         let frames = one.frames.len() == other.frames.len()
             && one.frames.iter().zip(&other.frames).all(|(one, other)| is_verbatim(one, other));
@@ -151,7 +166,7 @@ impl Pair<'_> {
         }
         uses.iter().try_for_each(|entries| {
             let frames = chunks::used(other, *entries)?;
-            frames.into_iter().try_for_each(|frame| self.lists(&frame.pack))
+            frames.into_iter().try_for_each(|frame| self.lists(&frame.pack).and_then(|()| self.opens(&frame.keyset)))
         })
     }
 

@@ -9,6 +9,7 @@
 //! Before a copy has its COMMIT it is read back and compared with its original, page by page (`compare`). An intent keeps the
 //! original, and the copies of this run whose packs it uses, while it is being written.
 
+mod alike;
 mod chunks;
 mod compare;
 mod copy;
@@ -34,6 +35,7 @@ use crate::repository::inventory::InventoryLine;
 use crate::repository::keysets::KeyRing;
 use crate::repository::regions::fan_out::LaneOutcome;
 
+pub use alike::alike;
 use live::Live;
 pub use plan::{Plan, ThinPack};
 

@@ -7,18 +7,21 @@ use std::time::Duration;
 use chrono::TimeDelta;
 use proptest::prelude::*;
 
-use crate::model::BackupId;
+use crate::codec::sign::sign_text;
 use crate::model::commit::Commit;
 use crate::model::pages::PAGE_SIZE;
+use crate::model::{BackupId, Kind};
 use crate::observe::progress::Progress;
-use crate::repository::catalog;
-use crate::repository::compact::{Copied, Hands, Survey, run, survey};
+use crate::repository::catalog::{self, commit_context};
+use crate::repository::compact::{Copied, Hands, Survey, alike, run, survey};
 use crate::repository::handle::Repository;
+use crate::repository::inventory::{self, InventoryLine};
 use crate::repository::layout;
+use crate::repository::pages::manifest::PartsSummary;
 use crate::repository::pages::pack::SMALLEST_PACK;
 use crate::repository::testing::{Fault, Fixture, Made, options};
 use crate::repository::tests::{expected, noise, read_back};
-use crate::store::ObjectStore as _;
+use crate::store::{Digest, ObjectStore as _};
 
 const SMALL: usize = 6;
 
@@ -179,6 +182,60 @@ async fn a_copy_takes_over_and_the_packs_that_it_left_go() {
     scene.change([3]);
     scene.backup().await;
     scene.is_whole().await;
+}
+
+/// What a copy does not list goes with its original, so a COMMIT that leaves out anything is no copy; nor is one of other pages.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn only_what_is_the_same_and_stands_alone_is_alike() {
+    let (mut scene, kept) = fragmented().await;
+    let (_, copies) = scene.compact().await;
+    let (id, target) = (&copies[0].copy, options().target);
+    let progress = Progress::new(scene.fixture.writer.clock.clone());
+    let alike = async || {
+        let mut compared = alike(scene.hands(&progress), &target, id).await.unwrap();
+        assert_eq!((compared.len(), &compared[0].0), (1, &kept));
+        compared.remove(0).1
+    };
+    alike().await.unwrap();
+    let commit = scene.commits().await.into_iter().find(|commit| commit.id == *id).unwrap();
+    let lines = catalog::inventory(&scene.fixture.repository, &commit).await.unwrap();
+    assert!(lines.len() > 5, "{lines:?}");
+    let claim = async |lines: &[InventoryLine], commit: &Commit| {
+        let (repository, signer) = (&scene.fixture.repository.id, &scene.fixture.writer.signer);
+        let part = inventory::encode(lines, repository, id, signer).unwrap().remove(0);
+        let mut summary = PartsSummary::default();
+        summary.add(part.len() as u64, Digest::of(&part));
+        let commit = Commit { inventory: summary.finish(), ..commit.clone() };
+        let body = format!("{}\n", serde_json::to_string(&commit).unwrap());
+        let bytes = sign_text(signer, &commit_context(repository, id), body.as_bytes()).unwrap();
+        for store in &scene.fixture.stores {
+            store.damage(&layout::inventory(&target, id, 0), part.clone()).await;
+            store.damage(&layout::commit(&target, id), bytes.clone()).await;
+        }
+    };
+    for left_out in 0..lines.len() {
+        let mut fewer = lines.clone();
+        let line = fewer.remove(left_out);
+        claim(&fewer, &commit).await;
+        assert_eq!(alike().await.unwrap_err().kind(), Kind::Damaged, "{line:?}");
+    }
+    let original = scene.commits().await.into_iter().find(|commit| commit.id == kept).unwrap();
+    let known = catalog::inventory(&scene.fixture.repository, &original).await.unwrap();
+    let known: BTreeSet<_> = known.into_iter().map(|line| line.key).collect();
+    let shared = lines.iter().position(|line| known.contains(&line.key)).unwrap();
+    let mut other = lines.clone();
+    other[shared].sha256[0] ^= 1;
+    claim(&other, &commit).await;
+    assert_eq!(alike().await.unwrap_err().kind(), Kind::Damaged);
+
+    // The newest backup holds other pages, and says that it is of that moment.
+    let newest = scene.commits().await.pop().unwrap();
+    let lines_of_newest = catalog::inventory(&scene.fixture.repository, &newest).await.unwrap();
+    let Commit { keyset, manifest, .. } = newest;
+    claim(&lines_of_newest, &Commit { keyset, manifest, ..commit.clone() }).await;
+    assert_eq!(alike().await.unwrap_err().kind(), Kind::Damaged);
+    claim(&lines, &commit).await;
+    alike().await.unwrap();
 }
 
 /// What is moved belongs to several copies, and is locked as long as the youngest; what they share with others as long as each.

@@ -91,7 +91,7 @@ pub async fn look(repository: &Repository, backups: &[Backup], now: DateTime<Utc
         repository.regions.all().iter().filter_map(|region| Some((region, region.lock.as_ref()?))).collect();
     let Some(longest) = locking.iter().map(|(_, rule)| rule.keep).max() else { return looked };
     let (mut inventories, mut indexes) = (BTreeMap::new(), BTreeMap::new());
-    for Backup { commit } in backups.iter().filter(|backup| backup.commit.started_at + longest > now) {
+    for Backup { commit, .. } in backups.iter().filter(|backup| backup.commit.started_at + longest > now) {
         inventories.insert(commit.id.clone(), catalog::inventory(repository, commit).await);
         if let Some(branch) = commit.wal.as_ref().map(closure::branch)
             && !indexes.contains_key(&branch)
@@ -176,7 +176,7 @@ impl Known<'_> {
     }
 
     /// Everything of a backup in one region: what its inventory names, its own records, its WAL, and the roots.
-    async fn keys(&self, region: &Region, Backup { commit }: &Backup) -> Result<BTreeSet<String>> {
+    async fn keys(&self, region: &Region, Backup { commit, .. }: &Backup) -> Result<BTreeSet<String>> {
         let lines = match self.inventories.get(&commit.id) {
             Some(Ok(lines)) => lines.as_slice(),
             Some(Err(error)) => return Err(error.clone()),

@@ -32,7 +32,7 @@ impl Closure {
 
 pub(super) async fn closure(repository: &Repository, backups: &[Backup]) -> Closure {
     let mut closure = Closure::default();
-    for Backup { commit } in backups {
+    for Backup { commit, .. } in backups {
         let mut needs = catalog::own_records(commit);
         let key = needs.pop().unwrap_or_default();
         match catalog::inventory(repository, commit).await {

@@ -6,18 +6,18 @@ use std::time::Duration;
 use chrono::{DateTime, TimeDelta, Utc};
 use futures::future::join_all;
 
-use crate::model::commit::Commit;
 use crate::model::retention::{Candidate, Rules};
-use crate::model::{BackupId, Clock, Error, RegionName, Result, TargetName};
+use crate::model::{BackupId, Clock, Error, RegionName, Result, SignerId, TargetName};
 use crate::repository::backup::intent::{Intent, intent_context};
 use crate::repository::catalog::{self, Backup};
-use crate::repository::handle::Repository;
+use crate::repository::format;
+use crate::repository::handle::{Repository, Writer};
 use crate::repository::health;
 use crate::repository::inventory::InventoryLine;
 use crate::repository::layout;
+use crate::repository::prune::proofs::Proofs;
 use crate::repository::records::pins::{self, Pin};
-use crate::repository::records::reports::{self, ReportHead};
-use crate::repository::records::tombs::{self, Tomb};
+use crate::repository::records::tombs::{self, Stone, Tomb};
 use crate::repository::regions::{Region, Regions};
 use crate::repository::survey::{self, State};
 use crate::repository::sweeps::SKEW;
@@ -57,6 +57,8 @@ pub struct Facts {
     pub backups: Vec<Backup>,
     /// Those that a drill proved.
     pub proven: BTreeSet<BackupId>,
+    /// By whose word.
+    pub proofs: Proofs,
     /// Pins and holds.
     pub pins: Vec<Pin>,
     /// Backups under way.
@@ -74,20 +76,22 @@ pub struct Facts {
 }
 
 impl Facts {
-    /// Looks at every region. `grace` is how long an intent counts beyond its end.
+    /// Looks at every region, as `writer` who prunes. `grace` is how long an intent counts beyond its end.
     ///
     /// # Errors
     /// A region does not answer: what it holds is not known.
     pub async fn gather(
         repository: &Repository,
-        clock: &dyn Clock,
+        writer: &Writer,
         (grace, known): (TimeDelta, Inventories),
     ) -> Result<Self> {
-        let mut refusals = refuse_strange_regions(&repository.regions, clock, repository).await;
+        let mut refusals = refuse_strange_regions(&repository.regions, writer.clock.as_ref(), repository).await;
         // COMMITs and objects before intents: a backup that commits meanwhile is seen as one or the other, and every object
         // that is listed was announced before it was written.
-        let now = clock.now();
-        let (pins, unreadable_pins) = pins::active(repository, None, now).await?;
+        let now = writer.clock.now();
+        let proofs = Proofs::load(repository, Some(writer.signer.id()), None).await?;
+        let by = |signer: &SignerId| proofs.relies_on(signer);
+        let (pins, unreadable_pins) = pins::active_by(repository, None, (now, by)).await?;
         let (backups, unreadable) = catalog::backups(repository, None).await?;
         let unreadable = unreadable.iter().chain(&unreadable_pins);
         refusals.extend(unreadable.map(|error| format!("a record is not readable: {error}")));
@@ -95,22 +99,44 @@ impl Facts {
         for class in OF_BACKUPS {
             objects.extend(list_everywhere(&repository.regions, class).await?);
         }
+        let drilled = backups.iter().filter(|backup| proofs.is_drilled(backup));
         let mut facts = Self {
             now,
-            proven: proven(repository).await?,
+            proven: drilled.map(|backup| backup.commit.id.clone()).collect(),
+            proofs,
             pins,
             intents: Vec::new(),
             over: Vec::new(),
-            tombs: read_tombs(repository, &mut refusals).await?,
+            tombs: BTreeMap::new(),
             inventories: known,
             objects,
             backups,
             refusals,
         };
+        facts.read_tombs(repository).await?;
         facts.read_intents(repository, grace).await?;
         facts.read_inventories(repository).await;
         facts.refuse_times_to_come();
         Ok(facts)
+    }
+
+    /// Whoever may write can write a tomb. One that nobody relies on buries nothing here, and where it hides a COMMIT from every
+    /// other reader, what that COMMIT needs must not be taken for something that nobody needs.
+    async fn read_tombs(&mut self, repository: &Repository) -> Result<()> {
+        let standing = tombs::standing(repository, None, |_| true).await?;
+        self.refusals.extend(standing.unreadable.iter().map(|error| format!("a record is not readable: {error}")));
+        for Stone { tomb, signer, .. } in standing.tombs {
+            let commit = layout::commit(&tomb.target, &tomb.backup);
+            if self.proofs.relies_on(&signer) {
+                self.tombs.insert(tomb.backup.clone(), tomb);
+            } else if self.objects.contains_key(&commit) && !self.exists(&tomb.backup) {
+                let (key, backup) = (tomb.key(), &tomb.backup);
+                self.refusals.push(format!(
+                    "{key} says that {backup} was pruned, by the word of {signer}, who is not in `signers`, and a region still has its COMMIT"
+                ));
+            }
+        }
+        Ok(())
     }
 
     async fn read_intents(&mut self, repository: &Repository, grace: TimeDelta) -> Result<()> {
@@ -121,8 +147,7 @@ impl Facts {
             };
             let parse = |bytes: bytes::Bytes| {
                 let body = repository.trust.verify_text(&intent_context(&repository.id, &id), &bytes)?;
-                let wrong = |error| Error::damaged(format!("{key} is not readable")).because(error);
-                serde_json::from_slice::<Intent>(body).map_err(wrong)
+                format::parse::<Intent>(&key, body)
             };
             match repository.regions.read(&key, None, parse).await {
                 Ok((intent, _)) if intent.expires_at + grace <= self.now => self.over.push(intent),
@@ -136,7 +161,7 @@ impl Facts {
     }
 
     async fn read_inventories(&mut self, repository: &Repository) {
-        for Backup { commit } in &self.backups {
+        for Backup { commit, .. } in &self.backups {
             if self.inventories.contains_key(&commit.id) {
                 continue;
             }
@@ -189,16 +214,8 @@ impl Facts {
 
     /// The backups of one target as the rules see them.
     pub fn candidates(&self, target: &TargetName, rules: &Rules) -> Vec<Candidate> {
-        let own = self.backups.iter().map(|backup| &backup.commit).filter(|commit| commit.target == *target);
-        let own: Vec<_> = own.collect();
-        let candidate = |commit: &&Commit| Candidate {
-            id: commit.id.clone(),
-            at: commit.started_at,
-            proven: rules.undrilled || self.proven.contains(&commit.id),
-            needed: self.needed_by(target, &commit.id),
-            copy: catalog::copy_among(commit, &own),
-        };
-        own.iter().map(candidate).collect()
+        let own: Vec<_> = self.backups.iter().filter(|backup| backup.commit.target == *target).collect();
+        self.proofs.candidates(&own, rules, |id| self.needed_by(target, id))
     }
 
     fn needed_by(&self, target: &TargetName, id: &BackupId) -> Vec<String> {
@@ -281,19 +298,4 @@ async fn refuse_strange_regions(regions: &Regions, clock: &dyn Clock, repository
         }
     }
     refusals
-}
-
-/// The backups that a drill started, replayed and opened. A report that is not readable proves nothing.
-async fn proven(repository: &Repository) -> Result<BTreeSet<BackupId>> {
-    let (heads, unreadable) = reports::list(repository, None).await?;
-    for error in unreadable {
-        tracing::warn!(%error, "a report is not readable and proves nothing");
-    }
-    Ok(heads.into_iter().filter(ReportHead::proves).filter_map(|head| head.backup).collect())
-}
-
-async fn read_tombs(repository: &Repository, refusals: &mut Vec<String>) -> Result<BTreeMap<BackupId, Tomb>> {
-    let standing = tombs::standing(repository, None, |_| true).await?;
-    refusals.extend(standing.unreadable.iter().map(|error| format!("a record is not readable: {error}")));
-    Ok(standing.tombs.into_iter().map(|(tomb, _)| (tomb.backup.clone(), tomb)).collect())
 }

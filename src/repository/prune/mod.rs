@@ -12,8 +12,10 @@
 pub mod bundled;
 pub mod facts;
 pub mod garbage;
+pub mod kept;
 pub mod locked;
 pub mod plan;
+pub mod proofs;
 pub mod replaced;
 pub mod spare;
 pub mod sweep;

@@ -5,39 +5,41 @@
 //! was killed, when the next prune begins.
 //!
 //! Only a sweep that cannot take anything any more may be spoken for: itself, or one that is over. And only of a backup that is
-//! whole in every region: what a sweep took the COMMIT of stays gone.
+//! whole in every region: what a sweep took the COMMIT of stays gone, unless a lock keeps it ([`kept`]).
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::model::{BackupId, PruneId, Result, ResultExt, TargetName};
-use crate::repository::FORMAT;
+use crate::model::{BackupId, PruneId, Result, TargetName};
 use crate::repository::catalog::{self, Held};
 use crate::repository::handle::{Repository, Writer};
 use crate::repository::layout;
+use crate::repository::prune::kept;
 use crate::repository::prune::plan::enroll;
-use crate::repository::records;
-use crate::repository::records::tombs::{self, Spared, Tomb};
+use crate::repository::records::tombs::{self, Tomb};
 use crate::repository::sweeps;
 
-/// Ends the tombs that dead sweeps left on whole backups; tells which.
+/// Ends the tombs that dead sweeps left on whole backups; tells which. `lock` is the one that this process holds.
 ///
 /// # Errors
 /// A region does not take the record.
-pub async fn after_dead_sweeps(repository: &Repository, writer: &Writer) -> Result<BTreeSet<BackupId>> {
+pub async fn after_dead_sweeps(
+    repository: &Repository,
+    writer: &Writer,
+    lock: Option<&str>,
+) -> Result<BTreeSet<BackupId>> {
     let commits = repository.regions.list_union(layout::COMMITS).await?;
     let ids: BTreeSet<BackupId> = commits.iter().filter_map(|key| key.rsplit('/').next()?.parse().ok()).collect();
     let standing = tombs::standing(repository, None, |id| ids.contains(id)).await?;
     if standing.tombs.is_empty() {
         return Ok(BTreeSet::new());
     }
-    // A sweep of this host is dead: the lock of its state directory is ours.
     let running = sweeps::running(repository, writer.clock.now()).await?.into_iter();
-    let alive: BTreeSet<PruneId> = running.filter(|of| of.host != writer.host).map(|of| of.id).collect();
-    let dead = standing.tombs.into_iter().map(|(tomb, _)| tomb).filter(|tomb| !alive.contains(&tomb.prune));
+    let alive: BTreeSet<PruneId> = running.filter(|of| !of.held(lock)).map(|of| of.id).collect();
+    let dead = standing.tombs.into_iter().map(|stone| stone.tomb).filter(|tomb| !alive.contains(&tomb.prune));
     of_whole(repository, writer, (dead.collect(), "its sweep died before it took anything")).await
 }
 
-/// Ends these tombs as far as their backups are whole in every region.
+/// Ends these tombs as far as their backups are whole in every region, or a lock keeps a COMMIT of them and no more is gone.
 ///
 /// # Errors
 /// As [`after_dead_sweeps`].
@@ -51,36 +53,23 @@ pub async fn of_whole(
         by_target.entry(tomb.target.clone()).or_default().push(tomb);
     }
     let mut spared = BTreeSet::new();
+    let mut torn = Vec::new();
     for (target, tombs) in by_target {
         let whole = whole(repository, &target, |id| tombs.iter().any(|tomb| tomb.backup == *id)).await?;
         if spared.is_empty() && !whole.is_empty() {
             enroll(repository, writer).await?;
         }
-        for tomb in tombs.into_iter().filter(|tomb| whole.contains(&tomb.backup)) {
-            record(repository, writer, (&target, &tomb.backup, &tomb.prune), why).await?;
+        for tomb in tombs {
+            if !whole.contains(&tomb.backup) {
+                torn.push(tomb);
+                continue;
+            }
+            kept::record(repository, writer, (&target, &tomb.backup, &tomb.prune), why).await?;
             spared.insert(tomb.backup);
         }
     }
+    spared.extend(kept::bring_back(repository, writer, &torn).await?);
     Ok(spared)
-}
-
-/// Writes into every region that a sweep takes nothing more of a backup.
-///
-/// # Errors
-/// A region does not take it. Where one has it, it counts.
-pub(super) async fn record(
-    repository: &Repository,
-    writer: &Writer,
-    (target, backup, prune): (&TargetName, &BackupId, &PruneId),
-    why: &str,
-) -> Result<()> {
-    let (target, backup, prune) = (target.clone(), backup.clone(), prune.clone());
-    let (at, why, host) = (writer.clock.now(), why.to_owned(), writer.host.clone());
-    let spared = Spared { format: FORMAT, backup, target, prune, at, why, host };
-    let key = spared.key();
-    records::put_everywhere(repository, writer, (tombs::SPARED, &key), &spared)
-        .await
-        .during(|| format!("record that {} was spared", spared.backup))
 }
 
 /// The backups that every region holds all of, by names and sizes.

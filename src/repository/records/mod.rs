@@ -11,6 +11,7 @@ use serde::de::DeserializeOwned;
 
 use crate::codec::sign::sign_text;
 use crate::model::{Error, RepositoryId, Result};
+use crate::repository::format;
 use crate::repository::handle::{Repository, Writer};
 
 fn context(kind: &str, repository: &RepositoryId, key: &str) -> String {
@@ -52,10 +53,9 @@ pub fn verify<'a>(repository: &Repository, (kind, key): (&str, &str), bytes: &'a
 /// Reads a record, and believes it only under its own name.
 ///
 /// # Errors
-/// As [`verify`], or it is not readable.
+/// As [`verify`], or it is not readable, or of a newer drctl.
 pub fn decode<T: DeserializeOwned>(repository: &Repository, (kind, key): (&str, &str), bytes: &[u8]) -> Result<T> {
-    let body = verify(repository, (kind, key), bytes)?;
-    serde_json::from_slice(body).map_err(|error| Error::damaged(format!("{key} is not readable")).because(error))
+    format::parse(key, verify(repository, (kind, key), bytes)?)
 }
 
 /// Reads the record of this name from any region that has it intact.

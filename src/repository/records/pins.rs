@@ -3,10 +3,12 @@
 //! A pin is of one backup, a hold of a whole target with its WAL. Neither is ever changed: it ends with a second record of
 //! its own, or at the moment that it names itself. So regions that were apart agree again by having both.
 
+use bytes::Bytes;
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
-use crate::model::{BackupId, Error, PinId, Result, ResultExt, TargetName};
+use crate::codec::sign::split_text;
+use crate::model::{BackupId, Error, PinId, Result, ResultExt, SignerId, TargetName};
 use crate::repository::FORMAT;
 use crate::repository::handle::{Repository, Writer};
 use crate::repository::layout;
@@ -122,6 +124,18 @@ pub async fn active(
     target: Option<&TargetName>,
     now: DateTime<Utc>,
 ) -> Result<(Vec<Pin>, Vec<Error>)> {
+    active_by(repository, target, (now, |_: &SignerId| true)).await
+}
+
+/// The same for whoever takes away what no pin keeps: only somebody on whom it relies ends one.
+///
+/// # Errors
+/// No region answers.
+pub async fn active_by(
+    repository: &Repository,
+    target: Option<&TargetName>,
+    (now, relies_on): (DateTime<Utc>, impl Fn(&SignerId) -> bool),
+) -> Result<(Vec<Pin>, Vec<Error>)> {
     let prefix = target.map_or_else(|| layout::PINS.to_owned(), layout::pins);
     let (mut pins, mut errors) = (Vec::new(), Vec::new());
     for key in repository.regions.list_union(&prefix).await? {
@@ -129,8 +143,15 @@ pub async fn active(
             Ok(pin) if layout::pin(&pin.target, &pin.id) != key => {
                 errors.push(Error::damaged(format!("{key} belongs elsewhere")));
             }
-            Ok(pin) if pin.until.is_some_and(|until| until <= now) || has_ended(repository, &pin).await => {}
-            Ok(pin) => pins.push(pin),
+            Ok(pin) if pin.until.is_some_and(|until| until <= now) => {}
+            Ok(pin) => match ended_by(repository, &pin).await {
+                Some(signer) if relies_on(&signer) => {}
+                Some(signer) => {
+                    tracing::warn!(pin = %pin.id, %signer, "a pin was ended by a signer who is not listed, and keeps what it kept");
+                    pins.push(pin);
+                }
+                None => pins.push(pin),
+            },
             Err(error) => errors.push(error),
         }
     }
@@ -138,10 +159,15 @@ pub async fn active(
     Ok((pins, errors))
 }
 
-async fn has_ended(repository: &Repository, pin: &Pin) -> bool {
+/// Who ended it, if somebody did.
+async fn ended_by(repository: &Repository, pin: &Pin) -> Option<SignerId> {
     let key = layout::unpin(&pin.target, &pin.id);
-    let ended = records::read::<Unpin>(repository, (UNPIN, &key)).await;
-    ended.is_ok_and(|end| end.id == pin.id && end.target == pin.target)
+    let read = |bytes: Bytes| {
+        let end: Unpin = records::decode(repository, (UNPIN, &key), &bytes)?;
+        Ok((end, split_text(&bytes)?.signer))
+    };
+    let ((end, signer), _) = repository.regions.read(&key, None, read).await.ok()?;
+    (end.id == pin.id && end.target == pin.target).then_some(signer)
 }
 
 /// Whether these bytes are the record of this name; for repair.

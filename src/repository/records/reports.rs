@@ -15,12 +15,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::codec::compress::{pack_payload, unpack_payload};
 use crate::codec::seal::{Aad, Unit, open, seal};
-use crate::codec::sign::sign_text;
+use crate::codec::sign::{sign_text, split_text};
 use crate::keys::keyset::Keyset;
 use crate::model::{
     BackupId, Error, KeysetId, RegionName, ReportId, RepositoryId, Result, ResultExt, SignerId, TargetName,
 };
-use crate::repository::FORMAT;
+use crate::repository::format::{self, Versioned};
 use crate::repository::handle::{Repository, Writer, signer_record};
 use crate::repository::keysets::{self, KeyRing};
 use crate::repository::layout;
@@ -64,6 +64,9 @@ pub struct ReportHead {
     /// What was looked at, by name, and whether it was as it should be. Names say nothing of what is in the data.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub checks: Vec<(String, bool)>,
+    /// Of a drill of a copy: the backups of its moment that it was compared with, page by page, and is the same as.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub same_as: Vec<BackupId>,
     /// Who did it.
     pub host: String,
     /// drctl's version.
@@ -97,6 +100,12 @@ struct Stored {
     body: String,
 }
 
+/// As much of a stored report as every version of it has.
+#[derive(Deserialize)]
+struct Headed {
+    head: Versioned,
+}
+
 fn context(repository: &RepositoryId, id: &ReportId) -> String {
     format!("report {repository} {id}")
 }
@@ -125,10 +134,10 @@ fn decode_stored(repository: &Repository, key: &str, bytes: &[u8]) -> Result<Sto
     let wrong = |why: &str| Error::damaged(format!("{key} {why}"));
     let id: ReportId = key.rsplit('/').next().unwrap_or_default().parse().map_err(|_| wrong("is no report"))?;
     let text = repository.trust.verify_text(&context(&repository.id, &id), bytes)?;
+    // Its version stands in its head.
+    let headed: Headed = serde_json::from_slice(text).map_err(|error| wrong("is not readable").because(error))?;
+    format::known(key, &headed.head)?;
     let stored: Stored = serde_json::from_slice(text).map_err(|error| wrong("is not readable").because(error))?;
-    if stored.head.format != FORMAT {
-        return Err(wrong("was written by a newer drctl"));
-    }
     let own = stored.head.id == id && layout::report(&stored.head.target, &id) == key;
     if own { Ok(stored) } else { Err(wrong("belongs elsewhere")) }
 }
@@ -242,15 +251,28 @@ async fn put_object(region: &Region, SealedObject { key, body }: &SealedObject) 
 /// # Errors
 /// No region answers.
 pub async fn list(repository: &Repository, target: Option<&TargetName>) -> Result<(Vec<ReportHead>, Vec<Error>)> {
+    let (heads, errors) = list_signed(repository, target).await?;
+    Ok((heads.into_iter().map(|(head, _)| head).collect(), errors))
+}
+
+/// The same, each with who signed it.
+///
+/// # Errors
+/// No region answers.
+pub async fn list_signed(
+    repository: &Repository,
+    target: Option<&TargetName>,
+) -> Result<(Vec<(ReportHead, SignerId)>, Vec<Error>)> {
     let prefix = target.map_or_else(|| layout::REPORTS.to_owned(), layout::reports);
     let (mut heads, mut errors) = (Vec::new(), Vec::new());
     for key in repository.regions.list_union(&prefix).await? {
-        match repository.regions.read(&key, None, |bytes| decode_head(repository, &key, &bytes)).await {
+        let check = |bytes: Bytes| Ok((decode_head(repository, &key, &bytes)?, split_text(&bytes)?.signer));
+        match repository.regions.read(&key, None, check).await {
             Ok((head, _)) => heads.push(head),
             Err(error) => errors.push(error),
         }
     }
-    heads.sort_by(|a, b| (a.started_at, &a.id).cmp(&(b.started_at, &b.id)));
+    heads.sort_by(|(a, _): &(ReportHead, _), (b, _)| (a.started_at, &a.id).cmp(&(b.started_at, &b.id)));
     Ok((heads, errors))
 }
 
@@ -279,6 +301,7 @@ mod tests {
 
     use super::*;
     use crate::observe::progress::Progress;
+    use crate::repository::FORMAT;
     use crate::repository::mend::{Scope, mend};
     use crate::repository::testing::{Fault, tiny};
 
@@ -299,6 +322,7 @@ mod tests {
             rto: (None, Some(408.25)),
             phases: vec![("fetch".into(), 91.5)],
             checks: vec![("heartbeat".into(), true)],
+            same_as: Vec::new(),
             host: "db1".into(),
             drctl: "0.1.0".into(),
         }

@@ -5,6 +5,9 @@
 //! record*, does not exist, wherever objects of it are left. A region without the record is one that no sweep ever worked in: it is
 //! new, or was emptied, and what it lacks tells nothing.
 //!
+//! Nor does what one region says of itself: a tomb is in every region before the first COMMIT goes. One that is not in every region which
+//! still has the COMMIT was written by no sweep, or its sweep died before it took anything.
+//!
 //! Nor does a region that may owe the COMMIT: as long as so many regions hold it as have to hold what is acknowledged, the backup
 //! exists. Whoever may write can write a record, and then wait for an outage. A sweep that was killed so early has taken nothing
 //! but copies of the COMMIT, because those go everywhere before anything else does.
@@ -15,12 +18,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use bytes::Bytes;
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
+use crate::codec::sign::split_text;
 use crate::model::commit::WalNeed;
 use crate::model::{
-    BackupId, Branch, EpochId, Error, KeysetId, PruneId, RegionName, Result, SystemId, TargetName, Timeline,
+    BackupId, Branch, EpochId, Error, KeysetId, PruneId, RegionName, Result, SignerId, SystemId, TargetName, Timeline,
 };
 use crate::repository::handle::Repository;
 use crate::repository::layout;
@@ -130,11 +135,22 @@ impl Tomb {
     }
 }
 
+/// A tomb that did not end.
+#[derive(Debug)]
+pub struct Stone {
+    /// What it says.
+    pub tomb: Tomb,
+    /// The regions that hold it.
+    pub held: BTreeSet<RegionName>,
+    /// Who signed it.
+    pub signer: SignerId,
+}
+
 /// The tombs that count.
 #[derive(Debug, Default)]
 pub struct Standing {
-    /// Those that are intact and did not end, each with the regions that hold it, a backup's by the age of their sweeps.
-    pub tombs: Vec<(Tomb, BTreeSet<RegionName>)>,
+    /// Those that are intact and did not end, a backup's by the age of their sweeps.
+    pub tombs: Vec<Stone>,
     /// The names of those that ended.
     pub ended: BTreeSet<String>,
     /// Records that no region has intact. They count for nothing where backups are looked for: whoever may write into a
@@ -159,9 +175,13 @@ pub async fn standing(
         return Ok(standing);
     }
     let ends = repository.regions.list_union(&layout::all_spared(target)).await?;
-    for (key, regions) in names {
-        let tomb = match records::read::<Tomb>(repository, (TOMB, &key)).await {
-            Ok(tomb) if tomb.belongs_to(&key) => tomb,
+    for (key, held) in names {
+        let read = |bytes: Bytes| {
+            let tomb: Tomb = records::decode(repository, (TOMB, &key), &bytes)?;
+            Ok((tomb, split_text(&bytes)?.signer))
+        };
+        let (tomb, signer) = match repository.regions.read(&key, None, read).await {
+            Ok((read, _)) if read.0.belongs_to(&key) => read,
             Ok(_) => {
                 standing.unreadable.push(Error::damaged(format!("{key} names another backup")));
                 continue;
@@ -178,10 +198,10 @@ pub async fn standing(
         };
         match ended {
             Ok(true) => drop(standing.ended.insert(key)),
-            Ok(false) => standing.tombs.push((tomb, regions)),
+            Ok(false) => standing.tombs.push(Stone { tomb, held, signer }),
             Err(error) => {
                 standing.unreadable.push(error);
-                standing.tombs.push((tomb, regions));
+                standing.tombs.push(Stone { tomb, held, signer });
             }
         }
     }
@@ -197,49 +217,55 @@ pub async fn holders(
     prefix: &str,
 ) -> Result<(BTreeMap<String, BTreeSet<RegionName>>, BTreeSet<RegionName>)> {
     let mut names: BTreeMap<String, BTreeSet<RegionName>> = BTreeMap::new();
-    let (mut answered, mut first_error) = (BTreeSet::new(), None);
-    for (region, list) in repository.regions.list_each(prefix).await {
-        match list {
-            Ok(objects) => {
-                for object in objects {
-                    names.entry(object.key).or_default().insert(region.clone());
-                }
-                answered.insert(region);
-            }
-            Err(error) => first_error = first_error.or(Some(error)),
+    let mut answered = BTreeSet::new();
+    for (region, objects) in repository.regions.list_answered(prefix).await? {
+        for object in objects {
+            names.entry(object.key).or_default().insert(region.clone());
         }
+        answered.insert(region);
     }
-    match first_error {
-        Some(error) if answered.is_empty() => Err(error),
-        _ => Ok((names, answered)),
+    Ok((names, answered))
+}
+
+/// Which of the regions that answer have a COMMIT, and which do not.
+#[derive(Debug, Default)]
+pub struct Torn {
+    having: BTreeSet<RegionName>,
+    lacking: BTreeSet<RegionName>,
+}
+
+impl Torn {
+    /// Of those that answered, these have it.
+    pub fn new(having: BTreeSet<RegionName>, answered: &BTreeSet<RegionName>) -> Self {
+        Self { lacking: answered.difference(&having).cloned().collect(), having }
+    }
+
+    /// Whether a tomb in the regions `held` ends the backup.
+    fn is_ended(&self, repository: &Repository, held: &BTreeSet<RegionName>) -> bool {
+        let may_be_owed = self.lacking.len() < repository.regions.read_quorum();
+        !may_be_owed && !self.lacking.is_disjoint(held) && self.having.is_subset(held)
     }
 }
 
-/// Whether a tomb in the regions `held` ends a backup whose COMMIT the regions `lacking` do not have.
-fn counts(repository: &Repository, (held, lacking): (&BTreeSet<RegionName>, &BTreeSet<RegionName>)) -> bool {
-    lacking.len() >= repository.regions.read_quorum() && !lacking.is_disjoint(held)
-}
-
-/// Which backups were pruned, of those whose COMMIT the regions beside them do not have.
+/// Which backups were pruned, of those whose COMMIT some region does not have.
 ///
 /// # Errors
 /// No region answers.
 pub async fn gone(
     repository: &Repository,
     target: Option<&TargetName>,
-    lacking: &BTreeMap<BackupId, BTreeSet<RegionName>>,
+    torn: &BTreeMap<BackupId, Torn>,
 ) -> Result<BTreeSet<BackupId>> {
-    if lacking.is_empty() {
+    if torn.is_empty() {
         return Ok(BTreeSet::new());
     }
-    let standing = standing(repository, target, |id| lacking.contains_key(id)).await?;
+    let standing = standing(repository, target, |id| torn.contains_key(id)).await?;
     for error in &standing.unreadable {
         tracing::warn!(%error, "the record of a pruned backup is not readable");
     }
-    let is_gone = |(tomb, held): &&(Tomb, BTreeSet<RegionName>)| {
-        lacking.get(&tomb.backup).is_some_and(|lacking| counts(repository, (held, lacking)))
-    };
-    Ok(standing.tombs.iter().filter(is_gone).map(|(tomb, _)| tomb.backup.clone()).collect())
+    let is_gone =
+        |stone: &&Stone| torn.get(&stone.tomb.backup).is_some_and(|torn| torn.is_ended(repository, &stone.held));
+    Ok(standing.tombs.iter().filter(is_gone).map(|stone| stone.tomb.backup.clone()).collect())
 }
 
 /// Up to where each epoch of a branch was pruned.
@@ -288,11 +314,10 @@ impl Pruned {
         }
         // After the tombs: what exists now was not taken by a sweep that had announced it before.
         let (commits, answered) = holders(repository, layout::COMMITS).await?;
-        let nowhere = BTreeSet::new();
-        for (tomb, held) in standing.tombs {
-            let whole = commits.get(&layout::commit(&tomb.target, &tomb.backup)).unwrap_or(&nowhere);
-            let lacking = answered.difference(whole).cloned().collect();
-            if !whole.is_empty() && !counts(repository, (&held, &lacking)) {
+        for Stone { tomb, held, .. } in standing.tombs {
+            let having = commits.get(&layout::commit(&tomb.target, &tomb.backup)).cloned().unwrap_or_default();
+            let torn = Torn::new(having, &answered);
+            if !torn.having.is_empty() && !torn.is_ended(repository, &held) {
                 pruned.idle.extend([tomb.key(), layout::nameless_tomb(&tomb.target, &tomb.backup)]);
             } else {
                 pruned.keysets.extend(tomb.keysets);

@@ -28,45 +28,52 @@ impl Regions {
         join_all(asked).await.into_iter().flatten().collect()
     }
 
+    /// Everything below `prefix` in each region that answers.
+    ///
+    /// # Errors
+    /// No region answers; or one does not, and all [have to](Self::unanimous).
+    pub async fn list_answered(&self, prefix: &str) -> Result<Vec<(RegionName, Vec<ListedObject>)>> {
+        self.answered(self.list_each(prefix).await, prefix)
+    }
+
     /// The names below `prefix` in any region that answers, sorted.
     ///
     /// # Errors
-    /// No region answers.
+    /// As [`list_answered`](Self::list_answered).
     pub async fn list_union(&self, prefix: &str) -> Result<BTreeSet<String>> {
-        let lists = self.list_each(prefix).await.into_iter().map(|(_, list)| list);
-        first_error_if_none(lists, |list, union: &mut BTreeSet<String>| {
-            union.extend(list.into_iter().map(|object| object.key));
-        })
+        let lists = self.list_answered(prefix).await?.into_iter().flat_map(|(_, list)| list);
+        Ok(lists.map(|object| object.key).collect())
     }
 
     /// The names folded one level below `prefix` (each ends in `/`) in any region that answers.
     ///
     /// # Errors
-    /// No region answers.
+    /// As [`list_answered`](Self::list_answered).
     pub async fn prefixes_union(&self, prefix: &str) -> Result<BTreeSet<String>> {
-        let lists = self.list.iter().map(|region| list_prefixes(region.store.as_ref(), prefix));
-        first_error_if_none(join_all(lists).await, |list, union: &mut BTreeSet<String>| union.extend(list))
+        let lists = self
+            .list
+            .iter()
+            .map(|region| async { (region.name.clone(), list_prefixes(region.store.as_ref(), prefix).await) });
+        let lists = self.answered(join_all(lists).await, prefix)?;
+        Ok(lists.into_iter().flat_map(|(_, list)| list).collect())
     }
-}
 
-fn first_error_if_none<L, U: Default>(
-    lists: impl IntoIterator<Item = Result<L>>,
-    mut add: impl FnMut(L, &mut U),
-) -> Result<U> {
-    let mut union = U::default();
-    let (mut answered, mut first_error) = (false, None);
-    for list in lists {
-        match list {
-            Ok(list) => {
-                answered = true;
-                add(list, &mut union);
+    fn answered<L>(&self, lists: Vec<(RegionName, Result<L>)>, prefix: &str) -> Result<Vec<(RegionName, L)>> {
+        let (mut answered, mut first_error) = (Vec::new(), None);
+        for (region, list) in lists {
+            match list {
+                Ok(list) => answered.push((region, list)),
+                Err(error) if first_error.is_none() => {
+                    let step = || format!("list {prefix} of region {region}");
+                    first_error = Some(if self.unanimous { error.during(step()) } else { error });
+                }
+                Err(_) => {}
             }
-            Err(error) => first_error = first_error.or(Some(error)),
         }
-    }
-    match first_error {
-        Some(error) if !answered => Err(error),
-        _ => Ok(union),
+        match first_error {
+            Some(error) if answered.is_empty() || self.unanimous => Err(error),
+            _ => Ok(answered),
+        }
     }
 }
 

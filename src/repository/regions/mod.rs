@@ -66,6 +66,8 @@ pub struct Regions {
     bare: Vec<Region>,
     quorum: usize,
     lowest: usize,
+    /// Whether a list counts only where every region gave it.
+    unanimous: bool,
     detach_after: Option<Duration>,
     degrade_after: Option<Duration>,
     clock: Option<Arc<dyn Clock>>,
@@ -92,7 +94,17 @@ impl Regions {
         let unbundled = |region: Region| Region { store: Arc::new(Bundled::new(region.store)), ..region };
         let list = list.into_iter().map(unbundled).collect();
         let (detach_after, degrade_after, clock) = (None, None, None);
-        Ok(Self { list, bare, quorum, lowest, detach_after, degrade_after, clock, trouble: Arc::default() })
+        Ok(Self {
+            list,
+            bare,
+            quorum,
+            lowest,
+            unanimous: false,
+            detach_after,
+            degrade_after,
+            clock,
+            trouble: Arc::default(),
+        })
     }
 
     /// The same regions, with the time after which writes go on without one that lags behind the quorum.
@@ -108,6 +120,13 @@ impl Regions {
     /// How long the full quorum must have been out of reach before a lower one is enough; never without a word.
     pub const fn degrade_after(&self) -> Option<Duration> {
         self.degrade_after
+    }
+
+    /// The same regions for whoever takes away what nobody needs: what one of them does not list may be the reason to leave it, so a
+    /// list of all of them is an error where one gives none, also where it gives others.
+    #[must_use]
+    pub fn unanimous(&self) -> Self {
+        Self { unanimous: true, ..self.clone() }
     }
 
     /// The same regions, with a clock that tells what is missing from what is still on its way.

@@ -163,6 +163,10 @@ impl ObjectStore for Proven {
         self.ask(("lock", key), self.inner.locked_until(key, version)).await
     }
 
+    async fn is_held(&self, key: &str, version: &VersionId) -> Result<bool, StoreError> {
+        self.ask(("lock", key), self.inner.is_held(key, version)).await
+    }
+
     async fn delete_version(&self, key: &str, version: &VersionId) -> Result<(), StoreError> {
         self.ask(("delete", key), self.inner.delete_version(key, version)).await
     }

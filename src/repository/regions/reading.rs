@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::{Region, Regions};
 use crate::model::{Error, Kind, RegionName, Result};
-use crate::repository::layout;
+use crate::repository::{format, layout};
 use crate::store::{Digest, StoreError};
 
 /// After this many failures to answer, a region is asked last for the rest of the job: a hanging region costs a full
@@ -73,7 +73,7 @@ impl Regions {
                         self.note(region, key, reasons).await;
                         return Ok((value, region.name.clone()));
                     }
-                    Err(error) => reasons.push(Failure::damaged(region, key, error.to_string())),
+                    Err(error) => reasons.push(Failure::refused(region, key, &error)),
                 },
                 Err(error) => {
                     if error.is_transient() {
@@ -161,9 +161,12 @@ impl Failure {
         Self { incident: Incident { region, key, reason, damaged }, kind }
     }
 
-    fn damaged(region: &Region, key: &str, reason: String) -> Self {
-        let (region, key) = (region.name.clone(), key.to_owned());
-        Self { incident: Incident { region, key, reason, damaged: true }, kind: Kind::Damaged }
+    /// The bytes are there, and not accepted.
+    fn refused(region: &Region, key: &str, error: &Error) -> Self {
+        let newer = error.kind() == Kind::Newer;
+        let (region, key, reason) = (region.name.clone(), key.to_owned(), error.to_string());
+        let kind = if newer { Kind::Newer } else { Kind::Damaged };
+        Self { incident: Incident { region, key, reason, damaged: !newer }, kind }
     }
 }
 
@@ -173,6 +176,7 @@ fn unreadable(key: &str, failures: &[Failure]) -> Error {
     let any = |kind| failures.iter().any(|failure| failure.kind == kind);
     let (kind, what) = match () {
         () if all(Kind::NotFound) => (Kind::NotFound, "is in no region"),
+        () if any(Kind::Newer) => (Kind::Newer, "was written by a newer drctl"),
         // A region that does not answer may have it whole.
         () if any(Kind::Damaged) && failures.iter().all(is_answer) => {
             (Kind::Damaged, "is damaged in every region that has it")
@@ -180,6 +184,7 @@ fn unreadable(key: &str, failures: &[Failure]) -> Error {
         () => (Kind::Unavailable, "cannot be read from any region"),
     };
     let error = Error::new(kind, format!("{key} {what}"));
+    let error = if kind == Kind::Newer { error.hint(format::HINT) } else { error };
     failures.iter().fold(error, |error, Failure { incident, .. }| {
         error.because(format!("{}: {}", incident.region, incident.reason))
     })

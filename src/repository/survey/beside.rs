@@ -72,7 +72,7 @@ pub async fn beside(
 /// What later backups share of earlier ones.
 async fn needed(repository: &Repository, backups: &[Backup]) -> BTreeSet<String> {
     let mut needed = BTreeSet::new();
-    for Backup { commit } in backups.iter().filter(|backup| backup.commit.parent.is_some()) {
+    for Backup { commit, .. } in backups.iter().filter(|backup| backup.commit.parent.is_some()) {
         match catalog::inventory(repository, commit).await {
             Ok(lines) => needed.extend(lines.into_iter().map(|line| line.key)),
             Err(error) => tracing::warn!(%error, backup = %commit.id, "what it needs may be shown as orphaned"),

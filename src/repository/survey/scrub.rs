@@ -42,7 +42,7 @@ pub enum Trouble {
     Missing,
     /// The region holds other bytes.
     Damaged,
-    /// The region, or a key holder, did not answer.
+    /// The region, or a key holder, did not answer; or a newer drctl wrote it, which knows what it says.
     Unreachable,
 }
 
@@ -68,7 +68,7 @@ impl Problem {
     pub fn of(region: &Region, key: impl Into<String>, error: &Error) -> Self {
         let trouble = match error.kind() {
             Kind::NotFound => Trouble::Missing,
-            Kind::Unavailable | Kind::NoKey => Trouble::Unreachable,
+            Kind::Unavailable | Kind::NoKey | Kind::Newer => Trouble::Unreachable,
             _ => Trouble::Damaged,
         };
         Self::new(region, key, trouble, error.to_string())

@@ -1,6 +1,6 @@
 //! Regions that fail, hang, forget, rot and refuse when they are told to.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -39,11 +39,16 @@ pub struct FaultyStore {
     locks: AtomicBool,
     /// Whether locks may not be known.
     hidden: AtomicBool,
+    /// Whether holds may not be known.
+    hidden_holds: AtomicBool,
     /// Versions that may still be deleted before the process dies.
     deletes: AtomicI64,
-    held: Mutex<BTreeSet<String>>,
+    /// Names that are held, and whether one who asks is told.
+    held: Mutex<BTreeMap<String, bool>>,
     /// What is locked, and until when, once a name with this prefix is put.
     trap: Mutex<Option<(String, String, DateTime<Utc>)>>,
+    /// Names that may be neither listed nor read, by what they begin with.
+    closed: Mutex<Option<String>>,
     /// Names that are listed and not given.
     mute: Mutex<Option<String>>,
 }
@@ -56,9 +61,11 @@ impl FaultyStore {
             fault: Mutex::new(Fault::None),
             locks: AtomicBool::new(true),
             hidden: AtomicBool::new(false),
+            hidden_holds: AtomicBool::new(false),
             deletes: AtomicI64::new(i64::MAX),
             held: Mutex::default(),
             trap: Mutex::default(),
+            closed: Mutex::default(),
             mute: Mutex::default(),
         }
     }
@@ -73,6 +80,11 @@ impl FaultyStore {
         *self.mute.lock().unwrap() = part;
     }
 
+    /// From now on these credentials may not know what begins with this; `None` ends it.
+    pub fn close(&self, prefix: Option<&str>) {
+        *self.closed.lock().unwrap() = prefix.map(str::to_owned);
+    }
+
     /// Allows or forbids to make locks longer.
     pub fn allow_locks(&self, allowed: bool) {
         self.locks.store(allowed, Ordering::Relaxed);
@@ -81,6 +93,11 @@ impl FaultyStore {
     /// Hides locks from whoever asks, or shows them.
     pub fn hide_locks(&self, hidden: bool) {
         self.hidden.store(hidden, Ordering::Relaxed);
+    }
+
+    /// Hides holds from whoever asks, or shows them.
+    pub fn hide_holds(&self, hidden: bool) {
+        self.hidden_holds.store(hidden, Ordering::Relaxed);
     }
 
     /// Lets so many versions be deleted, and refuses all that follow, as if the pruner had been killed then.
@@ -108,9 +125,19 @@ impl FaultyStore {
         self.inner.put(key, bytes.clone(), Digest::of(&bytes), &options).await.unwrap();
     }
 
-    /// Holds an object without an end, of which nothing is known before it is to be deleted: a legal hold.
+    /// Holds an object without an end: a legal hold.
     pub fn hold(&self, key: &str) {
-        self.held.lock().unwrap().insert(key.to_owned());
+        self.held.lock().unwrap().insert(key.to_owned(), true);
+    }
+
+    /// The same, by somebody who comes between the question and the delete.
+    pub fn hold_late(&self, key: &str) {
+        self.held.lock().unwrap().insert(key.to_owned(), false);
+    }
+
+    /// Ends a hold.
+    pub fn release(&self, key: &str) {
+        self.held.lock().unwrap().remove(key);
     }
 
     /// Locks an object as soon as a name that begins with `prefix` is put.
@@ -129,6 +156,8 @@ impl FaultyStore {
 
     async fn pass(&self, operation: &'static str, key: &str) -> Result<(), StoreError> {
         let fault = *self.fault.lock().unwrap();
+        let is_closed = self.closed.lock().unwrap().as_ref().is_some_and(|prefix| key.starts_with(prefix.as_str()));
+        let fault = if is_closed { Fault::Deny } else { fault };
         let (key, address, reason) = (key.to_owned(), self.address(), "switched off".to_owned());
         match fault {
             Fault::None => Ok(()),
@@ -212,9 +241,20 @@ impl ObjectStore for FaultyStore {
         self.inner.locked_until(key, version).await
     }
 
+    async fn is_held(&self, key: &str, version: &VersionId) -> Result<bool, StoreError> {
+        self.pass("lock", key).await?;
+        if self.hidden_holds.load(Ordering::Relaxed) {
+            let (key, address, reason) = (key.to_owned(), self.address(), "no permission".to_owned());
+            return Err(StoreError::Denied { operation: "read the hold", key, address, reason });
+        }
+        let seen = self.held.lock().unwrap().get(key).copied().unwrap_or_default();
+        Ok(seen || self.inner.is_held(key, version).await?)
+    }
+
     async fn delete_version(&self, key: &str, version: &VersionId) -> Result<(), StoreError> {
         self.pass("delete", key).await?;
-        if self.held.lock().unwrap().contains(key) {
+        if let Some(seen) = self.held.lock().unwrap().get_mut(key) {
+            *seen = true;
             return Err(StoreError::Retained { key: key.to_owned(), address: self.address(), until: None });
         }
         if self.deletes.fetch_sub(1, Ordering::Relaxed) <= 0 {

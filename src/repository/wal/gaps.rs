@@ -13,6 +13,7 @@ use crate::codec::sign::sign_text;
 use crate::model::commit::WalNeed;
 use crate::model::{Branch, Error, Kind, Lsn, RepositoryId, Result, ResultExt, SystemId, TargetName, Timeline};
 use crate::repository::FORMAT;
+use crate::repository::format;
 use crate::repository::handle::{Repository, Writer};
 use crate::repository::layout;
 use crate::repository::regions::fan_out::FanOut;
@@ -107,10 +108,7 @@ impl Gap {
     pub fn decode(repository: &Repository, key: &str, bytes: &[u8]) -> Result<Self> {
         let wrong = |why: &str| Error::damaged(format!("{key} {why}"));
         let body = repository.trust.verify_text(&context(&repository.id, key), bytes)?;
-        let gap: Self = serde_json::from_slice(body).map_err(|error| wrong("is not readable").because(error))?;
-        if gap.format != FORMAT {
-            return Err(wrong("was written by a newer drctl"));
-        }
+        let gap: Self = format::parse(key, body)?;
         if gap.key() == key { Ok(gap) } else { Err(wrong("belongs elsewhere")) }
     }
 }

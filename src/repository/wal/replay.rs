@@ -125,6 +125,10 @@ impl ObjectStore for Gate {
         self.inner.locked_until(key, version).await
     }
 
+    async fn is_held(&self, key: &str, version: &VersionId) -> Result<bool, StoreError> {
+        self.inner.is_held(key, version).await
+    }
+
     async fn delete_version(&self, key: &str, version: &VersionId) -> Result<(), StoreError> {
         self.inner.delete_version(key, version).await
     }

@@ -152,6 +152,10 @@ impl ObjectStore for DirStore {
         self.head(key).await.map(|_| None)
     }
 
+    async fn is_held(&self, key: &str, _: &VersionId) -> Result<bool, StoreError> {
+        self.head(key).await.map(|_| false)
+    }
+
     async fn delete_version(&self, key: &str, version: &VersionId) -> Result<(), StoreError> {
         name::check(&self.tree.address, key)?;
         let version = version.clone();

@@ -75,12 +75,20 @@ impl S3Store {
         }
     }
 
-    /// Whether somebody put a legal hold on it, which has no end. drctl puts none.
-    pub(super) async fn is_held(&self, key: &str, version: &str) -> bool {
+    /// Whether somebody put a legal hold on it, which has no end.
+    pub(super) async fn has_hold(&self, key: &str, version: &str) -> Result<bool, StoreError> {
         let request = self.client.get_object_legal_hold().bucket(&self.bucket).key(self.full(key)).version_id(version);
-        let Ok(reply) = request.send().await else { return false };
-        reply.legal_hold().and_then(|hold| hold.status()) == Some(&ObjectLockLegalHoldStatus::On)
+        match request.send().await {
+            Ok(reply) => Ok(reply.legal_hold().and_then(|hold| hold.status()) == Some(&ObjectLockLegalHoldStatus::On)),
+            Err(error) if is_unlocked(&error) || is_unknown(&error) => Ok(false),
+            Err(error) => Err(self.call("read the legal hold", key).failed(&error)),
+        }
     }
+}
+
+/// A server that knows no legal holds keeps none.
+fn is_unknown<E: ProvideErrorMetadata>(error: &SdkError<E, aws_sdk_s3::config::http::HttpResponse>) -> bool {
+    reply(error).is_some_and(|reply| reply.code == Some("NotImplemented"))
 }
 
 /// No lock on the object, no locks in the bucket, or a delete marker, which cannot be locked.

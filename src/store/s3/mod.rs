@@ -164,6 +164,11 @@ impl ObjectStore for S3Store {
         Ok(self.lock_of(key, version).await?.map(|(_, until)| until))
     }
 
+    async fn is_held(&self, key: &str, version: &VersionId) -> Result<bool, StoreError> {
+        name::check(&self.address, key)?;
+        self.has_hold(key, &version.0).await
+    }
+
     async fn delete_version(&self, key: &str, version: &VersionId) -> Result<(), StoreError> {
         name::check(&self.address, key)?;
         self.delete_one_version(key, &version.0).await

@@ -120,7 +120,7 @@ impl S3Store {
             Err(StoreError::Denied { .. }) => return self.unexplained(key, &refused),
             Err(_) => None,
         };
-        if says_so || locked.is_some() || self.is_held(key, version).await {
+        if says_so || locked.is_some() || self.has_hold(key, version).await.unwrap_or(false) {
             return StoreError::Retained { key: key.to_owned(), address: self.address.clone(), until: locked };
         }
         refused

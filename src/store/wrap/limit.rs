@@ -91,6 +91,11 @@ impl ObjectStore for Limit {
         self.inner.locked_until(key, version).await
     }
 
+    async fn is_held(&self, key: &str, version: &VersionId) -> Result<bool, StoreError> {
+        let _turn = self.turn("lock", key).await?;
+        self.inner.is_held(key, version).await
+    }
+
     async fn delete_version(&self, key: &str, version: &VersionId) -> Result<(), StoreError> {
         let _turn = self.turn("delete", key).await?;
         self.inner.delete_version(key, version).await

@@ -93,6 +93,10 @@ impl ObjectStore for Meter {
         self.timed("lock", self.inner.locked_until(key, version)).await
     }
 
+    async fn is_held(&self, key: &str, version: &VersionId) -> Result<bool, StoreError> {
+        self.timed("lock", self.inner.is_held(key, version)).await
+    }
+
     async fn delete_version(&self, key: &str, version: &VersionId) -> Result<(), StoreError> {
         self.timed("delete", self.inner.delete_version(key, version)).await
     }

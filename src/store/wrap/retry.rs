@@ -154,6 +154,10 @@ impl ObjectStore for Retry {
         self.run(Call { operation: "lock", key }, |_| self.inner.locked_until(key, version)).await
     }
 
+    async fn is_held(&self, key: &str, version: &VersionId) -> Result<bool, StoreError> {
+        self.run(Call { operation: "lock", key }, |_| self.inner.is_held(key, version)).await
+    }
+
     async fn delete_version(&self, key: &str, version: &VersionId) -> Result<(), StoreError> {
         self.run(Call { operation: "delete", key }, |_| self.inner.delete_version(key, version)).await
     }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use aws_sdk_s3::types::{ObjectLockLegalHold, ObjectLockLegalHoldStatus};
 use bytes::Bytes;
 use chrono::{TimeDelta, Utc};
 use drctl::store::s3::{S3Checksum, S3Options, S3Store};
@@ -259,6 +260,36 @@ async fn a_locked_object_is_retained() {
         let left = server.client().list_object_versions().bucket(&server.bucket).prefix("some/prefix/b").send().await;
         let left = left.unwrap();
         assert!(left.versions().is_empty() && left.delete_markers().is_empty(), "{left:?}");
+    })
+    .await;
+}
+
+/// A hold has no end, and an object may have it without a lock.
+#[tokio::test]
+async fn a_legal_hold_is_told_before_it_refuses_a_delete() {
+    on_both(|server| async move {
+        let store = server.locked_store().await;
+        put(&store, "a", "held").await.unwrap();
+        let version = all_versions(&store, "a").await.0.remove(0).version;
+        let hold = async |status| {
+            let hold = ObjectLockLegalHold::builder().status(status).build();
+            let request = server.client().put_object_legal_hold().bucket(&server.bucket).key("some/prefix/a");
+            request.legal_hold(hold).send().await.unwrap();
+        };
+        assert!(!store.is_held("a", &version).await.unwrap());
+        hold(ObjectLockLegalHoldStatus::On).await;
+        assert!(store.is_held("a", &version).await.unwrap());
+        assert_eq!(store.locked_until("a", Some(&version)).await.unwrap(), None);
+        let error = store.delete_version("a", &version).await.unwrap_err();
+        assert!(matches!(error, StoreError::Retained { until: None, .. }), "{error}");
+        hold(ObjectLockLegalHoldStatus::Off).await;
+        assert!(!store.is_held("a", &version).await.unwrap());
+        store.delete_version("a", &version).await.unwrap();
+
+        let free = Server { bucket: format!("{}-free", server.bucket), ..server }.store().await;
+        put(&free, "a", "free").await.unwrap();
+        let version = all_versions(&free, "a").await.0.remove(0).version;
+        assert!(!free.is_held("a", &version).await.unwrap());
     })
     .await;
 }

@@ -245,7 +245,7 @@ async fn an_epoch_that_a_late_pin_keeps_loses_no_frame_to_a_broken_bundle() {
     pin::pin(&context, ids[0].as_str(), Reason { text: "audit".into(), until: None }).await.unwrap();
     let all = of_epoch(0).await;
     let (repository, rules, keysets) = (&context.repository, &context.retention, &look.keysets);
-    let sweep = Sweep { repository, writer, rules, grace: context.prune.grace, ripe: &plan, keysets };
+    let sweep = Sweep { repository, writer, rules, grace: context.prune.grace, ripe: &plan, keysets, lock: None };
     let phase = context.progress.begin("remove", None);
     let inventories = std::mem::take(&mut look.facts.inventories);
     let swept = sweep.run(plan.items.clone(), inventories, &phase).await.unwrap();

@@ -51,6 +51,31 @@ async fn a_drilled_copy_takes_the_place_of_its_original_and_of_nobody_else() {
     assert_eq!((again.plan.packs.len(), again.copies.len()), (0, 0));
 }
 
+/// By the signer of the target itself: a host that was taken over. Its copy starts, and the drill that it passed is honest.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_drilled_copy_that_was_compared_with_nothing_takes_no_place() {
+    let mut scene = Scene::new(3).await;
+    let ids = fragmented(&mut scene).await;
+    scene.prune_twice().await;
+    let target = options().target;
+    let copy = compact::run(&scene.context().await, &target, true).await.unwrap().copies.remove(0).copy;
+    // Another one of that moment, which says the same of itself and holds other pages. Of one second the older is told by its id.
+    scene.fixture.clock.advance(2);
+    let forged = scene.forge_copy(&ids[2], &scene.fixture.writer).await;
+    assert_eq!(scene.same_as(&forged).await, []);
+    scene.drill(&forged).await;
+    let report = scene.prune_twice().await;
+    assert_eq!((&report.swept, report.alarms().count()), (&None, 0), "{report:#?}");
+    let left = scene.exist().await;
+    assert!([&ids[2], &copy, &forged].iter().all(|id| left.contains(id)), "{left:?}");
+    // Beside it the good one takes the place of the original all the same: it is older.
+    scene.fixture.clock.advance(2);
+    scene.drill(&copy).await;
+    let report = scene.prune_twice().await;
+    assert_eq!(report.swept.as_ref().map(|swept| &swept.backups[..]), Some(&ids[2..3]), "{report:#?}");
+    assert!(scene.exist().await.contains(&copy));
+}
+
 /// A pin is of one backup, and a copy is another.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_original_that_is_pinned_stays_and_a_copy_goes_with_what_it_is_of() {

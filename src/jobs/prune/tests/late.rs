@@ -9,10 +9,12 @@ use chrono::{DateTime, TimeDelta, Utc};
 use super::{DAY, Scene, noise};
 use crate::jobs::pin::{self, Reason};
 use crate::jobs::prune::{Consent, Options, run};
+use crate::jobs::repair;
 use crate::model::retention::Verdict;
 use crate::model::{Clock, Lsn, Result};
 use crate::repository::handle::Writer;
-use crate::repository::testing::{Fault, Made, TestClock, log, need};
+use crate::repository::mend::Scope;
+use crate::repository::testing::{Fault, FaultyStore, Made, TestClock, log, need};
 use crate::repository::wal::index::BranchId;
 use crate::repository::wal::reader::BranchLog;
 use crate::store::ObjectStore as _;
@@ -104,7 +106,7 @@ enum Comes {
     BeforeTheSweep,
     /// After the sweep has looked for locks once, and has written down what it takes.
     AfterTheTombs,
-    /// A hold by law, of which nobody knows before the object is to be deleted.
+    /// A hold by law, put between the question and the delete.
     InTheSweep,
 }
 
@@ -122,13 +124,13 @@ async fn a_backup_whose_commit_is_locked_in_one_region_only_stays_whole() {
         let planned = scene.prune(Consent::None).await;
         let verdict = &planned.targets[0].backups.iter().find(|backup| backup.id == ids[1]).unwrap().verdict;
         let region = "b".parse().unwrap();
-        let retained = Verdict::Retained { region, until };
+        let retained = Verdict::Retained { region, until: Some(until) };
         assert_eq!(*verdict, if comes == Comes::BeforeThePlan { retained } else { Verdict::Expired }, "{comes:?}");
         match comes {
             Comes::BeforeThePlan => {}
             Comes::BeforeTheSweep => scene.fixture.stores[1].extend(&commit, until).await.unwrap(),
             Comes::AfterTheTombs => scene.fixture.stores[1].lock_when_put("pruned/backups/", &commit, until),
-            Comes::InTheSweep => scene.fixture.stores[1].hold(&commit),
+            Comes::InTheSweep => scene.fixture.stores[1].hold_late(&commit),
         }
         let version = async || {
             let page = scene.fixture.stores[0].list_versions(&commit, None).await.unwrap();
@@ -168,6 +170,81 @@ async fn a_backup_whose_commit_is_locked_in_one_region_only_stays_whole() {
     }
 }
 
+/// A hold is on one object: that of a COMMIT keeps its backup, in every region, and no copy of the COMMIT is ever touched.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backup_whose_commit_is_held_is_left_alone_until_the_hold_is_lifted() {
+    for planned_before in [false, true] {
+        let mut scene = Scene::new(2).await;
+        let ids = scene.drilled(4).await;
+        let commit = format!("commits/ledger/{}", ids[1]);
+        if planned_before {
+            scene.prune(Consent::None).await;
+            // Plans of one second have no order among themselves.
+            scene.fixture.clock.advance(2);
+        }
+        scene.fixture.stores[1].hold(&commit);
+        let version = async || scene.fixture.stores[0].list_versions(&commit, None).await.unwrap().versions;
+        let before = version().await;
+        let report = scene.prune(Consent::None).await;
+        let judged = report.targets[0].backups.iter().find(|backup| backup.id == ids[1]).unwrap();
+        assert_eq!(judged.verdict, Verdict::Retained { region: "b".parse().unwrap(), until: None });
+        scene.fixture.clock.advance(DAY + 1);
+        let swept = scene.prune(Consent::Scheduled).await.swept.unwrap();
+        assert_eq!((swept.backups.as_slice(), swept.retained, swept.retained_until), (&ids[..1], 1, None));
+        assert_eq!((scene.exist().await.as_slice(), version().await), (&ids[1..], before));
+        let records = scene.names(0).await;
+        assert!(!records.iter().any(|key| key.starts_with(&format!("pruned/backups/ledger/{}", ids[1]))));
+        scene.is_whole().await;
+        scene.fixture.stores[1].release(&commit);
+        scene.fixture.clock.advance(2);
+        assert_eq!(scene.prune_twice().await.swept.unwrap().backups, ids[1..2]);
+        scene.is_whole().await;
+    }
+}
+
+/// A hold that came a moment too late, and a sweep that could not put back what it took.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_held_backup_whose_sweep_died_comes_back() {
+    for killed in [false, true] {
+        let mut scene = Scene::new(2).await;
+        let ids = scene.drilled(4).await;
+        let commit = format!("commits/ledger/{}", ids[0]);
+        scene.prune(Consent::None).await;
+        scene.fixture.clock.advance(DAY + 1);
+        scene.fixture.stores[1].hold_late(&commit);
+        scene.fixture.stores[0].break_after_deletes(1);
+        let error = scene.try_prune(Consent::Scheduled).await.unwrap_err();
+        assert!(error.to_string().contains("killed"), "{error}");
+        scene.fixture.stores[0].break_after_deletes(i64::MAX);
+        if killed {
+            // It could not write another word.
+            scene.fixture.stores[0].lose(&commit).await;
+            for (region, store) in scene.fixture.stores.iter().enumerate() {
+                let said = scene.names(region).await.into_iter();
+                for key in said.filter(|key| key.starts_with("pruned/spared/") || key.ends_with("/ended")) {
+                    store.lose(&key).await;
+                }
+            }
+            assert!(!scene.exist().await.contains(&ids[0]));
+        }
+        let report = scene.prune(Consent::None).await;
+        assert_eq!(report.refusals, Vec::<String>::new(), "killed: {killed}");
+        assert!(scene.exist().await.contains(&ids[0]), "killed: {killed}");
+        for region in 0..2 {
+            assert!(scene.names(region).await.contains(&commit), "killed: {killed}, {region}");
+        }
+        scene.is_whole().await;
+        // It is one that a region may lose a part of, like any other.
+        scene.fixture.stores[0].lose(&commit).await;
+        assert!(scene.exist().await.contains(&ids[0]), "killed: {killed}");
+        let mended = repair::run(&scene.context().await, &Scope::default()).await.unwrap();
+        assert_eq!(mended.regions[0].copied, 1);
+        scene.prune_twice().await;
+        assert!(scene.exist().await.contains(&ids[0]), "killed: {killed}");
+        scene.is_whole().await;
+    }
+}
+
 /// Objects whose lock is longer than that of their COMMIT are garbage that waits, and no error.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_locked_of_a_pruned_backup_goes_when_the_lock_is_over() {
@@ -203,11 +280,13 @@ async fn a_region_that_does_not_say_what_is_locked_refuses_the_run() {
     let ids = scene.drilled(3).await;
     scene.prune(Consent::None).await;
     scene.fixture.clock.advance(DAY + 1);
-    scene.fixture.stores[1].hide_locks(true);
-    let report = scene.prune(Consent::Scheduled).await;
-    assert!(report.swept.is_none() && report.refusals[0].contains("locked"), "{report:#?}");
-    assert_eq!(scene.exist().await, ids);
-    scene.fixture.stores[1].hide_locks(false);
+    for hide in [FaultyStore::hide_locks, FaultyStore::hide_holds] {
+        hide(&scene.fixture.stores[1], true);
+        let report = scene.prune(Consent::Scheduled).await;
+        assert!(report.swept.is_none() && report.refusals[0].contains("locked"), "{report:#?}");
+        assert_eq!(scene.exist().await, ids);
+        hide(&scene.fixture.stores[1], false);
+    }
     assert_eq!(scene.prune(Consent::Scheduled).await.swept.unwrap().backups, ids[..1]);
 }
 

@@ -1,10 +1,10 @@
 //! Sweeps that took nothing: what they announced stays, whatever a region loses later.
 
 use super::{DAY, Scene, rules};
-use crate::jobs::prune::Consent;
-use crate::jobs::repair;
+use crate::jobs::prune::{Consent, Options, run};
 use crate::jobs::verify::{self, Level};
-use crate::model::{BackupId, PruneId};
+use crate::jobs::{Context, repair};
+use crate::model::{BackupId, Kind, PruneId};
 use crate::repository::handle::Writer;
 use crate::repository::layout;
 use crate::repository::mend::Scope;
@@ -119,11 +119,35 @@ async fn nobody_speaks_for_a_sweep_that_may_be_at_work() {
     scene.sweep_in_vain(true).await;
     let elsewhere = Writer { host: "there".to_owned(), ..scene.fixture.writer.clone() };
     let repository = scene.fixture.reopen().await.unwrap();
-    assert!(spare::after_dead_sweeps(&repository, &elsewhere).await.unwrap().is_empty());
+    // A host of the same name, or a second state directory on this one, is not the one that died.
+    for writer in [&elsewhere, &scene.fixture.writer] {
+        for lock in [None, Some("another")] {
+            assert!(spare::after_dead_sweeps(&repository, writer, lock).await.unwrap().is_empty());
+        }
+    }
     scene.fixture.clock.advance(7 * 3600);
-    let spared = spare::after_dead_sweeps(&repository, &elsewhere).await.unwrap();
+    let spared = spare::after_dead_sweeps(&repository, &elsewhere, None).await.unwrap();
     assert!(spared.iter().eq(&ids[..3]), "{spared:?}");
-    assert!(spare::after_dead_sweeps(&repository, &elsewhere).await.unwrap().is_empty());
+    assert!(spare::after_dead_sweeps(&repository, &elsewhere, None).await.unwrap().is_empty());
+}
+
+/// Two pruners under one name: containers, a cloned machine, a second state directory.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_two_pruners_with_one_host_name_neither_takes_the_other_for_dead() {
+    let mut scene = Scene::new(2).await;
+    let ids = scene.drilled(4).await;
+    // What the first one says while it is at work.
+    scene.sweep_in_vain(true).await;
+    let elsewhere = tempfile::tempdir().unwrap();
+    let second = Context { state_dir: elsewhere.path().to_owned(), ..scene.context().await };
+    let scheduled = Options { dry_run: false, consent: Consent::Scheduled };
+    let refused = run(&second, &scheduled).await.unwrap_err();
+    assert!(refused.kind() == Kind::Refused && refused.to_string().contains("another prune is at work"), "{refused}");
+    assert_eq!(scene.exist().await, ids);
+    scene.is_whole().await;
+    // The first one is known to be gone by whoever holds its lock now.
+    assert_eq!(scene.prune(Consent::Scheduled).await.swept.unwrap().backups, ids[..2]);
+    assert_eq!(scene.exist().await, ids[2..]);
 }
 
 /// Whoever may write can write a tomb, and some region may owe a COMMIT: that is no end of the backup.
@@ -165,6 +189,39 @@ async fn a_tomb_that_no_sweep_wrote_ends_no_backup_that_a_region_owes() {
     assert_eq!(scene.exist().await, ids[2..]);
     assert_eq!(scene.repair().await, [0, 0, 0]);
     scene.is_whole().await;
+}
+
+/// Two regions leave no majority: but no sweep buries a backup in one of them alone.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_tomb_in_one_region_alone_hides_no_backup_that_this_region_lost() {
+    let scene = &mut Scene::new(10).await;
+    let ids = scene.drilled(3).await;
+    let (writer, at) = (&scene.fixture.writer, scene.fixture.writer.clock.now());
+    let forged = Tomb {
+        format: 1,
+        backup: ids[0].clone(),
+        target: ids[0].target().unwrap(),
+        prune: PruneId::new(at, writer.rng.as_ref()).unwrap(),
+        at,
+        why: String::new(),
+        keysets: Vec::new(),
+        wal: None,
+        host: "there".to_owned(),
+    };
+    let (repository, key) = (scene.fixture.reopen().await.unwrap(), forged.key());
+    for lost in scene.names(1).await.iter().filter(|key| *key != layout::REPOSITORY) {
+        scene.fixture.stores[1].lose(lost).await;
+    }
+    let bytes = records::encode(&repository.id, writer, (tombs::TOMB, &key), &forged).unwrap();
+    scene.fixture.stores[1].damage(&key, bytes.to_vec()).await;
+    assert_eq!(scene.exist().await, ids);
+    scene.repair().await;
+    assert_eq!(scene.below(1, "commits/").await, scene.below(0, "commits/").await);
+    assert_eq!(scene.below(0, "pruned/backups/").await, Vec::<String>::new());
+    assert_eq!(scene.exist().await, ids);
+    scene.is_whole().await;
+    assert_eq!(scene.prune_twice().await.swept, None);
+    assert_eq!(scene.exist().await, ids);
 }
 
 /// A record that WAL is gone, while it is not, would keep repair from bringing it where it is missing.

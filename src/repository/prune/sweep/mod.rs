@@ -57,6 +57,8 @@ pub struct Sweep<'a> {
     pub ripe: &'a Plan,
     /// Keysets of earlier plans.
     pub keysets: &'a BTreeSet<(TargetName, KeysetId)>,
+    /// Which lock this process holds for as long as it sweeps.
+    pub lock: Option<&'a str>,
 }
 
 /// What a sweep did.
@@ -81,10 +83,10 @@ pub struct Swept {
 }
 
 impl Swept {
-    /// A backup stays because its COMMIT is locked.
+    /// A backup stays because its COMMIT is locked, or held, which has no end.
     pub fn tell_locked(&mut self, locked: &Locked) {
         self.retained += locked.copies;
-        self.retained_until = self.retained_until.max(Some(locked.until));
+        self.retained_until = self.retained_until.max(locked.until);
     }
 }
 
@@ -181,13 +183,13 @@ impl Sweep<'_> {
             bytes: items.iter().map(|item| item.size).sum(),
             at,
             host: writer.host.clone(),
+            lock: self.lock.map(str::to_owned),
         };
         let key = layout::sweep(&begun.id);
         let body = records::encode(&repository.id, writer, (sweeps::BEGUN, &key), &begun)?;
         repository.regions.put_everywhere(&key, body).await.during(|| "announce the sweep")?;
         let others = sweeps::running(repository, at).await?;
-        // A sweep of this host is dead: the lock of its state directory is ours.
-        match others.iter().find(|other| other.id != begun.id && other.host != begun.host) {
+        match others.iter().find(|other| other.id != begun.id && !other.held(self.lock)) {
             None => Ok(begun),
             Some(other) => {
                 let error = Error::refused(format!("another prune is at work on {}", other.host));
@@ -199,7 +201,7 @@ impl Sweep<'_> {
     }
 
     async fn look(&self, known: Inventories) -> Result<Facts> {
-        let facts = Facts::gather(self.repository, self.writer.clock.as_ref(), (self.grace, known)).await?;
+        let facts = Facts::gather(self.repository, self.writer, (self.grace, known)).await?;
         match facts.refusals.first() {
             None => Ok(facts),
             Some(why) => Err(Error::refused("the sweep stops: something changed under it").because(why)),

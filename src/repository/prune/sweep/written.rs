@@ -3,7 +3,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
-use futures::future::join_all;
 
 use super::{Dead, Sweep, Swept};
 use crate::model::commit::Commit;
@@ -13,11 +12,10 @@ use crate::repository::catalog;
 use crate::repository::layout;
 use crate::repository::prune::facts::Facts;
 use crate::repository::prune::garbage::{Item, Why};
-use crate::repository::prune::spare;
+use crate::repository::prune::{kept, spare};
 use crate::repository::records;
 use crate::repository::records::tombs::{self, Tomb, WalCut};
 use crate::repository::sweeps::{self, Begun, Ended};
-use crate::store::Digest;
 
 impl Sweep<'_> {
     /// Writes down in every region which backups go.
@@ -93,19 +91,12 @@ impl Sweep<'_> {
         let told = match commit {
             Some(Commit { target, id, .. }) => {
                 let tomb = (target, id, &begun.id);
-                spare::record(self.repository, self.writer, tomb, "its COMMIT is locked").await
+                kept::record(self.repository, self.writer, tomb, "its COMMIT is locked").await
             }
             None => Ok(()),
         };
-        let since = commit.map(|commit| commit.started_at);
-        let puts = self.repository.regions.all().iter().map(|region| async move {
-            let put = region.put(key, (bytes.clone(), Digest::of(bytes)), since).await;
-            put.map(drop).map_err(|error| {
-                let error = Error::from(error).during(format!("put {key} back into region {}", region.name));
-                error.hint(format!("{of} is locked in another region and stays: drctl repair"))
-            })
-        });
-        join_all(puts).await.into_iter().chain([told]).collect()
+        let since = commit.map_or(begun.at, |commit| commit.started_at);
+        kept::put_back(self.repository, (key, bytes), since).await.and(told)
     }
 
     /// Ends the tombs of backups that it left alone, by a pin that came late or because it stopped early. Nothing that it asked
@@ -115,7 +106,7 @@ impl Sweep<'_> {
             return Ok(());
         }
         let standing = tombs::standing(self.repository, None, |id| begun.backups.contains(id)).await?;
-        let own = standing.tombs.into_iter().map(|(tomb, _)| tomb).filter(|tomb| tomb.prune == begun.id);
+        let own = standing.tombs.into_iter().map(|stone| stone.tomb).filter(|tomb| tomb.prune == begun.id);
         let spared = spare::of_whole(self.repository, self.writer, (own.collect(), "its sweep left it alone")).await;
         spared.map(drop).during(|| "record which backups were spared; the next prune does it")
     }

@@ -115,6 +115,15 @@ pub fn rename(from: &Path, to: &Path) -> Result<(), DiskError> {
     if parent(from) == parent(to) { Ok(()) } else { sync_dir(parent(from)) }
 }
 
+/// A rename that a power failure may undo, or leave with a part of the contents: for what is not relied on before it is
+/// flushed, or after the machine went down.
+///
+/// # Errors
+/// The file system refused.
+pub fn name(from: &Path, to: &Path) -> Result<(), DiskError> {
+    rustix::fs::rename(from, to).at("rename", from)
+}
+
 /// Makes the names in a directory durable.
 ///
 /// # Errors

@@ -93,10 +93,11 @@ impl Staging {
         let bytes = serde_json::to_vec_pretty(self)
             .map_err(|error| Error::failed("encode the staging record").because(error))?;
         let path = directory.join(STAGING_FILE);
-        Ok(match owner {
-            Some(User { uid, gid }) => place::place_for(&path, &bytes, 0o600, (uid, gid))?,
-            None => place::place(&path, &bytes, 0o600)?,
-        })
+        let placed = match owner {
+            Some(User { uid, gid }) => place::place_for(&path, &bytes, 0o600, (uid, gid)),
+            None => place::place(&path, &bytes, 0o600),
+        };
+        Ok(placed?)
     }
 
     /// The segment files of the plan.

@@ -237,12 +237,12 @@ impl Segment {
         Ok(())
     }
 
-    /// Puts the whole segment at `place`, in the owner's hands before it is seen there.
-    fn finish(self, size: WalSegmentSize, owner: Option<User>, place: &Path) -> Result<File> {
+    /// Gives the whole segment its name, in the owner's hands before it is seen there.
+    fn finish(self, size: WalSegmentSize, owner: Option<User>, path: &Path) -> Result<File> {
         // PostgreSQL refuses a segment of another size.
         self.file.set_len(size.bytes()).map_err(|error| DiskError::new("extend", &self.path, error))?;
         give(&self.path, owner)?;
-        std::fs::rename(&self.path, place).map_err(|error| DiskError::new("rename", &self.path, error))?;
+        place::name(&self.path, path)?;
         Ok(self.file)
     }
 }

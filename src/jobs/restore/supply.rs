@@ -24,24 +24,25 @@ const LOOK: Duration = Duration::from_millis(200);
 #[derive(Debug)]
 pub(super) enum Source<'a> {
     /// A staging directory that is to be filled, and its first WAL, if that was asked for already.
-    Staged(Stager, Option<Reading<'a>>),
+    Staged(Stager, Option<Box<Reading<'a>>>),
     /// A walsender.
     Streamed(Walsender),
 }
 
 /// The first WAL that is to be staged, on its way.
-pub(super) async fn begin<'a>(context: &'a Context, prepared: &'a Prepared) -> Result<Option<Reading<'a>>> {
-    match prepared.plan.feed {
-        Feed::Staged => stage::begin(context, &prepared.repository, &prepared.route).await.during(|| "stage WAL"),
-        Feed::Streamed => Ok(None),
+pub(super) async fn begin<'a>(context: &'a Context, prepared: &'a Prepared) -> Result<Option<Box<Reading<'a>>>> {
+    if prepared.plan.feed == Feed::Streamed {
+        return Ok(None);
     }
+    let first = stage::begin(context, &prepared.repository, &prepared.route).await.during(|| "stage WAL")?;
+    Ok(first.map(Box::new))
 }
 
 impl<'a> Source<'a> {
     /// Prepares it, and tells the server's configuration about it.
     pub(super) async fn prepare(
         context: &Context,
-        (prepared, begun): (&Prepared, Option<Reading<'a>>),
+        (prepared, begun): (&Prepared, Option<Box<Reading<'a>>>),
         directory: &Path,
         owner: Option<User>,
     ) -> Result<Self> {
@@ -52,7 +53,7 @@ impl<'a> Source<'a> {
     }
 
     fn stage(
-        (prepared, begun): (&Prepared, Option<Reading<'a>>),
+        (prepared, begun): (&Prepared, Option<Box<Reading<'a>>>),
         directory: &Path,
         owner: Option<User>,
     ) -> Result<Self> {
@@ -103,12 +104,12 @@ fn configure(prepared: &Prepared, directory: &Path, supply: Supply<'_>) -> Resul
 async fn fill(
     context: &Context,
     prepared: &Prepared,
-    (stager, begun): (Stager, Option<Reading<'_>>),
+    (stager, begun): (Stager, Option<Box<Reading<'_>>>),
     report: &mut Report,
 ) -> Result<()> {
     let phase = Arc::new(context.progress.begin("stage", Some(prepared.plan.wal_bytes)));
     let began = context.clock.monotonic();
-    let route = (&prepared.route, begun);
+    let route = (&prepared.route, begun.map(|first| *first));
     let bytes = stager.fill((context, &prepared.repository), route, &phase).await.during(|| "stage WAL")?;
     report.phases.push(PhaseTime::new("stage", context.clock.monotonic() - began).of(bytes));
     Ok(())

@@ -109,7 +109,8 @@ fn drilled(report: &drill::Report) -> Result<Done> {
     }
 }
 
-/// A refusal is a failure of the slot: whoever is told looks at why. An unproven backup that goes is a debt of drills.
+/// A refusal is a failure of the slot: whoever is told looks at why. An unproven backup that goes is a debt of drills, and one that
+/// stays for want of a known signer is a debt of the configuration: without `signers` nothing might ever go.
 fn pruned(report: &prune::Report) -> Result<Done> {
     if !report.refusals.is_empty() {
         let error = Error::refused("nothing was pruned");
@@ -121,8 +122,16 @@ fn pruned(report: &prune::Report) -> Result<Done> {
         format!("{backups} backups and {objects} objects removed, {retained} locked; ")
     });
     let (unproven, waiting) = (report.alarms().count(), report.planned.amount.objects);
-    let alarm = if unproven == 0 { String::new() } else { format!("; {unproven} backups that go were never drilled") };
-    Ok(done(unproven > 0, format!("{}{waiting} objects found that nobody needs{alarm}", gone.unwrap_or_default())))
+    let mut alarm =
+        if unproven == 0 { String::new() } else { format!("; {unproven} backups that go were never drilled") };
+    let doubted = report.doubted().count();
+    if doubted > 0 {
+        alarm += &format!(
+            "; {doubted} backups stay whose signers prune does not rely on: drctl prune names them, list them in `signers`"
+        );
+    }
+    let told = format!("{}{waiting} objects found that nobody needs{alarm}", gone.unwrap_or_default());
+    Ok(done(unproven + doubted > 0, told))
 }
 
 fn verified(report: &verify::Report) -> Result<Done> {

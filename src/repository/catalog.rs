@@ -143,7 +143,8 @@ pub fn parse_commit(repository: &Repository, key: &str, bytes: &[u8]) -> Result<
         key.rsplit('/').next().unwrap_or_default().parse().map_err(|_| wrong("is not named as a backup"))?;
     let body = repository.trust.verify_text(&commit_context(&repository.id, &id), bytes)?;
     let commit: Commit = format::parse(key, body)?;
-    if commit.id != id || layout::commit(&commit.target, &id) != key {
+    // Below the name of another target, one id would stand for two backups.
+    if commit.id != id || id.target()? != commit.target || layout::commit(&commit.target, &id) != key {
         return Err(wrong("belongs elsewhere"));
     }
     Ok(commit)

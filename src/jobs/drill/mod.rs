@@ -203,8 +203,9 @@ async fn rehearse(
     let restored = restore::rehearse(context, &request, prepared, &server).await;
     let (restored, mut instance) = restored.map_err(|error| Stop::restoring(error, scratch))?;
     report.restored(restored);
-    let (began, seen) = (context.clock.monotonic(), report.checks.len());
+    // Not a part of recovery, and of no scratch disk.
     alike::compare(context, report).await;
+    let (began, seen) = (context.clock.monotonic(), report.checks.len());
     let examined = examine::all(context, (target, system_id), (scratch, arrived), report).await;
     report.phases.push(PhaseTime::new("validate", context.clock.monotonic() - began));
     let examined = match examined {

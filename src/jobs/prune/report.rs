@@ -40,6 +40,12 @@ impl Report {
         let backups = self.targets.iter().flat_map(|target| &target.backups);
         backups.filter(|backup| backup.verdict == Verdict::NeverProven)
     }
+
+    /// Backups that stay and take no place, because prune does not rely on who says that they are proven.
+    pub fn doubted(&self) -> impl Iterator<Item = &Judged> {
+        let backups = self.targets.iter().flat_map(|target| &target.backups);
+        backups.filter(|backup| matches!(&backup.verdict, Verdict::Keep(reasons) if reasons.contains(&Keep::Doubted)))
+    }
 }
 
 /// One target.

@@ -2,7 +2,7 @@
 //! same. Who has the keys can tell, as long as both are there.
 
 use crate::model::commit::Commit;
-use crate::model::{BackupId, Error, Result, ResultExt, TargetName};
+use crate::model::{BackupId, Error, Kind, Result, ResultExt, TargetName};
 use crate::repository::catalog;
 use crate::repository::compact::compare::Comparison;
 use crate::repository::compact::live::Live;
@@ -29,7 +29,11 @@ pub async fn alike(hands: Hands<'_>, target: &TargetName, id: &BackupId) -> Resu
 }
 
 async fn compare(hands: Hands<'_>, other: &Commit, copy: &Commit) -> Result<()> {
-    let inventory = catalog::inventory(hands.repository, other).await?;
+    let of_the_other = |error: Error| match error.kind() {
+        Kind::Damaged => Error::new(Kind::Unavailable, format!("{} is damaged itself", other.id)).because(error),
+        _ => error,
+    };
+    let inventory = catalog::inventory(hands.repository, other).await.map_err(of_the_other)?;
     let listed = catalog::inventory(hands.repository, copy).await?;
     let known: Lines = inventory.iter().map(|line| (line.key.clone(), line.clone())).collect();
     if let Some(line) = listed.iter().find(|line| known.get(&line.key).is_some_and(|known| known != *line)) {
@@ -37,7 +41,7 @@ async fn compare(hands: Hands<'_>, other: &Commit, copy: &Commit) -> Result<()> 
     }
     let original = Original { commit: other.clone(), inventory };
     let mut live = Live::default();
-    live.add(hands, &original).await.during(|| format!("read the map of {}", other.id))?;
+    live.add(hands, &original).await.map_err(of_the_other).during(|| format!("read the map of {}", other.id))?;
     let survey = Survey { plan: Plan::default(), target: other.target.clone(), live, originals: Vec::new() };
     Comparison::default().compare((hands, &survey), &original, (copy, &listed)).await
 }

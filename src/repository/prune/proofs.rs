@@ -96,11 +96,14 @@ impl Proofs {
         needed: impl Fn(&BackupId) -> Vec<String>,
     ) -> Vec<Candidate> {
         let commits: Vec<&Commit> = backups.iter().map(|backup| &backup.commit).collect();
+        let counts = |backup: &Backup| rules.undrilled && self.relies_on(&backup.signer) || self.is_drilled(backup);
+        let counted: Vec<&Commit> =
+            backups.iter().filter(|backup| counts(backup)).map(|backup| &backup.commit).collect();
         let candidate = |backup: &&Backup| {
             let Commit { id, started_at, .. } = &backup.commit;
-            let undrilled = rules.undrilled && self.relies_on(&backup.signer);
-            let drilled = undrilled || self.is_drilled(backup);
-            let proven = drilled && self.is_same_as_all_before(&backup.commit, &commits);
+            let drilled = counts(backup);
+            let is_copy = catalog::copy_among(&backup.commit, &commits).is_some();
+            let proven = drilled && (!is_copy || self.is_same_as_all_before(&backup.commit, &counted));
             Candidate {
                 id: id.clone(),
                 at: *started_at,
@@ -113,13 +116,10 @@ impl Proofs {
         backups.iter().map(candidate).collect()
     }
 
-    /// Whether a copy was compared with everything of its moment that it would take the place of. A drill shows that it starts, and
-    /// not that it is what its original is.
-    fn is_same_as_all_before(&self, commit: &Commit, all: &[&Commit]) -> bool {
-        if catalog::copy_among(commit, all).is_none() {
-            return true;
-        }
-        let before = all.iter().filter(|other| commit.is_copied_after(other));
+    /// Whether a copy was compared with everything of its moment that it would take the place of: with what counts itself, since nothing
+    /// else has a place. A drill shows that it starts, and not that it is what its original is.
+    fn is_same_as_all_before(&self, commit: &Commit, counted: &[&Commit]) -> bool {
+        let before = counted.iter().filter(|other| commit.is_copied_after(other));
         let is_same = |other: &&Commit| match self.whose {
             Whose::Anybody => true,
             Whose::Relied { .. } => {

@@ -165,6 +165,15 @@ impl Look<'_> {
             // A SEAL was written by another owner and says nothing of the WAL before it.
             tail = index.header(repository, epoch, *seq).await?;
         }
+        // Where an epoch ends and what it holds is told by its frames: whoever may sign in one region could end any of them.
+        for frame in [&head, &tail] {
+            if !self.facts.proofs.relies_on(&frame.signer) {
+                let error = Error::refused(format!("{} was signed by {}", frame.place.key(), frame.signer));
+                return Err(
+                    error.because("prune relies on the signers in `signers`, or without a list on this host alone")
+                );
+            }
+        }
         let ruled = self.rules.get(&head.target).filter(|rules| !rules.keep_everything());
         if ruled.is_none() || self.facts.is_held(&head.target) {
             return Ok(None);

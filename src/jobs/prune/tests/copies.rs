@@ -1,8 +1,11 @@
 //! Copies that compaction made: they count when they are drilled, take the place of one backup and never of two, and what they
 //! left goes.
 
+use chrono::TimeDelta;
+
 use super::*;
 use crate::jobs::compact;
+use crate::model::commit::CopyOf;
 
 /// Five days, each drilled. The third needs a little of a pack that the first filled; from the fourth on nobody does.
 async fn fragmented(scene: &mut Scene) -> Vec<BackupId> {
@@ -49,6 +52,16 @@ async fn a_drilled_copy_takes_the_place_of_its_original_and_of_nobody_else() {
     // Nothing was done that would have to be done again.
     let again = compact::run(&scene.context().await, &target, true).await.unwrap();
     assert_eq!((again.plan.packs.len(), again.copies.len()), (0, 0));
+
+    // What a stranger calls an older copy of that moment takes it no place, whatever the good one was compared with.
+    let stranger = scene.stranger();
+    scene.enroll(&stranger).await;
+    let at = scene.fixture.writer.clock.now() - TimeDelta::days(30);
+    let forged = scene.forge_copy_like(&copy, CopyOf { backup: ids[2].clone(), at }, &stranger).await;
+    let report = scene.prune_twice().await;
+    let gone = report.swept.iter().flat_map(|swept| &swept.backups);
+    assert!(gone.chain(report.alarms().map(|judged| &judged.id)).all(|id| *id == forged), "{report:#?}");
+    assert!(scene.exist().await.contains(&copy));
 }
 
 /// By the signer of the target itself: a host that was taken over. Its copy starts, and the drill that it passed is honest.

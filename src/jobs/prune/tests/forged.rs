@@ -16,7 +16,7 @@ use crate::repository::{inventory, layout};
 use crate::store::Digest;
 
 impl Scene {
-    fn stranger(&self) -> Writer {
+    pub(super) fn stranger(&self) -> Writer {
         let signer = Arc::new(Signer::generate(&SystemRng).unwrap());
         Writer { signer, host: "there".to_owned(), ..self.fixture.writer.clone() }
     }
@@ -31,9 +31,15 @@ impl Scene {
 
     /// A COMMIT that says to be a copy of another backup, with an inventory that says the same as that one's.
     pub(super) async fn forge_copy(&self, of: &BackupId, writer: &Writer) -> BackupId {
+        let copy = CopyOf { backup: of.clone(), at: self.fixture.writer.clock.now() };
+        self.forge_copy_like(of, copy, writer).await
+    }
+
+    /// The same with the pages of `like`, which exists.
+    pub(super) async fn forge_copy_like(&self, like: &BackupId, copy: CopyOf, writer: &Writer) -> BackupId {
         let repository = self.fixture.reopen().await.unwrap();
         let backups = catalog::backups(&repository, None).await.unwrap().0;
-        let original = backups.into_iter().find(|backup| backup.commit.id == *of).unwrap().commit;
+        let original = backups.into_iter().find(|backup| backup.commit.id == *like).unwrap().commit;
         let id = BackupId::new(&original.target, original.started_at, &SystemRng).unwrap();
         let lines = catalog::inventory(&repository, &original).await.unwrap();
         let mut summary = PartsSummary::default();
@@ -43,8 +49,7 @@ impl Scene {
             summary.add(bytes.len() as u64, Digest::of(&bytes));
             objects.push((layout::inventory(&original.target, &id, part), bytes));
         }
-        let copy = Some(CopyOf { backup: of.clone(), at: self.fixture.writer.clock.now() });
-        let commit = Commit { id: id.clone(), inventory: summary.finish(), copy, ..original };
+        let commit = Commit { id: id.clone(), inventory: summary.finish(), copy: Some(copy), ..original };
         let mut body = serde_json::to_vec(&commit).unwrap();
         body.push(b'\n');
         let context = commit_context(&repository.id, &id);
@@ -56,7 +61,7 @@ impl Scene {
         id
     }
 
-    async fn enroll(&self, writer: &Writer) {
+    pub(super) async fn enroll(&self, writer: &Writer) {
         let out = FanOut::new(&self.fixture.repository.regions, Patience::BACKUP);
         self.fixture.repository.enroll(writer, &out).await.unwrap();
         out.drain().await;
@@ -196,4 +201,26 @@ async fn a_forged_copy_takes_the_place_of_no_original() {
     let mut left = scene.exist().await;
     left.sort();
     assert_eq!(left, ids);
+}
+
+/// One id stands for one backup: below the name of another target it is of nobody.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_commit_below_the_name_of_another_target_is_no_backup() {
+    let mut scene = Scene::new(2).await;
+    let ids = scene.drilled(3).await;
+    let stranger = scene.stranger();
+    scene.enroll(&stranger).await;
+    let repository = scene.fixture.reopen().await.unwrap();
+    let commit = catalog::named(&repository, ids[1].as_str()).await.unwrap().0.remove(0).commit;
+    let commit = Commit { target: "zzz".parse().unwrap(), ..commit };
+    let mut body = serde_json::to_vec(&commit).unwrap();
+    body.push(b'\n');
+    let context = commit_context(&repository.id, &commit.id);
+    let bytes = crate::codec::sign::sign_text(&stranger.signer, &context, &body).unwrap();
+    repository.regions.put_everywhere(&layout::commit(&commit.target, &commit.id), bytes.into()).await.unwrap();
+    let (backups, unreadable) = catalog::backups(&repository, None).await.unwrap();
+    assert_eq!((backups.len(), unreadable.len()), (3, 1), "{unreadable:?}");
+    assert!(unreadable[0].to_string().contains("belongs elsewhere"), "{unreadable:?}");
+    let report = scene.prune(Consent::None).await;
+    assert!(report.refusals.iter().any(|why| why.contains("zzz")), "{report:#?}");
 }

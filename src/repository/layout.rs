@@ -307,6 +307,13 @@ pub fn parse_bundle(part: &str) -> Option<(u64, u64)> {
     (first <= last && last - first < MOST_FRAMES).then_some((first, last))
 }
 
+/// Whether an object of this size can be a bundle of these frames: each has a head with a signature. A name alone could else
+/// stand for frames that nobody wrote, tens of thousands of them.
+pub const fn can_be_bundle((first, last): (u64, u64), size: u64) -> bool {
+    const LEAST_FRAME: u64 = 128;
+    size >= (last - first + 1) * LEAST_FRAME
+}
+
 /// Reads the last part of [`wal_frame`].
 pub fn parse_seq(part: &str) -> Option<u64> {
     let digits = part.len() == 10 && part.bytes().all(|byte| byte.is_ascii_digit());

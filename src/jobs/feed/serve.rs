@@ -239,6 +239,11 @@ async fn read_on(
         // Whoever waits for news must not keep them out.
         let reach = shared.stock.read().await.reach(timeline, at);
         let piece = match read {
+            // What was learnt while it was read may end the way before it: a contradiction, or a switch.
+            Ok(Some(((_, to), _))) if !matches!(reach, Ok(Reach::To(end)) if end >= to) => {
+                ahead.clear();
+                continue;
+            }
             Ok(Some(((from, to), wal))) => {
                 at = Lsn(from.0 + wal.len() as u64);
                 if at != to {
@@ -285,7 +290,11 @@ async fn read_ahead(shared: &Arc<Shared>, (timeline, at): (Timeline, Lsn), ahead
         let shared = Arc::clone(shared);
         let reading = task::spawn("feed-piece", async move {
             let stock = shared.stock.read().await;
-            stock.read(&shared.context, timeline, span).await
+            match stock.reach(timeline, span.0) {
+                Ok(Reach::To(end)) if end >= span.1 => stock.read(&shared.context, timeline, span).await,
+                // A region that did not answer once made the log shorter, and the next look makes it whole.
+                _ => Err(Error::new(Kind::Unavailable, "what is stored is counted anew")),
+            }
         });
         ahead.push_back((span, AbortOnDropHandle::new(reading)));
         from = span.1;

@@ -89,7 +89,9 @@ impl WalIndex {
                 Ok(objects) => {
                     for object in objects {
                         let Some(name) = object.key.strip_prefix(&prefix) else { continue };
-                        if let Some(bundle) = parse_bundle(name) {
+                        if let Some(bundle) = parse_bundle(name)
+                            && layout::can_be_bundle(bundle.1, object.size)
+                        {
                             index.add_bundle(bundle, &region, object.size);
                         }
                         let Some((epoch, seq)) = parse_frame(name) else { continue };

@@ -39,7 +39,6 @@ impl WalIndex {
                 _ => {}
             }
             above = Some(*seq);
-            lowest = lowest.or(above);
             let regions: Vec<&Region> = held.iter().filter_map(|name| repository.regions.named(name).ok()).collect();
             let place = self.place(epoch, *seq);
             let looks = join_all(regions.iter().map(|region| self.holding_of(repository, region, &place))).await;
@@ -49,6 +48,9 @@ impl WalIndex {
             }
             if found.values().any(|holding| *holding == Holding::Seal) {
                 lowest = above;
+            } else if found.values().any(|holding| *holding != Holding::Damaged) {
+                // Bytes that are no frame tell nothing of how far its writer was.
+                lowest = lowest.or(above);
             }
             let ended = found.values().any(|holding| *holding == Holding::End);
             holdings.insert(*seq, found);

@@ -210,7 +210,8 @@ async fn listed(region: &Region, prefix: &str, epoch: &EpochId) -> Result<Vec<Ar
     let objects = list_all(region.store.as_ref(), prefix).await?;
     let numbers = |object: &crate::store::ListedObject| -> Option<(RangeInclusive<u64>, Option<u64>)> {
         let name = object.key.strip_prefix(prefix)?;
-        let bundle = layout::parse_bundle(name).map(|(first, last)| (first..=last, None));
+        let bundle = layout::parse_bundle(name).filter(|seqs| layout::can_be_bundle(*seqs, object.size));
+        let bundle = bundle.map(|(first, last)| (first..=last, None));
         bundle.or_else(|| layout::parse_seq(name).map(|seq| (seq..=seq, Some(object.size))))
     };
     let arrivals = objects.iter().filter_map(numbers).flat_map(|(seqs, size)| seqs.map(move |seq| (seq, size)));

@@ -11,7 +11,7 @@ use futures::future::join_all;
 use futures::{StreamExt, stream};
 
 use super::WalIndex;
-use crate::model::{EpochId, Error, Lsn, RegionName, Result};
+use crate::model::{EpochId, Error, Kind, Lsn, RegionName, Result};
 use crate::repository::handle::Repository;
 use crate::repository::wal::frame::{BARE_LIMIT, FrameHeader, FrameKind, IN_FLIGHT};
 use crate::repository::wal::index::beside::Displaced;
@@ -58,13 +58,25 @@ impl WalIndex {
         seqs: &BTreeMap<u64, BTreeSet<RegionName>>,
     ) -> Option<u64> {
         let ((first, _), (last, _)) = (seqs.first_key_value()?, seqs.last_key_value()?);
-        let small = |seq: &&u64| self.size(epoch, **seq) <= BARE_LIMIT;
-        let near = seqs.range(last.saturating_sub(IN_FLIGHT)..).map(|(seq, _)| seq).filter(small);
-        // The first one is asked for next.
-        let near: BTreeSet<u64> = near.chain([first]).copied().collect();
-        let headers = join_all(near.iter().map(|seq| self.header(repository, epoch, *seq))).await;
-        let sealed = headers.into_iter().flatten().filter(|header| header.kind == FrameKind::Seal);
-        sealed.map(|header| header.place.seq).min()
+        // Where the copies differ in size one of them may be a SEAL.
+        let small = |seq: &&u64| self.size(epoch, **seq) <= BARE_LIMIT || self.uneven.contains(&(epoch.clone(), **seq));
+        let mut last = *last;
+        loop {
+            let near = seqs.range(last.saturating_sub(IN_FLIGHT)..=last).map(|(seq, _)| seq).filter(small);
+            // The ends are asked for next.
+            let near: BTreeSet<u64> = near.chain([first, &last]).copied().collect();
+            let headers = join_all(near.iter().map(|seq| self.header(repository, epoch, *seq))).await;
+            let is_no_frame = matches!(headers.last(), Some(Err(error)) if error.kind() == Kind::Damaged);
+            let sealed = headers.into_iter().flatten().filter(|header| header.kind == FrameKind::Seal);
+            if let Some(seal) = sealed.map(|header| header.place.seq).min() {
+                return Some(seal);
+            }
+            // Bytes that are no frame may lie as far behind the log as somebody liked.
+            match seqs.range(..last).next_back() {
+                Some((before, _)) if is_no_frame => last = *before,
+                _ => return None,
+            }
+        }
     }
 
     /// The unbroken runs in one region, or (`None`) in all of them together, ascending by start. A frame at the end of a run

@@ -10,7 +10,7 @@ use crate::repository::compact::plan::Plan;
 use crate::repository::compact::{Hands, Lines, Original, Survey};
 
 /// Compares the backup `id`, if it is a copy, with everything of its moment that is older: page by page, and whether its inventory lists
-/// all that it needs when the others are gone. Each answer is [`Kind::Damaged`](crate::model::Kind::Damaged) if they differ, and another
+/// all that it needs when the others are gone. Each answer is [`Kind::Damaged`] if they differ, and another
 /// error if that one could not be read.
 ///
 /// # Errors

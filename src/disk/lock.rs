@@ -46,11 +46,16 @@ impl Lock {
     /// finds it written down knows that the one who wrote it is gone. A name of a host, or a path, would not say that: hosts and
     /// containers share theirs. `None` where the system does not tell.
     pub fn identity(&self) -> Option<String> {
-        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
-        let file = self.file.metadata().ok()?;
+        let (boot, file) = (boot_id()?, self.file.metadata().ok()?);
         // An inode has no second use as long as somebody holds it open, and no device number as long as it is mounted.
-        Some(format!("{}:{:x}:{}", boot.trim(), file.dev(), file.ino()))
+        Some(format!("{boot}:{:x}:{}", file.dev(), file.ino()))
     }
+}
+
+/// What names this boot of the machine, where the system does. What was written in another one and not flushed may be torn, and
+/// whoever held a lock in it is gone.
+pub fn boot_id() -> Option<String> {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok().map(|id| id.trim().to_owned())
 }
 
 fn note_holder(file: &mut File) -> std::io::Result<()> {

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::disk::lock::Lock;
+use crate::disk::lock::{Lock, boot_id};
 use crate::disk::{DiskError, place};
 use crate::model::{Error, Result, ResultExt, SegmentName, Timeline, WalSegmentSize};
 use crate::pg::instance::User;
@@ -131,11 +131,6 @@ impl Staging {
     }
 }
 
-/// What names this boot of the machine, where the system does.
-pub fn boot_id() -> Option<String> {
-    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok().map(|id| id.trim().to_owned())
-}
-
 /// `0000000A.history` → 10.
 fn history_timeline(file: &str) -> Option<u32> {
     let digits = file.strip_suffix(".history")?;
@@ -188,8 +183,9 @@ fn is_locked(path: &Path) -> Result<bool> {
 /// Gives the file a second name, which costs nothing, or copies it where it cannot have one.
 ///
 /// The staged name stays: PostgreSQL asks again for the last segment before it promotes, and after a crash. What the name leads
-/// to stays, too, for as long as it is asked for: PostgreSQL reuses the files of segments behind it, but writes no WAL into
-/// them before it has removed recovery.signal, and then never calls `restore_command` again.
+/// to stays, too, for as long as recovery may ask for it: PostgreSQL reuses the files of segments behind it, but writes no WAL
+/// into them before it has removed recovery.signal, and then asks for histories at most. Whoever leaves `restore_command` where
+/// it is and calls it after promotion may find newer WAL under an old name, which PostgreSQL refuses by the position in each page.
 fn give(source: &Path, destination: &Path) -> Result<()> {
     let io = |error| Error::from(DiskError::new("put", destination, error));
     match std::fs::remove_file(destination) {

@@ -10,10 +10,10 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 
 use tokio::task::JoinHandle;
 
-use crate::disk::lock::Lock;
+use crate::disk::lock::{Lock, boot_id};
 use crate::disk::{DiskError, place};
 use crate::jobs::context::Context;
-use crate::jobs::restore::feed::{LOCK_FILE, SegmentRange, Staging, boot_id};
+use crate::jobs::restore::feed::{LOCK_FILE, SegmentRange, Staging};
 use crate::jobs::restore::route::{Leg, Route};
 use crate::model::{Error, Lsn, Result, ResultExt, SegmentName, Timeline, WalSegmentSize};
 use crate::observe::progress::Phase;
